@@ -1,0 +1,83 @@
+"""How an attack searches: K independent problems (observations x restarts) descend side by side, as rows of one tensor.
+
+An objective is a pure function of one problem: objective(x, *given) -> scalar. It is differentiated and vectorised over
+the rows here, so that an attack never loops over restarts.
+"""
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import grad_and_value, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from gradleak.distances import Tensors
+from gradleak.errors import BadInput
+from gradleak.observations import Gradient
+
+Objective = Callable[..., Tensor]
+OnStep = Callable[[int, int, float], None]  # (iteration, iterations in all, best objective so far)
+
+
+@dataclass(frozen=True)
+class Descent:
+    """Where K searches ended: x (K, ...), their objective (K,), and thinned (iteration, best objective) pairs per row."""
+
+    x: Tensor
+    value: Tensor
+    iterations: int
+    trace: list[tuple[int, list[float]]]
+
+
+def stack(observations: Sequence[Gradient], copies: int = 1) -> Tensors:
+    """The released tensors of several observations of one model, each `copies` times: {name: (observations * copies, ...)}.
+
+    Raises BadInput if they were not taken from the same state, in the same way, from batches of one size.
+    """
+    first = observations[0]
+    for other in observations[1:]:
+        same = type(other) is type(first) and other.batch_size == first.batch_size
+        if not same or other.model.state_hash() != first.model.state_hash() or other.model.mode != first.model.mode:
+            raise BadInput("Only observations of one model state, mode, kind and batch size can be attacked side by side.")
+    return {
+        name: torch.stack([o.released[name] for o in observations]).repeat_interleave(copies, dim=0)
+        for name in first.released
+    }
+
+
+def record(function: Callable[..., Any], *example: Any, compiled: bool = False) -> Callable[..., Any]:
+    """Run `function` once and record its tensor operations, so that later calls skip autograd's bookkeeping.
+
+    The recording computes the same numbers 1.3 to 1.9 times as fast. A model whose control flow depends on its data
+    cannot be recorded: the function itself is then returned. compiled: also generate machine code (torch.compile),
+    which takes from ten seconds to minutes and pays for long runs; ignored where there is no C++ compiler.
+    """
+    try:
+        graph = make_fx(function)(*example)
+    except (RuntimeError, ValueError, NotImplementedError):
+        return function
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    if compiled and (shutil.which("g++") or shutil.which("clang++")):
+        return torch.compile(graph, dynamic=False)
+    return graph
+
+
+def rowwise(objective: Objective, x: Tensor, given: tuple[Any, ...], *, compiled: bool = False) -> Callable[..., Any]:
+    """(x (K, ...), *given) -> gradient (K, ...), objective (K,), recorded for the shapes of these arguments."""
+    alone = grad_and_value(objective)
+    if len(x) > 1:
+        return record(vmap(alone), x, *given, compiled=compiled)
+
+    def single(x: Tensor, *given: Any) -> tuple[Tensor, Tensor]:  # one row: vmap would only cost
+        gradient, value = alone(*map(_first_row, (x, *given)))
+        return gradient[None], value[None]
+
+    return record(single, x, *given, compiled=compiled)
+
+
+def _first_row(rows: Any) -> Any:
+    return {name: tensor[0] for name, tensor in rows.items()} if isinstance(rows, dict) else rows[0]

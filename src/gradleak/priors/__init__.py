@@ -1,0 +1,1 @@
+"""What is known about pictures before anything is observed."""

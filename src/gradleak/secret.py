@@ -1,0 +1,19 @@
+"""What the attacker must not see. Only victims (who keep it) and the audit (which opens it) import this file."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Secret:
+    """The private training data behind an observation.
+
+    images  (batch, channel, height, width) float32 in [0, 1]
+    labels  (batch,) int64
+    source  where they came from, e.g. "embedded test 0 1 2"; printed in reports that are scored
+    """
+
+    images: Tensor
+    labels: Tensor
+    source: str = ""

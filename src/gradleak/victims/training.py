@@ -1,0 +1,73 @@
+"""The victim's model: freshly initialised, loaded from a file, or trained here on public pictures and cached."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from gradleak.data import Pictures
+from safetensors.torch import save_file
+from torch import nn
+
+from gradleak.files import load_state, load_tensors
+from gradleak.models import Architecture
+
+
+def cache_folder() -> Path:
+    """Where trained victims are kept: $GRADLEAK_CACHE, or ~/.cache/gradleak."""
+    return Path(os.environ.get("GRADLEAK_CACHE", Path.home() / ".cache" / "gradleak"))
+
+
+def prepare_model(
+    architecture: Architecture,
+    *,
+    seed: int = 0,
+    weights: Path | None = None,
+    train_on: Pictures | None = None,
+    epochs: int = 0,
+    on_step: Callable[[int, int, float], None] | None = None,
+) -> nn.Module:
+    """A model initialised from `seed`, then loaded from a safetensors file, then trained for `epochs`, if asked to."""
+    module = architecture.build(seed)
+    if weights is not None:
+        load_state(module, load_tensors(weights))
+    if train_on is None or not epochs:
+        return module
+    start = hashlib.sha256(weights.read_bytes()).hexdigest() if weights else ""
+    key = f"{architecture}|{seed}|{start}|{train_on.source}|{train_on.split}|{len(train_on.labels)}|{epochs}"
+    cached = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
+    if cached.is_file():
+        load_state(module, load_tensors(cached))
+        return module
+    train(module, train_on, epochs=epochs, seed=seed, on_step=on_step)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    save_file(module.state_dict(), cached)
+    return module
+
+
+def train(
+    module: nn.Module,
+    pictures: Pictures,
+    *,
+    epochs: int,
+    seed: int,
+    batch_size: int = 64,
+    learning_rate: float = 1e-3,
+    on_step: Callable[[int, int, float], None] | None = None,
+) -> None:
+    """Adam on the cross entropy, in place, over shuffled batches; the module is left in eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+    optimiser = torch.optim.Adam(module.parameters(), lr=learning_rate)
+    module.train()
+    for epoch in range(epochs):
+        loss = torch.zeros(())
+        for rows in torch.randperm(len(pictures.labels), generator=generator).split(batch_size):
+            loss = F.cross_entropy(module(pictures.images[rows]), pictures.labels[rows])
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        if on_step is not None:
+            on_step(epoch + 1, epochs, float(loss.detach()))
+    module.eval()
