@@ -284,11 +284,11 @@ def _splits(source: str | Path) -> Mapping[str, Any]:
         with _quiet():
             splits: Mapping[str, Any] = datasets.load_dataset(**arguments)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).rstrip(".")
         if path.is_dir():
-            raise BadInput(f"{source} cannot be read as a folder of parquet files or pictures: {reason}") from error
+            raise BadInput(f"{source} cannot be read as a folder of parquet files or pictures: {reason}.") from error
         raise BadInput(
-            f"{source!r} is no folder here, and it cannot be had from the Hugging Face hub: {reason} "
+            f"{source!r} is no folder here, and it cannot be had from the Hugging Face hub: {reason}. "
             'Give a local folder, or "embedded" or "digits", which need no network.'
         ) from error
     return splits

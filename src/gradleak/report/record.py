@@ -1,0 +1,260 @@
+"""The record of a run: versioned JSON, complete enough to render a report from and to run the attacks again.
+
+The classes below are the schema: `write` and `read` check every record against them, so a record that cannot be read
+is never written. Unknown keys are kept, so a later gradleak may add some without a new version.
+
+Strict JSON has no NaN or infinity. `write` turns every non-finite number into null, on purpose: null reads "there is
+no number here" in every language, where a large stand-in would pass for a measurement. An attack that diverged shows
+a null score, and its status sentence says what happened.
+"""
+
+import json
+import math
+import os
+import platform
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, NotRequired, TypedDict, cast, get_args, get_origin, get_type_hints, is_typeddict
+
+from gradleak.errors import BadInput
+
+FAMILY, VERSION = "gradleak/record/", 1
+SCHEMA = f"{FAMILY}{VERSION}"
+CORE = ["torch", "numpy", "scipy", "safetensors", "datasets", "torchmetrics", "scikit-image", "scikit-learn", "pillow"]
+EXTRA = ["transformers", "peft", "diffusers", "opacus", "flwr", "ray"]
+
+Numbers = Sequence[float | None]  # one number per image or text; null where there is none
+Scores = Mapping[str, Numbers]  # metric -> one number per sample: {"psnr_db": [31.2, null], "ssim": [0.94, 0.11]}
+
+
+class Command(TypedDict):
+    """The command line, as data: `gradleak NAME` and the value of every argument."""
+
+    name: str
+    arguments: Mapping[str, Any]
+
+
+class Revealed(TypedDict):
+    """One row of the threat model: an item that the attacker saw, or did not see."""
+
+    item: str
+    revealed: bool
+    detail: str
+
+
+class Verdict(TypedDict):
+    """What a reader in a hurry takes home; `unscored` when there was no secret to compare with."""
+
+    level: Literal["recovered", "partial", "nothing", "unscored"]
+    sentence: str
+
+
+class Flag(TypedDict):
+    """A reason to trust, or not to trust, the numbers of a result."""
+
+    name: str
+    level: Literal["info", "warning", "error"]
+    sentence: str
+
+
+class Labels(TypedDict):
+    """Class labels; `true` when the secret was given. The report compares them in whatever order."""
+
+    recovered: Sequence[int | str]
+    true: NotRequired[Sequence[int | str]]
+
+
+class Texts(TypedDict):
+    """Recovered texts, matched to the true ones (absent without a secret)."""
+
+    truth: NotRequired[Sequence[str]]
+    reconstruction: Sequence[str]
+
+
+class Plot(TypedDict):
+    """A finished figure, as a `data:image/png;base64,` URI."""
+
+    title: str
+    image: str
+
+
+class Result(TypedDict):
+    """One attack run. Every list that is "per sample" is in matched order: entry i is about true sample i.
+
+    `identification_rank` counts from 1: 1 says that the true sample was the nearest of all candidates. `controls` and
+    `pictures` use the same names: mean_image, nearest_public, wrong_observation; `pictures` has truth and
+    reconstruction besides, each a list of `data:image/png;base64,` URIs.
+    """
+
+    attack: str
+    parameters: Mapping[str, Any]
+    observation: Mapping[str, Any]  # {"kind": "Gradient", ...}
+    defense: Mapping[str, Any] | None
+    status: str
+    residual: float | None  # distance between the observation and the re-simulated one
+    seconds: float
+    iterations: int
+    scores: Scores  # empty without a secret
+    controls: Mapping[str, Scores]
+    flags: Sequence[Flag]
+    trace: NotRequired[Sequence[tuple[int, float | None]]]  # (iteration, objective)
+    pictures: NotRequired[Mapping[str, Sequence[str]]]
+    labels: NotRequired[Labels]
+    texts: NotRequired[Texts]
+
+
+class Record(TypedDict):
+    """Everything about one run of a command; `table` and `plots` come from the recipes."""
+
+    schema: str
+    gradleak: str
+    created: str  # ISO 8601, UTC
+    command: Command
+    seed: int | None
+    environment: Mapping[str, Any]
+    threat_model: Sequence[Revealed]
+    verdict: Verdict
+    results: list[Result]
+    table: NotRequired[Sequence[Mapping[str, Any]]]
+    plots: NotRequired[Sequence[Plot]]
+
+
+def new_record(command: Command, seed: int | None, threat_model: Sequence[Revealed]) -> Record:
+    """A record with no results yet, stamped with the time, the gradleak version and the environment of this process."""
+    return {
+        "schema": SCHEMA,
+        "gradleak": _version("gradleak") or "not installed",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "seed": seed,
+        "environment": {
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "cpus": os.cpu_count(),
+            "packages": {name: version for name in CORE + EXTRA if (version := _version(name))},
+        },
+        "threat_model": threat_model,
+        "verdict": {"level": "unscored", "sentence": "No reconstruction has been scored."},
+        "results": [],
+    }
+
+
+def write(record: Record, path: Path) -> None:
+    """Write the record as strict JSON, all of it or nothing: when this fails, an older file at `path` is untouched.
+
+    Non-finite numbers become null (see the top of this file). The folder is made when it is missing.
+
+    Raises:
+        BadInput: the record does not have the shape of `Record`; the sentence names the place.
+        TypeError: the record holds something that JSON has no word for, such as a tensor.
+    """
+    plain = _finite(record)
+    if wrong := _misfit(plain, Record, ""):
+        raise BadInput(f"This record cannot be written: {wrong}.")
+    text = json.dumps(plain, indent=1, allow_nan=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def read(path: Path) -> Record:
+    """Read a record and check its shape.
+
+    Raises:
+        BadInput: the file cannot be read, is not strict JSON, has no schema or one that this version does not know,
+            lacks a key or has a value of the wrong type; the sentence names which.
+    """
+    try:
+        value = _finite(json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant))
+    except OSError as error:
+        raise BadInput(f"Cannot read the record {path}: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:  # ValueError: bad JSON, bad UTF-8, a number of thousands of digits
+        raise BadInput(f"{path} is not JSON ({error}); give a record.json that gradleak wrote.") from error
+    if not isinstance(value, dict) or not isinstance(schema := value.get("schema"), str):
+        raise BadInput(f"{path} is not a gradleak record: it has no schema; give a record.json that gradleak wrote.")
+    if schema != SCHEMA:
+        version = re.fullmatch(re.escape(FAMILY) + "([1-9][0-9]{0,8})", schema)
+        if version and int(version[1]) > VERSION:
+            raise BadInput(f"{path} was written by a newer gradleak: upgrade, for this one reads only {SCHEMA!r}.")
+        raise BadInput(f"{path} has the unknown schema {schema[:60]!r}; this gradleak reads {SCHEMA!r}.")
+    if wrong := _misfit(value, Record, ""):
+        raise BadInput(f"{path} is not a valid {SCHEMA!r}: {wrong}.")
+    return cast(Record, value)
+
+
+def _version(package: str) -> str | None:
+    """The installed version of a package, which is not imported for that; None when there is none."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _finite(value: object) -> object:
+    """A copy in JSON's own types: tuples become lists, non-finite floats None."""
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+WORDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number", NoneType: "null"}
+
+
+def _misfit(value: Any, expected: Any, place: str) -> str | None:
+    """The first place where `value` is not of the type `expected`, as half a sentence; None when all of it fits."""
+    kind, inner = get_origin(expected) or expected, get_args(expected)
+    if is_typeddict(kind) and isinstance(value, dict):
+        if missing := [key for key in kind.__annotations__ if key in kind.__required_keys__ and key not in value]:
+            return f"{place or 'the record'} lacks the key {missing[0]!r}"
+        hints = get_type_hints(kind)
+        parts = [(value[key], hint, f"{place}.{key}".lstrip(".")) for key, hint in hints.items() if key in value]
+    elif kind is Mapping and isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            return f"{place} should have text for its keys"
+        parts = [(entry, inner[1], f"{place}.{key[:60]}") for key, entry in value.items()]
+    elif kind in (list, Sequence) and isinstance(value, list):
+        parts = [(entry, inner[0], f"{place}[{index}]") for index, entry in enumerate(value)]
+    elif kind is tuple and isinstance(value, list) and len(value) == len(inner):
+        parts = [(entry, inner[index], f"{place}[{index}]") for index, entry in enumerate(value)]
+    else:
+        return None if _is_plain(value, expected) else f"{place or 'the record'} should be {_describe(expected)}"
+    return next((wrong for part in parts if (wrong := _misfit(*part))), None)
+
+
+def _is_plain(value: Any, expected: Any) -> bool:
+    """Whether `value` is of the type `expected`, which holds no other values (or is a union)."""
+    kind, inner = get_origin(expected) or expected, get_args(expected)
+    if kind is UnionType:
+        return any(_misfit(value, choice, "") is None for choice in inner)
+    if kind is Literal:
+        return value in inner
+    if kind in (int, float):  # a whole number is a number too, but true is not, nor is one too large for a float
+        is_number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+        return is_number and abs(value) <= sys.float_info.max
+    return kind is Any or (kind in WORDS and isinstance(value, kind))
+
+
+def _describe(expected: Any) -> str:
+    kind, inner = get_origin(expected) or expected, get_args(expected)
+    if kind is UnionType:
+        return " or ".join(_describe(choice) for choice in inner)
+    if kind is Literal:
+        return "one of " + ", ".join(map(repr, inner))
+    if kind is tuple:
+        return f"a list of {len(inner)}"
+    return WORDS.get(kind) or ("a list" if kind in (list, Sequence) else "an object")
