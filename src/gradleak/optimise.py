@@ -5,7 +5,7 @@ the rows here, so that an attack never loops over restarts.
 """
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,9 @@ def stack(observations: Sequence[Gradient], copies: int = 1) -> Tensors:
     for other in observations[1:]:
         same = type(other) is type(first) and other.batch_size == first.batch_size
         if not same or other.model.state_hash() != first.model.state_hash() or other.model.mode != first.model.mode:
-            raise BadInput("Only observations of one model state, mode, kind and batch size can be attacked side by side.")
+            raise BadInput(
+                "Only observations of one model state, mode, kind and batch size can be attacked side by side."
+            )
     return {
         name: torch.stack([o.released[name] for o in observations]).repeat_interleave(copies, dim=0)
         for name in first.released
@@ -81,3 +83,53 @@ def rowwise(objective: Objective, x: Tensor, given: tuple[Any, ...], *, compiled
 
 def _first_row(rows: Any) -> Any:
     return {name: tensor[0] for name, tensor in rows.items()} if isinstance(rows, dict) else rows[0]
+
+
+def descend(
+    objective: Objective,
+    x: Tensor,
+    given: tuple[Any, ...],
+    *,
+    steps: int,
+    step_size: float,
+    on_step: OnStep | None = None,
+    compiled: bool = False,
+) -> Descent:
+    """Signed Adam in the box [0, 1], with the step size divided by 10 after 3/8, 5/8 and 7/8 of the steps.
+
+    x: the starts, (K, ...); given: what the objective needs beside x, tensors or {name: tensor}, each (K, ...).
+    """
+    best, best_value = x.clone(), torch.full(x.shape[:1], torch.inf, dtype=x.dtype)
+    first, second = torch.zeros_like(x), torch.zeros_like(x)
+    evaluate = rowwise(objective, x, given, compiled=compiled)
+    trace = []
+    for step in range(1, steps + 1):
+        with torch.no_grad():
+            gradient, value = evaluate(x, *given)
+        better = value < best_value
+        best, best_value = torch.where(_like(better, x), x, best), torch.where(better, value, best_value)
+        gradient = gradient.sign()
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient.square()
+        rate = step_size * 0.1 ** sum(step > steps * milestone / 8 for milestone in (3, 5, 7))
+        direction = (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+        x = (x - rate * direction).clamp(0, 1)
+        if step % max(steps // 100, 1) == 0 or step == steps:
+            trace.append((step, best_value.tolist()))
+            if on_step is not None:
+                on_step(step, steps, float(best_value.min()))
+    return Descent(best, best_value, steps, trace)
+
+
+def best_of_restarts(
+    found: Descent, observations: Sequence[Gradient], labels: Tensor
+) -> Iterator[tuple[Gradient, Tensor, Tensor, float, list[tuple[int, float]]]]:
+    """Per observation: itself, the best of its rows, its labels, the objective there, and that row's trace."""
+    copies = len(found.x) // len(observations)
+    for index, observation in enumerate(observations):
+        row = index * copies + int(found.value[index * copies : (index + 1) * copies].argmin())
+        trace = [(step, values[row]) for step, values in found.trace]
+        yield observation, found.x[row], labels[index], float(found.value[row]), trace
+
+
+def _like(rows: Tensor, x: Tensor) -> Tensor:
+    return rows.reshape(-1, *[1] * (x.dim() - 1))

@@ -1,0 +1,156 @@
+"""The arguments of every command, as frozen dataclasses: the strings under the fields are the command line's help."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from gradleak.attacks import ATTACKS
+
+Positional = tyro.conf.Positional
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """What every command takes."""
+
+    out: Path
+    """Folder for the results; must not hold other results."""
+    seed: int = 0
+    """Seed of all randomness."""
+    device: str = "cpu"
+    """Where attacks run: cpu, cuda, cuda:1, ..."""
+    threads: int | None = None
+    """Number of CPU threads; torch's own choice by default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capture(Common):
+    """Play the victim: train a model on private pictures for one step (or one federated round), keep what is shared."""
+
+    model: str = "lenet"
+    """A model of `gradleak list`, or package.module:factory of your own."""
+    weights: Path | None = None
+    """Start from these parameters (safetensors) in place of a random initialisation."""
+    epochs: int = 0
+    """First train for so many epochs on 2,000 pictures of the training split; cached."""
+    data: str = "embedded"
+    """embedded, digits, a folder (parquet or images), or a name on the Hugging Face hub."""
+    split: str = "test"
+    """Split of the data that holds the private pictures."""
+    indices: tuple[int, ...] = (0,)
+    """Rows of the private pictures: the batch."""
+    resize: tuple[int, int] | None = None
+    """Height and width to bring the pictures to."""
+    mode: Literal["eval", "train"] = "eval"
+    """BatchNorm by running statistics (eval) or by those of the batch (train)."""
+    precision: Literal["float32", "float16", "bfloat16", "float64"] = "float32"
+    """Number format of what is shared."""
+    reveal_labels: bool = False
+    """Tell the attacker the labels."""
+    hide_buffers: bool = False
+    """Withhold BatchNorm's running statistics."""
+    hide_batch_size: bool = False
+    """Withhold the number of pictures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureUpdate(Capture):
+    """Play a client of federated averaging: local SGD on private pictures, then share the change of the parameters."""
+
+    learning_rate: float = 1e-2
+    """Of the local SGD."""
+    local_steps: int = 5
+    """Number of local SGD steps."""
+    local_batch_size: int = 1
+    """Pictures per local step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observed(Common):
+    """What `attack` and `audit` take to understand the observation."""
+
+    observation: Positional[Path]
+    """observation.safetensors of `gradleak capture`, or a plain {name: gradient} safetensors file of yours."""
+    model: str | None = None
+    """package.module:factory, when the architecture is none of ours; for plain files also a name of `gradleak list`."""
+    weights: Path | None = None
+    """The parameters it was taken at: checked against the provenance; needed for plain files."""
+    mode: Literal["eval", "train"] | None = None
+    """The mode it was taken in: checked against the provenance; eval if nothing says so."""
+    input_shape: tuple[int, int, int] = (3, 32, 32)
+    """For plain files: channel, height and width of a picture."""
+    classes: int = 10
+    """For plain files: number of classes."""
+    batch_size: int | None = 1
+    """For plain files: number of pictures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack(Observed):
+    """Reconstruct the private pictures with one attack. Sees no secret."""
+
+    attack: str
+    """A name of `gradleak list`; its parameters are flags too (try --attack dlg --help)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit(Observed):
+    """Run every applicable attack, score it against controls if the secret is given, and write a report."""
+
+    secret: Path | None = None
+    """secret.safetensors of `gradleak capture`: only this command opens it."""
+    attacks: tuple[str, ...] = tuple(ATTACKS)
+    """Names of `gradleak list`; parameters of these attacks are flags too."""
+    data: str = "embedded"
+    """Public pictures for controls and decoys."""
+    public_split: str = "train"
+    """Split of the public pictures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Render a record again."""
+
+    record: Positional[Path]
+    """record.json"""
+    out: Path
+    """The HTML file to write."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rerun:
+    """Run the command of a record again, with the same seed and parameters."""
+
+    record: Positional[Path]
+    """record.json"""
+    out: Path
+    """Folder for the new results."""
+    model: str | None = None
+    """Allow the record to import this package.module:factory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reproduce(Common):
+    """Run a published experiment: record.json, table and plots."""
+
+    name: Positional[str]
+    """A recipe of `gradleak list`."""
+    data: str = "embedded"
+    """embedded, a folder, or a name on the Hugging Face hub."""
+    size: Literal["small", "paper"] = "small"
+    """small fits two cores; paper is as published."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo(Common):
+    """The main job on embedded pictures: capture a gradient, attack it, write the report."""
+
+    out: Path = Path("demo")
+    """Folder for the results; must not hold other results."""
+
+
+@dataclass(frozen=True)
+class List:
+    """Attacks, what each needs and recovers; recipes; models."""

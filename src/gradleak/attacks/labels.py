@@ -1,0 +1,125 @@
+"""Label recovery from the last linear layer (one image: iDLG, Zhao et al. 2020, arXiv:2001.02610; batches: our own).
+
+Sees      Gradient or Update of a classifier that ends in a linear layer and a softmax cross entropy
+Recovers  labels (batch,) int64 in ascending order
+Solves    dL/db_c = mean_n (p_nc - [y_n = c]): for one image only the true class is negative; for a batch the counts
+          follow once the mean prediction is known, which dL/dW gives
+"""
+
+import torch
+from torch import Tensor, nn
+
+from gradleak.attacks.layers import Call, calls
+from gradleak.errors import NotObserved
+from gradleak.observations import Gradient
+
+
+def known_or_recovered(observation: Gradient) -> Tensor:
+    """The labels of the observation, or the recovered ones: (batch,) int64. Raises NotObserved."""
+    return observation.labels if observation.labels is not None else recover_labels(observation)
+
+
+def recover_labels(observation: Gradient) -> Tensor:
+    """The multiset of labels in ascending order, (batch,) int64, from the last layer's gradient.
+
+    Raises NotObserved when the batch size is withheld, or the model does not end in a linear layer with bias.
+    """
+    batch = observation.batch_size
+    if batch is None:
+        raise NotObserved("The batch size was withheld, and labels without it: neither can be told from one gradient.")
+    model, gradient = observation.model, observation.as_gradient()
+    last = last_layer(
+        observation, torch.full((1, *model.architecture.input_shape), 0.5).to(gradient[next(iter(gradient))])
+    )
+    share = 1 if model.reduction == "mean" else batch
+    bias_gradient = gradient[f"{last.name}.bias"] / share
+    if batch == 1:
+        return bias_gradient.argmin()[None]
+    weight, bias = (model.parameters[f"{last.name}.{part}"] for part in ("weight", "bias"))
+    counts = label_counts(gradient[f"{last.name}.weight"] / share, bias_gradient, weight, bias, batch)
+    return torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+
+
+def last_layer(observation: Gradient, images: Tensor) -> Call:
+    """The linear layer whose output is the logits, called with `images`; NotObserved if the model ends otherwise."""
+    model = observation.model
+    last = calls(model, images)[-1]
+    if (
+        not isinstance(last.layer, nn.Linear)
+        or last.layer.bias is None
+        or last.output.shape[-1] != model.architecture.classes
+    ):
+        raise NotObserved(
+            f"Labels were not given, and the model ends in {last.name}, which is no linear layer with bias to recover them from."
+        )
+    return last
+
+
+def label_counts(
+    weight_gradient: Tensor,
+    bias_gradient: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    batch: int,
+    *,
+    iterations: int = 20,
+    ridge: float = 1e-3,
+    relax: float = 0.5,
+) -> Tensor:
+    """How often each class occurs in a batch: (classes,) int64 that sum to `batch`.
+
+    weight (classes, features) and bias (classes,) of the last layer and their gradients under the mean cross entropy.
+
+    Were class k's samples alike, with features mu_k, the counts n would explain both gradients:
+        dW = M mu,  db = M 1,  M[c, k] = n_k / batch * (softmax(weight mu_k + bias)_c - [c = k]).
+    So alternate a ridge least squares for mu, drawn to the batch's mean feature (which the rank-one fit of dW to db
+    gives), and n = batch * (mean prediction - db); keep the counts that explain the gradients best.
+    """
+    dW, db, weight, bias = (t.double() for t in (weight_gradient, bias_gradient, weight, bias))
+    eye = torch.eye(len(db), dtype=torch.float64, device=db.device)
+    centre = db @ dW / (db @ db)  # (features,)
+    counts = apportion(batch * ((weight @ centre + bias).softmax(0) - db), db < 0, batch)
+    mu = centre.expand_as(dW)  # (classes, features)
+    best, least = counts, torch.inf
+    for _ in range(iterations):
+        M = counts / batch * ((mu @ weight.T + bias).softmax(1).T - eye)  # (classes, classes)
+        normal = M.T @ M
+        target = M.T @ (dW - M @ centre.expand_as(dW))
+        step = torch.linalg.solve(normal + ridge * normal.diag().max() * eye, target)
+        mu = (1 - relax) * mu + relax * (centre + step)
+        prediction = (mu @ weight.T + bias).softmax(1)  # row k: the mean prediction for class k
+        M = counts / batch * (prediction.T - eye)
+        error = (dW - M @ mu).square().sum() / dW.square().sum() + (db - M.sum(1)).square().sum() / db.square().sum()
+        if float(error) < least:
+            best, least = counts, float(error)
+        counts = apportion(batch * (counts / batch @ prediction - db), db < 0, batch)
+    return best.long()
+
+
+def apportion(raw: Tensor, present: Tensor, total: int) -> Tensor:
+    """Whole numbers near raw (classes,) that sum to total, at least 1 where present: largest remainders first."""
+    least = present.double()
+    raw = torch.maximum(raw, least)
+    counts = raw.floor()
+    while counts.sum() < total:
+        counts[(raw - counts).argmax()] += 1
+    while counts.sum() > total and bool((counts > 0).any()):
+        spare = counts > least if bool((counts > least).any()) else counts > 0
+        counts[torch.where(spare, counts - raw, -torch.inf).argmax()] -= 1
+    return counts
+
+
+def labels_of_images(observation: Gradient, images: Tensor) -> Tensor:
+    """The label of each image, once the images themselves are known: (batch,) int64.
+
+    With features F (batch, features) and logits known, dL/dW = (P - Y)^T F / batch is linear in the one-hot Y, and
+    has one solution while batch <= features.
+    """
+    model = observation.model
+    last = last_layer(observation, images)
+    probabilities = model.logits({}, images).softmax(dim=1)
+    share = len(images) if model.reduction == "mean" else 1
+    difference = (
+        share * observation.as_gradient()[f"{last.name}.weight"] @ torch.linalg.pinv(last.input)
+    )  # (classes, batch)
+    return (probabilities - difference.T).argmax(dim=1)

@@ -1,0 +1,193 @@
+"""The one loop: observation -> applicable attacks -> match -> score -> check -> record."""
+
+import base64
+import io
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from gradleak import metrics
+from gradleak.attacks.labels import known_or_recovered
+from gradleak.checks import check_observation, check_result, replay
+from gradleak.data import Pictures
+from gradleak.errors import BadInput, NotObserved
+from gradleak.observations import Gradient
+from gradleak.optimise import OnStep
+from gradleak.reconstruction import Reconstruction
+from gradleak.report.record import Result, Verdict
+from gradleak.secret import Secret
+
+DECOYS = 99  # identification among 100: the truth and 99 public pictures
+
+
+class Attack(Protocol):
+    """What every attack is: a frozen dataclass of hyperparameters with one call."""
+
+    def __call__(
+        self, observation: Gradient, *, generator: torch.Generator, on_step: OnStep | None = None
+    ) -> Reconstruction: ...
+
+
+@dataclass(frozen=True)
+class Audited:
+    """One attack's row of the record, and what it returned (None if it could not run)."""
+
+    result: Result
+    reconstruction: Reconstruction | None
+
+
+def audit(
+    observation: Gradient,
+    attacks: dict[str, Attack],
+    public: Pictures,
+    *,
+    secret: Secret | None = None,
+    seed: int = 0,
+    on_step: Callable[[str], OnStep] | None = None,
+) -> Iterator[Audited]:
+    """Run each attack on the observation, and score it against controls if the secret is there; yields as they finish.
+
+    public: pictures of the observation's shape that everybody may know; for controls and decoys, not for the attacks.
+    on_step: called with the attack's name before it runs, returns its progress callback.
+    """
+    if secret is not None and tuple(secret.images.shape[1:]) != observation.model.architecture.input_shape:
+        raise BadInput(f"The secret's images are {tuple(secret.images.shape[1:])}, the model's {observation.model.architecture.input_shape}.")
+    general = check_observation(observation)
+    if secret is not None:
+        general += replay(observation, secret.images, secret.labels)
+    for name, attack in attacks.items():
+        row: Result = {
+            "attack": name,
+            "parameters": asdict(attack),  # type: ignore[call-overload]
+            "observation": describe(observation),
+            "defense": None,
+            "status": "",
+            "residual": None,
+            "seconds": 0.0,
+            "iterations": 0,
+            "scores": {},
+            "controls": {},
+            "flags": list(general),
+        }
+        report = on_step(name) if on_step is not None else None
+        start = time.perf_counter()
+        try:
+            found = attack(observation, generator=torch.Generator().manual_seed(seed), on_step=report)
+        except NotObserved as reason:
+            yield Audited({**row, "status": f"Not run: {reason}"}, None)
+            continue
+        row |= {
+            "seconds": time.perf_counter() - start,
+            "status": found.status,
+            "residual": found.residual,
+            "iterations": found.iterations,
+            "trace": found.trace,
+            "labels": {"recovered": found.labels.tolist()},
+            "pictures": {"reconstruction": pictures(found.images)},
+        }
+        if secret is not None:
+            wrong = attack(decoy_observation(observation, public, seed), generator=torch.Generator().manual_seed(seed))
+            score(row, observation, found, wrong, secret, public)
+        yield Audited(row, found)
+
+
+def score(
+    row: Result, observation: Gradient, found: Reconstruction, wrong: Reconstruction, secret: Secret, public: Pictures
+) -> None:
+    """Put scores, controls, flags and pictures into the row, one entry per true image."""
+    truth = secret.images
+    if len(found.images) < len(truth):
+        missing = torch.full((len(truth) - len(found.images), *truth.shape[1:]), 0.5)
+        found = replace(found, images=torch.cat([found.images, missing]))
+    matched = metrics.match(found.images, truth)
+    candidates = {
+        "reconstruction": found.images[matched],
+        "mean_image": metrics.mean_image(public.images).expand_as(truth),
+        "nearest_public": metrics.nearest_public(truth, public.images),
+        "wrong_observation": wrong.images[metrics.match(wrong.images, truth)] if len(wrong.images) >= len(truth) else truth * 0 + 0.5,
+    }
+    scores = {name: similarity(images, truth) for name, images in candidates.items()}
+    decoys = public.images[:DECOYS]
+    ranks = metrics.identification(candidates["reconstruction"], truth, decoys)
+    blind = torch.maximum(*(torch.tensor(scores[name]["psnr_db"]) for name in ("mean_image", "wrong_observation")))
+    row["scores"] = {**scores.pop("reconstruction"), "identification_rank": ranks.tolist()}
+    row["controls"] = scores
+    row["pictures"] = {"truth": pictures(truth)} | {name: pictures(images) for name, images in candidates.items()}
+    labels = {"true": secret.labels.tolist()}
+    if len(found.labels) == len(truth):
+        labels["recovered"] = found.labels[matched].tolist()
+        row["labels"] = labels  # type: ignore[typeddict-item]
+    psnr_db = torch.tensor(row["scores"]["psnr_db"])
+    row["flags"] = [
+        *row["flags"],
+        *check_result(observation, found, secret, psnr_db=psnr_db, blind_psnr_db=blind, public=public.images),
+    ]
+
+
+def similarity(images: Tensor, truth: Tensor) -> dict[str, list[float]]:
+    """Every picture metric that can be measured here, per image: LPIPS only when its weights are present."""
+    scores = {"psnr_db": metrics.psnr_db(images, truth), "ssim": metrics.ssim(images, truth)}
+    perceptual = metrics.lpips(images, truth)
+    return {name: values.tolist() for name, values in (scores | ({} if perceptual is None else {"lpips": perceptual})).items()}
+
+
+def decoy_observation(observation: Gradient, public: Pictures, seed: int) -> Gradient:
+    """A wrong observation of the same kind: the same victim, had it trained on public pictures instead."""
+    batch = observation.batch_size or len(known_or_recovered(observation))
+    classes = observation.model.architecture.classes
+    rows = torch.randperm(len(public.labels), generator=torch.Generator().manual_seed(seed))[:batch]
+    images, labels = public.images[rows], public.labels[rows] % classes
+    released = {name: tensor.detach() for name, tensor in observation.simulate(images, labels).items()}
+    return replace(observation, released=released, labels=None if observation.labels is None else labels)
+
+
+def verdict(results: list[Result]) -> Verdict:
+    """One sentence over all attacks: how many images were recovered, by what, and next to which control."""
+    scored = [row for row in results if row["scores"]]
+    if not scored:
+        ran = [row for row in results if row["residual"] is not None]
+        if not ran:
+            return {"level": "unscored", "sentence": "No attack could run on this observation."}
+        best = min(ran, key=lambda row: row["residual"] or 0.0)
+        sentence = f"{best['attack']} explains the observation best (relative residual {best['residual']:.2g}); without the secret, no picture was scored."
+        return {"level": "unscored", "sentence": sentence}
+
+    def recognised(row: Result) -> int:
+        return sum(rank == 1 and ahead > 0 for rank, ahead in zip(row["scores"]["identification_rank"], lead_db(row), strict=True))
+
+    best = max(scored, key=lambda row: (recognised(row), sum(lead_db(row))))
+    total, count, lead = len(lead_db(best)), recognised(best), sum(lead_db(best)) / len(lead_db(best))
+    if not count:
+        return {"level": "nothing", "sentence": f"None of {total} private images was recovered: the best attack, {best['attack']}, tells them from {DECOYS} decoys no better than blind guessing does."}
+    mean = sum(v or 0 for v in best["scores"]["psnr_db"]) / total
+    sentence = f"{count} of {total} private images recovered by {best['attack']}: {mean:.1f} dB on average, {lead:+.1f} dB against the best blind control, identified among {DECOYS + 1}."
+    return {"level": "recovered" if count == total else "partial", "sentence": sentence}
+
+
+def lead_db(row: Result) -> list[float]:
+    """PSNR of the attack minus that of the best control which saw nothing of this secret, per image."""
+    controls = [row["controls"][name]["psnr_db"] for name in ("mean_image", "wrong_observation")]
+    return [float(own or 0) - max(float(c or 0) for c in blind) for own, *blind in zip(row["scores"]["psnr_db"], *controls, strict=True)]
+
+
+def describe(observation: Gradient) -> dict[str, Any]:
+    """The observation as plain data: kind, model, and what of it was revealed."""
+    model = observation.model
+    about = {"kind": type(observation).__name__, "architecture": model.architecture.name, "mode": model.mode}
+    about |= {"batch_size": observation.batch_size, "precision": observation.precision, "state_hash": model.state_hash()[:16]}
+    return about | {"revealed": [row["item"] for row in observation.threat_model() if row["revealed"]]}
+
+
+def pictures(images: Tensor) -> list[str]:
+    """(n, 1 or 3, height, width) in [0, 1] -> one PNG data URI each."""
+    uris = []
+    for image in (images.clamp(0, 1) * 255).round().to(torch.uint8).cpu():
+        buffer = io.BytesIO()
+        Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy()).save(buffer, "PNG")
+        uris.append("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode())
+    return uris

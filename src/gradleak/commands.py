@@ -1,0 +1,184 @@
+"""What each command does. Results go to a folder of their own, the record first, everything else from it."""
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradleak import arguments, files
+from gradleak import audit as auditing
+from gradleak.data import Pictures, load, public_pool
+from gradleak.errors import BadInput
+from gradleak.models import MODELS, Architecture
+from gradleak.observations import Gradient, Model
+from gradleak.progress import progress
+from gradleak.report import html, record
+from gradleak.victims.federated import share_update
+from gradleak.victims.gradient import capture_gradient
+from gradleak.victims.training import prepare_model
+
+PUBLIC_TRAINING = 2_000  # pictures a victim is trained on with --epochs
+
+
+def capture(args: arguments.Capture, argv: list[str]) -> None:
+    """Write observation.safetensors and secret.safetensors."""
+    out = fresh_folder(args.out)
+    private = load(args.data, args.split, indices=args.indices, resize=args.resize)
+    shape = (private.images.shape[1], private.images.shape[2], private.images.shape[3])
+    architecture = Architecture(args.model, shape, max(len(private.classes), 2))
+    with progress() as start:
+        on_step = start("training the victim") if args.epochs else None
+        train_on = public_pool(args.data, "train", shape=shape, limit=PUBLIC_TRAINING) if args.epochs else None
+        module = prepare_model(architecture, seed=args.seed, weights=args.weights, train_on=train_on, epochs=args.epochs, on_step=on_step)
+    observation, secret = capture_gradient(
+        module,
+        architecture,
+        private,
+        mode=args.mode,
+        precision=getattr(torch, args.precision),
+        reveal_labels=args.reveal_labels,
+        reveal_buffers=not args.hide_buffers,
+        reveal_batch_size=not args.hide_batch_size,
+    )
+    if isinstance(args, arguments.CaptureUpdate):
+        own = Model.of(module, architecture, mode=args.mode)
+        recipe = {name: getattr(args, name) for name in files.RECIPE}
+        observation = share_update(observation, secret, own, **recipe)
+    secret = replace(secret, source=f"{secret.source} {' '.join(map(str, args.indices))}")
+    files.save_observation(observation, out / "observation.safetensors")
+    files.save_secret(secret, out / "secret.safetensors")
+    print(f"{out / 'observation.safetensors'}: what the attacker sees\n{out / 'secret.safetensors'}: what only audit opens")
+
+
+def attack(args: arguments.Attack, attacks: dict[str, Any], argv: list[str]) -> None:
+    """Write reconstruction.safetensors, its pictures and record.json, from the observation alone."""
+    out, observation = fresh_folder(args.out), observed(args)
+    written = new_record(argv, args.seed, observation, [args.observation])
+    with progress() as start:
+        for done in auditing.audit(observation, attacks, None, seed=args.seed, device=args.device, on_step=start):
+            if done.reconstruction is None:
+                raise BadInput(done.result["status"])
+            written["results"].append(done.result)
+            files.save_reconstruction(done.reconstruction, out / "reconstruction.safetensors")
+            save_pictures(done, out)
+    finish(written, out, report=False)
+
+
+def audit(args: arguments.Audit, attacks: dict[str, Any], argv: list[str]) -> None:
+    """Write record.json, report.html and the pictures; after each attack, so that an interrupt loses one at most."""
+    out, observation = fresh_folder(args.out), observed(args)
+    secret = files.load_secret(args.secret) if args.secret else None
+    public = public_pool(args.data, args.public_split, shape=observation.model.architecture.input_shape)
+    inputs = [args.observation, *([args.secret] if args.secret else [])]
+    run_audit(observation, attacks, public, secret, new_record(argv, args.seed, observation, inputs), out, args.seed, args.device)
+
+
+def demo(args: arguments.Demo, argv: list[str]) -> None:
+    """One embedded photograph, the gradient of a fresh LeNet and of an MLP, every attack, one report."""
+    raise NotImplementedError
+
+
+def run_audit(
+    observation: Gradient,
+    attacks: dict[str, Any],
+    public: Pictures,
+    secret: Any,
+    written: record.Record,
+    out: Path,
+    seed: int,
+    device: str,
+) -> None:
+    """The audit loop with progress, writing after each attack."""
+    with progress() as start:
+        for done in auditing.audit(observation, attacks, public, secret=secret, seed=seed, device=device, on_step=start):
+            written["results"].append(done.result)
+            written["verdict"] = auditing.verdict(written["results"])
+            save_pictures(done, out)
+            finish(written, out)
+    print(written["verdict"]["sentence"])
+
+
+def reproduce(args: arguments.Reproduce, argv: list[str]) -> None:
+    """Run a recipe."""
+    from gradleak.recipes import RECIPES
+
+    if args.name not in RECIPES:
+        raise BadInput(f"Unknown recipe {args.name!r}. Recipes: {', '.join(RECIPES)}.")
+    raise NotImplementedError
+
+
+def report(args: arguments.Report) -> None:
+    """Render record.json again."""
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(html.render(record.read(args.record)), encoding="utf-8")
+    print(args.out)
+
+
+def rerun(args: arguments.Rerun, argv: list[str]) -> None:
+    """The command of a record, again: same files (by hash), seed and parameters, results to another folder."""
+    from gradleak.cli import run
+
+    stored = record.read(args.record)["command"]
+    again = stored["arguments"].get("argv")
+    if not isinstance(again, list) or not all(isinstance(part, str) for part in again):
+        raise BadInput(f"{args.record} does not say how it was made.")
+    for path, digest in stored["arguments"].get("inputs", {}).items():
+        if file_hash(Path(path)) != digest:
+            raise BadInput(f"{path} is no longer the file that the record was made from.")
+    for part in again:
+        if ":" in part and part.split("=")[-1] != args.model and "--model" in " ".join(again):
+            raise BadInput(f"The record would import your code {part!r}: allow it with --model {part}.")
+    position = again.index("--out") if "--out" in again else None
+    again = again[:position] + again[position + 2 :] if position is not None else again
+    run([*again, "--out", str(args.out)])
+
+
+def list_all(args: arguments.List) -> None:
+    """Attacks with the first lines of their files, recipes, models."""
+    raise NotImplementedError
+
+
+def observed(args: arguments.Observed) -> Gradient:
+    """The observation of a file: with provenance checked, or a plain gradient file together with a model."""
+    if files.has_provenance(args.observation):
+        observation = files.load_observation(args.observation, factory=args.model)
+        files.check_provenance(observation, weights=args.weights, mode=args.mode)
+        return observation
+    if args.model is None or args.weights is None:
+        raise BadInput(f"{args.observation} carries no provenance: say with --model and --weights what it was taken from.")
+    architecture = Architecture(args.model, args.input_shape, args.classes)
+    module = prepare_model(architecture, weights=args.weights)
+    model = Model.of(module, architecture, mode=args.mode or "eval")
+    return Gradient(model=model, released=files.load_tensors(args.observation), batch_size=args.batch_size)
+
+
+def fresh_folder(path: Path) -> Path:
+    """BadInput if the folder holds anything: results are never overwritten."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise BadInput(f"{path} holds other results already: choose another --out.")
+    return path
+
+
+def new_record(argv: list[str], seed: int, observation: Gradient, inputs: list[Path]) -> record.Record:
+    """A record that knows its command, its input files by hash, and the threat model."""
+    hashes = {str(path): file_hash(path) for path in inputs}
+    command: record.Command = {"name": argv[0], "arguments": {"argv": argv, "inputs": hashes}}
+    return record.new_record(command, seed, observation.threat_model())  # type: ignore[arg-type]
+
+
+def finish(written: record.Record, out: Path, *, report: bool = True) -> None:
+    """record.json, and report.html from it."""
+    record.write(written, out / "record.json")
+    if report:
+        (out / "report.html").write_text(html.render(written), encoding="utf-8")
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file; BadInput when it is not there."""
+    if not path.is_file():
+        raise BadInput(f"There is no file {path}.")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
