@@ -4,11 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
+from tyro.conf import Positional
 
 from gradleak.attacks import ATTACKS
-
-Positional = tyro.conf.Positional
 
 
 @dataclass(frozen=True, kw_only=True)

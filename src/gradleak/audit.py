@@ -44,19 +44,24 @@ class Audited:
 def audit(
     observation: Gradient,
     attacks: dict[str, Attack],
-    public: Pictures,
+    public: Pictures | None,
     *,
     secret: Secret | None = None,
     seed: int = 0,
+    device: str = "cpu",
     on_step: Callable[[str], OnStep] | None = None,
 ) -> Iterator[Audited]:
     """Run each attack on the observation, and score it against controls if the secret is there; yields as they finish.
 
     public: pictures of the observation's shape that everybody may know; for controls and decoys, not for the attacks.
+    Without them, or without the secret, nothing is scored.
     on_step: called with the attack's name before it runs, returns its progress callback.
     """
     if secret is not None and tuple(secret.images.shape[1:]) != observation.model.architecture.input_shape:
-        raise BadInput(f"The secret's images are {tuple(secret.images.shape[1:])}, the model's {observation.model.architecture.input_shape}.")
+        raise BadInput(
+            f"The secret's images are {tuple(secret.images.shape[1:])}, the model's {observation.model.architecture.input_shape}."
+        )
+    where = torch.device(device)
     general = check_observation(observation)
     if secret is not None:
         general += replay(observation, secret.images, secret.labels)
@@ -77,7 +82,7 @@ def audit(
         report = on_step(name) if on_step is not None else None
         start = time.perf_counter()
         try:
-            found = attack(observation, generator=torch.Generator().manual_seed(seed), on_step=report)
+            found = attack(observation.to(where), generator=torch.Generator().manual_seed(seed), on_step=report)
         except NotObserved as reason:
             yield Audited({**row, "status": f"Not run: {reason}"}, None)
             continue
@@ -90,8 +95,9 @@ def audit(
             "labels": {"recovered": found.labels.tolist()},
             "pictures": {"reconstruction": pictures(found.images)},
         }
-        if secret is not None:
-            wrong = attack(decoy_observation(observation, public, seed), generator=torch.Generator().manual_seed(seed))
+        if secret is not None and public is not None:
+            other = decoy_observation(observation, public, seed).to(where)
+            wrong = attack(other, generator=torch.Generator().manual_seed(seed))
             score(row, observation, found, wrong, secret, public)
         yield Audited(row, found)
 
@@ -109,7 +115,9 @@ def score(
         "reconstruction": found.images[matched],
         "mean_image": metrics.mean_image(public.images).expand_as(truth),
         "nearest_public": metrics.nearest_public(truth, public.images),
-        "wrong_observation": wrong.images[metrics.match(wrong.images, truth)] if len(wrong.images) >= len(truth) else truth * 0 + 0.5,
+        "wrong_observation": wrong.images[metrics.match(wrong.images, truth)]
+        if len(wrong.images) >= len(truth)
+        else truth * 0 + 0.5,
     }
     scores = {name: similarity(images, truth) for name, images in candidates.items()}
     decoys = public.images[:DECOYS]
@@ -133,7 +141,10 @@ def similarity(images: Tensor, truth: Tensor) -> dict[str, list[float]]:
     """Every picture metric that can be measured here, per image: LPIPS only when its weights are present."""
     scores = {"psnr_db": metrics.psnr_db(images, truth), "ssim": metrics.ssim(images, truth)}
     perceptual = metrics.lpips(images, truth)
-    return {name: values.tolist() for name, values in (scores | ({} if perceptual is None else {"lpips": perceptual})).items()}
+    return {
+        name: values.tolist()
+        for name, values in (scores | ({} if perceptual is None else {"lpips": perceptual})).items()
+    }
 
 
 def decoy_observation(observation: Gradient, public: Pictures, seed: int) -> Gradient:
@@ -158,12 +169,18 @@ def verdict(results: list[Result]) -> Verdict:
         return {"level": "unscored", "sentence": sentence}
 
     def recognised(row: Result) -> int:
-        return sum(rank == 1 and ahead > 0 for rank, ahead in zip(row["scores"]["identification_rank"], lead_db(row), strict=True))
+        return sum(
+            rank == 1 and ahead > 0
+            for rank, ahead in zip(row["scores"]["identification_rank"], lead_db(row), strict=True)
+        )
 
     best = max(scored, key=lambda row: (recognised(row), sum(lead_db(row))))
     total, count, lead = len(lead_db(best)), recognised(best), sum(lead_db(best)) / len(lead_db(best))
     if not count:
-        return {"level": "nothing", "sentence": f"None of {total} private images was recovered: the best attack, {best['attack']}, tells them from {DECOYS} decoys no better than blind guessing does."}
+        return {
+            "level": "nothing",
+            "sentence": f"None of {total} private images was recovered: the best attack, {best['attack']}, tells them from {DECOYS} decoys no better than blind guessing does.",
+        }
     mean = sum(v or 0 for v in best["scores"]["psnr_db"]) / total
     sentence = f"{count} of {total} private images recovered by {best['attack']}: {mean:.1f} dB on average, {lead:+.1f} dB against the best blind control, identified among {DECOYS + 1}."
     return {"level": "recovered" if count == total else "partial", "sentence": sentence}
@@ -172,14 +189,25 @@ def verdict(results: list[Result]) -> Verdict:
 def lead_db(row: Result) -> list[float]:
     """PSNR of the attack minus that of the best control which saw nothing of this secret, per image."""
     controls = [row["controls"][name]["psnr_db"] for name in ("mean_image", "wrong_observation")]
-    return [float(own or 0) - max(float(c or 0) for c in blind) for own, *blind in zip(row["scores"]["psnr_db"], *controls, strict=True)]
+    return [
+        float(own or 0) - max(float(c or 0) for c in blind)
+        for own, *blind in zip(row["scores"]["psnr_db"], *controls, strict=True)
+    ]
 
 
 def describe(observation: Gradient) -> dict[str, Any]:
     """The observation as plain data: kind, model, and what of it was revealed."""
     model = observation.model
-    about = {"kind": type(observation).__name__, "architecture": model.architecture.name, "mode": model.mode}
-    about |= {"batch_size": observation.batch_size, "precision": observation.precision, "state_hash": model.state_hash()[:16]}
+    about: dict[str, Any] = {
+        "kind": type(observation).__name__,
+        "architecture": model.architecture.name,
+        "mode": model.mode,
+    }
+    about |= {
+        "batch_size": observation.batch_size,
+        "precision": observation.precision,
+        "state_hash": model.state_hash()[:16],
+    }
     return about | {"revealed": [row["item"] for row in observation.threat_model() if row["revealed"]]}
 
 

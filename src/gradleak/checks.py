@@ -12,15 +12,14 @@ from torch import Tensor, nn
 from gradleak.distances import Tensors, flatten, relative_residual
 from gradleak.observations import Gradient, Mode, Model, Reduction
 from gradleak.reconstruction import Reconstruction
+from gradleak.report.record import Flag
 from gradleak.secret import Secret
-
-Flag = dict[str, str]
 
 # Relative rounding error of a release in each format, with room for another summation order.
 REPLAY_TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2}
 
 
-def flag(name: str, level: str, sentence: str) -> Flag:
+def flag(name: str, level: typing.Literal["info", "warning", "error"], sentence: str) -> Flag:
     """One line of the report's list of reservations."""
     return {"name": name, "level": level, "sentence": sentence}
 

@@ -52,7 +52,7 @@ def run(argv: list[str]) -> None:
     flags = argv[len(name.split()) :]
     attacks = selected_attacks(name, flags)
     kind = with_attack_flags(kind, attacks, optional=name == "audit")
-    parsed = tyro.cli(kind, args=flags, prog=f"gradleak {name}", description=kind.__doc__)
+    parsed: Any = tyro.cli(kind, args=flags, prog=f"gradleak {name}", description=kind.__doc__)
     if getattr(parsed, "threads", None):
         torch.set_num_threads(parsed.threads)
     if attacks:
@@ -108,7 +108,7 @@ def configured(attack: str, parsed: Any) -> Any:
 
 
 def near(name: str, known: Any) -> str:
-    """", did you mean ...?" when something similar is known."""
+    """ ", did you mean ...?" when something similar is known."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     return f", did you mean {' or '.join(close)}?" if close else ""
 

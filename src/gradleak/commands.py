@@ -1,16 +1,20 @@
 """What each command does. Results go to a folder of their own, the record first, everything else from it."""
 
+import base64
+import csv
 import hashlib
-import shutil
-from collections.abc import Callable
+import io
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from gradleak import arguments, files
 from gradleak import audit as auditing
+from gradleak.attacks import ATTACKS
 from gradleak.data import Pictures, load, public_pool
 from gradleak.errors import BadInput
 from gradleak.models import MODELS, Architecture
@@ -22,6 +26,7 @@ from gradleak.victims.gradient import capture_gradient
 from gradleak.victims.training import prepare_model
 
 PUBLIC_TRAINING = 2_000  # pictures a victim is trained on with --epochs
+DEMO_ROWS = (0,)  # of the embedded pictures: an astronaut's face
 
 
 def capture(args: arguments.Capture, argv: list[str]) -> None:
@@ -33,7 +38,9 @@ def capture(args: arguments.Capture, argv: list[str]) -> None:
     with progress() as start:
         on_step = start("training the victim") if args.epochs else None
         train_on = public_pool(args.data, "train", shape=shape, limit=PUBLIC_TRAINING) if args.epochs else None
-        module = prepare_model(architecture, seed=args.seed, weights=args.weights, train_on=train_on, epochs=args.epochs, on_step=on_step)
+        module = prepare_model(
+            architecture, seed=args.seed, weights=args.weights, train_on=train_on, epochs=args.epochs, on_step=on_step
+        )
     observation, secret = capture_gradient(
         module,
         architecture,
@@ -51,7 +58,9 @@ def capture(args: arguments.Capture, argv: list[str]) -> None:
     secret = replace(secret, source=f"{secret.source} {' '.join(map(str, args.indices))}")
     files.save_observation(observation, out / "observation.safetensors")
     files.save_secret(secret, out / "secret.safetensors")
-    print(f"{out / 'observation.safetensors'}: what the attacker sees\n{out / 'secret.safetensors'}: what only audit opens")
+    print(
+        f"{out / 'observation.safetensors'}: what the attacker sees\n{out / 'secret.safetensors'}: what only audit opens"
+    )
 
 
 def attack(args: arguments.Attack, attacks: dict[str, Any], argv: list[str]) -> None:
@@ -74,12 +83,30 @@ def audit(args: arguments.Audit, attacks: dict[str, Any], argv: list[str]) -> No
     secret = files.load_secret(args.secret) if args.secret else None
     public = public_pool(args.data, args.public_split, shape=observation.model.architecture.input_shape)
     inputs = [args.observation, *([args.secret] if args.secret else [])]
-    run_audit(observation, attacks, public, secret, new_record(argv, args.seed, observation, inputs), out, args.seed, args.device)
+    run_audit(
+        observation,
+        attacks,
+        public,
+        secret,
+        new_record(argv, args.seed, observation, inputs),
+        out,
+        args.seed,
+        args.device,
+    )
 
 
 def demo(args: arguments.Demo, argv: list[str]) -> None:
-    """One embedded photograph, the gradient of a fresh LeNet and of an MLP, every attack, one report."""
-    raise NotImplementedError
+    """One embedded photograph, the gradient that a fresh LeNet would share of it, every attack, one report."""
+    out = fresh_folder(args.out)
+    capture(arguments.Capture(out=out / "captured", seed=args.seed, indices=DEMO_ROWS), argv)
+    observation = files.load_observation(out / "captured" / "observation.safetensors")
+    secret = files.load_secret(out / "captured" / "secret.safetensors")
+    public = public_pool("embedded", "train", shape=observation.model.architecture.input_shape)
+    attacks = {name: kind() for name, kind in ATTACKS.items()}
+    run_audit(
+        observation, attacks, public, secret, new_record(argv, args.seed, observation, []), out, args.seed, args.device
+    )
+    print(f"Open {out / 'report.html'} in a browser.")
 
 
 def run_audit(
@@ -94,7 +121,9 @@ def run_audit(
 ) -> None:
     """The audit loop with progress, writing after each attack."""
     with progress() as start:
-        for done in auditing.audit(observation, attacks, public, secret=secret, seed=seed, device=device, on_step=start):
+        for done in auditing.audit(
+            observation, attacks, public, secret=secret, seed=seed, device=device, on_step=start
+        ):
             written["results"].append(done.result)
             written["verdict"] = auditing.verdict(written["results"])
             save_pictures(done, out)
@@ -103,12 +132,22 @@ def run_audit(
 
 
 def reproduce(args: arguments.Reproduce, argv: list[str]) -> None:
-    """Run a recipe."""
+    """Run a recipe; record.json, report.html, table.csv and the plots are written again after every finished piece."""
     from gradleak.recipes import RECIPES
 
     if args.name not in RECIPES:
         raise BadInput(f"Unknown recipe {args.name!r}. Recipes: {', '.join(RECIPES)}.")
-    raise NotImplementedError
+    out = fresh_folder(args.out)
+    written = record.new_record({"name": "reproduce", "arguments": {"argv": argv, "inputs": {}}}, args.seed, [])
+    with progress() as start:
+        for found in RECIPES[args.name](args.data, args.size, seed=args.seed, device=args.device, start=start):
+            written["table"], written["plots"], written["results"] = found.table, found.plots, found.results
+            written["verdict"] = {"level": "unscored", "sentence": found.sentence}
+            finish(written, out)
+            save_table(found.table, out / "table.csv")
+            for number, plot in enumerate(found.plots):
+                (out / f"plot-{number}.png").write_bytes(base64.b64decode(plot["image"].partition(",")[2]))
+    print(written["verdict"]["sentence"])
 
 
 def report(args: arguments.Report) -> None:
@@ -119,27 +158,37 @@ def report(args: arguments.Report) -> None:
 
 
 def rerun(args: arguments.Rerun, argv: list[str]) -> None:
-    """The command of a record, again: same files (by hash), seed and parameters, results to another folder."""
+    """The command of a record, again: same input files (by hash), seed and parameters, results to another folder."""
     from gradleak.cli import run
 
-    stored = record.read(args.record)["command"]
-    again = stored["arguments"].get("argv")
+    stored = record.read(args.record)["command"]["arguments"]
+    again = stored.get("argv")
     if not isinstance(again, list) or not all(isinstance(part, str) for part in again):
         raise BadInput(f"{args.record} does not say how it was made.")
-    for path, digest in stored["arguments"].get("inputs", {}).items():
+    for path, digest in stored.get("inputs", {}).items():
         if file_hash(Path(path)) != digest:
             raise BadInput(f"{path} is no longer the file that the record was made from.")
-    for part in again:
-        if ":" in part and part.split("=")[-1] != args.model and "--model" in " ".join(again):
-            raise BadInput(f"The record would import your code {part!r}: allow it with --model {part}.")
-    position = again.index("--out") if "--out" in again else None
-    again = again[:position] + again[position + 2 :] if position is not None else again
+    flags = [part for part in again for part in part.split("=", 1)]
+    code = flags[flags.index("--model") + 1] if "--model" in flags[:-1] else ""
+    if ":" in code and code != args.model:
+        raise BadInput(f"The record would import the code {code!r}: if you trust it, allow that with --model {code}.")
+    if "--out" in again:
+        where = again.index("--out")
+        again = again[:where] + again[where + 2 :]
     run([*again, "--out", str(args.out)])
 
 
 def list_all(args: arguments.List) -> None:
-    """Attacks with the first lines of their files, recipes, models."""
-    raise NotImplementedError
+    """Attacks with what their files say they see and recover; recipes; models."""
+    from gradleak.recipes import RECIPES
+
+    print("Attacks")
+    for name, kind in ATTACKS.items():
+        print(f"  {name}")
+        for line in (sys.modules[kind.__module__].__doc__ or "").splitlines():
+            if line.startswith(("Sees", "Recovers")):
+                print(f"      {line}")
+    print(f"Recipes\n  {', '.join(RECIPES)}\nModels\n  {', '.join(MODELS)}, or package.module:factory of your own")
 
 
 def observed(args: arguments.Observed) -> Gradient:
@@ -149,7 +198,9 @@ def observed(args: arguments.Observed) -> Gradient:
         files.check_provenance(observation, weights=args.weights, mode=args.mode)
         return observation
     if args.model is None or args.weights is None:
-        raise BadInput(f"{args.observation} carries no provenance: say with --model and --weights what it was taken from.")
+        raise BadInput(
+            f"{args.observation} carries no provenance: say with --model and --weights what it was taken from."
+        )
     architecture = Architecture(args.model, args.input_shape, args.classes)
     module = prepare_model(architecture, weights=args.weights)
     model = Model.of(module, architecture, mode=args.mode or "eval")
@@ -175,6 +226,23 @@ def finish(written: record.Record, out: Path, *, report: bool = True) -> None:
     record.write(written, out / "record.json")
     if report:
         (out / "report.html").write_text(html.render(written), encoding="utf-8")
+
+
+def save_pictures(done: auditing.Audited, out: Path) -> None:
+    """ATTACK-0.png, ATTACK-1.png, ...: the reconstructions, each eight times as large as its pixels."""
+    out.mkdir(parents=True, exist_ok=True)
+    for number, uri in enumerate(done.result.get("pictures", {}).get("reconstruction", [])):
+        picture = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+        large = picture.resize((picture.width * 8, picture.height * 8), Image.Resampling.NEAREST)
+        large.save(out / f"{done.result['attack']}-{number}.png")
+
+
+def save_table(rows: list[dict[str, Any]], path: Path) -> None:
+    """The recipe's table for a spreadsheet."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def file_hash(path: Path) -> str:

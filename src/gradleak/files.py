@@ -93,6 +93,11 @@ def load_observation(path: Path, *, factory: str | None = None) -> Gradient:
     return Update(**shared, **recipe) if kind == "Update" else Gradient(**shared)
 
 
+def has_provenance(path: Path) -> bool:
+    """Whether the file was written by `save_observation`; False for a plain {name: tensor} file."""
+    return "schema" in _open(path)[1]
+
+
 def check_provenance(observation: Gradient, *, weights: Path | None = None, mode: str | None = None) -> None:
     """BadInput if the weights or the mode that the user believes in are not those the observation was taken at."""
     model = observation.model
@@ -184,7 +189,8 @@ def _open(path: Path) -> tuple[Tensors, dict[str, str]]:
         )
     try:
         with safe_open(path, framework="pt") as file:
-            tensors, header = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise BadInput(f"{path} is not a readable safetensors file ({error}): truncated, or something else.") from error
     for name, tensor in tensors.items():

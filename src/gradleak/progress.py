@@ -13,7 +13,12 @@ OnStep = Callable[[int, int, float], None]
 @contextmanager
 def progress() -> Iterator[Callable[[str], OnStep]]:
     """Inside the block, `start("name")` opens a bar and returns its callback (step, steps, objective)."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bars:
 
         def start(name: str) -> OnStep:

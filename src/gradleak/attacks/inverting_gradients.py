@@ -3,12 +3,13 @@
 Sees      Gradient or Update; labels optional (recovered by labels.py when absent)
 Recovers  images (batch, channel, height, width) in [0, 1]
 Solves    min over x in [0, 1] of 1 - cos(g(x) - g0, g* - g0) + tv_weight * TV(x)      (equation 4, where g0 = 0)
-Differs   g0 is the mean gradient of random smooth pictures with the same labels. In an untrained network most of the
-          gradient is the same for every picture; the plain cosine is blind to the small part that is not. g0 = 0
-          (`centre=False`) is the paper's objective.
+Differs   g0 is the part of the gradient that any picture with these labels would give (`shared_part`). In an untrained
+          network that is nearly all of it, and the plain cosine is blind to the rest. g0 = 0 (`centre=False`) is the
+          paper's objective.
           Starts at grey with a little noise, not at N(0, 1), and keeps the best iterate, not the last.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from gradleak.attacks.labels import known_or_recovered
-from gradleak.distances import Tensors, cosine, relative_residual
+from gradleak.distances import Tensors, cosine, flatten, relative_residual
 from gradleak.observations import Gradient
 from gradleak.optimise import OnStep, best_of_restarts, descend, stack
 from gradleak.priors.total_variation import total_variation
@@ -31,14 +32,14 @@ class InvertingGradients:
 
     steps, step_size  signed Adam in pixel units, pixels in [0, 1]
     tv_weight         of the total variation; 0 switches the prior off
-    centre            measure the cosine from the mean gradient of random smooth pictures, not from zero
+    centre            measure the cosine from the part that all pictures share, not from zero
     restarts          random starts per observation, side by side; the best objective is kept
     compiled          generate machine code first (ten seconds to minutes): pays for long runs on small models
     """
 
     steps: int = 1_000
     step_size: float = 0.1
-    tv_weight: float = 0.1
+    tv_weight: float = 0.03
     centre: bool = True
     restarts: int = 1
     compiled: bool = False
@@ -59,7 +60,7 @@ class InvertingGradients:
         released = stack(observations, self.restarts)  # {name: (K, ...)}
         noise = torch.randn(*y.shape, *seen.model.architecture.input_shape, generator=generator)
         start = (0.5 + 0.1 * noise).clamp(0, 1).to(y.device)
-        origin = blind_gradient(seen, y, generator) if self.centre else {k: v * 0 for k, v in released.items()}
+        origin = shared_part(seen, y, released, generator) if self.centre else {k: v * 0 for k, v in released.items()}
 
         def objective(x: Tensor, y: Tensor, released: Tensors, origin: Tensors) -> Tensor:  # x (batch, c, h, w)
             simulated = seen.simulate(x, y)
@@ -83,27 +84,34 @@ class InvertingGradients:
         return results
 
 
-def blind_gradient(observation: Gradient, labels: Tensor, generator: torch.Generator, draws: int = 6) -> Tensors:
-    """The mean release for random smooth pictures: labels (K, batch) -> {name: (K, ...)}."""
-    simulate = vmap(observation.simulate)
-    channel, height, width = observation.model.architecture.input_shape
-    total: Tensors = {}
+def shared_part(
+    observation: Gradient, labels: Tensor, released: Tensors, generator: torch.Generator, draws: int = 6
+) -> Tensors:
+    """The mean release for random smooth pictures with these labels, scaled to fit what was released.
+
+    labels (K, batch), released {name: (K, ...)} -> {name: (K, ...)}. The scale is <mean, released> / ||mean||^2: near 1
+    where all pictures share most of their gradient, near 0 where they share none.
+    """
+    shape = (*labels.shape, *observation.model.architecture.input_shape)
+    mean = {name: torch.zeros_like(tensor) for name, tensor in released.items()}
     for _ in range(draws):
-        images = smooth_pictures(labels.numel(), channel, height, width, generator).to(labels.device)
-        for name, tensor in simulate(images.view(*labels.shape, channel, height, width), labels).items():
-            total[name] = total.get(name, 0) + tensor.detach() / draws
-    return total
+        images = smooth_pictures(shape, generator).to(labels.device)
+        for name, tensor in vmap(observation.simulate)(images, labels).items():
+            mean[name] += tensor.detach() / draws
+    scale = vmap(lambda a, b: flatten(a) @ flatten(b) / flatten(a).square().sum())(mean, released)  # (K,)
+    return {name: scale.view(-1, *[1] * (tensor.dim() - 1)) * tensor for name, tensor in mean.items()}
 
 
-def smooth_pictures(count: int, channel: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-    """Random pictures with more contrast at coarse scales, as in nature: (count, channel, height, width) in [0, 1]."""
-    picture = torch.zeros(count, channel, height, width)
+def smooth_pictures(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Random pictures with more contrast at coarse scales, as in nature: (..., channel, height, width) in [0, 1]."""
+    *batch, channel, height, width = shape
+    picture = torch.zeros(math.prod(batch), channel, height, width)
     scale = 2
     while scale <= max(height, width):
-        noise = torch.randn(count, channel, scale, scale, generator=generator)
+        noise = torch.randn(*picture.shape[:2], scale, scale, generator=generator)
         picture += F.interpolate(noise, (height, width), mode="bilinear") / scale**0.5
         scale *= 2
-    return (0.5 + 0.25 * picture).clamp(0, 1)
+    return (0.5 + 0.25 * picture).clamp(0, 1).view(shape)
 
 
 def _minus(a: Tensors, b: Tensors) -> Tensors:

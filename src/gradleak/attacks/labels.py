@@ -122,4 +122,5 @@ def labels_of_images(observation: Gradient, images: Tensor) -> Tensor:
     difference = (
         share * observation.as_gradient()[f"{last.name}.weight"] @ torch.linalg.pinv(last.input)
     )  # (classes, batch)
-    return (probabilities - difference.T).argmax(dim=1)
+    labels: Tensor = (probabilities - difference.T).argmax(dim=1)
+    return labels

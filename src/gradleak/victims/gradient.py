@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 import torch
-from gradleak.data import Pictures
 from torch import nn
 
+from gradleak.data import Pictures
 from gradleak.errors import BadInput
 from gradleak.models import Architecture
 from gradleak.observations import Gradient, Mode, Model

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from gradleak.data import Pictures
 from safetensors.torch import save_file
 from torch import nn
 
+from gradleak.data import Pictures
 from gradleak.files import load_state, load_tensors
 from gradleak.models import Architecture
 
@@ -63,10 +63,12 @@ def train(
     module.train()
     for epoch in range(epochs):
         loss = torch.zeros(())
-        for rows in torch.randperm(len(pictures.labels), generator=generator).split(batch_size):
+        order = torch.randperm(len(pictures.labels), generator=generator)
+        for first in range(0, len(order), batch_size):
+            rows = order[first : first + batch_size]
             loss = F.cross_entropy(module(pictures.images[rows]), pictures.labels[rows])
             optimiser.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
         if on_step is not None:
             on_step(epoch + 1, epochs, float(loss.detach()))

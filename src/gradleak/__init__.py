@@ -1,0 +1,43 @@
+"""What do the gradients, updates, adapters and weights that you share give away about your training data?
+
+observation, secret = capture_gradient(module, architecture, pictures)          # the victim
+found = InvertingGradients()(observation, generator=torch.Generator())          # the attacker: no secret
+for row in audit(observation, attacks, public, secret=secret): ...              # scored against controls
+"""
+
+from gradleak.attacks.analytic import Analytic
+from gradleak.attacks.dlg import DLG
+from gradleak.attacks.idlg import IDLG
+from gradleak.attacks.inverting_gradients import InvertingGradients
+from gradleak.attacks.labels import recover_labels
+from gradleak.checks import check_observation, replay
+from gradleak.data import Pictures
+from gradleak.errors import BadInput, NotObserved
+from gradleak.files import load_observation, load_secret, save_observation, save_secret
+from gradleak.models import Architecture
+from gradleak.observations import Gradient, Model, Update
+from gradleak.reconstruction import Reconstruction
+from gradleak.secret import Secret
+
+__all__ = [
+    "DLG",
+    "IDLG",
+    "Analytic",
+    "Architecture",
+    "BadInput",
+    "Gradient",
+    "InvertingGradients",
+    "Model",
+    "NotObserved",
+    "Pictures",
+    "Reconstruction",
+    "Secret",
+    "Update",
+    "check_observation",
+    "load_observation",
+    "load_secret",
+    "recover_labels",
+    "replay",
+    "save_observation",
+    "save_secret",
+]
