@@ -9,11 +9,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from gradleak.distances import Tensors, flatten, relative_residual
+from gradleak.distances import relative_residual
 from gradleak.observations import Gradient, Mode, Model, Reduction
 from gradleak.reconstruction import Reconstruction
 from gradleak.report.record import Flag
 from gradleak.secret import Secret
+from gradleak.tensors import Tensors, flatten
 
 # Relative rounding error of a release in each format, with room for another summation order.
 REPLAY_TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2}

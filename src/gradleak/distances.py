@@ -3,12 +3,7 @@
 import torch
 from torch import Tensor
 
-Tensors = dict[str, Tensor]
-
-
-def flatten(tensors: Tensors) -> Tensor:
-    """All entries in the order of the names: (total,)."""
-    return torch.cat([tensors[name].reshape(-1) for name in sorted(tensors)])
+from gradleak.tensors import Tensors, flatten
 
 
 def squared_l2(a: Tensors, b: Tensors) -> Tensor:
@@ -27,4 +22,5 @@ def cosine(a: Tensors, b: Tensors) -> Tensor:
 def relative_residual(a: Tensors, b: Tensors) -> Tensor:
     """||a - b|| / ||b||: 0 when a explains b completely. Computed in float64."""
     u, v = flatten(a).double(), flatten(b).double()
-    return (u - v).norm() / v.norm().clamp_min(torch.finfo(torch.float64).tiny)
+    residual: Tensor = (u - v).norm() / v.norm().clamp_min(torch.finfo(torch.float64).tiny)
+    return residual

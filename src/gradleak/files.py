@@ -15,12 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from gradleak.distances import Tensors
 from gradleak.errors import BadInput
 from gradleak.models import MODELS, Architecture
 from gradleak.observations import Gradient, Model, Update
 from gradleak.reconstruction import Reconstruction
 from gradleak.secret import Secret
+from gradleak.tensors import Tensors
 
 OBSERVATION, SECRET = "gradleak/observation/1", "gradleak/secret/1"
 RECONSTRUCTION = "gradleak/reconstruction/1"

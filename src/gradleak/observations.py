@@ -5,7 +5,6 @@ the secret been these images? It is a pure function of tensors, so torch.func ca
 """
 
 import copy
-import hashlib
 from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
@@ -14,23 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 
-from gradleak.distances import Tensors
 from gradleak.errors import BadInput
 from gradleak.models import Architecture
+from gradleak.tensors import Tensors, fingerprint
 
 Mode = Literal["train", "eval"]
 Reduction = Literal["mean", "sum"]
 Item = dict[str, str | bool]  # one row of the threat-model table
-
-
-def fingerprint(tensors: Tensors) -> str:
-    """SHA-256 over names, types, shapes and bytes: equal exactly when two states are equal bit by bit."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

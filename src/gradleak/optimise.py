@@ -6,7 +6,7 @@ the rows here, so that an attack never loops over restarts.
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from gradleak.distances import Tensors
 from gradleak.errors import BadInput
 from gradleak.observations import Gradient
+from gradleak.tensors import Tensors
 
 Objective = Callable[..., Tensor]
 OnStep = Callable[[int, int, float], None]  # (iteration, iterations in all, best objective so far)
@@ -38,16 +38,19 @@ def stack(observations: Sequence[Gradient], copies: int = 1) -> Tensors:
     Raises BadInput if they were not taken from the same state, in the same way, from batches of one size.
     """
     first = observations[0]
-    for other in observations[1:]:
-        same = type(other) is type(first) and other.batch_size == first.batch_size
-        if not same or other.model.state_hash() != first.model.state_hash() or other.model.mode != first.model.mode:
-            raise BadInput(
-                "Only observations of one model state, mode, kind and batch size can be attacked side by side."
-            )
+    if len(observations) > 1 and any(_circumstances(o) != _circumstances(first) for o in observations[1:]):
+        raise BadInput("Only observations of one model state, taken in one way, can be attacked side by side.")
     return {
         name: torch.stack([o.released[name] for o in observations]).repeat_interleave(copies, dim=0)
         for name in first.released
     }
+
+
+def _circumstances(o: Gradient) -> dict[str, Any]:
+    shared = {
+        field.name: getattr(o, field.name) for field in fields(o) if field.name not in ("model", "released", "labels")
+    }
+    return shared | {"kind": type(o), "mode": o.model.mode, "loss": o.model.reduction, "state": o.model.state_hash()}
 
 
 def record(function: Callable[..., Any], *example: Any, compiled: bool = False) -> Callable[..., Any]:

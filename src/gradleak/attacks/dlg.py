@@ -22,12 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradleak.distances import Tensors, flatten, relative_residual
+from gradleak.distances import relative_residual
 from gradleak.errors import BadInput, NotObserved
 from gradleak.lbfgs import Evaluate, gauss_newton_factor, lbfgs, unwhiten, whitened
 from gradleak.observations import Gradient
 from gradleak.optimise import OnStep, rowwise, stack
 from gradleak.reconstruction import Reconstruction
+from gradleak.tensors import Tensors, flatten
 
 SOLVED = 1e-8  # objective above which another start is worth its time: a relative residual of 1e-4
 WHITENING_BYTES = 2 * 2**30  # the Jacobian of more is not built

@@ -19,11 +19,12 @@ from torch import Tensor
 from torch.func import vmap
 
 from gradleak.attacks.labels import known_or_recovered
-from gradleak.distances import Tensors, cosine, flatten, relative_residual
+from gradleak.distances import cosine, relative_residual
 from gradleak.observations import Gradient
 from gradleak.optimise import OnStep, best_of_restarts, descend, stack
 from gradleak.priors.total_variation import total_variation
 from gradleak.reconstruction import Reconstruction
+from gradleak.tensors import Tensors, flatten
 
 
 @dataclass(frozen=True, kw_only=True)

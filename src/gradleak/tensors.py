@@ -1,0 +1,23 @@
+"""Named tensors, {name: tensor}: what models are made of, what is released, and what is saved."""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+
+
+def flatten(tensors: Tensors) -> Tensor:
+    """All entries in the order of the names: (total,)."""
+    return torch.cat([tensors[name].reshape(-1) for name in sorted(tensors)])
+
+
+def fingerprint(tensors: Tensors) -> str:
+    """SHA-256 over names, types, shapes and bytes: equal exactly when two states are equal bit by bit."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
