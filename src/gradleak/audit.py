@@ -12,7 +12,6 @@ from PIL import Image
 from torch import Tensor
 
 from gradleak import metrics
-from gradleak.attacks.labels import known_or_recovered
 from gradleak.checks import check_observation, check_result, replay
 from gradleak.data import Pictures
 from gradleak.errors import BadInput, NotObserved
@@ -96,7 +95,7 @@ def audit(
             "pictures": {"reconstruction": pictures(found.images)},
         }
         if secret is not None and public is not None:
-            other = decoy_observation(observation, public, seed).to(where)
+            other = wrong_observation(observation, public, len(found.images), seed).to(where)
             wrong = attack(other, generator=torch.Generator().manual_seed(seed))
             score(row, observation, found, wrong, secret, public)
         yield Audited(row, found)
@@ -123,6 +122,7 @@ def score(
     decoys = public.images[:DECOYS]
     ranks = metrics.identification(candidates["reconstruction"], truth, decoys)
     blind = torch.maximum(*(torch.tensor(scores[name]["psnr_db"]) for name in ("mean_image", "wrong_observation")))
+    row["decoys"] = len(decoys)
     row["scores"] = {**scores.pop("reconstruction"), "identification_rank": ranks.tolist()}
     row["controls"] = scores
     row["pictures"] = {"truth": pictures(truth)} | {name: pictures(images) for name, images in candidates.items()}
@@ -147,9 +147,8 @@ def similarity(images: Tensor, truth: Tensor) -> dict[str, list[float]]:
     }
 
 
-def decoy_observation(observation: Gradient, public: Pictures, seed: int) -> Gradient:
-    """A wrong observation of the same kind: the same victim, had it trained on public pictures instead."""
-    batch = observation.batch_size or len(known_or_recovered(observation))
+def wrong_observation(observation: Gradient, public: Pictures, batch: int, seed: int) -> Gradient:
+    """An observation of the same kind that says nothing of the secret: the same victim, trained on public pictures."""
     classes = observation.model.architecture.classes
     rows = torch.randperm(len(public.labels), generator=torch.Generator().manual_seed(seed))[:batch]
     images, labels = public.images[rows], public.labels[rows] % classes
@@ -179,10 +178,10 @@ def verdict(results: list[Result]) -> Verdict:
     if not count:
         return {
             "level": "nothing",
-            "sentence": f"None of {total} private images was recovered: the best attack, {best['attack']}, tells them from {DECOYS} decoys no better than blind guessing does.",
+            "sentence": f"None of {total} private images was recovered: the best attack, {best['attack']}, tells none from {best.get('decoys')} decoys better than a guess that saw nothing.",
         }
     mean = sum(v or 0 for v in best["scores"]["psnr_db"]) / total
-    sentence = f"{count} of {total} private images recovered by {best['attack']}: {mean:.1f} dB on average, {lead:+.1f} dB against the best blind control, identified among {DECOYS + 1}."
+    sentence = f"{count} of {total} private images recovered by {best['attack']}: {mean:.1f} dB on average, {lead:+.1f} dB against the best blind control, identified among {best.get('decoys', 0) + 1}."
     return {"level": "recovered" if count == total else "partial", "sentence": sentence}
 
 

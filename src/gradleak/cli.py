@@ -47,7 +47,7 @@ def run(argv: list[str]) -> None:
         return
     name = " ".join(argv[:2]) if argv[0] == "capture" else argv[0]
     if name not in COMMANDS:
-        raise BadInput(f"Unknown command {name!r}{near(name, COMMANDS)}. Commands: {', '.join(COMMANDS)}.")
+        raise BadInput(f"Unknown command {name!r}{near(name, COMMANDS)} (commands: {', '.join(COMMANDS)}).")
     kind, command = COMMANDS[name]
     flags = argv[len(name.split()) :]
     attacks = selected_attacks(name, flags)
@@ -80,7 +80,7 @@ def selected_attacks(command: str, flags: list[str]) -> list[str]:
             break
     for name in names:
         if name not in ATTACKS:
-            raise BadInput(f"Unknown attack {name!r}{near(name, ATTACKS)}. `gradleak list` shows all.")
+            raise BadInput(f"Unknown attack {name!r}{near(name, ATTACKS)} (`gradleak list` shows all).")
     return names
 
 
@@ -110,7 +110,7 @@ def configured(attack: str, parsed: Any) -> Any:
 def near(name: str, known: Any) -> str:
     """ ", did you mean ...?" when something similar is known."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-    return f", did you mean {' or '.join(close)}?" if close else ""
+    return f": did you mean {' or '.join(close)}?" if close else ""
 
 
 def usage() -> str:

@@ -3,8 +3,11 @@
 import base64
 import csv
 import hashlib
+import inspect
 import io
+import re
 import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,10 +73,11 @@ def attack(args: arguments.Attack, attacks: dict[str, Any], argv: list[str]) -> 
     with progress() as start:
         for done in auditing.audit(observation, attacks, None, seed=args.seed, device=args.device, on_step=start):
             if done.reconstruction is None:
-                raise BadInput(done.result["status"])
+                raise BadInput(done.result["status"].removeprefix("Not run: "))
             written["results"].append(done.result)
             files.save_reconstruction(done.reconstruction, out / "reconstruction.safetensors")
             save_pictures(done, out)
+            print(f"{done.result['status']} See {out}.")
     finish(written, out, report=False)
 
 
@@ -185,9 +189,9 @@ def list_all(args: arguments.List) -> None:
     print("Attacks")
     for name, kind in ATTACKS.items():
         print(f"  {name}")
-        for line in (sys.modules[kind.__module__].__doc__ or "").splitlines():
-            if line.startswith(("Sees", "Recovers")):
-                print(f"      {line}")
+        header = inspect.getdoc(sys.modules[kind.__module__]) or ""
+        for section in re.findall(r"^(?:Sees|Recovers) .*(?:\n +.*)*", header, re.MULTILINE):
+            print(textwrap.indent(section, "      "))
     print(f"Recipes\n  {', '.join(RECIPES)}\nModels\n  {', '.join(MODELS)}, or package.module:factory of your own")
 
 

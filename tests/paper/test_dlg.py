@@ -15,11 +15,12 @@ from gradleak.attacks import dlg
 from gradleak.attacks.dlg import DLG
 from gradleak.attacks.idlg import IDLG, labelled
 from gradleak.data import Pictures, load
-from gradleak.distances import flatten
+from gradleak.tensors import flatten
 from gradleak.errors import BadInput, NotObserved
 from gradleak.metrics import match, psnr_db
 from gradleak.models import Architecture
-from gradleak.observations import Gradient, Model, Update, fingerprint
+from gradleak.observations import Gradient, Model, Update
+from gradleak.tensors import fingerprint
 from gradleak.victims.gradient import capture_gradient
 
 LENET = Architecture("lenet", (1, 8, 8), 10)

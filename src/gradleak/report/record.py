@@ -104,6 +104,7 @@ class Result(TypedDict):
     flags: Sequence[Flag]
     trace: NotRequired[Sequence[tuple[int, float | None]]]  # (iteration, objective)
     pictures: NotRequired[Mapping[str, Sequence[str]]]
+    decoys: NotRequired[int]  # public pictures in the identification line-up, beside the truth
     labels: NotRequired[Labels]
     texts: NotRequired[Texts]
 
