@@ -22,6 +22,7 @@ from gradleak.report.record import Result, Verdict
 from gradleak.secret import Secret
 
 DECOYS = 99  # identification among 100: the truth and 99 public pictures
+CLEAR_LEAD_DB = 3.0  # an image counts as recovered when it is identified, with half the error of any blind control
 
 
 class Attack(Protocol):
@@ -169,17 +170,15 @@ def verdict(results: list[Result]) -> Verdict:
 
     def recognised(row: Result) -> int:
         return sum(
-            rank == 1 and ahead > 0
+            rank == 1 and ahead >= CLEAR_LEAD_DB
             for rank, ahead in zip(row["scores"]["identification_rank"], lead_db(row), strict=True)
         )
 
     best = max(scored, key=lambda row: (recognised(row), sum(lead_db(row))))
     total, count, lead = len(lead_db(best)), recognised(best), sum(lead_db(best)) / len(lead_db(best))
     if not count:
-        return {
-            "level": "nothing",
-            "sentence": f"None of {total} private images was recovered: the best attack, {best['attack']}, tells none from {best.get('decoys')} decoys better than a guess that saw nothing.",
-        }
+        sentence = f"None of {total} private images was recovered: the closest attack, {best['attack']}, is {lead:+.1f} dB on average against the best blind control."
+        return {"level": "nothing", "sentence": sentence}
     mean = sum(v or 0 for v in best["scores"]["psnr_db"]) / total
     sentence = f"{count} of {total} private images recovered by {best['attack']}: {mean:.1f} dB on average, {lead:+.1f} dB against the best blind control, identified among {best.get('decoys', 0) + 1}."
     return {"level": "recovered" if count == total else "partial", "sentence": sentence}

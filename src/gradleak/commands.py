@@ -24,6 +24,7 @@ from gradleak.models import MODELS, Architecture
 from gradleak.observations import Gradient, Model
 from gradleak.progress import progress
 from gradleak.report import html, record
+from gradleak.report.sheet import save_sheet
 from gradleak.victims.federated import share_update
 from gradleak.victims.gradient import capture_gradient
 from gradleak.victims.training import prepare_model
@@ -132,6 +133,7 @@ def run_audit(
             written["verdict"] = auditing.verdict(written["results"])
             save_pictures(done, out)
             finish(written, out)
+            save_sheet(written["results"], out / "pictures.png")
     print(written["verdict"]["sentence"])
 
 
