@@ -1,0 +1,39 @@
+# `make demo` and `make test` set everything up by themselves. They need Python 3.11 or newer, and make.
+
+PYTHON ?= $(shell for p in python3.11 python3; do $$p -c "" 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+READY := .venv/.ready
+
+# One thread: small models lose more time to threads that wait for each other than they gain. Override it for large ones.
+export OMP_NUM_THREADS ?= 1
+export OMP_WAIT_POLICY ?= PASSIVE
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint bench
+
+demo: $(READY)
+	@if [ -e demo ]; then echo "Removing the demo folder of an earlier run."; rm -rf demo; fi
+	$(BIN)/gradleak demo --out demo
+
+test: lint
+	$(BIN)/pytest
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# Side by side with another library. DATA: CIFAR-10, a name on the Hugging Face hub or a folder. PEER: a Python that has
+# breaching; without it gradleak is measured alone.
+DATA ?= cifar10
+bench: $(READY)
+	$(BIN)/python benchmarks/against_breaching.py --data $(DATA) $(if $(PEER),--peer-python $(PEER))
+
+# Once, and again when what is to be installed has changed.
+$(READY): pyproject.toml constraints.txt
+	@$(or $(PYTHON),false) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+		{ echo "gradleak needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ..."; exit 1; }
+	@echo "Setting up .venv, once; torch is a large download."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@

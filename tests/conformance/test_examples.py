@@ -1,0 +1,114 @@
+"""The example, and the attack in docs/adding_an_attack.md, run as they are printed."""
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gradleak import Gradient, NotObserved, Secret
+from gradleak.audit import audit
+from gradleak.data import load, public_pool
+from gradleak.distances import relative_residual
+from gradleak.metrics import psnr_db
+from gradleak.models import Architecture
+from gradleak.tensors import fingerprint
+from gradleak.victims.gradient import capture_gradient
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_example(folder: Path, *arguments: Path) -> tuple[str, Tensor]:
+    """What it prints, and the picture that it writes: (3, 16, 16)."""
+    command = [sys.executable, "-W", "error", str(ROOT / "examples" / "attack_my_model.py"), *map(str, arguments)]
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, cwd=folder, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (path,) = folder.glob("gradleak-*/image-0.png")
+    pixels = torch.frombuffer(bytearray(Image.open(path).convert("RGB").tobytes()), dtype=torch.uint8)
+    return done.stdout, pixels.view(16, 16, 3).permute(2, 0, 1) / 255
+
+
+def test_attack_my_model_recovers_its_picture(tmp_path: Path) -> None:
+    printed, picture = run_example(tmp_path)
+    assert "The model reproduces the release" in printed
+    assert "Labels: [0]" in printed  # the astronaut is the first class
+    truth = load("embedded", "test", indices=[0], resize=(16, 16)).images[0]
+    # Writing 8-bit pixels costs up to 1/255; as much again is left for the search, whose residual is below 1e-4.
+    assert (picture - truth).abs().max() <= 2 / 255
+
+
+def test_attack_my_model_takes_files_of_ones_own(tmp_path: Path) -> None:
+    private = load("embedded", "test", indices=[1], resize=(16, 16))
+    torch.manual_seed(1)
+    layers = [nn.Conv2d(3, 8, 5, stride=2, padding=2), nn.Sigmoid(), nn.Flatten(), nn.Linear(512, 10)]
+    module = nn.Sequential(*layers)
+    loss = nn.functional.cross_entropy(module(private.images), private.labels)
+    gradients = torch.autograd.grad(loss, list(module.parameters()))
+    names = [name for name, _ in module.named_parameters()]
+    save_file(dict(zip(names, gradients, strict=True)), tmp_path / "gradient.safetensors")
+    save_file(module.state_dict(), tmp_path / "weights.safetensors")
+    printed, picture = run_example(tmp_path, tmp_path / "gradient.safetensors", tmp_path / "weights.safetensors")
+    assert "The model does not reproduce the release" in printed  # the picture in the example is another one
+    assert "Labels: [1]" in printed
+    assert (picture - private.images[0]).abs().max() <= 2 / 255
+
+
+@pytest.fixture
+def attack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The class in the only python block of the page, with its defaults."""
+    page = (ROOT / "docs" / "adding_an_attack.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
+    (tmp_path / "plain_matching.py").write_text(block, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("plain_matching").PlainMatching()
+    del sys.modules["plain_matching"]
+
+
+def observe(*, reveal_labels: bool = True) -> tuple[Gradient, Secret]:
+    architecture = Architecture("lenet", (1, 8, 8), 10)
+    private = load("digits", indices=[0])
+    return capture_gradient(architecture.build(0), architecture, private, reveal_labels=reveal_labels)
+
+
+def test_the_attack_of_the_page(attack: Any) -> None:
+    observation, secret = observe()
+    before = fingerprint({**observation.released, **observation.model.parameters})
+    found = attack(observation, generator=torch.Generator().manual_seed(0))
+    assert fingerprint({**observation.released, **observation.model.parameters}) == before
+    again = attack(observation, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(found.images, again.images)
+    simulated = observation.simulate(found.images, found.labels)
+    assert found.residual == pytest.approx(float(relative_residual(simulated, observation.released)), rel=1e-6)
+    # The last steps are 1e-4 long. A search that ends within 100 of them, 0.01, of the truth has 40 dB.
+    assert psnr_db(found.images, secret.images) >= 40
+
+
+def test_the_attack_of_the_page_is_audited_like_any_other(attack: Any) -> None:
+    observation, secret = observe()
+    public = public_pool("digits", "train", shape=(1, 8, 8), limit=200)
+    (done,) = audit(observation, {"plain-matching": attack}, public, secret=secret)
+    assert json.loads(json.dumps(done.result["parameters"])) == {"steps": 400, "step_size": 0.1}
+    assert done.result["scores"]["identification_rank"] == [1]
+    assert {f["name"]: f["level"] for f in done.result["flags"]} == {"replay": "info"}
+
+
+def test_the_attack_of_the_page_refuses_what_it_cannot_do(attack: Any) -> None:
+    observation, _ = observe(reveal_labels=False)
+    with pytest.raises(NotObserved, match="labels were withheld"):
+        attack(observation, generator=torch.Generator())
+    (done,) = audit(observation, {"plain-matching": attack}, None)
+    assert done.reconstruction is None
+    assert done.result["status"].startswith("Not run: The labels were withheld")

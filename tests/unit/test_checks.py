@@ -1,0 +1,224 @@
+"""Flags: raised when they should be, and only then."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gradleak.checks import check_observation, check_result, replay
+from gradleak.data import Pictures, load
+from gradleak.models import Architecture
+from gradleak.observations import Gradient, Model
+from gradleak.reconstruction import Reconstruction
+from gradleak.report.record import Flag
+from gradleak.secret import Secret
+from gradleak.victims.federated import share_update
+from gradleak.victims.gradient import capture_gradient
+
+MLP = Architecture("mlp", (1, 8, 8), 10)
+RESNET = Architecture("resnet20", (1, 8, 8), 10)
+PUBLIC = load("digits", "train", limit=20)
+
+
+def private() -> Pictures:
+    return load("digits", indices=(3, 1, 4))
+
+
+def victim(architecture: Architecture) -> nn.Module:
+    module = architecture.build(5).train()
+    with torch.no_grad():
+        module(PUBLIC.images)
+    return module
+
+
+def captured(architecture: Architecture = MLP, **arguments: Any) -> tuple[Gradient, Secret]:
+    return capture_gradient(victim(architecture), architecture, private(), **arguments)
+
+
+def named(flags: list[Flag]) -> dict[str, Flag]:
+    assert len({f["name"] for f in flags}) == len(flags)
+    return {f["name"]: f for f in flags}
+
+
+# --- Before an attack ---
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("architecture", [MLP, RESNET], ids=lambda a: a.name)
+def test_an_ordinary_gradient_raises_nothing(architecture: Architecture, mode: str) -> None:
+    flags = named(check_observation(captured(architecture, mode=mode)[0]))
+    assert all(flag["level"] == "info" for flag in flags.values())  # a ReLU network may have dead tensors
+
+
+def test_a_vanishing_gradient() -> None:
+    observation, _ = captured()
+    small = {name: 1e-9 * tensor for name, tensor in observation.released.items()}
+    flags = named(check_observation(replace(observation, released=small)))
+    assert flags["vanishing_gradient"]["level"] == "warning"
+    assert "fitted" in flags["vanishing_gradient"]["sentence"]
+
+
+def test_an_update_is_judged_in_units_of_a_gradient() -> None:
+    gradient, secret = captured()
+    update = share_update(gradient, secret, gradient.model, learning_rate=1e-3, local_steps=1, local_batch_size=3)
+    small = {name: 1e-4 * tensor for name, tensor in update.released.items()}  # norm 1e-7, of a gradient 1e-4
+    flags = named(check_observation(replace(update, released=small)))
+    assert "vanishing_gradient" not in flags
+
+
+def test_zero_tensors_are_counted_and_named() -> None:
+    observation, _ = captured()
+    zero = {name: tensor * (name != "2.weight") for name, tensor in observation.released.items()}
+    flags = named(check_observation(replace(observation, released=zero)))
+    assert flags["zero_tensors"]["sentence"].startswith("1 of 6 released tensors")
+    assert "2.weight" in flags["zero_tensors"]["sentence"]
+
+
+def test_dropout_in_train_mode() -> None:
+    module = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Dropout(0.5), nn.Linear(32, 10))
+    for mode, flagged in (("train", True), ("eval", False)):
+        observation, _ = capture_gradient(module, MLP, private(), mode=mode)  # type: ignore[arg-type]
+        assert ("dropout" in named(check_observation(observation))) == flagged
+
+
+def test_another_loss_than_cross_entropy() -> None:
+    module, data = victim(MLP), private()
+    nn.functional.mse_loss(module(data.images), torch.zeros(3, 10)).backward()  # type: ignore[no-untyped-call]
+    released = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    observation = Gradient(model=Model.of(module, MLP), released=released, batch_size=3)
+    assert named(check_observation(observation))["not_cross_entropy"]["level"] == "warning"
+
+
+# --- Replay ---
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_replay_confirms_the_truth(mode: str, precision: torch.dtype) -> None:
+    observation, secret = captured(RESNET, mode=mode, precision=precision)
+    (flag,) = replay(observation, secret.images, secret.labels)
+    assert flag["level"] == "info"
+    assert "reproduces" in flag["sentence"]
+
+
+def test_replay_confirms_an_update() -> None:
+    gradient, secret = captured(RESNET, mode="train")
+    update = share_update(gradient, secret, gradient.model, learning_rate=0.1, local_steps=3, local_batch_size=2)
+    (flag,) = replay(update, secret.images, secret.labels)
+    assert flag["level"] == "info"
+
+
+def replayed(observation: Gradient, secret: Secret, **beliefs: Any) -> str:
+    wrong = replace(observation, model=observation.model.assume(**beliefs))
+    (flag,) = replay(wrong, secret.images, secret.labels)
+    assert flag["name"] == "replay"
+    assert flag["level"] == "error"
+    return flag["sentence"]
+
+
+@pytest.mark.parametrize(("true", "believed"), [("train", "eval"), ("eval", "train")])
+def test_replay_names_the_mode_that_fits(true: str, believed: str) -> None:
+    observation, secret = captured(RESNET, mode=true)
+    sentence = replayed(observation, secret, mode=believed)
+    assert "does not reproduce" in sentence
+    assert sentence.endswith(f"but it does in {true} mode, mean reduction.")
+
+
+def test_replay_names_the_reduction_that_fits() -> None:
+    observation, secret = captured(RESNET)
+    assert replayed(observation, secret, reduction="sum").endswith("but it does in eval mode, mean reduction.")
+
+
+def test_replay_names_both_modes_where_there_is_no_batch_norm() -> None:
+    observation, secret = captured(MLP)
+    sentence = replayed(observation, secret, reduction="sum")
+    assert "train mode, mean reduction" in sentence
+    assert "eval mode, mean reduction" in sentence
+
+
+def test_replay_names_the_other_buffers() -> None:
+    observation, secret = captured(RESNET)
+    true = observation.model.buffers
+    assert true is not None
+    shifted = {name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in true.items()}
+    wrong = replace(observation, model=observation.model.assume(buffers=shifted))
+    (flag,) = replay(wrong, secret.images, secret.labels, buffers=true)
+    assert "but it does in eval mode, mean reduction, the other buffers" in flag["sentence"]
+
+
+def test_replay_of_other_images_fits_nothing() -> None:
+    observation, secret = captured(RESNET)
+    (flag,) = replay(observation, 1 - secret.images, secret.labels)
+    assert "weights, buffers, loss or preprocessing differ" in flag["sentence"]
+
+
+# --- After an attack ---
+
+
+def result(observation: Gradient, images: Tensor, labels: Tensor, residual: float) -> Reconstruction:
+    return Reconstruction(images, labels, residual, "made by hand")
+
+
+def after(
+    observation: Gradient,
+    secret: Secret,
+    *,
+    residual: float = 1e-3,
+    psnr_db: tuple[float, ...] = (30.0, 30.0, 30.0),
+    blind_psnr_db: tuple[float, ...] = (12.0, 12.0, 12.0),
+    public: Tensor = PUBLIC.images,
+) -> dict[str, Flag]:
+    flags = check_result(
+        observation,
+        result(observation, secret.images, secret.labels, residual),
+        secret,
+        psnr_db=torch.tensor(psnr_db),
+        blind_psnr_db=torch.tensor(blind_psnr_db),
+        public=public,
+    )
+    return named(flags)
+
+
+def test_a_good_result_raises_nothing() -> None:
+    assert after(*captured()) == {}
+
+
+def test_a_result_that_explains_more_than_the_truth() -> None:
+    observation, secret = captured()
+    defended = {name: tensor + 0.1 * tensor.std() for name, tensor in observation.released.items()}
+    flags = after(replace(observation, released=defended), secret, residual=1e-4)
+    assert flags["better_than_truth"]["level"] == "error"
+    assert "better" in flags["better_than_truth"]["sentence"]
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.float16], ids=str)
+def test_rounding_is_no_reason_to_distrust_an_exact_result(precision: torch.dtype) -> None:
+    """An exact attack may fit the rounding of the release a little better than the truth does."""
+    observation, secret = captured(precision=precision)
+    assert "better_than_truth" not in after(observation, secret, residual=0.0)
+
+
+def test_no_better_than_blind_counts_the_images() -> None:
+    flags = after(*captured(), psnr_db=(30.0, 12.0, 11.0))
+    assert flags["no_better_than_blind"]["level"] == "warning"
+    assert flags["no_better_than_blind"]["sentence"].startswith("2 of 3 images")
+
+
+def test_a_secret_in_the_public_pool_is_noticed() -> None:
+    observation, secret = captured()
+    flags = after(observation, secret, public=torch.cat([PUBLIC.images, secret.images[1:2]]))
+    assert flags["secret_is_public"]["level"] == "error"
+    assert flags["secret_is_public"]["sentence"].startswith("1 private images") or flags["secret_is_public"][
+        "sentence"
+    ].startswith("1 private image ")
+
+
+def test_a_result_that_explains_little() -> None:
+    assert after(*captured(), residual=0.7)["unexplained"]["level"] == "warning"
+
+
+def test_a_diverged_result_is_not_passed_over() -> None:
+    flags = after(*captured(), residual=float("nan"), psnr_db=(float("nan"),) * 3)
+    assert {"no_better_than_blind", "unexplained"} <= set(flags)
