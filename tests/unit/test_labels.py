@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracles import shared_labels
 from torch import Tensor, nn
 
 from gradleak.attacks.labels import apportion, labels_of_images, recover_labels
@@ -14,6 +13,7 @@ from gradleak.models import Architecture
 from gradleak.observations import Gradient, Model
 from gradleak.victims.federated import share_update
 from gradleak.victims.gradient import capture_gradient
+from oracles import shared_labels
 
 LENET = Architecture("lenet", (1, 8, 8), 10)
 MLP = Architecture("mlp", (1, 8, 8), 10)

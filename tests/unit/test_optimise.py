@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from gradleak.data import load
-from gradleak.distances import Tensors
 from gradleak.errors import BadInput
 from gradleak.models import Architecture
 from gradleak.observations import Gradient, Update
 from gradleak.optimise import best_of_restarts, descend, record, rowwise, stack
+from gradleak.tensors import Tensors
 from gradleak.victims.federated import share_update
 from gradleak.victims.gradient import capture_gradient
 
@@ -213,7 +213,7 @@ def test_control_flow_that_depends_on_the_data_is_not_recorded() -> None:
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
-@pytest.mark.filterwarnings("default::DeprecationWarning", "default::UserWarning", "default::FutureWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")  # torch's own
 def test_machine_code_agrees_with_the_recording() -> None:
     x, centre, weight = problems(2)
     eager, compiled = (
