@@ -29,6 +29,7 @@ VARIANTS: dict[str, tuple[int, Run]] = {  # name: (pictures side by side, option
     "gradleak, objective as the peer (centre=False)": (1, {"centre": False}),
     "gradleak, compiled": (1, {"compiled": True}),
     "gradleak, 16 side by side": (16, {}),
+    "gradleak, 16 side by side, compiled": (16, {"compiled": True}),
 }
 SECTIONS = ("rates", "psnr", "dlg", "labels", "import")
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from gradleak.errors import BadInput
 from gradleak.observations import Gradient
@@ -60,6 +59,8 @@ def record(function: Callable[..., Any], *example: Any, compiled: bool = False) 
     cannot be recorded: the function itself is then returned. compiled: also generate machine code (torch.compile),
     which takes from ten seconds to minutes and pays for long runs; ignored where there is no C++ compiler.
     """
+    from torch.fx.experimental.proxy_tensor import make_fx  # a fifth of a second: not at import time
+
     try:
         graph = make_fx(function)(*example)
     except (RuntimeError, ValueError, NotImplementedError):

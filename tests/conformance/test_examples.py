@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gradleak import Gradient, NotObserved, Secret
+from gradleak import Gradient, NotObserved, Secret, cli
 from gradleak.audit import audit
 from gradleak.data import load, public_pool
 from gradleak.distances import relative_residual
@@ -112,3 +113,49 @@ def test_the_attack_of_the_page_refuses_what_it_cannot_do(attack: Any) -> None:
     (done,) = audit(observation, {"plain-matching": attack}, None)
     assert done.reconstruction is None
     assert done.result["status"].startswith("Not run: The labels were withheld")
+
+
+def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
+    (block,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+    (tmp_path / "readme.py").write_text(block, encoding="utf-8")
+    command = [sys.executable, "-W", "error", "readme.py"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "identification_rank': [1]" in done.stdout
+
+
+def commands_of_the_readme() -> list[list[str]]:
+    """The words of every `gradleak ...` line in a shell block; lines that end in a backslash go on."""
+    blocks = re.findall(r"^```sh\n(.*?)^```$", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [line[line.index("gradleak") + 1 :] for line in words if "gradleak" in line]
+
+
+@pytest.mark.parametrize("argv", commands_of_the_readme(), ids=" ".join)
+def test_the_command_line_takes_what_the_readme_types(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only parsed: the commands themselves are replaced by one that does nothing."""
+    done = []
+    for name, (kind, _) in cli.COMMANDS.items():
+        monkeypatch.setitem(cli.COMMANDS, name, (kind, lambda *given: done.append(given)))
+    assert cli.main(argv) == 0
+    assert len(done) == 1
+
+
+def test_the_readme_shows_every_command() -> None:
+    shown = {" ".join(argv[:2]) if argv[0] == "capture" else argv[0] for argv in commands_of_the_readme()}
+    assert shown == set(cli.COMMANDS) - {"demo"}  # which is `make demo`
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
+def test_links_between_pages_lead_somewhere(page: str) -> None:
+    targets = re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text(encoding="utf-8"))
+    for target in targets:
+        if not target.startswith("https://"):
+            assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def test_the_architecture_page_names_every_module() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for file in (ROOT / "src" / "gradleak").rglob("*.py"):
+        assert file.name in page or file.name == "__init__.py", file.name

@@ -51,7 +51,8 @@ class DLG:
     """The search.
 
     evaluations        of the objective in the plain phase
-    rounds             of whitening after it, each with round_evaluations at most
+    rounds             of whitening after it, each with round_evaluations at most; none for models of which the
+                       Jacobian would take over 2 GiB, which also get one start only
     history            pairs that L-BFGS remembers
     goal               objective at which the search ends
     box                weight of the mean squared distance of the pixels from [0, 1]; 0 switches it off
@@ -81,7 +82,7 @@ class DLG:
         seen = [o.to(torch.float64) for o in observations]
         best: dict[int, Found] = {}
         starts = [0] * len(seen)
-        for _ in range(self.restarts):
+        for _ in range(self.restarts if whitenable(seen[0]) else 1):  # elsewhere one start is long enough a search
             open_rows = [i for i, o in enumerate(seen) if i not in best or best[i].value > solved(o)]
             if not open_rows:
                 break
@@ -134,17 +135,18 @@ class DLG:
         def residual(z: Tensor) -> Tensor:
             return self.residual(single, z, single.released, norm, *known)
 
-        fits = 4 * len(found.z) * sum(t.numel() for t in single.released.values()) <= WHITENING_BYTES
-        for evaluations in [self.round_evaluations] * self.rounds if fits else [self.rounds * self.round_evaluations]:
+        for _ in range(self.rounds if whitenable(single) else 0):
             if not self.goal < found.value < torch.inf:
                 break
-            factor = gauss_newton_factor(residual, found.z.float()) if fits else None
+            factor = gauss_newton_factor(residual, found.z.float())
             inside, x = evaluate, found.z[None]
             if factor is not None:
                 factor = factor.double()
                 inside, x = whitened(evaluate, found.z, factor), torch.zeros_like(x)
             report = shifted(on_step, found.evaluations, 0)
-            end = lbfgs(inside, x, evaluations=evaluations, history=self.history, goal=self.goal, on_step=report)
+            end = lbfgs(
+                inside, x, evaluations=self.round_evaluations, history=self.history, goal=self.goal, on_step=report
+            )
             z = end.x[0] if factor is None else found.z + unwhiten(end.x, factor)[0]
             trace = found.trace + [(found.evaluations + step, value) for step, [value] in end.trace]
             stalled = float(end.value) > found.value / 2
@@ -197,6 +199,12 @@ def split(observation: Gradient, z: Tensor, known: Tensor | None = None) -> tupl
     size = shape(observation)
     images, logits = z[: prod(size)].view(size), z[prod(size) :]
     return images, logits.view(size[0], -1).softmax(dim=1) if known is None else known
+
+
+def whitenable(observation: Gradient) -> bool:
+    """Whether the Jacobian of what was released by the pixels is small enough to be built."""
+    released = sum(tensor.numel() for tensor in observation.released.values())
+    return 4 * prod(shape(observation)) * released <= WHITENING_BYTES
 
 
 def probabilities(observation: Gradient) -> Tensor:
