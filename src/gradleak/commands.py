@@ -5,6 +5,7 @@ import csv
 import hashlib
 import inspect
 import io
+import itertools
 import re
 import sys
 import textwrap
@@ -30,6 +31,7 @@ from gradleak.victims.gradient import capture_gradient
 from gradleak.victims.training import prepare_model
 
 PUBLIC_TRAINING = 2_000  # pictures a victim is trained on with --epochs
+RERUNNABLE = ("demo", "attack", "audit", "reproduce")  # the commands that leave a record
 DEMO_ROWS = (0,)  # of the embedded pictures: an astronaut's face
 
 
@@ -69,6 +71,7 @@ def capture(args: arguments.Capture, argv: list[str]) -> None:
 
 def attack(args: arguments.Attack, attacks: dict[str, Any], argv: list[str]) -> None:
     """Write reconstruction.safetensors, its pictures and record.json, from the observation alone."""
+    check_device(args.device)
     out, observation = fresh_folder(args.out), observed(args)
     written = new_record(argv, args.seed, observation, [args.observation])
     with progress() as start:
@@ -84,6 +87,7 @@ def attack(args: arguments.Attack, attacks: dict[str, Any], argv: list[str]) -> 
 
 def audit(args: arguments.Audit, attacks: dict[str, Any], argv: list[str]) -> None:
     """Write record.json, report.html and the pictures; after each attack, so that an interrupt loses one at most."""
+    check_device(args.device)
     out, observation = fresh_folder(args.out), observed(args)
     secret = files.load_secret(args.secret) if args.secret else None
     public = public_pool(args.data, args.public_split, shape=observation.model.architecture.input_shape)
@@ -102,6 +106,7 @@ def audit(args: arguments.Audit, attacks: dict[str, Any], argv: list[str]) -> No
 
 def demo(args: arguments.Demo, argv: list[str]) -> None:
     """One embedded photograph, the gradient that a fresh LeNet would share of it, every attack, one report."""
+    check_device(args.device)
     out = fresh_folder(args.out)
     capture(arguments.Capture(out=out / "captured", seed=args.seed, indices=DEMO_ROWS), argv)
     observation = files.load_observation(out / "captured" / "observation.safetensors")
@@ -143,6 +148,7 @@ def reproduce(args: arguments.Reproduce, argv: list[str]) -> None:
 
     if args.name not in RECIPES:
         raise BadInput(f"Unknown recipe {args.name!r}. Recipes: {', '.join(RECIPES)}.")
+    check_device(args.device)
     out = fresh_folder(args.out)
     written = record.new_record({"name": "reproduce", "arguments": {"argv": argv, "inputs": {}}}, args.seed, [])
     with progress() as start:
@@ -174,10 +180,12 @@ def rerun(args: arguments.Rerun, argv: list[str]) -> None:
     for path, digest in stored.get("inputs", {}).items():
         if file_hash(Path(path)) != digest:
             raise BadInput(f"{path} is no longer the file that the record was made from.")
-    flags = [part for part in again for part in part.split("=", 1)]
-    code = flags[flags.index("--model") + 1] if "--model" in flags[:-1] else ""
-    if ":" in code and code != args.model:
-        raise BadInput(f"The record would import the code {code!r}: if you trust it, allow that with --model {code}.")
+    if again[:1] not in [[name] for name in RERUNNABLE]:
+        raise BadInput(f"{args.record} was made by {again[:1]}, not by one of {', '.join(RERUNNABLE)}.")
+    flags = [part for flag in again for part in flag.split("=", 1)]
+    for code in (value for flag, value in itertools.pairwise(flags) if flag == "--model"):
+        if ":" in code and code != args.model:
+            raise BadInput(f"The record would import the code {code!r}: if you trust it, allow it with --model {code}.")
     if "--out" in again:
         where = again.index("--out")
         again = again[:where] + again[where + 2 :]
@@ -210,7 +218,18 @@ def observed(args: arguments.Observed) -> Gradient:
     architecture = Architecture(args.model, args.input_shape, args.classes)
     module = prepare_model(architecture, weights=args.weights)
     model = Model.of(module, architecture, mode=args.mode or "eval")
-    return Gradient(model=model, released=files.load_tensors(args.observation), batch_size=args.batch_size)
+    released = files.load_tensors(args.observation)
+    precision = min(
+        (tensor.dtype for tensor in released.values()), key=lambda dtype: dtype.itemsize, default=torch.float32
+    )
+    if not precision.is_floating_point:
+        raise BadInput(f"{args.observation} holds {precision} numbers, which are no gradient.")
+    return Gradient(
+        model=model,
+        released={name: tensor.float() for name, tensor in released.items()},
+        batch_size=args.batch_size,
+        precision=str(precision).removeprefix("torch."),
+    )
 
 
 def fresh_folder(path: Path) -> Path:
@@ -218,6 +237,14 @@ def fresh_folder(path: Path) -> Path:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise BadInput(f"{path} holds other results already: choose another --out.")
     return path
+
+
+def check_device(name: str) -> None:
+    """BadInput if torch cannot compute there, before anything runs."""
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"Device {name!r} is not to be had here: {str(error).splitlines()[0]}") from error
 
 
 def new_record(argv: list[str], seed: int, observation: Gradient, inputs: list[Path]) -> record.Record:

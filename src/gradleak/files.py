@@ -6,9 +6,10 @@ of your own has to be given beside the file.
 
 import json
 import os
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,8 +17,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gradleak.errors import BadInput
+from gradleak.json_types import misfit
 from gradleak.models import MODELS, Architecture
-from gradleak.observations import Gradient, Model, Update
+from gradleak.observations import Gradient, Mode, Model, Reduction, Update
 from gradleak.reconstruction import Reconstruction
 from gradleak.secret import Secret
 from gradleak.tensors import Tensors
@@ -25,6 +27,37 @@ from gradleak.tensors import Tensors
 OBSERVATION, SECRET = "gradleak/observation/1", "gradleak/secret/1"
 RECONSTRUCTION = "gradleak/reconstruction/1"
 RECIPE = ("learning_rate", "local_steps", "local_batch_size")  # the fields that make a Gradient an Update
+
+
+class Blueprint(TypedDict):
+    """An `Architecture` as JSON."""
+
+    name: str
+    input_shape: tuple[int, int, int]
+    classes: int
+
+
+class Recipe(TypedDict):
+    """The local training behind an Update."""
+
+    learning_rate: float
+    local_steps: int
+    local_batch_size: int
+
+
+class Provenance(TypedDict):
+    """How an observation was taken: the JSON in its file's header."""
+
+    kind: Literal["Gradient", "Update"]
+    architecture: Blueprint
+    mode: Mode
+    reduction: Reduction
+    frozen: Sequence[str]
+    buffers_revealed: bool
+    state_hash: str
+    batch_size: int | None
+    precision: Literal["float64", "float32", "float16", "bfloat16"]
+    recipe: NotRequired[Recipe]
 
 
 def save_observation(observation: Gradient, path: Path) -> None:
@@ -59,38 +92,46 @@ def load_observation(path: Path, *, factory: str | None = None) -> Gradient:
     factory: "package.module:factory" of your own architecture, needed when the file's is none of ours.
     """
     tensors, provenance = _read(path, OBSERVATION)
-    try:
-        name, shape, classes = (provenance["architecture"][key] for key in ("name", "input_shape", "classes"))
-        kind, mode, reduction, frozen = (provenance[key] for key in ("kind", "mode", "reduction", "frozen"))
-        revealed, state_hash = provenance["buffers_revealed"], provenance["state_hash"]
-        batch_size, precision = provenance["batch_size"], provenance["precision"]
-        recipe = {key: provenance["recipe"][key] for key in RECIPE} if kind == "Update" else {}
-    except (KeyError, TypeError) as error:
-        raise BadInput(f"{path} lacks provenance ({error}): it cannot be trusted to be what it says.") from error
-    if kind not in ("Gradient", "Update") or mode not in ("train", "eval") or reduction not in ("mean", "sum"):
-        raise BadInput(
-            f"{path} holds a {kind!r} in mode {mode!r}, reduction {reduction!r}: this version knows no such thing."
-        )
+    if wrong := misfit(provenance, Provenance, ""):
+        raise BadInput(f"{path} has no usable provenance ({wrong}): it cannot be trusted to be what it says.")
+    about = cast(Provenance, provenance)
+    name, shape, classes = (
+        about["architecture"]["name"],
+        about["architecture"]["input_shape"],
+        about["architecture"]["classes"],
+    )
+    recipe: dict[str, Any] = {key: provenance["recipe"][key] for key in RECIPE} if "recipe" in about else {}
+    batch_size = 1 if about["batch_size"] is None else about["batch_size"]
+    if min(*shape, classes, batch_size, *recipe.values()) <= 0 or (about["kind"] == "Update") != bool(recipe):
+        raise BadInput(f"{path} has impossible provenance: a size, a count or a rate is not above zero, or missing.")
     if factory is None and name not in MODELS:
         raise BadInput(
             f"{path} was taken from the model {name!r}, which is none of ours: name your factory with --model."
         )
-    architecture = Architecture(name, tuple(shape), classes)
-    module = Architecture(factory or name, tuple(shape), classes).build(seed=0)
-    load_state(module, _group(tensors, "parameters") | _group(tensors, "buffers"), partial=not revealed)
-    for parameter_name in frozen:
-        module.get_parameter(parameter_name).requires_grad_(False)
-    model = Model.of(module, architecture, mode=mode, reduction=reduction, reveal_buffers=revealed)
-    if model.state_hash() != state_hash:
-        raise BadInput(
-            f"{path} holds another state ({model.state_hash()[:12]}) than its provenance ({state_hash[:12]}): it was altered."
-        )
-    released = {
-        key: value.float() if value.dtype.itemsize < 4 else value for key, value in _group(tensors, "released").items()
-    }
-    shared: dict[str, Any] = {"model": model, "released": released, "batch_size": batch_size, "precision": precision}
-    shared["labels"] = tensors.get("labels")
-    return Update(**shared, **recipe) if kind == "Update" else Gradient(**shared)
+    architecture = Architecture(name, (shape[0], shape[1], shape[2]), classes)
+    module = replace(architecture, name=factory or name).build(seed=0)
+    load_state(
+        module, _group(tensors, "parameters") | _group(tensors, "buffers"), partial=not about["buffers_revealed"]
+    )
+    own = dict(module.named_parameters())
+    if unknown := [key for key in about["frozen"] if key not in own]:
+        raise BadInput(f"{path} has impossible provenance: {unknown[0]} is said to be frozen, but the model has none.")
+    for key, parameter in own.items():
+        parameter.requires_grad_(key not in about["frozen"])
+    model = Model.of(
+        module,
+        architecture,
+        mode=about["mode"],
+        reduction=about["reduction"],
+        reveal_buffers=about["buffers_revealed"],
+    )
+    if model.state_hash() != about["state_hash"]:
+        hashes = f"{model.state_hash()[:12]} than its provenance ({about['state_hash'][:12]})"
+        raise BadInput(f"{path} holds another state ({hashes}: it was altered after it was written.")
+    released = {key: t.float() if t.dtype.itemsize < 4 else t for key, t in _group(tensors, "released").items()}
+    shared: dict[str, Any] = {"model": model, "released": released, "labels": tensors.get("labels")}
+    shared |= {"batch_size": about["batch_size"], "precision": about["precision"]}
+    return Update(**shared, **recipe) if about["kind"] == "Update" else Gradient(**shared)
 
 
 def has_provenance(path: Path) -> bool:
@@ -106,10 +147,11 @@ def check_provenance(observation: Gradient, *, weights: Path | None = None, mode
             f"The observation was taken in {model.mode} mode, not in {mode} mode: the gradients of the two differ."
         )
     if weights is not None:
-        for name, tensor in load_tensors(weights).items():
-            known = model.parameters.get(name, (model.buffers or {}).get(name))
-            if known is not None and not (known.shape == tensor.shape and torch.equal(known, tensor)):
-                raise BadInput(f"{weights} is not the state that the observation was taken at: {name} differs.")
+        given = load_tensors(weights)
+        for name, known in {**model.parameters, **(model.buffers or {})}.items():
+            if name not in given or known.shape != given[name].shape or not torch.equal(known, given[name]):
+                what = "differs" if name in given else "is missing"
+                raise BadInput(f"{weights} is not the state that the observation was taken at: {name} {what}.")
 
 
 def load_state(module: nn.Module, tensors: Tensors, *, partial: bool = False) -> None:
@@ -145,7 +187,7 @@ def save_secret(secret: Secret, path: Path) -> None:
 
 def load_secret(path: Path) -> Secret:
     """Read a secret back; BadInput if the file is something else."""
-    tensors, about = _read(path, SECRET)
+    tensors, about = _read(path, SECRET, "images", "labels")
     return Secret(tensors["images"], tensors["labels"], about.get("source", ""))
 
 
@@ -157,7 +199,7 @@ def save_reconstruction(reconstruction: Reconstruction, path: Path) -> None:
 
 def load_reconstruction(path: Path) -> Reconstruction:
     """Read a reconstruction back; BadInput if the file is something else."""
-    tensors, about = _read(path, RECONSTRUCTION)
+    tensors, about = _read(path, RECONSTRUCTION, "images", "labels")
     about["trace"] = [(int(step), float(value)) for step, value in about["trace"]]
     return Reconstruction(images=tensors["images"], labels=tensors["labels"], **about)
 
@@ -170,12 +212,21 @@ def _write(tensors: Tensors, schema: str, about: dict[str, Any], path: Path) -> 
     os.replace(unfinished, path)
 
 
-def _read(path: Path, schema: str) -> tuple[Tensors, dict[str, Any]]:
+def _read(path: Path, schema: str, *needed: str) -> tuple[Tensors, dict[str, Any]]:
     tensors, header = _open(path)
     if header.get("schema") != schema:
         found = header.get("schema", "no gradleak header")
         raise BadInput(f"{path} is not a {schema.split('/')[1]} file of this version ({found}, not {schema}).")
-    return tensors, json.loads(header["gradleak"])
+    for name in needed:
+        if name not in tensors:
+            raise BadInput(f"{path} lacks {name}: it is damaged.")
+    try:
+        about = json.loads(header.get("gradleak", ""))
+    except ValueError as error:
+        raise BadInput(f"{path} has a damaged header ({error}).") from error
+    if not isinstance(about, dict):
+        raise BadInput(f"{path} has a damaged header: {type(about).__name__} in place of an object.")
+    return tensors, about
 
 
 def _open(path: Path) -> tuple[Tensors, dict[str, str]]:

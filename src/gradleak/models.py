@@ -57,6 +57,10 @@ def lenet(shape: tuple[int, int, int], classes: int) -> nn.Module:
 def convnet64(shape: tuple[int, int, int], classes: int) -> nn.Module:
     """The ConvNet of Inverting Gradients at width 64: eight 3x3 convolutions with BatchNorm and ReLU, two 3x3 max-pools."""
     channels, height, width = shape
+    if min(height, width) < 9:
+        raise BadInput(
+            f"convnet64 pools by 9 and cannot take pictures of {height}x{width}: choose another model or resize."
+        )
     layers: list[nn.Module] = [Normalise(channels)]
     for out in (64, 128, 128, 256, 256, 256, None, 256, 256, None):
         if out is None:

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gradleak import report
-from gradleak.report import Record, Result
+from gradleak.report import record as records
+from gradleak.report.html import render
+from gradleak.report.record import Record, Result
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(
@@ -62,7 +63,7 @@ def make_result(attack: str) -> Result:
 
 
 def make_record() -> Record:
-    record = report.new_record(
+    record = records.new_record(
         {"name": "audit", "arguments": {"observation": LONG}},
         seed=0,
         threat_model=[{"item": "gradient", "revealed": True, "detail": LONG}],
@@ -87,7 +88,7 @@ def browse(folder: Path, html: str, *flags: str) -> str:
 
 def test_the_pictures_are_drawn(tmp_path: Path) -> None:
     screenshot = tmp_path / "report.png"
-    browse(tmp_path, report.render(make_record()), f"--screenshot={screenshot}", "--window-size=1000,4500")
+    browse(tmp_path, render(make_record()), f"--screenshot={screenshot}", "--window-size=1000,4500")
     pixels = np.asarray(Image.open(screenshot).convert("RGB"))
     assert pixels.shape == (4500, 1000, 3)
     for colour in [colour for colours in COLOURS.values() for colour in colours]:
@@ -99,7 +100,7 @@ def test_the_pictures_are_drawn(tmp_path: Path) -> None:
 
 
 def test_the_browser_finds_the_content(tmp_path: Path) -> None:
-    page = browse(tmp_path, report.render(make_record()), "--dump-dom")
+    page = browse(tmp_path, render(make_record()), "--dump-dom")
     assert "One of the two images can be recognised." in page
     assert "dlg stopped after 4,000 steps." in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
@@ -111,7 +112,7 @@ def test_the_browser_finds_the_content(tmp_path: Path) -> None:
 @pytest.mark.parametrize("width", [800, 1280])
 def test_the_page_never_scrolls_sideways(tmp_path: Path, width: int) -> None:
     """A script measures the page, once the policy that forbids scripts has been taken out."""
-    html, policies = re.subn(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", report.render(make_record()))
+    html, policies = re.subn(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", render(make_record()))
     assert policies == 1
     page = browse(tmp_path, html.replace("</body>", SCRIPT + "</body>"), "--dump-dom", f"--window-size={width},900")
     measured = re.search(r'data-width="(\d+)"', page)
@@ -121,7 +122,7 @@ def test_the_page_never_scrolls_sideways(tmp_path: Path, width: int) -> None:
 
 def test_the_policy_stops_a_script_that_got_through(tmp_path: Path) -> None:
     """The second lock: the script that runs in the test above does not run under the page's own policy."""
-    html = report.render(make_record()).replace("</body>", SCRIPT + "</body>")
+    html = render(make_record()).replace("</body>", SCRIPT + "</body>")
     page = browse(tmp_path, html, "--dump-dom", "--window-size=800,900")
     assert SCRIPT in page
     assert "data-width" not in page

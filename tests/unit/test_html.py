@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gradleak import report
-from gradleak.report import Record, Result
-from gradleak.report.html import describe, plain
+from gradleak.report import record as records
+from gradleak.report.html import describe, plain, render
+from gradleak.report.record import Record, Result
 
 # A PNG of one pixel would do; the page only looks at the letters.
 PICTURES = [f"data:image/png;base64,iVBORw0KGgo{letter}" for letter in "ABCDEFGHIJ"]
@@ -72,7 +72,7 @@ def make_result(attack: str = "inverting_gradients") -> Result:
 
 
 def make_record(*results: Result) -> Record:
-    record = report.new_record(
+    record = records.new_record(
         {"name": "audit", "arguments": {"observation": "demo/observation.safetensors"}},
         seed=7,
         threat_model=[
@@ -98,7 +98,7 @@ def test_the_parts_come_in_the_promised_order() -> None:
     record = make_record(make_result("dlg"), make_result("git"))
     record["table"] = [{"std": 0.1, "verdict": "partial"}, {"std": None, "extra": "yes"}]
     record["plots"] = [{"title": "PSNR against noise", "image": PICTURES[8]}]
-    text = Page(report.render(record)).text
+    text = Page(render(record)).text
     parts = [
         "One of two images was recovered.",
         "All attacks at a glance",
@@ -121,14 +121,14 @@ def test_the_parts_come_in_the_promised_order() -> None:
     place = 0
     for part in parts:
         place = text.index(part, place)  # raises where a part is missing or comes too early
-    assert ["0.1", "partial", "–"] in rows(report.render(record))  # noqa: RUF001
-    assert ["–", "–", "yes"] in rows(report.render(record))  # noqa: RUF001
+    assert ["0.1", "partial", "–"] in rows(render(record))  # noqa: RUF001
+    assert ["–", "–", "yes"] in rows(render(record))  # noqa: RUF001
 
 
 def test_render_is_pure() -> None:
     record = make_record(make_result("dlg"), make_result("git"))
     before = copy.deepcopy(record)
-    assert report.render(record) == report.render(record) == report.render(before)
+    assert render(record) == render(record) == render(before)
     assert record == before
 
 
@@ -136,12 +136,12 @@ def test_the_page_is_the_same_before_and_after_the_disk(tmp_path: Path) -> None:
     record = make_record(make_result())
     record["results"][0]["scores"] = {"psnr_db": [math.inf, 20.0]}
     record["table"] = [{"psnr_db": math.nan}]
-    report.write(record, tmp_path / "record.json")
-    assert report.render(report.read(tmp_path / "record.json")) == report.render(record)
+    records.write(record, tmp_path / "record.json")
+    assert render(records.read(tmp_path / "record.json")) == render(record)
 
 
 def test_pictures_stand_in_columns_with_their_scores() -> None:
-    html = report.render(make_record(make_result()))
+    html = render(make_record(make_result()))
     assert [image["src"] for image in Page(html).attributes("img")] == [PICTURES[i] for i in (0, 2, 4, 6, 1, 3, 5, 7)]
     assert [
         "Image 1",
@@ -160,7 +160,7 @@ def test_scores_stand_next_to_the_controls_and_the_gap_is_to_the_best_blind_one(
     blind = np.array([result["controls"][name]["psnr_db"] for name in ("mean_image", "wrong_observation")], dtype=float)
     gaps = [f"{gap:+.2f}" for gap in attack - blind.max(axis=0)]
     gap_of_means = f"{attack.mean() - blind.mean(axis=1).max():+.2f}"
-    found = rows(report.render(make_record(result)))
+    found = rows(render(make_record(result)))
     ssim = ["0.900", "0.200", "0.800", "0.100", "+0.700"]
     assert ["1", "30.00", "12.00", "29.00", "14.00", gaps[0], *ssim, "1"] in found
     ssim = ["0.500", "0.300", "0.700", "0.600", "−0.100"]  # noqa: RUF001
@@ -173,13 +173,13 @@ def test_where_less_is_better_the_gap_is_turned_round() -> None:
     result = make_result()
     result["scores"] = {"lpips": [0.1], "unheard_of": [5.0]}
     result["controls"] = {"mean_image": {"lpips": [0.7], "unheard_of": [4.0]}, "wrong_observation": {"lpips": [0.4]}}
-    assert ["1", "0.100", "0.700", "0.400", "+0.300", "5.0000", "4.0000"] in rows(report.render(make_record(result)))
+    assert ["1", "0.100", "0.700", "0.400", "+0.300", "5.0000", "4.0000"] in rows(render(make_record(result)))
 
 
 def test_without_a_blind_control_there_is_no_gap() -> None:
     result = make_result()
     result["scores"], result["controls"] = {"psnr_db": [30.0]}, {"nearest_public": {"psnr_db": [29.0]}}
-    assert ["1", "30.00", "29.00"] in rows(report.render(make_record(result)))
+    assert ["1", "30.00", "29.00"] in rows(render(make_record(result)))
 
 
 def test_a_missing_number_is_a_dash_and_never_a_better_mean() -> None:
@@ -187,7 +187,7 @@ def test_a_missing_number_is_a_dash_and_never_a_better_mean() -> None:
     result["residual"] = None
     result["scores"] = {"psnr_db": [None, 20.0]}
     result["controls"] = {"mean_image": {"psnr_db": [12.0, 16.0]}, "wrong_observation": {"psnr_db": [14.0, None]}}
-    found = rows(report.render(make_record(result)))
+    found = rows(render(make_record(result)))
     dash = "–"  # noqa: RUF001
     assert ["1", dash, "12.00", "14.00", dash] in found
     assert ["2", "20.00", "16.00", dash, dash] in found  # the control without a number might have been the best one
@@ -199,7 +199,7 @@ def test_several_results_are_compared_at_the_top() -> None:
     noisy = make_result("git")
     noisy["defense"] = {"kind": "GaussianNoise", "std": 0.1}
     noisy["scores"], noisy["controls"], noisy["flags"] = {"psnr_db": [10.0, 11.0]}, {}, []
-    found = rows(report.render(make_record(make_result("dlg"), noisy)))
+    found = rows(render(make_record(make_result("dlg"), noisy)))
     assert found[0] == (
         [
             "Attack",
@@ -215,7 +215,7 @@ def test_several_results_are_compared_at_the_top() -> None:
     dash = "–"  # noqa: RUF001
     assert found[1] == ["dlg", "25.00", "14.00 (mean image)", "0.700", "1 of 2", "0.00123", "12.34", "1 warning"]
     assert found[2] == ["git GaussianNoise (std 0.1)", "10.50", dash, dash, dash, "0.00123", "12.34", "none"]
-    assert "All attacks at a glance" not in report.render(make_record(make_result()))
+    assert "All attacks at a glance" not in render(make_record(make_result()))
 
 
 def test_it_works_without_a_secret() -> None:
@@ -225,7 +225,7 @@ def test_it_works_without_a_secret() -> None:
     result["labels"] = {"recovered": [3, 7]}
     record = make_record(result)
     record["verdict"] = {"level": "unscored", "sentence": "Nothing to compare with."}
-    text = Page(report.render(record)).text
+    text = Page(render(record)).text
     assert "Not scored: there was no secret to compare with." in text
     assert "Recovered 3, 7 ." in text or "Recovered 3, 7." in text
     assert "No check raised a flag." in text
@@ -236,20 +236,20 @@ def test_an_attack_that_did_not_run_is_not_said_to_lack_a_secret() -> None:
     result = make_result()
     result["scores"], result["controls"], result["pictures"], result["trace"] = {}, {}, {}, []
     result["status"], result["residual"], result["iterations"] = "Not run: the labels are hidden.", None, 0
-    text = Page(report.render(make_record(result))).text
+    text = Page(render(make_record(result))).text
     assert "Not run: the labels are hidden." in text
     assert "There is nothing to score." in text
     assert "no secret" not in text
 
 
 def test_it_works_without_a_result() -> None:
-    assert "No attack was run." in Page(report.render(make_record())).text
+    assert "No attack was run." in Page(render(make_record())).text
 
 
 def test_labels_are_counted_in_any_order() -> None:
     result = make_result()
     result["labels"] = {"recovered": [3, 3, 7], "true": [7, 3, 1]}
-    assert "2 of 3 right, in whatever order" in report.render(make_record(result))
+    assert "2 of 3 right, in whatever order" in render(make_record(result))
 
 
 def test_hostile_strings_are_only_ever_text() -> None:
@@ -274,7 +274,7 @@ def test_hostile_strings_are_only_ever_text() -> None:
             result["pictures"] = {text: PICTURES[:1]}
             result["labels"] = {"recovered": [text], "true": [text]}
             result["texts"] = {"truth": [text], "reconstruction": [text]}
-    page, expected = Page(report.render(hostile)), Page(report.render(tame))
+    page, expected = Page(render(hostile)), Page(render(tame))
     shape = [(tag, sorted(attributes)) for tag, attributes in page.elements]
     assert shape == [(tag, sorted(attributes)) for tag, attributes in expected.elements]
     assert not page.attributes("script")
@@ -300,7 +300,7 @@ def test_a_picture_that_is_no_embedded_png_is_left_out_with_a_note(uri: str) -> 
     result["pictures"] = {"truth": PICTURES[:2], "reconstruction": [PICTURES[2], uri]}
     record = make_record(result)
     record["plots"] = [{"title": "Plot", "image": uri}]
-    page = Page(report.render(record))
+    page = Page(render(record))
     assert [image["src"] for image in page.attributes("img")] == [PICTURES[0], PICTURES[2], PICTURES[1]]
     assert "left out: not an embedded PNG" in page.text
     assert "Left out: not an embedded PNG." in page.text
@@ -310,11 +310,11 @@ def test_a_picture_that_is_no_embedded_png_is_left_out_with_a_note(uri: str) -> 
 def test_columns_of_unequal_length_are_filled_up() -> None:
     result = make_result()
     result["pictures"] = {"truth": PICTURES[:1], "reconstruction": PICTURES[1:4]}
-    assert Page(report.render(make_record(result))).text.count("no picture") == 2
+    assert Page(render(make_record(result))).text.count("no picture") == 2
 
 
 def test_nothing_is_fetched_and_nothing_runs() -> None:
-    html = report.render(make_record(make_result("dlg"), make_result("git")))
+    html = render(make_record(make_result("dlg"), make_result("git")))
     page = Page(html)
     policy = [meta["content"] or "" for meta in page.attributes("meta") if "http-equiv" in meta]
     assert len(policy) == 1
@@ -331,7 +331,7 @@ def test_texts_are_shown_and_can_be_saved() -> None:
     result["pictures"] = {}
     result["scores"] = {"rouge1": [1.0]}
     result["texts"] = {"truth": ["Dear <b>Ann</b>"], "reconstruction": ["Dear <b>Ann</b> \ud800", "more"]}
-    html = report.render(make_record(result))
+    html = render(make_record(result))
     html.encode("utf-8")
     found = rows(html)
     assert ["1", "Dear &lt;b&gt;Ann&lt;/b&gt;", "Dear &lt;b&gt;Ann&lt;/b&gt; ?"] in found
@@ -347,7 +347,7 @@ def points(html: str) -> list[np.ndarray]:
 def curve(trace: list[tuple[int, float | None]]) -> str:
     result = make_result()
     result["trace"] = trace
-    return report.render(make_record(result))
+    return render(make_record(result))
 
 
 def test_a_positive_curve_is_drawn_on_a_log_scale() -> None:
@@ -422,7 +422,7 @@ def test_every_level_has_a_colour_and_a_word() -> None:
     for level, word in (words | {"unscored": "Not scored"}).items():
         record = make_record()
         record["verdict"] = json.loads(json.dumps({"level": level, "sentence": "So."}))
-        html = report.render(record)
+        html = render(record)
         assert f'class="verdict {level}"' in html
         assert f"<strong>{word}</strong>" in html
         assert re.search(rf"\.{level}\b[^{{]*{{ color:", html)

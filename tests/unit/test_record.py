@@ -13,9 +13,9 @@ from typing import Any, cast
 import numpy
 import pytest
 
-from gradleak import report
 from gradleak.errors import BadInput
-from gradleak.report import Record, Result
+from gradleak.report import record as records
+from gradleak.report.record import Record, Result
 
 
 def full_result() -> Result:
@@ -39,7 +39,7 @@ def full_result() -> Result:
 
 
 def full_record() -> Record:
-    record = report.new_record(
+    record = records.new_record(
         {"name": "audit", "arguments": {"out": "demo", "threads": None}},
         seed=0,
         threat_model=[{"item": "labels", "revealed": False, "detail": "recovered by the attack"}],
@@ -57,7 +57,7 @@ def as_json(record: Record) -> Any:
 
 
 def test_a_new_record_says_when_and_where_it_was_made() -> None:
-    record = report.new_record({"name": "demo", "arguments": {}}, seed=None, threat_model=[])
+    record = records.new_record({"name": "demo", "arguments": {}}, seed=None, threat_model=[])
     made = datetime.fromisoformat(record["created"])
     assert made.utcoffset() == timedelta(0)
     assert abs(datetime.now(UTC) - made) < timedelta(minutes=1)
@@ -73,15 +73,15 @@ def test_a_new_record_says_when_and_where_it_was_made() -> None:
 def test_write_then_read_gives_the_record_back(tmp_path: Path) -> None:
     path = tmp_path / "new" / "record.json"
     record = full_record()
-    report.write(record, path)
-    assert report.read(path) == as_json(record)
+    records.write(record, path)
+    assert records.read(path) == as_json(record)
     assert [entry.name for entry in path.parent.iterdir()] == ["record.json"]
 
 
 def test_an_extra_key_survives(tmp_path: Path) -> None:
     record = cast(dict[str, Any], full_record()) | {"later": [1, 2]}
-    report.write(cast(Record, record), tmp_path / "record.json")
-    assert cast(dict[str, Any], report.read(tmp_path / "record.json"))["later"] == [1, 2]
+    records.write(cast(Record, record), tmp_path / "record.json")
+    assert cast(dict[str, Any], records.read(tmp_path / "record.json"))["later"] == [1, 2]
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
     result["trace"] = [(0, math.nan), (1, 2.0)]
     result["parameters"] = {"nested": {"deep": [math.inf, (math.nan, 1.0)]}}
     before = copy.deepcopy(record)
-    report.write(record, tmp_path / "record.json")
+    records.write(record, tmp_path / "record.json")
 
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is not strict JSON")
@@ -118,12 +118,12 @@ def test_a_record_that_cannot_be_written_leaves_the_old_file(
     tmp_path: Path, spoil: Any, error: type[Exception]
 ) -> None:
     path = tmp_path / "record.json"
-    report.write(full_record(), path)
+    records.write(full_record(), path)
     old = path.read_bytes()
     record = full_record()
     spoil(record)
     with pytest.raises(error):
-        report.write(record, path)
+        records.write(record, path)
     assert path.read_bytes() == old
     assert list(tmp_path.iterdir()) == [path]
 
@@ -131,7 +131,7 @@ def test_a_record_that_cannot_be_written_leaves_the_old_file(
 @pytest.mark.parametrize("step", ["write_text", "replace"])
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     path = tmp_path / "record.json"
-    report.write(full_record(), path)
+    records.write(full_record(), path)
     old = path.read_bytes()
 
     def half_then_fail(target: Path, text: str, encoding: str) -> int:
@@ -146,7 +146,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     else:
         monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="No space left"):
-        report.write(full_record(), path)
+        records.write(full_record(), path)
     assert path.read_bytes() == old
     assert list(tmp_path.iterdir()) == [path]
 
@@ -216,8 +216,8 @@ def test_a_missing_key_of_a_result_is_named(tmp_path: Path, key: str) -> None:
 def test_the_other_keys_of_a_result_may_be_missing(tmp_path: Path, key: str) -> None:
     record = as_json(full_record())
     del record["results"][0][key]
-    report.write(record, tmp_path / "record.json")
-    assert report.read(tmp_path / "record.json") == record
+    records.write(record, tmp_path / "record.json")
+    assert records.read(tmp_path / "record.json") == record
 
 
 WRONG_TYPES: list[tuple[str, object, str]] = [
@@ -254,19 +254,20 @@ def test_a_wrong_type_is_named(tmp_path: Path, place: str, value: object, compla
     target[last] = value
     assert_dict_refused(record, tmp_path, complaint)
     with pytest.raises(BadInput) as refusal:
-        report.write(record, tmp_path / "never.json")
+        records.write(record, tmp_path / "never.json")
     assert complaint in str(refusal.value)
 
 
 def test_the_report_works_without_torch() -> None:
     """The parent package is replaced by an empty one, for it may import torch; then a whole report is made."""
-    package = Path(report.__file__).parents[1]
+    package = Path(records.__file__).parents[1]
     code = f"""
 import sys, types
 parent = types.ModuleType("gradleak")
 parent.__path__ = [{str(package)!r}]
 sys.modules["gradleak"] = parent
-from gradleak.report import new_record, render
+from gradleak.report.html import render
+from gradleak.report.record import new_record
 render(new_record({{"name": "demo", "arguments": {{}}}}, 0, []))
 heavy = {{"torch", "transformers", "datasets", "torchmetrics", "matplotlib", "scipy"}} & set(sys.modules)
 assert not heavy, heavy
@@ -282,7 +283,7 @@ def assert_dict_refused(record: object, folder: Path, complaint: str) -> None:
 
 def assert_refused(path: Path, complaint: str) -> None:
     with pytest.raises(BadInput) as refusal:
-        report.read(path)
+        records.read(path)
     sentence = str(refusal.value)
     assert complaint in sentence
     assert path.name in sentence

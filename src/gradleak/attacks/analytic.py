@@ -5,7 +5,7 @@ Recovers  images (batch, channel, height, width) in [0, 1]: exactly for batch 1;
           two ReLU units see alone
 Solves    dL/dW = sum_n delta_n x_n^T and dL/db = sum_n delta_n. One image: x = dL/dW^T dL/db / ||dL/db||^2, the least
           squares over all units. Several: a unit that only image n activates has the ratio dW_i / db_i = x_n, and two
-          units with one and the same ratio prove it
+          units with one and the same ratio tell that it did
 Differs   least squares in place of a single unit's ratio, which averages rounding and noise out
 """
 
@@ -27,7 +27,7 @@ from gradleak.reconstruction import Reconstruction
 class Analytic:
     """tolerance: relative distance up to which two units' ratios count as one and the same image."""
 
-    tolerance: float = 1e-3
+    tolerance: float = 1e-5
 
     def __call__(
         self, observation: Gradient, *, generator: torch.Generator, on_step: OnStep | None = None
@@ -36,8 +36,12 @@ class Analytic:
         observation = observation.to(torch.float64)
         name, scale, shift = first_layer(observation.model)
         gradient = observation.as_gradient()
+        if f"{name}.weight" not in gradient or f"{name}.bias" not in gradient:
+            raise NotObserved(
+                f"The first layer {name} was not trained: there is no gradient of it to read images from."
+            )
         weight, bias = gradient[f"{name}.weight"], gradient[f"{name}.bias"]  # (units, inputs), (units,)
-        if observation.batch_size == 1:
+        if observation.batch_size == 1 and bool(bias.any()):
             inputs, support = (bias @ weight / bias.square().sum())[None], [len(bias)]
         else:
             inputs, support = isolated_inputs(weight, bias, self.tolerance)
@@ -45,7 +49,7 @@ class Analytic:
         images = ((inputs - shift) / scale).reshape(-1, *shape).clamp(0, 1)
         batch = observation.batch_size or max(len(images), 1)
         found = min(len(images), batch)
-        images = torch.cat([images[:found], torch.full((batch - found, *shape), 0.5, dtype=images.dtype)])
+        images = torch.cat([images[:found], images.new_full((batch - found, *shape), 0.5)])
         labels = observation.labels
         if labels is None:
             observation = replace(observation, batch_size=batch)
@@ -55,7 +59,7 @@ class Analytic:
         if getattr(observation, "local_steps", 1) > 1:
             status += " The update has several local steps, so that this is an average over them, not exact."
         residual = float(relative_residual(observation.simulate(images, labels), observation.released))
-        return Reconstruction(images.float(), labels, residual, status)
+        return Reconstruction(images.float().cpu(), labels.cpu(), residual, status)
 
 
 def first_layer(model: Model) -> tuple[str, Tensor, Tensor]:
@@ -63,8 +67,9 @@ def first_layer(model: Model) -> tuple[str, Tensor, Tensor]:
 
     Raises NotObserved if it is not a linear layer with bias, or does not see every pixel by itself.
     """
-    probes = torch.zeros(3, *model.architecture.input_shape, dtype=torch.float64)
-    probes[1], probes[2] = 1, torch.linspace(0, 1, probes[2].numel(), dtype=torch.float64).view_as(probes[2])
+    where = next(iter(model.parameters.values())).device
+    probes = torch.zeros(3, *model.architecture.input_shape, dtype=torch.float64, device=where)
+    probes[1], probes[2] = 1, torch.linspace(0, 1, probes[2].numel()).view_as(probes[2])
     first = calls(model.to(torch.float64), probes)[0]
     if not isinstance(first.layer, nn.Linear) or first.layer.bias is None:
         kind = type(first.layer).__name__

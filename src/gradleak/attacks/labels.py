@@ -52,6 +52,10 @@ def last_layer(observation: Gradient, images: Tensor) -> Call:
         raise NotObserved(
             f"Labels were not given, and the model ends in {last.name}, which is no linear layer with bias to recover them from."
         )
+    if not {f"{last.name}.weight", f"{last.name}.bias"} <= set(observation.released):
+        raise NotObserved(
+            f"Labels were not given, and the last layer {last.name} was not trained: no gradient tells them."
+        )
     return last
 
 
