@@ -244,7 +244,8 @@ def check_device(name: str) -> None:
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"Device {name!r} is not to be had here: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise BadInput(f"Device {name!r} is not to be had here: {reason}.") from error
 
 
 def new_record(argv: list[str], seed: int, observation: Gradient, inputs: list[Path]) -> record.Record:

@@ -202,7 +202,7 @@ REQUIRED_OF_A_RESULT = [
 def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
     record = as_json(full_record())
     del record[key]
-    assert_dict_refused(record, tmp_path, f"the record lacks the key '{key}'")
+    assert_dict_refused(record, tmp_path, f"it lacks the key '{key}'")
 
 
 @pytest.mark.parametrize("key", REQUIRED_OF_A_RESULT)
