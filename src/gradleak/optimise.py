@@ -103,7 +103,7 @@ def descend(
 
     x: the starts, (K, ...); given: what the objective needs beside x, tensors or {name: tensor}, each (K, ...).
     """
-    best, best_value = x.clone(), torch.full(x.shape[:1], torch.inf, dtype=x.dtype)
+    best, best_value = x.clone(), x.new_full(x.shape[:1], torch.inf)
     first, second = torch.zeros_like(x), torch.zeros_like(x)
     evaluate = rowwise(objective, x, given, compiled=compiled)
     trace = []

@@ -81,6 +81,8 @@ class InvertingGradients:
         for o, x, row, value, trace in best_of_restarts(found, observations, labels):
             residual = float(relative_residual(o.simulate(x, row), o.released))
             status = f"Finished {self.steps} steps at objective {value:.3g}, relative residual {residual:.2g}."
+            if not math.isfinite(value):
+                status = "Not started: the objective is no finite number at grey images; check the model's parameters."
             results.append(Reconstruction(x.cpu(), row.cpu(), residual, status, self.steps, trace))
         return results
 
