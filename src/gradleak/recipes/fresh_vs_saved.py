@@ -34,7 +34,7 @@ from gradleak.recipes.findings import Findings, interval, plot
 from gradleak.victims.gradient import capture_gradient
 
 SIZES: dict[str, list[tuple[str, int, int]]] = {  # model, images, steps
-    "small": [("convnet64", 3, 60), ("resnet32-10", 2, 25)],
+    "small": [("convnet64", 3, 60), ("resnet32-10", 1, 25)],
     "paper": [("convnet64", 20, 1_000), ("resnet32-10", 20, 1_000)],
 }
 FIRST_IMAGE = 2_000  # rows of the test split that no default was tuned on
