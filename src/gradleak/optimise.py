@@ -111,7 +111,8 @@ def descend(
         with torch.no_grad():
             gradient, value = evaluate(x, *given)
         better = value < best_value
-        best, best_value = torch.where(_like(better, x), x, best), torch.where(better, value, best_value)
+        rows = better.view(-1, *[1] * (x.dim() - 1))  # (K, 1, ...)
+        best, best_value = torch.where(rows, x, best), torch.where(better, value, best_value)
         gradient = gradient.sign()
         first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient.square()
         rate = step_size * 0.1 ** sum(step > steps * milestone / 8 for milestone in (3, 5, 7))
@@ -133,7 +134,3 @@ def best_of_restarts(
         row = index * copies + int(found.value[index * copies : (index + 1) * copies].argmin())
         trace = [(step, values[row]) for step, values in found.trace]
         yield observation, found.x[row], labels[index], float(found.value[row]), trace
-
-
-def _like(rows: Tensor, x: Tensor) -> Tensor:
-    return rows.reshape(-1, *[1] * (x.dim() - 1))
