@@ -55,9 +55,9 @@ def _circumstances(o: Gradient) -> dict[str, Any]:
 def record(function: Callable[..., Any], *example: Any, compiled: bool = False) -> Callable[..., Any]:
     """Run `function` once and record its tensor operations, so that later calls skip autograd's bookkeeping.
 
-    The recording computes the same numbers 1.3 to 1.9 times as fast. A model whose control flow depends on its data
-    cannot be recorded: the function itself is then returned. compiled: also generate machine code (torch.compile),
-    which takes from ten seconds to minutes and pays for long runs; ignored where there is no C++ compiler.
+    The recording computes the same numbers, faster. A model whose control flow depends on its data cannot be recorded:
+    the function itself is then returned. compiled: also generate machine code (torch.compile), which takes from ten
+    seconds to minutes and pays for long runs; ignored where there is no C++ compiler.
     """
     from torch.fx.experimental.proxy_tensor import make_fx  # a fifth of a second: not at import time
 
