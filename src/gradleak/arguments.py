@@ -43,7 +43,7 @@ class Capture(Common):
     """Height and width to bring the pictures to."""
     mode: Literal["eval", "train"] = "eval"
     """BatchNorm by running statistics (eval) or by those of the batch (train)."""
-    precision: Literal["float32", "float16", "bfloat16", "float64"] = "float32"
+    precision: Literal["float32", "float16", "bfloat16"] = "float32"
     """Number format of what is shared."""
     reveal_labels: bool = False
     """Tell the attacker the labels."""

@@ -107,17 +107,13 @@ def score(
 ) -> None:
     """Put scores, controls, flags and pictures into the row, one entry per true image."""
     truth = secret.images
-    if len(found.images) < len(truth):
-        missing = torch.full((len(truth) - len(found.images), *truth.shape[1:]), 0.5)
-        found = replace(found, images=torch.cat([found.images, missing]))
-    matched = metrics.match(found.images, truth)
+    recovered, blind_guess = (with_grey(images, len(truth)) for images in (found.images, wrong.images))
+    matched = metrics.match(recovered, truth)
     candidates = {
-        "reconstruction": found.images[matched],
+        "reconstruction": recovered[matched],
         "mean_image": metrics.mean_image(public.images).expand_as(truth),
         "nearest_public": metrics.nearest_public(truth, public.images),
-        "wrong_observation": wrong.images[metrics.match(wrong.images, truth)]
-        if len(wrong.images) >= len(truth)
-        else truth * 0 + 0.5,
+        "wrong_observation": blind_guess[metrics.match(blind_guess, truth)],
     }
     scores = {name: similarity(images, truth) for name, images in candidates.items()}
     decoys = public.images[:DECOYS]
@@ -136,6 +132,12 @@ def score(
         *row["flags"],
         *check_result(observation, found, secret, psnr_db=psnr_db, blind_psnr_db=blind, public=public.images),
     ]
+
+
+def with_grey(images: Tensor, count: int) -> Tensor:
+    """At least `count` images: grey ones stand for those that an attack did not return."""
+    missing = max(count - len(images), 0)
+    return torch.cat([images, images.new_full((missing, *images.shape[1:]), 0.5)])
 
 
 def similarity(images: Tensor, truth: Tensor) -> dict[str, list[float]]:
