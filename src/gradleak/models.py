@@ -120,6 +120,75 @@ def mlp(shape: tuple[int, int, int], classes: int) -> nn.Module:
     )
 
 
+class AgainstZero(nn.Module):
+    """One logit z -> the two logits (0, z): their softmax cross entropy is the binary cross entropy of z."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return torch.cat([torch.zeros_like(z), z], dim=1)
+
+
+def mlp1000(shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """The D-1000-1000-1 ReLU network of Haim et al. (2022), with two classes and one output."""
+    if classes != 2:
+        raise BadInput(f"mlp1000 has one output and tells two classes apart, not {classes}.")
+    channels, height, width = shape
+    return nn.Sequential(
+        Normalise(channels),
+        nn.Flatten(),
+        nn.Linear(channels * height * width, 1000),
+        nn.ReLU(),
+        nn.Linear(1000, 1000),
+        nn.ReLU(),
+        nn.Linear(1000, 1),
+        AgainstZero(),
+    )
+
+
+def convnet(shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """Four 3x3 convolutions with ReLU, halving the picture twice, and a linear layer on the mean over positions."""
+    layers: list[nn.Module] = [Normalise(shape[0])]
+    channels = shape[0]
+    for out, stride in ((64, 1), (128, 2), (256, 2), (256, 1)):
+        layers += [nn.Conv2d(channels, out, 3, stride, padding=1), nn.ReLU()]
+        channels = out
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+
+
+class ImageTransformer(nn.Module):
+    """An image classifier of the transformers library behind our first layer: pixels in [0, 1] -> logits."""
+
+    def __init__(self, network: nn.Module, normalise: nn.Module) -> None:
+        super().__init__()
+        self.normalise, self.network = normalise, network
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(pixel_values=self.normalise(images)).logits
+        return logits
+
+
+def vit(shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """A vision transformer for small pictures: 64 patches, width 128, 4 blocks, 4 heads, eager attention, no dropout."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    channels, height, width = shape
+    if height != width or height % 8:
+        raise BadInput(f"vit cuts a square picture into 8x8 patches and cannot take {height}x{width}: resize it.")
+    config = ViTConfig(
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=512,
+        image_size=height,
+        patch_size=height // 8,
+        num_channels=channels,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    config.num_labels = classes
+    config._attn_implementation = "eager"  # the fused kernels have no second derivative
+    return ImageTransformer(ViTForImageClassification(config), Normalise(channels))
+
+
 MODELS: dict[str, Callable[[tuple[int, int, int], int], nn.Module]] = {
     "lenet": lenet,
     "convnet64": convnet64,
@@ -128,7 +197,11 @@ MODELS: dict[str, Callable[[tuple[int, int, int], int], nn.Module]] = {
     "resnet32-10": resnet((5, 5, 5), 160),
     "resnet18": resnet((2, 2, 2, 2), 64),
     "mlp": mlp,
+    "mlp1000": mlp1000,
+    "convnet": convnet,
+    "vit": vit,
 }
+BINARY = ("mlp1000",)  # these tell two classes apart: labels are taken modulo 2, for digits odd from even
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 
 from gradleak.errors import BadInput
+from gradleak.lora import Recipe, product, train
 from gradleak.models import Architecture
 from gradleak.tensors import Tensors, fingerprint
 
@@ -192,14 +193,9 @@ class Update(Gradient):
     def simulate(self, images: Tensor, labels: Tensor) -> Tensors:
         """theta_k - theta_0 after `local_steps` SGD steps on (images, labels), unrolled, differentiable."""
         before = {name: self.model.parameters[name] for name in self.released}
-        starts = range(0, len(images), self.local_batch_size)
-        parameters = before
-        for step in range(self.local_steps):
-            start = starts[step % len(starts)]
-            rows = slice(start, start + self.local_batch_size)
-            gradient = grad(self.model.loss)(parameters, images[rows], labels[rows])
-            parameters = {name: p - self.learning_rate * gradient[name] for name, p in parameters.items()}
-        return {name: parameters[name] - before[name] for name in before}
+        recipe = Recipe(learning_rate=self.learning_rate, steps=self.local_steps, batch_size=self.local_batch_size)
+        after = train(self.model.loss, before, images, labels, recipe)
+        return {name: after[name] - before[name] for name in before}
 
     def as_gradient(self) -> Tensors:
         """The mean of the local gradients: -released / (learning rate x steps); exact for one step, else a first guess."""
@@ -212,6 +208,111 @@ class Update(Gradient):
             f"{self.local_steps} SGD steps, learning rate {self.learning_rate:g}, local batch {self.local_batch_size}"
         )
         return [*super().threat_model()[:-1], _item("local training", True, recipe), super().threat_model()[-1]]
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """What one factor of an adapter tells of a weight's gradient: the linear equation S = M F^T.
+
+    module    the layer whose weight it is
+    side      "right": M = G (out, in), F = A, from B's change; "left": M = G^T (in, out), F = B^T, from A's change
+    measured  S (rows of M, rank)
+    factor    F (rank, columns of M)
+    """
+
+    module: str
+    side: Literal["right", "left"]
+    measured: Tensor
+    factor: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter(Gradient):
+    """A released LoRA adapter, with the base model that it belongs to.
+
+    released  {module.lora_A or module.lora_B: its change during training}; only factors whose start is known
+    start     {module.lora_A and module.lora_B, for every adapted module: where training started}. PEFT's default starts
+              B at zero; A's start is then taken to be the released A, which is exact for one step
+    scaling   {module: s}, alpha / r, or alpha / sqrt(r) (rslora)
+    recipe    how it was trained, or None: one SGD step is then assumed, and only directions can be told
+    """
+
+    start: Tensors = field(repr=False)
+    scaling: dict[str, float] = field(repr=False)
+    recipe: Recipe | None = None
+
+    def __post_init__(self) -> None:
+        for module in self.scaling:
+            A, B, weight = self.start[f"{module}.lora_A"], self.start[f"{module}.lora_B"], f"{module}.weight"
+            if weight not in self.model.parameters:
+                raise BadInput(f"The adapter changes {module}, which has no weight in the base model.")
+            made, shape = (B.shape[0], *A.shape[1:]), self.model.parameters[weight].shape
+            if B.shape[1] != A.shape[0] or made != shape:
+                raise BadInput(
+                    f"The adapter of {module} makes a weight of {_by(made)}, the base model's is {_by(shape)}: "
+                    "they do not belong together."
+                )
+        check_finite(self.start)
+        check_finite(self.released)
+
+    def simulate(self, images: Tensor, labels: Tensor) -> Tensors:
+        """The change of the released factors after training on (images, labels), unrolled, differentiable."""
+        recipe = self.recipe or Recipe(learning_rate=1.0, steps=1)
+        # In one step no factor meets the other's change: those that are not released need no gradient.
+        names = self.released if recipe.steps == 1 else self.start
+        before = {name: self.start[name] for name in names}
+        after = train(self.loss, before, images, labels, recipe)
+        return {name: after[name] - before[name] for name in self.released}
+
+    def loss(self, factors: Tensors, images: Tensor, labels: Tensor) -> Tensor:
+        """The base model's loss with the adapter in place: cross entropy over the batch."""
+        return self.model.loss(self.merged(factors), images, labels)
+
+    def merged(self, factors: Tensors) -> Tensors:
+        """{module.weight: W + s B A}, with `factors` in place of those at the start."""
+        own = {**self.start, **factors}
+        return {
+            f"{module}.weight": self.model.parameters[f"{module}.weight"]
+            + s * product(own[f"{module}.lora_A"], own[f"{module}.lora_B"])
+            for module, s in self.scaling.items()
+        }
+
+    def sketches(self) -> list[Sketch]:
+        """One equation per released factor, in units of a gradient: exact for one SGD step, else a mean over the steps."""
+        recipe = self.recipe or Recipe(learning_rate=1.0, steps=1)
+        found = []
+        for module, s in self.scaling.items():
+            unit = -1 / (recipe.learning_rate * recipe.steps * s)
+            A, B = (self.start[f"{module}.{factor}"].flatten(1) for factor in ("lora_A", "lora_B"))
+            if f"{module}.lora_B" in self.released and bool(A.any()):
+                found.append(Sketch(module, "right", unit * self.released[f"{module}.lora_B"].flatten(1), A))
+            if f"{module}.lora_A" in self.released and bool(B.any()):
+                found.append(Sketch(module, "left", unit * self.released[f"{module}.lora_A"].flatten(1).T, B.T))
+        return found
+
+    def as_gradient(self) -> Tensors:
+        """{module.weight: the gradient of least norm that explains its sketch}: M = S (F F^T)^-1 F."""
+        return {
+            f"{s.module}.weight": self.weight_shaped(s, s.measured @ torch.linalg.pinv(s.factor).T)
+            for s in self.sketches()
+        }
+
+    def weight_shaped(self, sketch: Sketch, M: Tensor) -> Tensor:
+        """A sketch's unknown M as a gradient of its module's weight."""
+        return (M if sketch.side == "right" else M.T).reshape(self.model.parameters[f"{sketch.module}.weight"].shape)
+
+    def threat_model(self) -> list[Item]:
+        """The rows of a gradient, the rank, the start and the recipe."""
+        ranks = sorted({tensor.shape[0] for name, tensor in self.start.items() if name.endswith("lora_A")})
+        rank = f"{len(self.scaling)} modules of rank {', '.join(map(str, ranks))}"
+        recipe = "one SGD step assumed; only directions are compared" if self.recipe is None else str(self.recipe)
+        rows = super().threat_model()
+        return [*rows[:-1], _item("adapter", True, rank), _item("recipe", self.recipe is not None, recipe), rows[-1]]
+
+    def to(self, where: torch.device | torch.dtype) -> Self:
+        """The same observation on another device, or in another floating-point precision."""
+        moved = {name: tensor.to(where) for name, tensor in self.start.items()}
+        return replace(super().to(where), start=moved)
 
 
 def check_fits(released: Tensors, model: Model) -> None:
@@ -228,6 +329,12 @@ def check_fits(released: Tensors, model: Model) -> None:
     for name, tensor in released.items():
         if name not in parameters:
             raise BadInput(f"Released tensor {name} {_by(tensor.shape)} is not a trained parameter of the model.")
+    check_finite(released)
+
+
+def check_finite(released: Tensors) -> None:
+    """BadInput naming the first tensor that holds NaN or infinity."""
+    for name, tensor in released.items():
         if not bool(tensor.isfinite().all()):
             raise BadInput(
                 f"Released tensor {name} has entries that are NaN or infinite: nothing can be learnt from it."
