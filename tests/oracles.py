@@ -2,8 +2,9 @@
 
 import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -79,3 +80,42 @@ def tensors_inside(thing: object, seen: set[int] | None = None) -> list[Tensor]:
     else:
         parts = [*getattr(thing, "__dict__", {}).values()]
     return [tensor for part in parts for tensor in tensors_inside(part, seen)]
+
+
+def lora_b_by_autograd(
+    module: nn.Module, images: Tensor, labels: Tensor, A: Tensors, *, scaling: float, learning_rate: float = 1.0
+) -> Tensor:
+    """The change of all factors B, from zero, in one SGD step of y = W x + scaling B A x; flat, by name of the layer.
+
+    A: {layer: (r, in) or (r, in, k, k)}. Differentiable by the images.
+    """
+    module = copy.deepcopy(module).requires_grad_(False)
+    weights = dict(module.named_parameters())
+    B = {k: a.new_zeros(len(weights[f"{k}.weight"]), len(a), requires_grad=True) for k, a in A.items()}
+
+    def adapted(name: str) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor]:
+        def hook(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+            if isinstance(layer, nn.Conv2d):
+                low = F.conv2d(inputs[0], A[name], stride=layer.stride, padding=layer.padding)
+                return output + scaling * torch.einsum("or,brhw->bohw", B[name], low)
+            return output + scaling * inputs[0] @ A[name].T @ B[name].T
+
+        return hook
+
+    for name in A:
+        module.get_submodule(name).register_forward_hook(adapted(name))
+    loss = F.cross_entropy(module(images), labels)
+    gradients = torch.autograd.grad(loss, [B[name] for name in sorted(B)], create_graph=True)
+    return torch.cat([-learning_rate * g.reshape(-1) for g in gradients])
+
+
+def dense_jacobian(release: Callable[[Tensor], Tensor], images: Tensor) -> np.ndarray:
+    """d release / d images, one reverse pass per released number: (equations, unknowns) float64."""
+    J: Tensor = torch.autograd.functional.jacobian(release, images.double())  # type: ignore[no-untyped-call]
+    return np.asarray(J.reshape(len(J), -1))
+
+
+def posterior_by_conditioning(J: np.ndarray, noise_std: float, C: np.ndarray) -> np.ndarray:
+    """The covariance of x ~ N(mean, C) given J x + noise, by conditioning the joint Gaussian of x and what is seen."""
+    seen = J @ C @ J.T + noise_std**2 * np.eye(len(J))
+    return np.asarray(C - C @ J.T @ np.linalg.solve(seen, J @ C))

@@ -7,6 +7,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from gradleak.attacks import ATTACKS
+from gradleak.lora import Optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +25,8 @@ class Common:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Capture(Common):
-    """Play the victim: train a model on private pictures for one step (or one federated round), keep what is shared."""
+class Victim(Common):
+    """What every capture takes."""
 
     model: str = "lenet"
     """A model of `gradleak list`, or package.module:factory of your own."""
@@ -41,16 +42,22 @@ class Capture(Common):
     """Rows of the private pictures: the batch."""
     resize: tuple[int, int] | None = None
     """Height and width to bring the pictures to."""
-    mode: Literal["eval", "train"] = "eval"
-    """BatchNorm by running statistics (eval) or by those of the batch (train)."""
     precision: Literal["float32", "float16", "bfloat16"] = "float32"
     """Number format of what is shared."""
     reveal_labels: bool = False
     """Tell the attacker the labels."""
-    hide_buffers: bool = False
-    """Withhold BatchNorm's running statistics."""
     hide_batch_size: bool = False
     """Withhold the number of pictures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capture(Victim):
+    """Play the victim: train a model on private pictures for one step (or one federated round), keep what is shared."""
+
+    mode: Literal["eval", "train"] = "eval"
+    """BatchNorm by running statistics (eval) or by those of the batch (train)."""
+    hide_buffers: bool = False
+    """Withhold BatchNorm's running statistics."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +70,34 @@ class CaptureUpdate(Capture):
     """Number of local SGD steps."""
     local_batch_size: int = 1
     """Pictures per local step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureAdapter(Victim):
+    """Fine-tune a LoRA adapter on private pictures with the PEFT library, keep the folder that it saves."""
+
+    model: str = "vit"
+    """A model of `gradleak list`, package.module:factory of your own, or the folder of a trained transformers model."""
+    epochs: int = 5
+    """Before that, train the base model for so many epochs on 5,000 pictures of the training split; cached."""
+    rank: int = 8
+    """Rank of the adapter."""
+    alpha: float | None = None
+    """The adapter is scaled by alpha / rank; 1 unless this is given."""
+    target_modules: str = "all-linear"
+    """all-linear, all (convolutions too), or the ends of modules' names with commas between, like q_proj,v_proj."""
+    init: Literal["default", "gaussian", "pissa", "olora", "lora_ga"] = "default"
+    """How PEFT initialises the adapter."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank)."""
+    optimizer: Optimizer = "sgd"
+    """sgd, momentum (0.9), adam or adamw, with torch's defaults."""
+    lr: float = 1e-2
+    """Learning rate of the fine-tuning."""
+    steps: int = 1
+    """Number of its steps."""
+    local_batch_size: int | None = None
+    """Pictures per step; all of them unless this is given."""
 
 
 @dataclass(frozen=True, kw_only=True)

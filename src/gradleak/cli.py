@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[type, Any]] = {
     "demo": (arguments.Demo, commands.demo),
     "capture gradient": (arguments.Capture, commands.capture),
     "capture update": (arguments.CaptureUpdate, commands.capture),
+    "capture adapter": (arguments.CaptureAdapter, commands.capture_adapter),
     "attack": (arguments.Attack, commands.attack),
     "audit": (arguments.Audit, commands.audit),
     "reproduce": (arguments.Reproduce, commands.reproduce),

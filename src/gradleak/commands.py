@@ -15,38 +15,53 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import nn
 
 from gradleak import arguments, files
 from gradleak import audit as auditing
 from gradleak.attacks import ATTACKS
+from gradleak.base_folder import read_base
 from gradleak.data import Pictures, load, public_pool
 from gradleak.errors import BadInput
-from gradleak.models import MODELS, Architecture
+from gradleak.lora import Recipe
+from gradleak.models import BINARY, MODELS, Architecture
 from gradleak.observations import Gradient, Model
 from gradleak.progress import progress
 from gradleak.report import html, record
 from gradleak.report.sheet import save_sheet
+from gradleak.secret import Secret
 from gradleak.victims.federated import share_update
 from gradleak.victims.gradient import capture_gradient
+from gradleak.victims.lora import fine_tune
 from gradleak.victims.training import prepare_model
 
 PUBLIC_TRAINING = 2_000  # pictures a victim is trained on with --epochs
+PUBLIC_ADAPTED = 5_000  # the same, before an adapter is trained on it
 RERUNNABLE = ("demo", "attack", "audit", "reproduce")  # the commands that leave a record
 DEMO_ROWS = (0,)  # of the embedded pictures: an astronaut's face
+
+
+def victim(args: arguments.Victim, public: int) -> tuple[nn.Module, Architecture, Pictures]:
+    """The model, trained on so many `public` pictures if it has to be, and the private pictures."""
+    private = load(args.data, args.split, indices=args.indices, resize=args.resize)
+    shape = (private.images.shape[1], private.images.shape[2], private.images.shape[3])
+    classes = 2 if args.model in BINARY else max(len(private.classes), 2)
+    architecture = Architecture(args.model, shape, classes)
+    with progress() as start:
+        on_step = start("training the victim") if args.epochs else None
+        train_on = public_pool(args.data, "train", shape=shape, limit=public) if args.epochs else None
+        if train_on and args.model in BINARY:
+            train_on = replace(train_on, labels=train_on.labels % 2)
+        module = prepare_model(
+            architecture, seed=args.seed, weights=args.weights, train_on=train_on, epochs=args.epochs, on_step=on_step
+        )
+    return module, architecture, replace(private, labels=private.labels % 2) if args.model in BINARY else private
 
 
 def capture(args: arguments.Capture, argv: list[str]) -> None:
     """Write observation.safetensors and secret.safetensors."""
     out = fresh_folder(args.out)
-    private = load(args.data, args.split, indices=args.indices, resize=args.resize)
-    shape = (private.images.shape[1], private.images.shape[2], private.images.shape[3])
-    architecture = Architecture(args.model, shape, max(len(private.classes), 2))
-    with progress() as start:
-        on_step = start("training the victim") if args.epochs else None
-        train_on = public_pool(args.data, "train", shape=shape, limit=PUBLIC_TRAINING) if args.epochs else None
-        module = prepare_model(
-            architecture, seed=args.seed, weights=args.weights, train_on=train_on, epochs=args.epochs, on_step=on_step
-        )
+    module, architecture, private = victim(args, PUBLIC_TRAINING)
     observation, secret = capture_gradient(
         module,
         architecture,
@@ -61,6 +76,44 @@ def capture(args: arguments.Capture, argv: list[str]) -> None:
         own = Model.of(module, architecture, mode=args.mode)
         recipe = {name: getattr(args, name) for name in files.RECIPE}
         observation = share_update(observation, secret, own, **recipe)
+    keep(observation, secret, args, out)
+
+
+def capture_adapter(args: arguments.CaptureAdapter, argv: list[str]) -> None:
+    """Write adapter/ and base/ as PEFT and transformers do, observation.safetensors and secret.safetensors."""
+    out = fresh_folder(args.out)
+    recipe = Recipe(optimizer=args.optimizer, learning_rate=args.lr, steps=args.steps, batch_size=args.local_batch_size)
+    if Path(args.model).is_dir():
+        module, architecture = read_base(args.model)
+        resize = args.resize or architecture.input_shape[1:]
+        private = load(args.data, args.split, indices=args.indices, resize=resize)
+    else:
+        module, architecture, private = victim(args, PUBLIC_ADAPTED)
+    targets = args.target_modules
+    observation, secret = fine_tune(
+        module,
+        architecture,
+        private,
+        rank=args.rank,
+        alpha=args.alpha,
+        target_modules=tuple(targets.split(",")) if "," in targets else targets,
+        recipe=recipe,
+        seed=args.seed,
+        init=True if args.init == "default" else args.init,
+        rslora=args.rslora,
+        precision=getattr(torch, args.precision),
+        reveal_labels=args.reveal_labels,
+        reveal_batch_size=not args.hide_batch_size,
+        out=out,
+    )
+    print(f"{out / 'adapter'}: the adapter, as PEFT saves it\n{out / 'base'}: the model that it belongs to")
+    if (out / "initial").is_dir():
+        print(f"{out / 'initial'}: the adapter before training, without which its change is not known")
+    keep(observation, secret, args, out)
+
+
+def keep(observation: Gradient, secret: Secret, args: arguments.Victim, out: Path) -> None:
+    """Write what the attacker sees and what only audit opens."""
     secret = replace(secret, source=f"{secret.source} {' '.join(map(str, args.indices))}")
     files.save_observation(observation, out / "observation.safetensors")
     files.save_secret(secret, out / "secret.safetensors")

@@ -6,7 +6,7 @@ of your own has to be given beside the file.
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, cast
@@ -18,8 +18,9 @@ from torch import nn
 
 from gradleak.errors import BadInput
 from gradleak.json_types import misfit
+from gradleak.lora import Optimizer, Recipe
 from gradleak.models import MODELS, Architecture
-from gradleak.observations import Gradient, Mode, Model, Reduction, Update
+from gradleak.observations import Adapter, Gradient, Mode, Model, Reduction, Update
 from gradleak.reconstruction import Reconstruction
 from gradleak.secret import Secret
 from gradleak.tensors import Tensors
@@ -37,7 +38,7 @@ class Blueprint(TypedDict):
     classes: int
 
 
-class Recipe(TypedDict):
+class LocalTraining(TypedDict):
     """The local training behind an Update."""
 
     learning_rate: float
@@ -45,10 +46,26 @@ class Recipe(TypedDict):
     local_batch_size: int
 
 
+class Training(TypedDict):
+    """A `gradleak.lora.Recipe` as JSON."""
+
+    optimizer: Optimizer
+    learning_rate: float
+    steps: int
+    batch_size: int | None
+
+
+class LowRank(TypedDict):
+    """What makes a Gradient an Adapter, apart from its tensors."""
+
+    scaling: Mapping[str, float]
+    recipe: Training | None
+
+
 class Provenance(TypedDict):
     """How an observation was taken: the JSON in its file's header."""
 
-    kind: Literal["Gradient", "Update"]
+    kind: Literal["Gradient", "Update", "Adapter"]
     architecture: Blueprint
     mode: Mode
     reduction: Reduction
@@ -57,15 +74,16 @@ class Provenance(TypedDict):
     state_hash: str
     batch_size: int | None
     precision: Literal["float64", "float32", "float16", "bfloat16"]
-    recipe: NotRequired[Recipe]
+    recipe: NotRequired[LocalTraining]
+    adapter: NotRequired[LowRank]
 
 
 def save_observation(observation: Gradient, path: Path) -> None:
     """Write the observation with its provenance: mode, buffers, loss, precision, batch size and a hash of the state."""
     model = observation.model
-    tensors = _prefixed(
-        "released", {k: v.to(getattr(torch, observation.precision)) for k, v in observation.released.items()}
-    )
+    # The change of a factor is the difference of two numbers of that precision: it may need more digits.
+    precision = torch.float32 if isinstance(observation, Adapter) else getattr(torch, observation.precision)
+    tensors = _prefixed("released", {k: v.to(precision) for k, v in observation.released.items()})
     tensors |= _prefixed("parameters", model.parameters) | _prefixed("buffers", model.buffers or {})
     if observation.labels is not None:
         tensors["labels"] = observation.labels
@@ -83,13 +101,18 @@ def save_observation(observation: Gradient, path: Path) -> None:
     }
     if isinstance(observation, Update):
         provenance["recipe"] = {name: getattr(observation, name) for name in RECIPE}
+    if isinstance(observation, Adapter):
+        recipe = observation.recipe and asdict(observation.recipe)
+        provenance["adapter"] = {"scaling": observation.scaling, "recipe": recipe}
+        tensors |= _prefixed("start", observation.start)
     _write(tensors, OBSERVATION, provenance, path)
 
 
 def load_observation(path: Path, *, factory: str | None = None) -> Gradient:
     """Read an observation back; BadInput with a sentence if it is damaged or contradicts its own provenance.
 
-    factory: "package.module:factory" of your own architecture, needed when the file's is none of ours.
+    factory: "package.module:factory" of your own architecture, or the folder of a transformers model, needed when the
+    file's is none of ours.
     """
     tensors, provenance = _read(path, OBSERVATION)
     if wrong := misfit(provenance, Provenance, ""):
@@ -102,11 +125,14 @@ def load_observation(path: Path, *, factory: str | None = None) -> Gradient:
     )
     recipe: dict[str, Any] = {key: provenance["recipe"][key] for key in RECIPE} if "recipe" in about else {}
     batch_size = 1 if about["batch_size"] is None else about["batch_size"]
-    if min(*shape, classes, batch_size, *recipe.values()) <= 0 or (about["kind"] == "Update") != bool(recipe):
+    extras = {"Update": "recipe" in about, "Adapter": "adapter" in about}
+    if min(*shape, classes, batch_size, *recipe.values()) <= 0 or any(
+        (about["kind"] == k) != v for k, v in extras.items()
+    ):
         raise BadInput(f"{path} has impossible provenance: a size, a count or a rate is not above zero, or missing.")
     if factory is None and name not in MODELS:
         raise BadInput(
-            f"{path} was taken from the model {name!r}, which is none of ours: name your factory with --model."
+            f"{path} was taken from the model {name!r}, which is none of ours: name your factory, or its folder, with --model."
         )
     architecture = Architecture(name, (shape[0], shape[1], shape[2]), classes)
     module = replace(architecture, name=factory or name).build(seed=0)
@@ -131,7 +157,24 @@ def load_observation(path: Path, *, factory: str | None = None) -> Gradient:
     released = {key: t.float() if t.dtype.itemsize < 4 else t for key, t in _group(tensors, "released").items()}
     shared: dict[str, Any] = {"model": model, "released": released, "labels": tensors.get("labels")}
     shared |= {"batch_size": about["batch_size"], "precision": about["precision"]}
-    return Update(**shared, **recipe) if about["kind"] == "Update" else Gradient(**shared)
+    match about["kind"]:
+        case "Update":
+            return Update(**shared, **recipe)
+        case "Adapter":
+            return _adapter(shared, _group(tensors, "start"), about["adapter"], path)
+        case "Gradient":
+            return Gradient(**shared)
+
+
+def _adapter(shared: dict[str, Any], start: Tensors, about: LowRank, path: Path) -> Adapter:
+    factors = {f"{module}.{factor}" for module in about["scaling"] for factor in ("lora_A", "lora_B")}
+    if not factors or set(start) != factors or any(tensor.ndim < 2 for tensor in start.values()):
+        raise BadInput(f"{path} does not hold the start of both factors of every adapted module: it is damaged.")
+    for name, tensor in shared["released"].items():
+        if name not in start or tensor.shape != start[name].shape:
+            raise BadInput(f"{path} is damaged: the change of {name} does not have the shape of its start.")
+    recipe = Recipe(**about["recipe"]) if about["recipe"] else None
+    return Adapter(**shared, start=start, scaling=dict(about["scaling"]), recipe=recipe)
 
 
 def has_provenance(path: Path) -> bool:

@@ -1,9 +1,13 @@
 """Does a JSON value have the shape of a TypedDict? What is read from files is checked with this before it is believed."""
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints, is_typeddict
+
+from gradleak.errors import BadInput
 
 WORDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number", NoneType: "null"}
 
@@ -27,6 +31,16 @@ def misfit(value: Any, expected: Any, place: str) -> str | None:
     else:
         return None if _is_plain(value, expected) else f"{place or 'it'} should be {_describe(expected)}"
     return next((wrong for part in parts if (wrong := misfit(*part))), None)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; BadInput when it is not there or not JSON."""
+    if not path.is_file():
+        raise BadInput(f"There is no file {path}.")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path} is not JSON ({error}).") from error
 
 
 def _is_plain(value: Any, expected: Any) -> bool:

@@ -7,6 +7,8 @@ normalisation is its first layer, so that no attack ever has to know about it.
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -206,7 +208,7 @@ BINARY = ("mlp1000",)  # these tell two classes apart: labels are taken modulo 2
 
 @dataclass(frozen=True)
 class Architecture:
-    """How to build a model: a name from `MODELS`, or "package.module:factory" for one of yours.
+    """How to build a model: a name from `MODELS`, a folder of transformers (its config.json), or "package.module:factory".
 
     A factory is called with (input_shape, classes) and returns an nn.Module that maps pixels in [0, 1] to logits.
     """
@@ -227,9 +229,11 @@ class Architecture:
 
 
 def find_factory(name: str) -> Callable[[tuple[int, int, int], int], nn.Module]:
-    """The factory behind a name of `MODELS` or behind "package.module:factory"; BadInput says which part is missing."""
+    """The factory behind a name of `MODELS`, a folder of transformers or "package.module:factory"; BadInput if none."""
     if name in MODELS:
         return MODELS[name]
+    if (Path(name) / "config.json").is_file():
+        return partial(_from_config, Path(name))
     module_name, colon, attribute = name.partition(":")
     if not colon:
         raise BadInput(f"Unknown model {name!r}: choose one of {', '.join(MODELS)}, or give package.module:factory.")
@@ -240,3 +244,15 @@ def find_factory(name: str) -> Callable[[tuple[int, int, int], int], nn.Module]:
     if not callable(factory):
         raise BadInput(f"{name!r} is not callable: a model factory takes (input_shape, classes).")
     return factory  # type: ignore[no-any-return]
+
+
+def _from_config(folder: Path, shape: tuple[int, int, int], classes: int) -> nn.Module:
+    from gradleak.transformers_folder import structure
+
+    module, built = structure(folder)
+    if (built.input_shape, built.classes) != (shape, classes):
+        sizes = f"{'x'.join(map(str, built.input_shape))} and {built.classes} classes"
+        raise BadInput(
+            f"The model in {folder} is for pictures of {sizes}, not {'x'.join(map(str, shape))} and {classes}."
+        )
+    return module

@@ -13,11 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gradleak.attacks import ATTACKS
+from gradleak.base_folder import read_base
 from gradleak.cli import main
 from gradleak.data import load
 from gradleak.files import load_observation, load_reconstruction, load_secret
+from gradleak.lora import Recipe
 from gradleak.models import Architecture
-from gradleak.observations import Update
+from gradleak.observations import Adapter, Model, Update
+from gradleak.peft_folder import read_adapter
 from gradleak.report import record
 from gradleak.tensors import fingerprint
 
@@ -141,6 +144,86 @@ def test_capture_update_and_audit_it(tmp_path: Path, ok: Run) -> None:
     assert "several local steps" in row["status"]
 
 
+def test_capture_adapter(tmp_path: Path, ok: Run) -> None:
+    """On embedded pictures: real PEFT and model folders, and an observation that is what they hold."""
+    flags = ["--rank", 4, "--alpha", 6, "--rslora", "--target-modules", "2,6", "--optimizer", "momentum", "--lr", 0.02]
+    flags += ["--steps", 2, "--local-batch-size", 1, "--indices", 0, 3, "--reveal-labels", "--epochs", 0]
+    folder = tmp_path / "captured"
+    said = ok("capture", "adapter", "--model", "mlp", *flags, "--out", folder)
+    for name in ("adapter", "base", "observation.safetensors", "secret.safetensors"):
+        assert f"{folder / name}: " in said
+    assert len(said.splitlines()) == len(list(folder.iterdir())) == 4
+    recipe = Recipe(optimizer="momentum", learning_rate=0.02, steps=2, batch_size=1)
+    observation = load_observation(folder / "observation.safetensors")
+    assert isinstance(observation, Adapter)
+    assert (observation.recipe, observation.batch_size) == (recipe, 2)
+    assert observation.scaling == {"2": 3.0, "6": 3.0}  # 6 / sqrt(4)
+    module, architecture = read_base(folder / "base")
+    assert architecture == observation.model.architecture == Architecture("mlp", (3, 32, 32), 10)
+    read = read_adapter(folder / "adapter", Model.of(module, architecture), recipe=recipe)
+    assert fingerprint(read.released) == fingerprint(observation.released)
+    assert fingerprint(read.start) == fingerprint(observation.start)
+    secret = load_secret(folder / "secret.safetensors")
+    assert torch.equal(secret.images, load("embedded", indices=[0, 3]).images)
+    assert secret.source == "embedded test 0 3"
+    assert observation.labels is not None
+    assert torch.equal(observation.labels, secret.labels)
+
+
+def test_an_adapter_of_a_binary_model_trained_on_public_pictures(
+    tmp_path: Path, ok: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADLEAK_CACHE", str(tmp_path / "cache"))
+    flags = ["--model", "mlp1000", "--data", "digits", "--indices", 2, 3, "--epochs", 1, "--reveal-labels"]
+    ok("capture", "adapter", *flags, "--hide-batch-size", "--out", tmp_path / "o")
+    observation = load_observation(tmp_path / "o" / "observation.safetensors")
+    assert observation.model.architecture.classes == 2
+    assert observation.batch_size is None
+    assert observation.labels is not None
+    assert torch.equal(observation.labels, load("digits", indices=[2, 3]).labels % 2)
+    unseen = load("digits", limit=200)
+    right = observation.model.logits({}, unseen.images).argmax(1) == unseen.labels % 2
+    assert right.float().mean() > 0.8  # odd from even; 0.5 is chance
+
+
+def test_an_adapter_of_a_transformer_and_one_on_top_of_its_base(tmp_path: Path, ok: Run, refused: Run) -> None:
+    tiny = ["capture", "adapter", "--data", "digits", "--target-modules", "q_proj", "--epochs", 0, "--rank", 2]
+    said = ok(*tiny, "--init", "pissa", "--out", tmp_path / "first")
+    assert f"{tmp_path / 'first' / 'initial'}: " in said
+    first = load_observation(tmp_path / "first" / "observation.safetensors")
+    assert isinstance(first, Adapter)
+    assert len(first.scaling) == 4
+    assert first.released.keys() == first.start.keys()
+    assert first.recipe == Recipe(learning_rate=0.01, steps=1)
+    ok(*tiny, "--model", tmp_path / "first" / "base", "--out", tmp_path / "second")
+    second = load_observation(tmp_path / "second" / "observation.safetensors")
+    assert second.model.architecture.name == "vit"
+    assert "neither config.json" in refused(*tiny, "--model", tmp_path / "first", "--out", tmp_path / "third")
+
+
+@pytest.mark.parametrize(
+    ("flags", "hint"),
+    [
+        (["--target-modules", "2,fc"], "no linear or convolutional layer called 'fc'"),
+        (["--target-modules", ""], "called ''"),
+        (["--rank", "0"], "at least 1"),
+        (["--rank", "20", "--init", "pissa"], "at least 20x20"),
+        (["--lr", "0"], "above zero"),
+        (["--lr", "1e30", "--steps", "3"], "diverged"),
+        (["--local-batch-size", "0"], "above zero"),
+        (["--steps", "-1"], "above zero"),
+        (["--indices", "999"], "does not exist"),
+        (["--model", "./no/such/base"], "Unknown model"),
+        (["--model", "resnet21"], "resnet20"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_adapters_that_cannot_be(tmp_path: Path, refused: Run, flags: list[str], hint: str) -> None:
+    assert hint in refused(
+        "capture", "adapter", "--model", "mlp", "--data", "digits", "--epochs", 0, *flags, "--out", tmp_path / "o"
+    )
+
+
 def test_what_is_hidden_stays_hidden(tmp_path: Path, ok: Run) -> None:
     hide = ["--hide-buffers", "--hide-batch-size", "--precision", "float16", "--mode", "train"]
     ok(
@@ -196,6 +279,7 @@ def test_help_and_no_arguments_show_the_commands(ok: Run) -> None:
             "demo",
             "capture gradient",
             "capture update",
+            "capture adapter",
             "attack",
             "audit",
             "reproduce",

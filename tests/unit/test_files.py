@@ -27,8 +27,9 @@ from gradleak.files import (
     save_reconstruction,
     save_secret,
 )
+from gradleak.lora import Recipe
 from gradleak.models import Architecture
-from gradleak.observations import Gradient, Model, Update
+from gradleak.observations import Adapter, Gradient, Model, Update
 from gradleak.reconstruction import Reconstruction
 from gradleak.secret import Secret
 from gradleak.tensors import fingerprint
@@ -140,6 +141,84 @@ def test_an_update_comes_back_with_its_recipe(tmp_path: Path) -> None:
     assert {name: getattr(back, name) for name in recipe} == recipe
     assert fingerprint(back.released) == fingerprint(update.released)
     assert fingerprint(back.simulate(secret.images, secret.labels)) == fingerprint(update.released)
+
+
+def adapter(recipe: Recipe | None = None, precision: str = "float32") -> Adapter:
+    """Two layers of the MLP at ranks 2 and 3, both factors of one of them released."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"2.lora_A": (2, 64), "2.lora_B": (256, 2), "6.lora_A": (3, 256), "6.lora_B": (10, 3)}
+    start = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return Adapter(
+        model=Model.of(victim(MLP), MLP),
+        released={name: start[name] / 3 for name in ("2.lora_A", "2.lora_B", "6.lora_B")},
+        start=start,
+        scaling={"2": 1 / 3, "6": 2**0.5},
+        recipe=recipe,
+        precision=precision,
+        labels=torch.tensor([3, 1, 4]),
+    )
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "recipe",
+    [None, Recipe(learning_rate=0.1, steps=3), Recipe(optimizer="adamw", learning_rate=1e-3, steps=2, batch_size=2)],
+    ids=str,
+)
+def test_an_adapter_comes_back_bit_by_bit(tmp_path: Path, recipe: Recipe | None, precision: str) -> None:
+    """Also at half precision: the change between two such numbers needs more digits than they have."""
+    observation = adapter(recipe, precision)
+    save_observation(observation, tmp_path / "o")
+    back = load_observation(tmp_path / "o")
+    assert isinstance(back, Adapter)
+    for name in ("scaling", "recipe", "precision", "batch_size"):
+        assert getattr(back, name) == getattr(observation, name)
+    assert list(back.scaling) == list(observation.scaling)
+    assert fingerprint(back.released) == fingerprint(observation.released)
+    assert fingerprint(back.start) == fingerprint(observation.start)
+    assert back.model.state_hash() == observation.model.state_hash()
+    assert back.threat_model() == observation.threat_model()
+    images, labels = private().images, private().labels
+    assert fingerprint(back.simulate(images, labels)) == fingerprint(observation.simulate(images, labels))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda about: about.pop("adapter"),
+        lambda about: about.update(kind="Gradient"),
+        lambda about: about["adapter"].pop("recipe"),
+        lambda about: about["adapter"].update(recipe={"optimizer": "sgd"}),
+        lambda about: about["adapter"]["recipe"].update(optimizer="lion"),
+        lambda about: about["adapter"]["recipe"].update(steps=0),
+        lambda about: about["adapter"]["recipe"].update(batch_size=-1),
+        lambda about: about["adapter"].update(scaling={}),
+        lambda about: about["adapter"].update(scaling={"2": "one", "6": 1}),
+        lambda about: about["adapter"]["scaling"].update({"4": 1.0}),
+        lambda about: about["adapter"]["scaling"].pop("2"),
+    ],
+)
+def test_adapters_that_make_no_sense_are_bad_input(tmp_path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    save_observation(adapter(Recipe(learning_rate=0.1, steps=3)), tmp_path / "o")
+    altered(tmp_path / "o", provenance(change))
+    with pytest.raises(BadInput):
+        load_observation(tmp_path / "o")
+
+
+@pytest.mark.parametrize("name", ["start/2.lora_A", "start/6.lora_B", "released/2.lora_A"])
+@pytest.mark.parametrize("shape", [(2, 63), (2,), ()], ids=str)
+def test_factors_of_impossible_shapes_are_bad_input(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
+    save_observation(adapter(), tmp_path / "o")
+    altered(tmp_path / "o", lambda tensors, _: tensors.update({name: torch.ones(shape)}))
+    with pytest.raises(BadInput):
+        load_observation(tmp_path / "o")
+
+
+def test_a_released_factor_that_was_not_adapted_is_bad_input(tmp_path: Path) -> None:
+    save_observation(adapter(), tmp_path / "o")
+    altered(tmp_path / "o", lambda tensors, _: tensors.update({"released/4.lora_B": torch.ones(256, 2)}))
+    with pytest.raises(BadInput, match=r"the change of 4\.lora_B"):
+        load_observation(tmp_path / "o")
 
 
 def test_sum_reduction_and_frozen_parameters_come_back(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""From an adapter to the gradient behind it."""
