@@ -28,6 +28,7 @@ from gradleak.observations import Adapter, Gradient
 from gradleak.optimise import OnStep
 from gradleak.priors.gaussian import GaussianPrior
 from gradleak.reconstruction import Reconstruction
+from gradleak.tensors import flatten
 
 ROUNDING = 1e-5  # relative: float32 and the sums inside a layer
 SEVERAL = 0.1  # second over first singular value: from here on an adapter holds more than one picture, or noise
@@ -251,9 +252,17 @@ def loss_equations(seen: Evidence, t: Tensor, units_known: bool) -> tuple[Tensor
 
 
 def explain(observation: Adapter, images: Tensor) -> tuple[float, Tensor]:
-    """The relative residual and the label (1,) under which these images explain the release best."""
+    """The relative residual and the label (1,) under which these images explain the release best.
+
+    Without a recipe the learning rate is unknown, and the simulation is taken in the positive multiple that fits best.
+    """
     guesses = torch.arange(observation.model.architecture.classes)[:, None]
-    classes = guesses if observation.labels is None else observation.labels[None]
-    residuals = [float(relative_residual(observation.simulate(images, y), observation.released)) for y in classes]
-    best = min(range(len(residuals)), key=residuals.__getitem__)
-    return residuals[best], classes[best]
+    residuals = []
+    for y in guesses if observation.labels is None else observation.labels[None]:
+        simulated = observation.simulate(images, y)
+        if observation.recipe is None:
+            a, b = flatten(simulated), flatten(observation.released)
+            fit = (a @ b / a.square().sum().clamp_min(torch.finfo(a.dtype).tiny)).clamp_min(0)
+            simulated = {name: fit * tensor for name, tensor in simulated.items()}
+        residuals.append((float(relative_residual(simulated, observation.released)), y))
+    return min(residuals, key=lambda pair: pair[0])

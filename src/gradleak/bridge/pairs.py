@@ -27,7 +27,9 @@ def factors(adapter: Adapter, images: Tensor, labels: Tensor) -> dict[str, Facto
     mode, where pictures have no gradients of their own.
     """
     model = adapter.model
-    if model.mode == "train" and any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in model.module.modules()):
+    if model.mode == "train" and any(
+        isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in model.module.modules()
+    ):
         raise BadInput("BatchNorm in train mode mixes the pictures of a batch: a decoder needs a model in eval mode.")
     inputs: dict[str, list[Tensor]] = {module: [] for module in adapter.scaling}
     probes: dict[str, list[Tensor]] = {module: [] for module in adapter.scaling}
@@ -112,7 +114,9 @@ def check_pictures(adapter: Adapter, images: Tensor, labels: Tensor) -> None:
     if not len(images) or tuple(images.shape[1:]) != shape or len(labels) != len(images):
         raise BadInput(f"A decoder is fitted on labelled pictures of {shape}, not on {tuple(images.shape)}.")
     if int(labels.min()) < 0 or int(labels.max()) >= classes:
-        raise BadInput(f"The public labels go from {int(labels.min())} to {int(labels.max())}, the model has {classes} classes.")
+        raise BadInput(
+            f"The public labels go from {int(labels.min())} to {int(labels.max())}, the model has {classes} classes."
+        )
 
 
 def as_observation(adapter: Adapter, decoded: Tensors) -> Gradient:

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from gradleak.bridge import readout, storage
-from gradleak.bridge.pairs import as_observation, batches, check_identity, check_pictures, identity, key, sketched_moment
+from gradleak.bridge.pairs import (
+    as_observation,
+    batches,
+    check_identity,
+    check_pictures,
+    identity,
+    key,
+    sketched_moment,
+)
 from gradleak.observations import Adapter, Gradient, Sketch
 from gradleak.optimise import OnStep
 from gradleak.tensors import Tensors
@@ -32,7 +40,13 @@ class PseudoInverse:
 
     @classmethod
     def fit(
-        cls, adapter: Adapter, images: Tensor, labels: Tensor, *, generator: torch.Generator, on_step: OnStep | None = None
+        cls,
+        adapter: Adapter,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        generator: torch.Generator,
+        on_step: OnStep | None = None,
     ) -> Self:
         """Nothing to fit."""
         return cls()
@@ -145,7 +159,9 @@ class Ridge:
     def save(self, path: Path) -> None:
         """Write the decoder as safetensors."""
         tensors = {f"moments/{name}": t for name, t in self.moments.items()}
-        tensors |= {f"whiten/{name}": t for name, t in self.whiten.items()} | {f"last/{k}": t for k, t in self.last.items()}
+        tensors |= {f"whiten/{name}": t for name, t in self.whiten.items()} | {
+            f"last/{k}": t for k, t in self.last.items()
+        }
         tensors |= {"centres": self.centres, "sizes": self.sizes}
         storage.write(path, "ridge", self.fitted, tensors)
 

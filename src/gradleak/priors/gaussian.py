@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradleak.errors import BadInput
 
-_COLOUR_CORRELATION = 0.9  # between any two channels of a photograph, roughly (Ruderman et al. 1998, figure 2)
+_COLOUR_CORRELATION = 0.9  # between any two channels of a photograph, roughly
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,7 @@ class GaussianPrior:
         left = float(variance[k:].sum()) / max(len(variance) - k, 1)
         parts = vectors[:, :k].T.reshape(k, *images.shape[1:])
         whole = math.sqrt(remainder**2 + left)
-        return cls(mean.view(images.shape[1:]), parts, variance[:k].sqrt(), whole, images)
+        return cls(mean.view(images.shape[1:]), parts, (variance[:k] - left).clamp_min(1e-300).sqrt(), whole, images)
 
     @classmethod
     def smooth(cls, shape: tuple[int, int, int], std: float = 0.25) -> Self:
