@@ -147,13 +147,19 @@ def mlp1000(shape: tuple[int, int, int], classes: int) -> nn.Module:
 
 
 def convnet(shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """Four 3x3 convolutions with ReLU, halving the picture twice, and a linear layer on the mean over positions."""
-    layers: list[nn.Module] = [Normalise(shape[0])]
-    channels = shape[0]
-    for out, stride in ((64, 1), (128, 2), (256, 2), (256, 1)):
-        layers += [nn.Conv2d(channels, out, 3, stride, padding=1), nn.ReLU()]
-        channels = out
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+    """Three convolutions with GELU, halving the picture twice, and a linear layer on all positions."""
+    channels, height, width = shape
+    return nn.Sequential(
+        Normalise(channels),
+        nn.Conv2d(channels, 64, 5, stride=2, padding=2),
+        nn.GELU(),
+        nn.Conv2d(64, 128, 3, stride=2, padding=1),
+        nn.GELU(),
+        nn.Conv2d(128, 128, 3, padding=1),
+        nn.GELU(),
+        nn.Flatten(),
+        nn.Linear(128 * -(-height // 4) * -(-width // 4), classes),  # two strides of 2, each rounding up
+    )
 
 
 class ImageTransformer(nn.Module):

@@ -109,7 +109,9 @@ def check_identity(fitted: str, adapter: Adapter) -> None:
 
 
 def check_pictures(adapter: Adapter, images: Tensor, labels: Tensor) -> None:
-    """BadInput unless there are public pictures of the model's size, each with a class that the model knows."""
+    """BadInput unless the adapter has sketches and there are public pictures of its model's size and classes."""
+    if not adapter.sketches():
+        raise BadInput("The adapter measures no gradient: the other factor of each that is released starts at zero.")
     shape, classes = adapter.model.architecture.input_shape, adapter.model.architecture.classes
     if not len(images) or tuple(images.shape[1:]) != shape or len(labels) != len(images):
         raise BadInput(f"A decoder is fitted on labelled pictures of {shape}, not on {tuple(images.shape)}.")

@@ -56,4 +56,5 @@ def decode(sketch: Sketch, W: Tensor, b: Tensor, mean: Tensor, covariance: Tenso
     if float(z[:, best].square().mean()) > IMPLAUSIBLE:
         return None
     h = mean + covariance @ M.T @ torch.linalg.solve_triangular(L.T, z[:, [best]], upper=True)[:, 0]
-    return (c[best] * torch.outer(u, h)).to(sketch.measured.dtype)
+    G: Tensor = c[best] * torch.outer(u, h)
+    return G.to(sketch.measured.dtype)

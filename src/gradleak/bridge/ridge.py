@@ -7,11 +7,13 @@ what can be seen of theirs, the Gram matrices S_i^T S_i of all layers (k-means),
 to the observation. The layer that makes the logits also obeys the softmax's equation (readout.py).
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gradleak.bridge import readout, storage
@@ -29,7 +31,7 @@ from gradleak.optimise import OnStep
 from gradleak.tensors import Tensors
 
 SEEN = 16  # columns of S that enter the grouping
-SHARPNESS = 16.0  # a group at squared distance d has the weight exp(-SHARPNESS d); features have unit norm
+SHARPNESS = 16.0  # a group at squared distance d has the weight exp(-SHARPNESS d / batch size); features have unit norm
 SHRINKAGE = 1e-6  # of C towards the identity
 SHARED = 0.02  # of C comes from all public pictures
 
@@ -104,7 +106,7 @@ class Ridge:
                 if sketch.module == module:
                     read.append((X if sketch.side == "right" else delta).flatten(0, 1))
             if on_step is not None:
-                on_step(rows.stop, 2 * n, torch.nan)
+                on_step(min(rows.stop, n), 2 * n, torch.nan)
         weight = 1 / energy.clamp_min(torch.finfo(energy.dtype).tiny)  # (n,)
         seen = {name: torch.cat(parts) for name, parts in grams.items()}  # (n, seen, seen)
         whiten = {name: _inverse_root((weight[:, None, None] * gram).mean(0)) for name, gram in seen.items()}
@@ -116,11 +118,11 @@ class Ridge:
                 total = moments.setdefault(key(sketch), each.new_zeros(groups, *each.shape[1:]))
                 total.index_add_(0, owner[rows], each)
             if on_step is not None:
-                on_step(n + rows.stop, 2 * n, torch.nan)
+                on_step(n + min(rows.stop, n), 2 * n, torch.nan)
         last = {}
         if module:
             h = torch.cat(read)
-            last = {f"{module}/mean": h.mean(0), f"{module}/covariance": torch.cov(h.T.double(), correction=0).float()}
+            last = {f"{module}/mean": h.mean(0), f"{module}/covariance": torch.cov(h.T.double(), correction=0).to(h)}
         return cls(identity(adapter), moments, whiten, centres, torch.bincount(owner, minlength=groups), last)
 
     def __call__(self, adapter: Adapter) -> Gradient:
@@ -131,7 +133,7 @@ class Ridge:
         for sketch in adapter.sketches():
             name = f"{sketch.module}.weight"
             shape = adapter.model.parameters[name].shape
-            known = decoded.get(name, torch.zeros(shape, device=sketch.measured.device)).flatten(1)
+            known = decoded.get(name, sketch.measured.new_zeros(shape)).flatten(1)
             known = known if sketch.side == "right" else known.T
             # Where both factors are released, the second explains what the first has left: exact for both.
             S = sketch.measured - known @ sketch.factor.T
@@ -145,7 +147,8 @@ class Ridge:
         """(groups,): by how much each group's sum enters C for this observation."""
         seen = {key(s): (s.measured[:, :SEEN].T @ s.measured[:, :SEEN])[None] for s in adapter.sketches()}
         distance = (_features(seen, self.whiten) - self.centres).square().sum(1)
-        near = torch.exp(-SHARPNESS * (distance - distance.min()))
+        sharpness = SHARPNESS / (adapter.batch_size or 1)  # a batch is like several groups at once
+        near = torch.exp(-sharpness * (distance - distance.min()))
         return near / (near @ self.sizes.to(near)) + SHARED / self.sizes.sum()
 
     def _from_softmax(self, adapter: Adapter, sketch: Sketch) -> Tensor | None:
@@ -159,9 +162,8 @@ class Ridge:
     def save(self, path: Path) -> None:
         """Write the decoder as safetensors."""
         tensors = {f"moments/{name}": t for name, t in self.moments.items()}
-        tensors |= {f"whiten/{name}": t for name, t in self.whiten.items()} | {
-            f"last/{k}": t for k, t in self.last.items()
-        }
+        tensors |= {f"whiten/{name}": t for name, t in self.whiten.items()}
+        tensors |= {f"last/{name}": t for name, t in self.last.items()}
         tensors |= {"centres": self.centres, "sizes": self.sizes}
         storage.write(path, "ridge", self.fitted, tensors)
 
@@ -178,10 +180,14 @@ def ridge(S: Tensor, factor: Tensor, FC: Tensor) -> Tensor:
 
     S (rows, rank), F (rank, columns), F C (rank, columns) -> M^ (rows, columns), with M^ F^T = S.
     """
-    F, FC = factor.double(), FC.double()
-    isotropic = (FC * F).sum() / F.square().sum()  # the multiple at which F C would be as large
-    FC = FC + SHRINKAGE * isotropic * F  # directions that no public gradient has are left to the pseudo-inverse
-    M: Tensor = S.double() @ torch.linalg.solve(FC @ F.T, FC)
+    U, s, Vh = torch.linalg.svd(factor.double(), full_matrices=False)
+    kept = s > 1e-10 * s[0]  # dependent rows of F measure nothing new
+    solve = U[:, kept] / s[kept]
+    S_, F_, FC_ = S.double() @ solve, Vh[kept], solve.T @ FC.double()  # the same equation for an F of orthonormal rows
+    isotropic = (FC_ * F_).sum() / len(F_)  # the variance that C gives to the directions of F
+    # Directions that no public gradient has are left to the pseudo-inverse; all of them, if none reached this layer.
+    FC_ = FC_ + (SHRINKAGE * isotropic + torch.finfo(S.dtype).tiny) * F_
+    M: Tensor = S_ @ torch.linalg.solve(FC_ @ F_.T, FC_)
     return M.to(S.dtype)
 
 
@@ -200,11 +206,12 @@ def k_means(points: Tensor, groups: int, generator: torch.Generator, rounds: int
 def _features(grams: Tensors, whiten: Tensors) -> Tensor:
     """{sketch: S^T S (n, seen, seen)} -> (n, features) of unit norm: whitened, each layer with the same weight."""
     parts = [(whiten[name] @ gram @ whiten[name]).flatten(1) for name, gram in grams.items()]
-    return torch.cat([torch.nn.functional.normalize(part, dim=1) for part in parts], 1) / len(parts) ** 0.5
+    return torch.cat([F.normalize(part, dim=1) for part in parts], 1) / math.sqrt(len(parts))
 
 
 def _inverse_root(gram: Tensor) -> Tensor:
     """gram^-1/2 for a symmetric matrix, bounded where it is singular."""
     values, vectors = torch.linalg.eigh(gram.double())
     root = values.clamp_min(1e-9 * float(values[-1]) + torch.finfo(gram.dtype).tiny).rsqrt()
-    return ((vectors * root) @ vectors.T).to(gram.dtype)
+    result: Tensor = ((vectors * root) @ vectors.T).to(gram.dtype)
+    return result

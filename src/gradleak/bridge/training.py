@@ -75,8 +75,9 @@ def decode(network: Network, weights: Tensors, adapter: Adapter) -> Tensors:
 
 def normal(generator: torch.Generator, *shape: int) -> Tensor:
     """Random weights (..., inputs) for an activation that halves the variance (He et al. 2015)."""
-    return torch.randn(*shape, generator=generator) * (2 / math.prod(shape[1:])) ** 0.5
+    return torch.randn(*shape, generator=generator) * math.sqrt(2 / math.prod(shape[1:]))
 
 
 def _rms(S: Tensor) -> Tensor:
-    return S.square().mean((1, 2), keepdim=True).sqrt().clamp_min(torch.finfo(S.dtype).tiny ** 0.5)
+    size: Tensor = S.square().mean((1, 2), keepdim=True).sqrt().clamp_min(torch.finfo(S.dtype).tiny ** 0.5)
+    return size

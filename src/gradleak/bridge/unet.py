@@ -1,7 +1,8 @@
 """A U-Net as decoder (Ronneberger et al. 2015), shared by all layers: the gradient matrix is treated as a picture.
 
-It sees the pseudo-inverse and a learned embedding of each row and column, through which it can tell where in which layer
-it is, and adds what the pseudo-inverse lacks. The architecture is ours: the literature names it and gives no sizes.
+As in compressed imaging, a learned linear map for each layer first lifts the sketch to the size of the gradient (it starts
+as the pseudo-inverse); the U-Net adds what that lacks. A learned embedding of each row and column tells it where in which
+layer it is. The architecture is ours: the literature names it and gives no sizes.
 """
 
 from dataclasses import dataclass, field
@@ -18,12 +19,12 @@ from gradleak.observations import Adapter, Gradient, Sketch
 from gradleak.optimise import OnStep
 from gradleak.tensors import Tensors
 
-EMBEDDED = 4  # numbers for each row, and for each column
+EMBEDDED = 2  # numbers for each row, and for each column
 
 
 @dataclass(frozen=True)
 class UNet:
-    """A fitted decoder: identity of base model and adapter start, the kernels, and {sketch/rows, sketch/columns}."""
+    """A fitted decoder: identity of base model and adapter start, the kernels, and {sketch/lift, /rows, /columns}."""
 
     fitted: str
     weights: Tensors = field(repr=False)
@@ -53,9 +54,10 @@ class UNet:
             "up": (width, 3 * width, 3, 3),
         }
         start = {name: training.normal(generator, *shape) for name, shape in kernels.items()}
-        start["out"] = torch.zeros(1, width, 1, 1)  # starts as the pseudo-inverse
+        start["out"] = torch.zeros(1, width, 1, 1)  # starts as the lift alone
         for sketch in adapter.sketches():
             start[f"{key(sketch)}/rows"] = torch.randn(EMBEDDED, sketch.measured.shape[0], generator=generator)
+            start[f"{key(sketch)}/lift"] = torch.zeros(sketch.factor.T.shape)
             start[f"{key(sketch)}/columns"] = torch.randn(EMBEDDED, sketch.factor.shape[1], generator=generator)
         weights = training.fit(
             _network,
@@ -88,12 +90,13 @@ class UNet:
 
 def _network(weights: Tensors, sketch: Sketch, S: Tensor, inverse: Tensor) -> Tensor:
     n, rows, columns = inverse.shape
+    lifted = inverse + S @ weights[f"{key(sketch)}/lift"].T
     where_row = weights[f"{key(sketch)}/rows"][None, :, :, None].expand(n, -1, -1, columns)
     where_column = weights[f"{key(sketch)}/columns"][None, :, None, :].expand(n, -1, rows, -1)
-    picture = torch.cat([inverse[:, None], where_row, where_column], 1)  # (n, 1 + 2 EMBEDDED, rows, columns)
+    picture = torch.cat([lifted[:, None], where_row, where_column], 1)  # (n, 1 + 2 EMBEDDED, rows, columns)
     full = F.gelu(F.conv2d(picture, weights["in"], padding=1))
     half = F.gelu(F.conv2d(full, weights["down"], stride=2, padding=1))
     half = F.gelu(F.conv2d(half, weights["low"], padding=1))
     wide = F.interpolate(half, (rows, columns), mode="nearest")
     joined = F.gelu(F.conv2d(torch.cat([full, wide], 1), weights["up"], padding=1))
-    return inverse + F.conv2d(joined, weights["out"])[:, 0]
+    return lifted + F.conv2d(joined, weights["out"])[:, 0]
