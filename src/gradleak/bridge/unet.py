@@ -38,7 +38,7 @@ class UNet:
         *,
         generator: torch.Generator,
         on_step: OnStep | None = None,
-        steps: int = 200,
+        steps: int = 100,
         width: int = 8,
         batch: int = 2,
         learning_rate: float = 3e-3,
