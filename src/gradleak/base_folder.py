@@ -18,7 +18,7 @@ from torch import nn
 from gradleak.errors import BadInput
 from gradleak.files import Blueprint, load_state, load_tensors
 from gradleak.json_types import misfit, read_json
-from gradleak.models import MODELS, Architecture, ImageTransformer, Normalise
+from gradleak.models import MODELS, Architecture, ImageTransformer
 from gradleak.transformers_folder import BROKEN, one_line, quiet_transformers, structure
 
 SCHEMA = "gradleak/base/1"
@@ -41,7 +41,7 @@ def write_base(module: nn.Module, architecture: Architecture, folder: Path) -> N
         return
     with quiet_transformers():
         cast(Any, module.network).save_pretrained(folder)
-    first = cast(Normalise, module.normalise)
+    first = module.normalise
     processor: dict[str, Any] = {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,

@@ -165,9 +165,10 @@ def convnet(shape: tuple[int, int, int], classes: int) -> nn.Module:
 class ImageTransformer(nn.Module):
     """An image classifier of the transformers library behind our first layer: pixels in [0, 1] -> logits."""
 
-    def __init__(self, network: nn.Module, normalise: nn.Module) -> None:
+    def __init__(self, network: nn.Module, normalise: Normalise) -> None:
         super().__init__()
-        self.normalise, self.network = normalise, network
+        self.normalise: Normalise = normalise
+        self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.network(pixel_values=self.normalise(images)).logits

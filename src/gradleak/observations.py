@@ -16,7 +16,7 @@ from torch.func import functional_call, grad
 from gradleak.errors import BadInput
 from gradleak.lora import Recipe, product, train
 from gradleak.models import Architecture
-from gradleak.tensors import Tensors, fingerprint
+from gradleak.tensors import Tensors, fingerprint, flatten
 
 Mode = Literal["train", "eval"]
 Reduction = Literal["mean", "sum"]
@@ -210,6 +210,9 @@ class Update(Gradient):
         return [*super().threat_model()[:-1], _item("local training", True, recipe), super().threat_model()[-1]]
 
 
+UNKNOWN = Recipe(learning_rate=1.0, steps=1)  # what is assumed of an adapter that comes without its recipe
+
+
 @dataclass(frozen=True)
 class Sketch:
     """What one factor of an adapter tells of a weight's gradient: the linear equation S = M F^T.
@@ -256,13 +259,22 @@ class Adapter(Gradient):
         check_finite(self.released)
 
     def simulate(self, images: Tensor, labels: Tensor) -> Tensors:
-        """The change of the released factors after training on (images, labels), unrolled, differentiable."""
-        recipe = self.recipe or Recipe(learning_rate=1.0, steps=1)
+        """The change of the released factors after training on (images, labels), unrolled, differentiable.
+
+        Without a recipe the learning rate is unknown: the change is brought to the length of what was released.
+        """
+        recipe = self.recipe or UNKNOWN
         # In one step no factor meets the other's change: those that are not released need no gradient.
         names = self.released if recipe.steps == 1 else self.start
         before = {name: self.start[name] for name in names}
         after = train(self.loss, before, images, labels, recipe)
-        return {name: after[name] - before[name] for name in self.released}
+        change = {name: after[name] - before[name] for name in self.released}
+        if self.recipe is not None:
+            return change
+        size, wanted = (flatten(tensors).square().sum() for tensors in (change, self.released))
+        ratio = wanted / size.clamp_min(torch.finfo(size.dtype).tiny)
+        scale = torch.where((size > 0) & (wanted > 0), ratio, 1.0).sqrt()
+        return {name: scale * tensor for name, tensor in change.items()}
 
     def loss(self, factors: Tensors, images: Tensor, labels: Tensor) -> Tensor:
         """The base model's loss with the adapter in place: cross entropy over the batch."""
@@ -279,7 +291,7 @@ class Adapter(Gradient):
 
     def sketches(self) -> list[Sketch]:
         """One equation per released factor, in units of a gradient: exact for one SGD step, else a mean over the steps."""
-        recipe = self.recipe or Recipe(learning_rate=1.0, steps=1)
+        recipe = self.recipe or UNKNOWN
         found = []
         for module, s in self.scaling.items():
             unit = -1 / (recipe.learning_rate * recipe.steps * s)
@@ -294,7 +306,7 @@ class Adapter(Gradient):
         """{module.weight: the gradient of least norm that explains its sketch}: M = S (F F^T)^-1 F."""
         return {
             f"{s.module}.weight": self.weight_shaped(s, s.measured @ torch.linalg.pinv(s.factor).T)
-            for s in self.sketches()
+            for s in sorted(self.sketches(), key=lambda s: s.side)  # where both factors were released, B's change stays
         }
 
     def weight_shaped(self, sketch: Sketch, M: Tensor) -> Tensor:

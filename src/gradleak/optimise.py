@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 from gradleak.errors import BadInput
-from gradleak.observations import Gradient
-from gradleak.tensors import Tensors
+from gradleak.observations import Adapter, Gradient
+from gradleak.tensors import Tensors, fingerprint, flatten
 
 Objective = Callable[..., Tensor]
 OnStep = Callable[[int, int, float], None]  # (iteration, iterations in all, best objective so far)
@@ -46,9 +46,12 @@ def stack(observations: Sequence[Gradient], copies: int = 1) -> Tensors:
 
 
 def _circumstances(o: Gradient) -> dict[str, Any]:
-    shared = {
+    own = {
         field.name: getattr(o, field.name) for field in fields(o) if field.name not in ("model", "released", "labels")
     }
+    shared = {name: fingerprint(value) if name == "start" else value for name, value in own.items()}
+    if isinstance(o, Adapter) and o.recipe is None:
+        shared["size"] = float(flatten(o.released).norm())  # to which a simulation is scaled
     return shared | {"kind": type(o), "mode": o.model.mode, "loss": o.model.reduction, "state": o.model.state_hash()}
 
 

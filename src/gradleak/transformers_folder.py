@@ -92,7 +92,7 @@ def _is_our_vit(module: ImageTransformer, architecture: Architecture) -> bool:
     own = cast(ImageTransformer, replace(architecture, name="vit").build(seed=0))
     configs = [cast(Any, m.network).config.to_dict() for m in (module, own)]
     same = all(configs[0].get(k) == v for k, v in configs[1].items() if k not in NOT_OF_THE_MODEL)
-    first, other = (cast(Normalise, m.normalise) for m in (module, own))
+    first, other = (m.normalise for m in (module, own))
     return same and torch.equal(first.mean, other.mean) and torch.equal(first.std, other.std)
 
 

@@ -1,12 +1,18 @@
 """One paper, one file. ATTACKS is the only place where an attack has a name."""
 
+from gradleak.attacks.activation_patterns import ActivationPatterns
 from gradleak.attacks.analytic import Analytic
 from gradleak.attacks.dlg import DLG
 from gradleak.attacks.idlg import IDLG
 from gradleak.attacks.inverting_gradients import InvertingGradients
+from gradleak.attacks.map_inversion import MapInversion
+from gradleak.attacks.token_span import TokenSpan
 
 ATTACKS = {
     "analytic": Analytic,
+    "token-span": TokenSpan,
+    "activation-patterns": ActivationPatterns,
+    "map-inversion": MapInversion,
     "dlg": DLG,
     "idlg": IDLG,
     "inverting-gradients": InvertingGradients,

@@ -1,17 +1,21 @@
 """Label recovery from the last linear layer (one image: iDLG, Zhao et al. 2020, arXiv:2001.02610; batches: our own).
 
-Sees      Gradient or Update of a classifier that ends in a linear layer and a softmax cross entropy
+Sees      Gradient or Update of a classifier that ends in a linear layer and a softmax cross entropy; of one picture also
+          an Adapter of that layer
 Recovers  labels (batch,) int64 in ascending order
 Solves    dL/db_c = mean_n (p_nc - [y_n = c]): for one image only the true class is negative; for a batch the counts
           follow once the mean prediction is known, which dL/dW gives
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from gradleak.attacks.layers import Call, calls
+from gradleak.distances import relative_residual
 from gradleak.errors import NotObserved
-from gradleak.observations import Gradient
+from gradleak.observations import Adapter, Gradient
 
 
 def known_or_recovered(observation: Gradient) -> Tensor:
@@ -27,10 +31,11 @@ def recover_labels(observation: Gradient) -> Tensor:
     batch = observation.batch_size
     if batch is None:
         raise NotObserved("The batch size was withheld, and labels without it: neither can be told from one gradient.")
-    model, gradient = observation.model, observation.as_gradient()
-    last = last_layer(
-        observation, torch.full((1, *model.architecture.input_shape), 0.5).to(gradient[next(iter(gradient))])
-    )
+    model = observation.model
+    grey = torch.full((1, *model.architecture.input_shape), 0.5).to(next(iter(observation.released.values())))
+    if isinstance(observation, Adapter):
+        return label_of_sketch(observation, grey)
+    gradient, last = observation.as_gradient(), last_layer(observation, grey)
     share = 1 if model.reduction == "mean" else batch
     bias_gradient = gradient[f"{last.name}.bias"] / share
     if batch == 1:
@@ -38,6 +43,37 @@ def recover_labels(observation: Gradient) -> Tensor:
     weight, bias = (model.parameters[f"{last.name}.{part}"] for part in ("weight", "bias"))
     counts = label_counts(gradient[f"{last.name}.weight"] / share, bias_gradient, weight, bias, batch)
     return torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+
+
+def candidate_labels(observation: Gradient) -> Tensor:
+    """The labels worth trying, (tries, batch) int64: those known or recovered, else, for one picture, every class."""
+    try:
+        return known_or_recovered(observation)[None]
+    except NotObserved:
+        if observation.batch_size != 1:
+            raise
+        where = next(iter(observation.released.values())).device
+        return torch.arange(observation.model.architecture.classes, device=where)[:, None]
+
+
+def with_best_label(observation: Gradient, images: Tensor) -> tuple[Tensor, float]:
+    """The label (1,) under which this one picture explains the release best, and its relative residual."""
+    tries = candidate_labels(replace(observation, batch_size=1))
+    residuals = [float(relative_residual(observation.simulate(images, y), observation.released)) for y in tries]
+    best = min(range(len(tries)), key=residuals.__getitem__)
+    return tries[best], residuals[best]
+
+
+def label_of_sketch(observation: Adapter, images: Tensor) -> Tensor:
+    """The label (1,) of an adapter's only picture: S = (p - onehot(y)) (A h)^T has its largest entries in row y."""
+    name = calls(observation.model, images)[-1].name
+    sketch = next((s for s in observation.sketches() if s.module == name and s.side == "right"), None)
+    if sketch is None or observation.batch_size != 1 or len(sketch.measured) < 3:
+        raise NotObserved(
+            "Labels were not given: of an adapter they are told by the last layer's B, for one picture of three or more classes."
+        )
+    label: Tensor = sketch.measured.norm(dim=1).argmax()
+    return label[None]
 
 
 def last_layer(observation: Gradient, images: Tensor) -> Call:

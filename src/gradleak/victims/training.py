@@ -13,6 +13,7 @@ from torch import nn
 from gradleak.data import Pictures
 from gradleak.files import load_state, load_tensors
 from gradleak.models import Architecture
+from gradleak.tensors import fingerprint
 
 
 def cache_folder() -> Path:
@@ -35,7 +36,7 @@ def prepare_model(
         load_state(module, load_tensors(weights))
     if train_on is None or not epochs:
         return module
-    start = hashlib.sha256(weights.read_bytes()).hexdigest() if weights else ""
+    start = fingerprint(module.state_dict())  # of the initial state: another version of the architecture trains anew
     key = f"{architecture}|{seed}|{start}|{train_on.source}|{train_on.split}|{len(train_on.labels)}|{epochs}"
     cached = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
     if cached.is_file():

@@ -1,0 +1,172 @@
+"""Maximum a posteriori inversion under a Gaussian prior of pictures: of sketches (adapters) as of whole gradients.
+The objective is the Bayesian one of Balunovic et al. (ICLR 2022, arXiv:2111.04706); start, metric and schedule are ours.
+
+Sees      Adapter, Gradient or Update; labels optional: of one picture, every class is tried. A prior made of public
+          pictures helps and is not needed
+Recovers  images (batch, channel, height, width) in [0, 1], labels
+Solves    min over z of  mean_l ||s_l(x) - s*_l||^2 / ||s*_l||^2 + w ||z||^2,   x = mean + F z,   F F^T = prior covariance,
+          l over the released tensors, with w = 1e-2, 1e-3, ..., 1e-7 one after the other: coarse structure comes first
+Differs   Whitened by the prior, so that L-BFGS needs hundreds of evaluations where pixels need thousands of steps.
+          Starts, for one picture, at a kernel ridge regression of public pictures on what they would have released under
+          the same label; the label is part of what the release says, and must not drown the rest.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from gradleak.attacks.labels import candidate_labels
+from gradleak.distances import relative_residual
+from gradleak.errors import BadInput
+from gradleak.lbfgs import lbfgs
+from gradleak.observations import Gradient
+from gradleak.optimise import OnStep, rowwise, stack
+from gradleak.priors.gaussian import GaussianPrior
+from gradleak.reconstruction import Reconstruction
+from gradleak.tensors import Tensors
+
+PRIOR_WEIGHTS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
+KERNEL_RIDGE = 0.1  # of the regression; 0.01 to 0.3 make little difference
+FEATURES = 100_000  # released numbers that the regression looks at, at most
+CHUNK = 25  # simulations side by side
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapInversion:
+    """The prior and the effort.
+
+    prior        GaussianPrior.fit(public pictures), or None for GaussianPrior.smooth
+    pairs        public pictures in the regression that gives the start; 0, or no public pictures: start at the mean
+    evaluations  of the objective at each prior weight
+    """
+
+    prior: GaussianPrior | None = field(default=None, repr=False)
+    pairs: int = 1_000
+    evaluations: int = 75
+
+    def __call__(
+        self, observation: Gradient, *, generator: torch.Generator, on_step: OnStep | None = None
+    ) -> Reconstruction:
+        """Raises NotObserved when the batch size is withheld, or the labels of a batch are neither given nor readable."""
+        return self.many([observation], generator=generator, on_step=on_step)[0]
+
+    def many(
+        self, observations: Sequence[Gradient], *, generator: torch.Generator, on_step: OnStep | None = None
+    ) -> list[Reconstruction]:
+        """The same for several observations of one model state, side by side."""
+        seen, where = observations[0], next(iter(observations[0].released.values()))
+        shape = seen.model.architecture.input_shape
+        prior = self.prior or GaussianPrior.smooth(shape)
+        if prior.mean.shape != shape:
+            raise BadInput(f"The prior is one of {tuple(prior.mean.shape)} pictures, the model takes {tuple(shape)}.")
+        candidates = torch.stack([candidate_labels(o) for o in observations]).to(where.device)
+        tries, batch = candidates.shape[1:]  # (observations, tries, batch)
+        y, released = candidates.flatten(0, 1), stack(observations, tries)  # K rows = observations * tries
+        mean, F = prior.mean.flatten().to(where), prior.factor().to(where)  # (pixels,), (pixels, pixels)
+
+        def pictures(z: Tensor) -> Tensor:  # (batch * pixels,) -> (batch, channel, height, width)
+            return (mean + z.view(batch, -1) @ F).view(batch, *shape)
+
+        def objective(z: Tensor, y: Tensor, released: Tensors, weight: Tensor) -> Tensor:
+            return misfit(seen.simulate(pictures(z), y), released) + weight * z.square().mean() * len(mean)
+
+        start = self.start(seen, prior, y, released, generator)  # (K, batch, channel, height, width)
+        z = torch.linalg.solve(F, (start.flatten(2) - mean).mT).mT.flatten(1)
+        evaluate = rowwise(objective, z, (y, released, torch.zeros(len(y)).to(where)))
+        trace, done = list[tuple[int, list[float]]](), 0
+        for stage, weight in enumerate(PRIOR_WEIGHTS):
+            w = torch.full((len(y),), weight).to(where)
+            report = None if on_step is None else partial(_report, on_step, stage)
+            search = partial(_without_graph, evaluate, (y, released, w))
+            found = lbfgs(search, z, evaluations=self.evaluations, history=30, on_step=report)
+            z, trace = found.x, [*trace, *((done + step, values) for step, values in found.trace)]
+            done += found.iterations
+            if stage == 1 and tries > 1:  # wrong labels do not fit: go on with the best
+                best = found.value.view(-1, tries).argmin(1) + tries * torch.arange(len(observations)).to(z.device)
+                z, y, tries = z[best], y[best], 1
+                released = {name: tensor[best] for name, tensor in released.items()}
+                trace = [(step, [values[int(i)] for i in best]) for step, values in trace]
+                evaluate = rowwise(objective, z, (y, released, w[best]))
+        results = []
+        for row, o in enumerate(observations):
+            images, value = pictures(z[row]).clamp(0, 1).detach(), float(found.value[row])
+            residual = float(relative_residual(o.simulate(images, y[row]), o.released))
+            status = f"Finished {done} evaluations at objective {value:.3g}, relative residual {residual:.2g}."
+            if not math.isfinite(value):
+                status = "Not started: the objective is no finite number at the start; check the model's parameters."
+            own = [(step, values[row]) for step, values in trace]
+            results.append(Reconstruction(images.cpu(), y[row].cpu(), residual, status, done, own))
+        return results
+
+    def start(
+        self, seen: Gradient, prior: GaussianPrior, y: Tensor, released: Tensors, generator: torch.Generator
+    ) -> Tensor:
+        """Where each of the K rows begins: (K, batch, channel, height, width)."""
+        K, batch = y.shape
+        mean = prior.mean.to(next(iter(released.values())))
+        if batch > 1:  # equal pictures would stay equal
+            noise = torch.randn(K, batch, *prior.components.shape[:1], generator=generator).double()
+            return mean + 0.1 * (prior.pixels(noise) - prior.mean).to(mean)
+        if prior.pictures is None or not self.pairs:
+            return mean.expand(K, 1, *mean.shape)
+        chosen = torch.randperm(len(prior.pictures), generator=generator)[: self.pairs]
+        public = prior.pictures[chosen].to(mean)  # (n, channel, height, width)
+        start = torch.empty(K, *mean.shape).to(mean)
+        targets = features(released)
+        for label in set(y[:, 0].tolist()):
+            rows = y[:, 0] == label
+            simulate = vmap(partial(_alone, seen, y[rows][0]))
+            pairs = torch.cat([features(simulate(part)) for part in torch.split(public, CHUNK)])
+            start[rows] = regress(pairs, public, targets[rows])
+        return start[:, None]
+
+
+def _alone(seen: Gradient, y: Tensor, image: Tensor) -> Tensors:
+    return {name: tensor.detach() for name, tensor in seen.simulate(image[None], y).items()}
+
+
+def _without_graph(
+    evaluate: Callable[..., tuple[Tensor, Tensor]], given: tuple[Any, ...], z: Tensor
+) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        gradient, value = evaluate(z, *given)
+    return gradient, value
+
+
+def _report(on_step: OnStep, stage: int, step: int, steps: int, value: float) -> None:
+    on_step(stage * steps + step, len(PRIOR_WEIGHTS) * steps, value)
+
+
+def misfit(simulated: Tensors, released: Tensors) -> Tensor:
+    """The mean over the tensors of ||simulated - released||^2 / ||released||^2; tensors that are zero throughout count
+    by what is simulated in their place, relative to all of the release."""
+    whole = torch.stack([tensor.square().sum() for tensor in released.values()])
+    size = torch.where(whole > 1e-12 * whole.sum(), whole, whole.sum()).clamp_min(torch.finfo(whole.dtype).tiny)
+    errors = torch.stack([(simulated[name] - released[name]).square().sum() for name in released])
+    mean: Tensor = (errors / size).mean()
+    return mean
+
+
+def features(released: Tensors) -> Tensor:
+    """Every tensor in unit length, side by side, thinned to at most FEATURES: {name: (K, ...)} -> (K, features)."""
+    stride = -(-sum(t[0].numel() for t in released.values()) // FEATURES)
+    rows = [t.detach().flatten(1)[:, ::stride] for t in released.values()]
+    unit: Tensor = torch.cat([torch.nn.functional.normalize(r, dim=1, eps=1e-30) for r in rows], dim=1)
+    return unit / len(rows) ** 0.5
+
+
+def regress(pairs: Tensor, pictures: Tensor, targets: Tensor) -> Tensor:
+    """Kernel ridge regression with exp(-(1 - <a, b>) / its median): (n, f), (n, ...), (m, f) -> (m, ...)."""
+    mean, apart = pictures.mean(0), 1 - pairs @ pairs.T
+    scale = apart.median().clamp_min(1e-6)
+    kernel = (-apart / scale).exp()
+    kernel.diagonal().add_(KERNEL_RIDGE)
+    weights = torch.linalg.solve(kernel, (pictures - mean).flatten(1))
+    found: Tensor = (-(1 - targets @ pairs.T) / scale).exp() @ weights
+    return mean + found.view(-1, *mean.shape)
