@@ -105,7 +105,19 @@ class Observed(Common):
     """What `attack` and `audit` take to understand the observation."""
 
     observation: Positional[Path]
-    """observation.safetensors of `gradleak capture`, or a plain {name: gradient} safetensors file of yours."""
+    """observation.safetensors of `gradleak capture`, a plain {name: gradient} safetensors file of yours, or the folder of
+    a LoRA adapter as PEFT saves it."""
+    base: str | None = None
+    """For the folder of an adapter: its base model, as a folder of `save_pretrained` or `gradleak capture adapter`, or a
+    name on the Hugging Face hub."""
+    lr: float | None = None
+    """For the folder of an adapter: its learning rate; without it one step is assumed, and directions are compared."""
+    steps: int = 1
+    """For the folder of an adapter: optimiser steps."""
+    optimizer: Optimizer = "sgd"
+    """For the folder of an adapter: sgd, momentum, adam or adamw."""
+    initial: Path | None = None
+    """For the folder of an adapter: the folder of the adapter before training, where its start is not zero."""
     model: str | None = None
     """package.module:factory, when the architecture is none of ours; for plain files also a name of `gradleak list`."""
     weights: Path | None = None
@@ -117,7 +129,11 @@ class Observed(Common):
     classes: int = 10
     """For plain files: number of classes."""
     batch_size: int | None = 1
-    """For plain files: number of pictures."""
+    """For plain files and adapters: number of pictures."""
+    data: str = "embedded"
+    """Public pictures, for priors; in audits also for controls and decoys."""
+    public_split: str = "train"
+    """Split of the public pictures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,10 +152,6 @@ class Audit(Observed):
     """secret.safetensors of `gradleak capture`: only this command opens it."""
     attacks: tuple[str, ...] = tuple(ATTACKS)
     """Names of `gradleak list`; parameters of these attacks are flags too."""
-    data: str = "embedded"
-    """Public pictures for controls and decoys."""
-    public_split: str = "train"
-    """Split of the public pictures."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ import base64
 import io
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -12,13 +12,15 @@ from PIL import Image
 from torch import Tensor
 
 from gradleak import metrics
-from gradleak.checks import check_observation, check_result, replay
+from gradleak.checks import check_observation, check_result, flag, replay
 from gradleak.data import Pictures
 from gradleak.errors import BadInput, NotObserved
-from gradleak.observations import Gradient
+from gradleak.identifiability import MOST_UNKNOWNS, identifiability
+from gradleak.observations import Adapter, Gradient
 from gradleak.optimise import OnStep
+from gradleak.priors.gaussian import GaussianPrior
 from gradleak.reconstruction import Reconstruction
-from gradleak.report.record import Result, Verdict
+from gradleak.report.record import Flag, Result, Verdict
 from gradleak.secret import Secret
 
 DECOYS = 99  # identification among 100: the truth and 99 public pictures
@@ -65,10 +67,12 @@ def audit(
     general = check_observation(observation)
     if secret is not None:
         general += replay(observation, secret.images, secret.labels)
+        if isinstance(observation, Adapter):
+            general += [information(observation, secret.images, secret.labels, "at the true pictures")]
     for name, attack in attacks.items():
         row: Result = {
             "attack": name,
-            "parameters": asdict(attack),  # type: ignore[call-overload]
+            "parameters": parameters(attack),
             "observation": describe(observation),
             "defense": None,
             "status": "",
@@ -95,11 +99,42 @@ def audit(
             "labels": {"recovered": found.labels.tolist()},
             "pictures": {"reconstruction": pictures(found.images)},
         }
+        if secret is None and isinstance(observation, Adapter):
+            here = found.images[: observation.batch_size], found.labels[: observation.batch_size]
+            row["flags"] = [*general, information(observation, *here, "at this reconstruction")]
         if secret is not None and public is not None:
             other = wrong_observation(observation, public, len(found.images), seed).to(where)
             wrong = attack(other, generator=torch.Generator().manual_seed(seed))
             score(row, observation, found, wrong, secret, public)
         yield Audited(row, found)
+
+
+def with_prior(attack: Any, public: Pictures | None) -> Any:
+    """The attack with a prior of the public pictures, if it takes one and they are enough; decoys stay out of it.
+
+    With fewer pictures than half the pixels of one, their covariance is worse than that of photographs in general.
+    """
+    takes = any(field.name == "prior" for field in fields(attack))
+    if not takes or public is None or len(public.images) - DECOYS < public.images[0].numel() / 2:
+        return attack
+    return replace(attack, prior=GaussianPrior.fit(public.images[DECOYS:]))
+
+
+def parameters(attack: Any) -> dict[str, Any]:
+    """The attack's hyperparameters as plain data: of a prior, what it was made of."""
+    own = {field.name: getattr(attack, field.name) for field in fields(attack)}
+    if isinstance(prior := own.get("prior"), GaussianPrior):
+        own["prior"] = "smooth" if prior.pictures is None else f"{len(prior.pictures)} public pictures"
+    return own
+
+
+def information(observation: Gradient, images: Tensor, labels: Tensor, where: str) -> Flag:
+    """What the release determines, whether or not an attack finds it: identifiability.py, as a flag."""
+    if images.numel() > MOST_UNKNOWNS:
+        sentence = f"{images.numel():,} unknown pixels: too many to ask here what the release determines."
+        return flag("information_unknown", "info", sentence)
+    known = identifiability(observation, images, labels)
+    return flag(f"information_{known.information()}", "info", f"{known.sentence()} (Linear regime, {where}.)")
 
 
 def score(
@@ -168,6 +203,7 @@ def verdict(results: list[Result]) -> Verdict:
             return {"level": "unscored", "sentence": "No attack could run on this observation."}
         best = min(ran, key=lambda row: row["residual"] or 0.0)
         sentence = f"{best['attack']} explains the observation best (relative residual {best['residual']:.2g}); without the secret, no picture was scored."
+        sentence += "".join(" " + note["sentence"] for note in best["flags"] if note["name"].startswith("information_"))
         return {"level": "unscored", "sentence": sentence}
 
     def recognised(row: Result) -> int:
@@ -179,8 +215,15 @@ def verdict(results: list[Result]) -> Verdict:
     best = max(scored, key=lambda row: (recognised(row), sum(lead_db(row))))
     total, count, lead = len(lead_db(best)), recognised(best), sum(lead_db(best)) / len(lead_db(best))
     if not count:
+        told = {note["name"] for note in best["flags"]}
+        known = {
+            "information_absent": " The information is absent from the release.",
+            "information_partial": " The release holds part of the information; no attack found it.",
+            "information_present": " The information is present in the release: no attack found it, another may.",
+        }
+        extra = "".join(sentence for name, sentence in known.items() if name in told)
         sentence = f"None of {total} private images was recovered: the closest attack, {best['attack']}, is {lead:+.1f} dB on average against the best blind control."
-        return {"level": "nothing", "sentence": sentence}
+        return {"level": "nothing", "sentence": sentence + extra}
     mean = sum(v or 0 for v in best["scores"]["psnr_db"]) / total
     sentence = f"{count} of {total} private images recovered by {best['attack']}: {mean:.1f} dB on average, {lead:+.1f} dB against the best blind control, identified among {best.get('decoys', 0) + 1}."
     return {"level": "recovered" if count == total else "partial", "sentence": sentence}

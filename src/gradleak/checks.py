@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradleak.distances import relative_residual
-from gradleak.observations import Gradient, Mode, Model, Reduction
+from gradleak.observations import Adapter, Gradient, Mode, Model, Reduction
 from gradleak.reconstruction import Reconstruction
 from gradleak.report.record import Flag
 from gradleak.secret import Secret
@@ -57,6 +57,8 @@ def check_observation(observation: Gradient) -> list[Flag]:
                 "The model was training with dropout, whose masks were not observed: attacks assume none.",
             )
         )
+    if isinstance(observation, Adapter) and (reason := inexact(observation)):
+        flags.append(flag("not_exact", "warning", f"The adapter is no exact linear sketch of one gradient: {reason}."))
     bias = _last_bias(observation)
     if bias is not None and float(bias.sum().abs()) > 1e-2 * float(bias.abs().sum()) + 1e-12:
         flags.append(
@@ -67,6 +69,15 @@ def check_observation(observation: Gradient) -> list[Flag]:
             )
         )
     return flags
+
+
+def inexact(adapter: Adapter) -> str:
+    """Why what is read off an adapter's factors is not exact; nothing for one step of SGD from a known start."""
+    if adapter.recipe is None:
+        return "its recipe is unknown, one step of SGD is assumed"
+    if adapter.recipe.optimizer in ("adam", "adamw"):
+        return f"{adapter.recipe.optimizer} keeps little of a gradient but its signs"
+    return f"{adapter.recipe.steps} steps were taken, and their mean stands in" if adapter.recipe.steps > 1 else ""
 
 
 def replay(observation: Gradient, images: Tensor, labels: Tensor, *, buffers: Tensors | None = None) -> list[Flag]:

@@ -89,9 +89,9 @@ def with_attack_flags(kind: type, attacks: list[str], *, optional: bool) -> type
     """The arguments of a command, extended by the fields of the chosen attacks; None means the attack's default."""
     fields: dict[str, Any] = {}
     for name in attacks:
-        for field in dataclasses.fields(ATTACKS[name]):
+        for field in hyperparameters(name):
             if optional:
-                fields[field.name] = (field.name, field.type | None, None)  # type: ignore[operator]
+                fields[field.name] = (field.name, field.type | None, None)
             else:
                 fields[field.name] = (field.name, field.type, field.default)
     if not fields:
@@ -101,9 +101,14 @@ def with_attack_flags(kind: type, attacks: list[str], *, optional: bool) -> type
     return made
 
 
+def hyperparameters(attack: str) -> list[Any]:
+    """The fields of an attack that are flags: its prior is none, it is made of public pictures."""
+    return [field for field in dataclasses.fields(ATTACKS[attack]) if field.name != "prior"]
+
+
 def configured(attack: str, parsed: Any) -> Any:
     """The attack with the flags that were given for it."""
-    names = [field.name for field in dataclasses.fields(ATTACKS[attack])]
+    names = [field.name for field in hyperparameters(attack)]
     given = {name: getattr(parsed, name) for name in names if getattr(parsed, name) is not None}
     return ATTACKS[attack](**given)
 

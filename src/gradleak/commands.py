@@ -26,6 +26,7 @@ from gradleak.errors import BadInput
 from gradleak.lora import Recipe
 from gradleak.models import BINARY, MODELS, Architecture
 from gradleak.observations import Gradient, Model
+from gradleak.peft_folder import is_adapter, read_adapter
 from gradleak.progress import progress
 from gradleak.report import html, record
 from gradleak.report.sheet import save_sheet
@@ -37,7 +38,9 @@ from gradleak.victims.training import prepare_model
 
 PUBLIC_TRAINING = 2_000  # pictures a victim is trained on with --epochs
 PUBLIC_ADAPTED = 5_000  # the same, before an adapter is trained on it
+PUBLIC_POOL = 2_000  # pictures that priors, controls and decoys are made of
 RERUNNABLE = ("demo", "attack", "audit", "reproduce")  # the commands that leave a record
+DEMO_ATTACKS = ("map-inversion",)  # on the adapter
 DEMO_ROWS = (0,)  # of the embedded pictures: an astronaut's face
 
 
@@ -126,7 +129,9 @@ def attack(args: arguments.Attack, attacks: dict[str, Any], argv: list[str]) -> 
     """Write reconstruction.safetensors, its pictures and record.json, from the observation alone."""
     check_device(args.device)
     out, observation = fresh_folder(args.out), observed(args)
-    written = new_record(argv, args.seed, observation, [args.observation])
+    public = public_pictures(args, observation)
+    attacks = {name: auditing.with_prior(attack, public) for name, attack in attacks.items()}
+    written = new_record(argv, args.seed, observation, observed_files(args))
     with progress() as start:
         for done in auditing.audit(observation, attacks, None, seed=args.seed, device=args.device, on_step=start):
             if done.reconstruction is None:
@@ -143,8 +148,8 @@ def audit(args: arguments.Audit, attacks: dict[str, Any], argv: list[str]) -> No
     check_device(args.device)
     out, observation = fresh_folder(args.out), observed(args)
     secret = files.load_secret(args.secret) if args.secret else None
-    public = public_pool(args.data, args.public_split, shape=observation.model.architecture.input_shape)
-    inputs = [args.observation, *([args.secret] if args.secret else [])]
+    public = public_pictures(args, observation)
+    inputs = [*observed_files(args), *([args.secret] if args.secret else [])]
     run_audit(
         observation,
         attacks,
@@ -158,18 +163,28 @@ def audit(args: arguments.Audit, attacks: dict[str, Any], argv: list[str]) -> No
 
 
 def demo(args: arguments.Demo, argv: list[str]) -> None:
-    """One embedded photograph, the gradient that a fresh LeNet would share of it, every attack, one report."""
+    """One embedded photograph, a LoRA adapter and a gradient made of it, attacks on both, one report."""
     check_device(args.device)
     out = fresh_folder(args.out)
-    capture(arguments.Capture(out=out / "captured", seed=args.seed, indices=DEMO_ROWS), argv)
-    observation = files.load_observation(out / "captured" / "observation.safetensors")
-    secret = files.load_secret(out / "captured" / "secret.safetensors")
-    public = public_pool("embedded", "train", shape=observation.model.architecture.input_shape)
-    attacks = {name: kind() for name, kind in ATTACKS.items()}
-    run_audit(
-        observation, attacks, public, secret, new_record(argv, args.seed, observation, []), out, args.seed, args.device
-    )
+    common: dict[str, Any] = {"seed": args.seed, "indices": DEMO_ROWS}
+    adapter, gradient = out / "adapter", out / "gradient"
+    capture_adapter(arguments.CaptureAdapter(out=adapter, model="convnet", target_modules="all", **common), argv)
+    capture(arguments.Capture(out=gradient, **common), argv)
+    written = None
+    for folder, names in ((adapter, DEMO_ATTACKS), (gradient, ("dlg", "idlg", "inverting-gradients"))):
+        observation = files.load_observation(folder / "observation.safetensors")
+        secret = files.load_secret(folder / "secret.safetensors")
+        public = public_pool("embedded", "train", shape=observation.model.architecture.input_shape, limit=PUBLIC_POOL)
+        written = written or new_record(argv, args.seed, observation, [])
+        attacks = {name: ATTACKS[name]() for name in names}
+        run_audit(observation, attacks, public, secret, written, out, args.seed, args.device)
     print(f"Open {out / 'report.html'} in a browser.")
+
+
+def public_pictures(args: arguments.Observed, observation: Gradient) -> Pictures:
+    """What everybody may know, in the shape that the model takes."""
+    shape = observation.model.architecture.input_shape
+    return public_pool(args.data, args.public_split, shape=shape, limit=PUBLIC_POOL)
 
 
 def run_audit(
@@ -183,6 +198,7 @@ def run_audit(
     device: str,
 ) -> None:
     """The audit loop with progress, writing after each attack."""
+    attacks = {name: auditing.with_prior(attack, public) for name, attack in attacks.items()}
     with progress() as start:
         for done in auditing.audit(
             observation, attacks, public, secret=secret, seed=seed, device=device, on_step=start
@@ -259,7 +275,9 @@ def list_all(args: arguments.List) -> None:
 
 
 def observed(args: arguments.Observed) -> Gradient:
-    """The observation of a file: with provenance checked, or a plain gradient file together with a model."""
+    """The observation of a file, with provenance checked, of an adapter's folder, or of a plain gradient file."""
+    if args.observation.is_dir():
+        return observed_adapter(args)
     if files.has_provenance(args.observation):
         observation = files.load_observation(args.observation, factory=args.model)
         files.check_provenance(observation, weights=args.weights, mode=args.mode)
@@ -283,6 +301,26 @@ def observed(args: arguments.Observed) -> Gradient:
         batch_size=args.batch_size,
         precision=str(precision).removeprefix("torch."),
     )
+
+
+def observed_adapter(args: arguments.Observed) -> Gradient:
+    """The adapter in a PEFT folder, on its base model."""
+    if not is_adapter(args.observation):
+        raise BadInput(f"{args.observation} is no folder of a LoRA adapter: it has no adapter_config.json.")
+    if args.base is None:
+        raise BadInput(f"{args.observation} holds an adapter: say with --base which model it belongs to.")
+    model = Model.of(*read_base(args.base, factory=args.model))
+    recipe = None
+    if args.lr is not None:
+        recipe = Recipe(optimizer=args.optimizer, learning_rate=args.lr, steps=args.steps)
+    return read_adapter(args.observation, model, recipe=recipe, batch_size=args.batch_size, initial=args.initial)
+
+
+def observed_files(args: arguments.Observed) -> list[Path]:
+    """The files that the observation was read from; of an adapter, those of its folder."""
+    if not args.observation.is_dir():
+        return [args.observation]
+    return sorted(path for path in args.observation.iterdir() if path.suffix in (".json", ".safetensors"))
 
 
 def fresh_folder(path: Path) -> Path:

@@ -22,7 +22,7 @@ def evaluate_rosenbrock(x: Tensor) -> tuple[Tensor, Tensor]:
     return gradient, value
 
 
-def quadratics(H: Tensor, b: Tensor) -> Evaluate:  # noqa: N803
+def quadratics(H: Tensor, b: Tensor) -> Evaluate:
     """Row k: x H_k x / 2 - b_k x, with H (K, n, n) and b (K, n); the minimum is at H_k^-1 b_k."""
 
     def evaluate(x: Tensor) -> tuple[Tensor, Tensor]:

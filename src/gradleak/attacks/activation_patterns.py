@@ -1,5 +1,6 @@
-"""Activation patterns: one picture out of the LoRA adapter of a ReLU network. An attack of our own; the adapter is that of
-LoRA (Hu et al. 2021, arXiv:2106.09685), the estimator expectation propagation (Minka 2001, arXiv:1301.2294).
+"""Activation patterns: one picture out of the LoRA adapter of a ReLU network, an attack of our own.
+The adapter is that of LoRA (Hu et al. 2021, arXiv:2106.09685), the estimator expectation propagation (Minka 2001,
+arXiv:1301.2294).
 
 Sees      Adapter whose B factors were released, for every linear layer of Linear-ReLU-...-Linear, after training on one
           picture; exact for one SGD step. A prior made of public pictures helps and is not needed
@@ -120,9 +121,7 @@ class ActivationPatterns:
 def read(observation: Adapter) -> Evidence:
     """The evidence in an adapter, or NotObserved with what is missing. The observation is in float64."""
     if observation.batch_size not in (None, 1):
-        raise NotObserved(
-            f"The batch size is {observation.batch_size}: the patterns of several pictures overlap in one B."
-        )
+        raise NotObserved(f"The batch has {observation.batch_size} images: their patterns overlap in one B.")
     layers, head = chain(observation)
     scale, shift = first_layer(observation.model)[1:]
     sketches = {s.module: s for s in observation.sketches() if s.side == "right"}

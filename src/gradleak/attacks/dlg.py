@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from gradleak.distances import relative_residual
 from gradleak.errors import BadInput, NotObserved
 from gradleak.lbfgs import Evaluate, gauss_newton_factor, lbfgs, unwhiten, whitened
-from gradleak.observations import Gradient
+from gradleak.observations import Adapter, Gradient
 from gradleak.optimise import OnStep, rowwise, stack
 from gradleak.reconstruction import Reconstruction
 from gradleak.tensors import Tensors, flatten
@@ -79,6 +79,8 @@ class DLG:
         """The same for several observations of one model state; their plain phases run side by side."""
         if self.restarts < 1 or self.evaluations < 1:
             raise BadInput("DLG needs at least one start and one evaluation.")
+        if any(isinstance(o, Adapter) for o in observations):
+            raise NotObserved("DLG fits a whole gradient; for an adapter, map-inversion does the same with a prior.")
         seen = [o.to(torch.float64) for o in observations]
         best: dict[int, Found] = {}
         starts = [0] * len(seen)

@@ -157,8 +157,8 @@ def features(released: Tensors) -> Tensor:
     """Every tensor in unit length, side by side, thinned to at most FEATURES: {name: (K, ...)} -> (K, features)."""
     stride = -(-sum(t[0].numel() for t in released.values()) // FEATURES)
     rows = [t.detach().flatten(1)[:, ::stride] for t in released.values()]
-    unit: Tensor = torch.cat([torch.nn.functional.normalize(r, dim=1, eps=1e-30) for r in rows], dim=1)
-    return unit / len(rows) ** 0.5
+    units = torch.cat([torch.nn.functional.normalize(r, dim=1, eps=1e-30) for r in rows], dim=1)
+    return units * (1 / math.sqrt(len(rows)))
 
 
 def regress(pairs: Tensor, pictures: Tensor, targets: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class TokenSpan:
             raise NotObserved("The model is no vision transformer: there are no tokens to look for.")
         if observation.batch_size not in (None, 1):
             raise NotObserved(
-                f"The batch size is {observation.batch_size}: the span of several pictures fills the space."
+                f"The batch has {observation.batch_size} images: their tokens fill the space in which they were seen."
             )
         parameters = {k.removeprefix("network.vit."): p.double() for k, p in observation.model.parameters.items()}
         E = parameters["embeddings.patch_embeddings.projection.weight"]  # (width, channel, patch, patch)
@@ -53,7 +53,9 @@ class TokenSpan:
         N_gamma = N_gamma - N_gamma.mean(1, keepdim=True)  # = N diag(gamma) (I - 1 1^T / width)
         known = parameters["embeddings.patch_embeddings.projection.bias"] + positions[1:]  # (patches, width)
         system = torch.cat([N_gamma @ E.flatten(1), (N @ beta)[:, None]], dim=1)  # (equations, pixels of a patch + 1)
-        patches = torch.linalg.lstsq(system, -N_gamma @ known.T).solution[:-1]  # (pixels of a patch, patches)
+        patches = torch.linalg.lstsq(system, -N_gamma @ known.T, driver="gelsd").solution[
+            :-1
+        ]  # (pixels of a patch, patches)
         size, patch = observation.model.architecture.input_shape[1:], E.shape[-2:]
         normalised = F.fold(patches[None], size, patch, stride=patch)
         images = (normalised * network.normalise.std + network.normalise.mean).clamp(0, 1).float()

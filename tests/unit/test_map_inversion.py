@@ -1,0 +1,115 @@
+"""MAP inversion: the objective and its start, and how much of an adapter comes back."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gradleak.attacks.map_inversion import MapInversion, features, misfit, regress
+from gradleak.data import load, public_pool
+from gradleak.errors import BadInput, NotObserved
+from gradleak.lora import Recipe
+from gradleak.metrics import psnr_db
+from gradleak.models import Architecture
+from gradleak.observations import Adapter, Model
+from gradleak.priors.gaussian import GaussianPrior
+
+ARCHITECTURE = Architecture("convnet", (1, 8, 8), 10)
+
+
+def adapter(rows: list[int], rank: int = 8, recipe: Recipe | None = None) -> Adapter:
+    """One SGD step of LoRA on an untrained convnet, from PEFT's start, on digits."""
+    model = Model.of(ARCHITECTURE.build(0), ARCHITECTURE)
+    generator, start = torch.Generator().manual_seed(0), {}
+    modules = [name.removesuffix(".weight") for name in model.parameters if name.endswith("weight")]
+    for module in modules:
+        weight = model.parameters[f"{module}.weight"]
+        A = torch.rand(rank, *weight.shape[1:], generator=generator) - 0.5
+        start[f"{module}.lora_A"] = A / weight[0].numel() ** 0.5
+        start[f"{module}.lora_B"] = torch.zeros(len(weight), rank, *[1] * (weight.dim() - 2))
+    private = load("digits", indices=rows)
+    known = Recipe(learning_rate=0.1, steps=1)
+    released = {name: tensor for name, tensor in start.items() if name.endswith("lora_B")}
+    blank = Adapter(
+        model=model,
+        released=released,
+        start=start,
+        scaling=dict.fromkeys(modules, 1.0),
+        recipe=known,
+        batch_size=len(rows),
+    )
+    made = {name: tensor.detach() for name, tensor in blank.simulate(private.images, private.labels).items()}
+    return replace(blank, released=made, recipe=recipe)
+
+
+@pytest.fixture(scope="module")
+def prior() -> GaussianPrior:
+    return GaussianPrior.fit(public_pool("digits", "train", shape=(1, 8, 8), limit=500).images)
+
+
+@pytest.mark.parametrize("recipe", [Recipe(learning_rate=0.1, steps=1), None], ids=["recipe known", "unknown"])
+def test_a_digit_comes_back_from_its_adapter(prior: GaussianPrior, recipe: Recipe | None) -> None:
+    for row in (0, 1):
+        truth = load("digits", indices=[row])
+        found = MapInversion(prior=prior, pairs=200, evaluations=30)(
+            adapter([row], recipe=recipe), generator=torch.Generator().manual_seed(0)
+        )
+        blind = psnr_db(prior.mean[None].float(), truth.images)
+        # 64 unknowns against thousands of equations: 6 dB, half the blind error's amplitude, is the least.
+        assert float(psnr_db(found.images, truth.images)) > float(blind) + 6
+        assert found.labels.tolist() == truth.labels.tolist()
+        assert found.residual < 0.1
+
+
+def test_side_by_side_is_one_by_one(prior: GaussianPrior) -> None:
+    both = [adapter([row], recipe=Recipe(learning_rate=0.1, steps=1)) for row in (0, 1)]
+    attack = MapInversion(prior=prior, pairs=0, evaluations=5)
+    together = attack.many(both, generator=torch.Generator())
+    for one, found in zip(both, together, strict=True):
+        alone = attack(one, generator=torch.Generator())
+        assert torch.allclose(alone.images, found.images, atol=1e-3)  # float32, other summation orders, 30 steps
+
+
+def test_adapters_of_unknown_scale_are_not_mixed(prior: GaussianPrior) -> None:
+    with pytest.raises(BadInput, match="side by side"):
+        MapInversion(prior=prior).many([adapter([0]), adapter([1])], generator=torch.Generator())
+
+
+def test_a_batch_needs_labels(prior: GaussianPrior) -> None:
+    with pytest.raises(NotObserved, match="Labels"):
+        MapInversion(prior=prior)(adapter([0, 1]), generator=torch.Generator())
+    given = replace(adapter([0, 1]), labels=load("digits", indices=[0, 1]).labels)
+    found = MapInversion(prior=prior, evaluations=2)(given, generator=torch.Generator())
+    assert found.images.shape == (2, 1, 8, 8)
+
+
+def test_a_prior_of_another_shape_is_refused() -> None:
+    with pytest.raises(BadInput, match="prior"):
+        MapInversion(prior=GaussianPrior.smooth((3, 8, 8)))(adapter([0]), generator=torch.Generator())
+
+
+def test_misfit_by_hand() -> None:
+    released = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([1.0])}
+    simulated = {"a": torch.tensor([3.0, 4.5]), "b": torch.tensor([0.0])}
+    assert float(misfit(simulated, released)) == pytest.approx((0.25 / 25 + 1.0) / 2)
+    assert float(misfit(released, released)) == 0
+    # A tensor that was zero throughout counts relative to everything released, and divides by no zero.
+    empty = {**released, "c": torch.zeros(2)}
+    assert float(misfit({**released, "c": torch.tensor([1.0, 0.0])}, empty)) == pytest.approx(1 / 26 / 3)
+
+
+def test_features_weigh_every_tensor_alike() -> None:
+    rows = features({"a": 1e6 * torch.randn(4, 7), "b": torch.randn(4, 3, 2)})
+    assert rows.shape == (4, 13)
+    assert torch.allclose(rows[:, :7].norm(dim=1), torch.full((4,), 0.5**0.5))
+    assert torch.allclose(rows.norm(dim=1), torch.ones(4))
+
+
+def test_regression_returns_to_what_it_was_given() -> None:
+    generator = torch.Generator().manual_seed(0)
+    pairs = torch.nn.functional.normalize(torch.randn(40, 60, generator=generator), dim=1)
+    pictures = torch.rand(40, 1, 3, 3, generator=generator)
+    found = regress(pairs, pictures, pairs[:5])
+    # With K + ridge I, a training row is drawn to its own picture: closer than the mean is.
+    error = (found - pictures[:5]).square().mean()
+    assert float(error) < 0.1 * float((pictures.mean(0) - pictures[:5]).square().mean())
