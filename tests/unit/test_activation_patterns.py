@@ -158,7 +158,7 @@ def test_what_was_not_observed() -> None:
         ActivationPatterns()(gradient, generator=seed)
 
     two, _, _ = observe([0, 3])
-    with pytest.raises(NotObserved, match="batch size is 2"):
+    with pytest.raises(NotObserved, match="2 images"):
         ActivationPatterns()(two, generator=seed)
     with pytest.raises(NotObserved, match="rank 2"):
         ActivationPatterns()(replace(two, batch_size=None), generator=seed)

@@ -264,7 +264,8 @@ def singular_values(adapter: Adapter, module: str) -> Tensor:
     if bool(A0.any()) and bool(B0.any()):
         A, B = torch.cat([A, A0]), torch.cat([B, -B0], dim=1)
     Ra, Rb = (torch.linalg.qr(tall, mode="r").R for tall in (A.T, B))
-    return adapter.scaling[module] * torch.linalg.svdvals(Rb @ Ra.T)
+    sigma: Tensor = torch.linalg.svdvals(adapter.scaling[module] * Rb @ Ra.T)
+    return sigma
 
 
 def layout_of(adapter: Adapter) -> Layout:

@@ -1,5 +1,11 @@
 """Published experiments, one short file each. RECIPES is the only place where a recipe has a name."""
 
-from gradleak.recipes import fresh_vs_saved
+from gradleak.recipes import dsire, fresh_vs_saved, phase0, phase1, phase2
 
-RECIPES = {"fresh-vs-saved": fresh_vs_saved.run}
+RECIPES = {
+    "fresh-vs-saved": fresh_vs_saved.run,
+    "phase0": phase0.run,
+    "phase1": phase1.run,
+    "phase2": phase2.run,
+    "dsire": dsire.run,
+}
