@@ -1,11 +1,12 @@
 """Published experiments, one short file each. RECIPES is the only place where a recipe has a name."""
 
-from gradleak.recipes import dsire, fresh_vs_saved, phase0, phase1, phase2
+from gradleak.recipes import dsire, fresh_vs_saved, phase0, phase1, phase2, starts
 
 RECIPES = {
     "fresh-vs-saved": fresh_vs_saved.run,
     "phase0": phase0.run,
     "phase1": phase1.run,
     "phase2": phase2.run,
+    "starts": starts.run,
     "dsire": dsire.run,
 }
