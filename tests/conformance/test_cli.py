@@ -170,6 +170,39 @@ def test_capture_adapter(tmp_path: Path, ok: Run) -> None:
     assert torch.equal(observation.labels, secret.labels)
 
 
+def test_the_folder_of_an_adapter_is_audited(tmp_path: Path, ok: Run, refused: Run) -> None:
+    tuned, flags = tmp_path / "tuned", ["--data", "digits", "--epochs", 0, "--rank", 8]
+    ok("capture", "adapter", "--model", "mlp", *flags, "--out", tuned)
+    audit = ["audit", tuned / "adapter", "--data", "digits"]
+    based = [*audit, "--base", tuned / "base", "--evaluations", 10, "--attacks", "map-inversion"]
+
+    # Without the secret: nothing is scored, but it is said what the adapter determines, and what is not exact.
+    said = ok(*based, "--out", tmp_path / "foreign")
+    assert "the information is" in said
+    (row,) = record.read(tmp_path / "foreign" / "record.json")["results"]
+    assert not row["scores"]
+    assert row["observation"]["kind"] == "Adapter"
+    assert {"not_exact"} < {flag["name"] for flag in row["flags"]}
+    assert str(row["parameters"]["prior"]).endswith("public pictures")
+
+    # With it, and the recipe: exact, scored, recovered (64 pixels against hundreds of equations).
+    secret = ["--lr", "1e-2", "--secret", tuned / "secret.safetensors"]
+    ok(*based, "activation-patterns", "dlg", *secret, "--out", tmp_path / "known")
+    rows = {row["attack"]: row for row in record.read(tmp_path / "known" / "record.json")["results"]}
+    assert "not_exact" not in {flag["name"] for flag in rows["map-inversion"]["flags"]}
+    assert rows["activation-patterns"]["scores"]["identification_rank"] == [1]
+    assert rows["dlg"]["status"].startswith("Not run: ")
+
+    assert "--base" in refused(*audit, "--out", tmp_path / "o")
+    assert "no folder of a LoRA adapter" in refused("audit", tuned, "--base", tuned / "base", "--out", tmp_path / "o")
+    assert "nowhere" in refused(*audit, "--base", tmp_path / "nowhere", "--out", tmp_path / "o")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "adapter_config.json").write_text((tuned / "adapter" / "adapter_config.json").read_text())
+    (broken / "adapter_model.bin").write_bytes(b"\x80\x02")
+    assert "pickle" in refused("audit", broken, "--base", tuned / "base", "--out", tmp_path / "o")
+
+
 def test_an_adapter_of_a_binary_model_trained_on_public_pictures(
     tmp_path: Path, ok: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
