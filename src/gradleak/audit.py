@@ -10,8 +10,10 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.func import vmap
 
 from gradleak import metrics
+from gradleak.attacks.dataset_size import DatasetSize
 from gradleak.checks import check_observation, check_result, flag, replay
 from gradleak.data import Pictures
 from gradleak.errors import BadInput, NotObserved
@@ -23,6 +25,7 @@ from gradleak.reconstruction import Reconstruction
 from gradleak.report.record import Flag, Result, Verdict
 from gradleak.secret import Secret
 
+ZOO_SIZES, ZOO_COPIES = (1, 2, 3, 4, 5, 6), 12  # of the adapters that the number of samples is estimated from
 DECOYS = 99  # identification among 100: the truth and 99 public pictures
 CLEAR_LEAD_DB = 3.0  # an image counts as recovered when it is identified, with half the error of any blind control
 
@@ -65,6 +68,8 @@ def audit(
         )
     where = torch.device(device)
     general = check_observation(observation)
+    if isinstance(observation, Adapter) and public is not None and len(public.labels) > 2 * DECOYS:
+        general += [dataset_size(observation, public, seed)]
     if secret is not None:
         general += replay(observation, secret.images, secret.labels)
         if isinstance(observation, Adapter):
@@ -126,6 +131,27 @@ def parameters(attack: Any) -> dict[str, Any]:
     if isinstance(prior := own.get("prior"), GaussianPrior):
         own["prior"] = "smooth" if prior.pictures is None else f"{len(prior.pictures)} public pictures"
     return own
+
+
+def dataset_size(observation: Adapter, public: Pictures, seed: int) -> Flag:
+    """How many samples trained the adapter, from a zoo made here: its own start and recipe on public pictures.
+
+    Without a recipe the length of the change says nothing, and only the shapes of the spectra are compared.
+    """
+    generator, classes = torch.Generator().manual_seed(seed), observation.model.architecture.classes
+    adapters, sizes = list[Adapter](), list[int]()
+    for n in ZOO_SIZES:
+        rows = torch.randint(len(public.labels), (ZOO_COPIES, n), generator=generator)
+        made = vmap(observation.simulate)(public.images[rows], public.labels[rows] % classes)
+        for i in range(ZOO_COPIES):
+            released = {name: tensor[i].detach() for name, tensor in made.items()}
+            adapters.append(replace(observation, released=released, batch_size=n, labels=None))
+            sizes.append(n)
+    zoo = DatasetSize.fit(adapters, torch.tensor(sizes), norm=observation.recipe is not None)
+    told = (
+        f"against {len(sizes)} adapters of 1 to {max(sizes)} public samples; more would be answered with {max(sizes)}"
+    )
+    return flag("dataset_size", "info", f"{zoo(observation).sentence} ({told}.)")
 
 
 def information(observation: Gradient, images: Tensor, labels: Tensor, where: str) -> Flag:

@@ -182,7 +182,7 @@ def test_the_folder_of_an_adapter_is_audited(tmp_path: Path, ok: Run, refused: R
     (row,) = record.read(tmp_path / "foreign" / "record.json")["results"]
     assert not row["scores"]
     assert row["observation"]["kind"] == "Adapter"
-    assert {"not_exact"} < {flag["name"] for flag in row["flags"]}
+    assert {"not_exact", "dataset_size"} < {flag["name"] for flag in row["flags"]}
     assert str(row["parameters"]["prior"]).endswith("public pictures")
 
     # With it, and the recipe: exact, scored, recovered (64 pixels against hundreds of equations).
@@ -192,6 +192,8 @@ def test_the_folder_of_an_adapter_is_audited(tmp_path: Path, ok: Run, refused: R
     assert "not_exact" not in {flag["name"] for flag in rows["map-inversion"]["flags"]}
     assert rows["activation-patterns"]["scores"]["identification_rank"] == [1]
     assert rows["dlg"]["status"].startswith("Not run: ")
+    (told,) = {flag["sentence"] for row in rows.values() for flag in row["flags"] if flag["name"] == "dataset_size"}
+    assert "Trained on 1 sample," in told  # one picture makes rank one in every layer: exact
 
     assert "--base" in refused(*audit, "--out", tmp_path / "o")
     assert "no folder of a LoRA adapter" in refused("audit", tuned, "--base", tuned / "base", "--out", tmp_path / "o")

@@ -39,7 +39,8 @@ class Estimate:
     """How many samples trained an adapter.
 
     size       the regression's answer, rounded
-    low, high  the interval that holds the true N in `level` of all cases, if the adapter was trained like the zoo
+    low, high  the interval that holds the true N in `level` of all cases, if the adapter was trained like the zoo: an
+               average over the zoo's sizes, not a promise for each of them (large ones are missed more often)
     votes      {N: number of layers whose nearest neighbour has it}
     likeness   p-value of "trained like the zoo", from the spectrum alone
     in_range   False when likeness is below 2 %, or when the stated recipe or precision is not the zoo's: the numbers

@@ -60,16 +60,16 @@ SHORT = Recipe(learning_rate=0.02, steps=12, batch_size=1)
 SMALL = [
     Setting(model="convnet", recipe=SINGLE),  # the one that is also asked what it was not made for
     Setting(model="convnet", recipe=ONE),
-    Setting(model="convnet", recipe=SINGLE, rank=4),
-    Setting(model="convnet", recipe=SINGLE, rank=16),
-    Setting(model="convnet", recipe=FULL),
+    Setting(model="convnet", recipe=SINGLE, rank=4, zoo=30, held_out=15),
+    Setting(model="convnet", recipe=SINGLE, rank=16, zoo=30, held_out=15),
+    Setting(model="convnet", recipe=FULL, zoo=30, held_out=15),
     Setting(model="convnet", recipe=ADAM),
-    Setting(model="convnet", recipe=ADAM_FULL),
-    Setting(model="convnet", recipe=ONE, sizes=MANY, zoo=30, held_out=12),
-    Setting(model="convnet", recipe=replace(SINGLE, steps=50), sizes=MANY, zoo=20, held_out=10),
+    Setting(model="convnet", recipe=ADAM_FULL, zoo=30, held_out=15),
+    Setting(model="convnet", recipe=ONE, sizes=MANY, zoo=25, held_out=12),
+    Setting(model="convnet", recipe=replace(SINGLE, steps=50), sizes=MANY, zoo=14, held_out=7),
     Setting(model="vit", recipe=ONE),
-    Setting(model="vit", recipe=SHORT),
-    Setting(model="mlp1000", recipe=ONE),
+    Setting(model="vit", recipe=SHORT, zoo=60),
+    Setting(model="mlp1000", recipe=ONE, zoo=30, held_out=15),
 ]
 SIZES = {
     "small": SMALL,
@@ -252,6 +252,7 @@ def scored(
     found, shapes = [fitted(adapter) for adapter in held], [by_shape(adapter) for adapter in held]
     covered = [float(e.low <= n <= e.high) for e, n in zip(found, sizes.tolist(), strict=True)]
     coverage = sum(covered) / len(covered)
+    each = [float(torch.tensor(covered)[sizes == n].mean()) for n in set(sizes.tolist())]
     recipe, widths = setting.recipe, sorted(e.high / e.low for e in found)
     return {
         "model": setting.model,
@@ -273,6 +274,7 @@ def scored(
         "shuffled_mae": None,
         "coverage": round(coverage, 3),
         "coverage_error": round((coverage * (1 - coverage) / len(covered)) ** 0.5, 3),  # one binomial sigma
+        "coverage_of_the_worst_size": round(min(each), 3),
         "high_over_low": round(widths[len(widths) // 2], 3),
         "out_of_range": round(sum(not e.in_range for e in found) / len(found), 3),
         "shape_out_of_range": round(sum(not e.in_range for e in shapes) / len(shapes), 3),
@@ -330,14 +332,19 @@ def scatter(answers: dict[str, list[tuple[int, Estimate]]]) -> Any:
     figure = Figure(figsize=(4 * columns, 3 * lines), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False).flatten()
     for axes, (name, found) in zip(panels, answers.items(), strict=False):
-        seen: dict[int, int] = {}
-        for n, estimate in found:
-            place = n * (1 + 0.008 * seen.setdefault(n, 0))
-            seen[n] += 1
-            colour = "tab:green" if estimate.low <= n <= estimate.high else "tab:red"
-            axes.plot([place] * 2, [estimate.low, estimate.high], color=colour, linewidth=1, marker="_", markersize=3)
+        sizes = sorted({n for n, _ in found})
+        places = [
+            n * (1 + 0.15 * k / len(found) * len(sizes)) for n in sizes for k in range(sum(m == n for m, _ in found))
+        ]
+        colours = ["tab:green" if e.low <= n <= e.high else "tab:red" for n, e in found]
+        axes.vlines(places, [e.low for _, e in found], [e.high for _, e in found], colors=colours, linewidth=1)
+        axes.scatter(places, [e.size for _, e in found], s=2, color="black")
         axes.axline((1, 1), (2, 2), color="black", linewidth=0.5)
-        axes.set(xscale="log", yscale="log", xlabel="true N", ylabel=f"{LEVEL:.0%} interval")
+        axes.set(xscale="log", yscale="log", xlabel="true N", ylabel=f"estimate, {LEVEL:.0%} interval")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_ticks(sizes, labels=[str(n) for n in sizes])
+            axis.set_ticks([], minor=True)
+        axes.tick_params(labelsize=6)
         axes.set_title(name, fontsize=7)
     for axes in panels[len(answers) :]:
         axes.remove()
