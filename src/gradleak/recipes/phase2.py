@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from gradleak.attacks.activation_patterns import ActivationPatterns
+from gradleak.attacks.labels import known_or_recovered
 from gradleak.attacks.map_inversion import MapInversion
 from gradleak.bridge.pairs import as_observation
 from gradleak.bridge.ridge import Ridge
@@ -28,9 +29,9 @@ from gradleak.recipes.findings import Findings, plot
 from gradleak.recipes.lora_victims import ONE_STEP, Base, blank, prepare, scores, trained
 
 Start = Callable[[str], OnStep]
-RANKS, BATCHES, FEW = (2, 4, 8, 16), (1, 2, 4), 4
+RANKS, BATCHES, FEW, PAIRS = (2, 4, 8, 16), (1, 2, 4), 4, 1_000
 # pictures for (convnet, vit, mlp1000), for the ablations, per cell of the map; evaluations per prior weight
-SIZES = {"quick": (4, 1, 4, 2, 1, 20), "small": (20, 5, 50, 4, 2, 60), "paper": (200, 50, 200, 20, 10, 150)}
+SIZES = {"quick": (4, 1, 4, 2, 1, 20), "small": (16, 4, 50, 4, 2, 60), "paper": (200, 50, 200, 20, 10, 150)}
 VICTIMS = (("convnet", 8), ("vit", 16), ("mlp1000", 8))
 
 
@@ -68,18 +69,18 @@ def one_step(base: Base, name: str, rank: int, evaluations: int, seed: int, star
     empty = [not any(bool(t.any()) for t in adapter.released.values()) for adapter in adapters]
     decoder = Ridge.fit(
         blank(base, rank, seed=seed),
-        base.public.images[:2_000],
-        base.public.labels[:2_000],
+        base.public.images[:PAIRS],
+        base.public.labels[:PAIRS],
         generator=torch.Generator().manual_seed(seed),
     )
     plain, learned = (MapInversion(prior=base.prior, evaluations=evaluations, pairs=n) for n in (0, 1_000))
     wrong = [trained(a, base.public.images[i : i + 1], base.public.labels[i : i + 1]) for i, a in enumerate(adapters)]
     runs: dict[str, tuple[Any, Sequence[Gradient]]] = {
-        "(a) decoded, then inverted": (plain, [decoder(adapter) for adapter in adapters]),
         "(b) adapter matched": (plain, adapters),
         "(c) adapter matched, learned start": (learned, adapters),
-        "control: B A as gradient": (plain, [raw(adapter) for adapter in adapters]),
         "control: another's adapter": (learned, wrong),
+        "(a) decoded, then inverted": (plain, [labelled(decoder(a), a) for a in adapters]),
+        "control: B A as gradient": (plain, [labelled(raw(a), a) for a in adapters]),
     }
     if name == "mlp1000":  # whose gradients are large: matching them takes half a minute a picture
         runs = {label: (attack, seen[:FEW]) for label, (attack, seen) in runs.items()}
@@ -114,6 +115,14 @@ def attacked(
 def known(observation: Gradient) -> bool:
     """Whether its scale is known, so that it can be attacked beside others."""
     return not isinstance(observation, Adapter) or observation.recipe is not None
+
+
+def labelled(gradient: Gradient, adapter: Adapter) -> Gradient:
+    """The gradient with the label that the adapter's last layer tells, where it does."""
+    try:
+        return replace(gradient, labels=known_or_recovered(adapter))
+    except NotObserved:
+        return gradient
 
 
 def raw(adapter: Adapter) -> Gradient:
