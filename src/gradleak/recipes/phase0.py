@@ -117,5 +117,5 @@ def transfer(rows: list[dict[str, Any]]) -> Any:
     right.plot(
         [row["batch"] for row in batches], [row["mean_image_psnr_db"] for row in batches], linestyle="--", color="black"
     )
-    right.set(xscale="log", xlabel="batch size", title="convnet, perfect gradient")
+    right.set(xlabel="batch size", title="convnet, perfect gradient")
     return plot("What a perfect gradient gives, and one that is not", figure)

@@ -160,6 +160,8 @@ def curves(rows: list[dict[str, Any]]) -> Any:
         }
         left.plot(sorted(points), [points[rank] for rank in sorted(points)], marker="o", label=decoder)
     left.set(xscale="log", xlabel="rank", ylabel="cosine to the true gradient", title="one picture, one step")
+    left.set_xticks(RANKS, map(str, RANKS))
+    left.minorticks_off()
     left.legend(fontsize=7)
     steps = {
         row["steps"]: row["cosine"]
