@@ -33,6 +33,13 @@ def test_a_perturbed_gradient_has_exactly_that_cosine(base: Base, value: float) 
     assert float(flatten(other.released).norm() / flatten(gradient.released).norm()) == pytest.approx(1, abs=1e-5)
 
 
+def test_each_tensor_keeps_its_place(base: Base) -> None:
+    gradient = full_gradient(base, base.private.images[:1], base.private.labels[:1])
+    unsorted = replace(gradient, released=dict(reversed(gradient.released.items())))
+    same = phase0.perturbed(unsorted, 1.0, torch.Generator()).released
+    assert all(torch.allclose(same[name], tensor, rtol=1e-6) for name, tensor in gradient.released.items())
+
+
 def test_the_adapter_is_the_sketch_of_the_full_gradient(base: Base) -> None:
     images, labels = base.private.images[:2], base.private.labels[:2]
     adapter = trained(blank(base, 4, batch=2), images, labels)

@@ -10,7 +10,7 @@ Solves    dL/dW_q = Delta^T X, its rows lie in the span of the tokens x_t = gamm
               N^T (gamma * (E p_t + b + e_t)^centred) + s_t N^T beta = 0          linear in the patch p_t and s_t,
           for each position t by least squares. An adapter's sketch Delta^T X A^T has the span of the A x_t: N -> A^T N.
 Differs   DAGER enumerates tokens and decides by a threshold; nothing is enumerated or thresholded here. Exact in float64;
-          float32 hides token directions a millionth as strong as the strongest, and noise all of them
+          float32 rounding hides the weakest token directions, and noise all of them
 """
 
 from dataclasses import dataclass

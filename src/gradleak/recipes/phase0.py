@@ -84,8 +84,9 @@ def perturbed(gradient: Gradient, cosine: float, generator: torch.Generator) -> 
     noise = torch.randn(true.shape, generator=generator)
     noise = noise - (noise @ true) / (true @ true) * true
     mixed = cosine * true + (1 - cosine**2) ** 0.5 * true.norm() / noise.norm() * noise
-    parts = mixed.split([tensor.numel() for tensor in gradient.released.values()])
-    shaped = {name: part.view_as(gradient.released[name]) for name, part in zip(gradient.released, parts, strict=True)}
+    names = sorted(gradient.released)  # the order of flatten
+    parts = mixed.split([gradient.released[name].numel() for name in names])
+    shaped = {name: part.view_as(gradient.released[name]) for name, part in zip(names, parts, strict=True)}
     return replace(gradient, released=shaped)
 
 
