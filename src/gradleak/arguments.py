@@ -142,6 +142,8 @@ class Attack(Observed):
 
     attack: str
     """A name of `gradleak list`; its parameters are flags too (try --attack dlg --help)."""
+    start: Path | None = None
+    """reconstruction.safetensors of another attack on the same observation: where the search begins."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -130,6 +130,8 @@ def parameters(attack: Any) -> dict[str, Any]:
     own = {field.name: getattr(attack, field.name) for field in fields(attack)}
     if isinstance(prior := own.get("prior"), GaussianPrior):
         own["prior"] = "smooth" if prior.pictures is None else f"{len(prior.pictures)} public pictures"
+    if (start := own.get("start")) is not None:
+        own["start"] = type(start).__name__
     return own
 
 

@@ -102,8 +102,8 @@ def with_attack_flags(kind: type, attacks: list[str], *, optional: bool) -> type
 
 
 def hyperparameters(attack: str) -> list[Any]:
-    """The fields of an attack that are flags: its prior is none, it is made of public pictures."""
-    return [field for field in dataclasses.fields(ATTACKS[attack]) if field.name != "prior"]
+    """The fields of an attack that are flags: not its prior, which is made of public pictures, nor its start, a file."""
+    return [field for field in dataclasses.fields(ATTACKS[attack]) if field.name not in ("prior", "start")]
 
 
 def configured(attack: str, parsed: Any) -> Any:

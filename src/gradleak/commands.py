@@ -9,7 +9,7 @@ import itertools
 import re
 import sys
 import textwrap
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import nn
 from gradleak import arguments, files
 from gradleak import audit as auditing
 from gradleak.attacks import ATTACKS
+from gradleak.attacks.start import Given
 from gradleak.base_folder import read_base
 from gradleak.data import Pictures, load, public_pool
 from gradleak.errors import BadInput
@@ -131,7 +132,11 @@ def attack(args: arguments.Attack, attacks: dict[str, Any], argv: list[str]) -> 
     out, observation = fresh_folder(args.out), observed(args)
     public = public_pictures(args, observation)
     attacks = {name: auditing.with_prior(attack, public) for name, attack in attacks.items()}
-    written = new_record(argv, args.seed, observation, observed_files(args))
+    inputs = observed_files(args)
+    if args.start is not None:
+        attacks = {name: started(name, attack, args.start) for name, attack in attacks.items()}
+        inputs = [*inputs, args.start]
+    written = new_record(argv, args.seed, observation, inputs)
     with progress() as start:
         for done in auditing.audit(observation, attacks, None, seed=args.seed, device=args.device, on_step=start):
             if done.reconstruction is None:
@@ -179,6 +184,14 @@ def demo(args: arguments.Demo, argv: list[str]) -> None:
         attacks = {name: ATTACKS[name]() for name in names}
         run_audit(observation, attacks, public, secret, written, out, args.seed, args.device)
     print(f"Open {out / 'report.html'} in a browser.")
+
+
+def started(name: str, attack: Any, path: Path) -> Any:
+    """The attack, beginning at the reconstruction in this file."""
+    if "start" not in {field.name for field in fields(attack)}:
+        able = [other for other, kind in ATTACKS.items() if "start" in {field.name for field in fields(kind)}]
+        raise BadInput(f"{name} is no search and has no start: --start goes with {', '.join(able)}.")
+    return replace(attack, start=Given(files.load_reconstruction(path)))
 
 
 def public_pictures(args: arguments.Observed, observation: Gradient) -> Pictures:

@@ -552,6 +552,19 @@ def test_a_rerun_gives_the_same_bits(tmp_path: Path, attacked: Path, ok: Run) ->
     assert torch.equal(first["images"], second["images"])
 
 
+def test_a_search_starts_at_the_reconstruction_of_another(
+    tmp_path: Path, attacked: Path, ok: Run, refused: Run
+) -> None:
+    start, observation = attacked.parent / "reconstruction.safetensors", tmp_path / "observation"
+    flags = ["--start", start, "--out", tmp_path / "second"]
+    ok("attack", observation, "--attack", "inverting-gradients", "--steps", "1", *flags)
+    first, second = (load_reconstruction(path) for path in (start, tmp_path / "second" / "reconstruction.safetensors"))
+    assert float((first.images - second.images).abs().max()) <= 0.1 + 1e-6  # one step of step size 0.1
+    assert "no search" in refused(
+        "attack", observation, "--attack", "analytic", "--start", start, "--out", tmp_path / "none"
+    )
+
+
 def test_a_rerun_refuses_changed_inputs(tmp_path: Path, captured: Path, attacked: Path, refused: Run) -> None:
     (tmp_path / "observation").write_bytes(seen(captured, "lenet").read_bytes())
     assert "no longer the file" in refused("rerun", attacked, "--out", tmp_path / "second")

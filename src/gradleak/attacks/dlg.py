@@ -14,7 +14,7 @@ Differs   relative objective: divided by ||g*||^2, so that one goal serves all m
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil, prod
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gradleak.attacks.start import Start, begin
 from gradleak.distances import relative_residual
 from gradleak.errors import BadInput, NotObserved
 from gradleak.lbfgs import Evaluate, gauss_newton_factor, lbfgs, unwhiten, whitened
@@ -57,6 +58,7 @@ class DLG:
     goal               objective at which the search ends
     box                weight of the mean squared distance of the pixels from [0, 1]; 0 switches it off
     restarts           starts at most; another is made only when the objective stays above 1e-8
+    start              another attack, whose reconstruction is the first of the starts, or None
     """
 
     evaluations: int = 600
@@ -66,6 +68,7 @@ class DLG:
     goal: float = 1e-11
     box: float = 0.1
     restarts: int = 3
+    start: Start | None = field(default=None, repr=False)
 
     def __call__(
         self, observation: Gradient, *, generator: torch.Generator, on_step: OnStep | None = None
@@ -84,17 +87,25 @@ class DLG:
         seen = [o.to(torch.float64) for o in observations]
         best: dict[int, Found] = {}
         starts = [0] * len(seen)
-        for _ in range(self.restarts if whitenable(seen[0]) else 1):  # elsewhere one start is long enough a search
+        for number in range(self.restarts if whitenable(seen[0]) else 1):  # elsewhere one start is long enough a search
             open_rows = [i for i, o in enumerate(seen) if i not in best or best[i].value > solved(o)]
             if not open_rows:
                 break
-            for i, found in zip(open_rows, self.search([seen[i] for i in open_rows], generator, on_step), strict=True):
+            chosen = self.start if number == 0 else None
+            ended = self.search([seen[i] for i in open_rows], generator, chosen, on_step)
+            for i, found in zip(open_rows, ended, strict=True):
                 starts[i] += 1
                 if i not in best or found.value < best[i].value:
                     best[i] = found
         return [self.reconstruction(o, best[i], starts[i]) for i, o in enumerate(seen)]
 
-    def search(self, seen: list[Gradient], generator: torch.Generator, on_step: OnStep | None = None) -> list[Found]:
+    def search(
+        self,
+        seen: list[Gradient],
+        generator: torch.Generator,
+        chosen: Start | None = None,
+        on_step: OnStep | None = None,
+    ) -> list[Found]:
         """One start for each of the observations, in float64."""
         first, released = seen[0], stack(seen)
         if len({o.labels is None for o in seen}) > 1:
@@ -108,7 +119,7 @@ class DLG:
         longest = self.rounds * self.round_evaluations
         total = self.evaluations + longest * len(seen)
 
-        z = start(first, len(seen), generator)  # (K, n)
+        z = start(first, len(seen), generator) if chosen is None else started(chosen, seen, generator)  # (K, n)
         evaluate, report = evaluator(objective, z, (released, norm, *known)), shifted(on_step, 0, total)
         plain = lbfgs(evaluate, z, evaluations=self.evaluations, history=self.history, goal=self.goal, on_step=report)
         results = []
@@ -194,6 +205,14 @@ def start(observation: Gradient, count: int, generator: torch.Generator) -> Tens
     unknown = size[0] * observation.model.architecture.classes if observation.labels is None else 0
     z = torch.cat([0.5 + 0.01 * noise, torch.zeros(count, unknown)], dim=1)
     return z.to(flatten(observation.released).device)
+
+
+def started(chosen: Start, seen: list[Gradient], generator: torch.Generator) -> Tensor:
+    """The images that another attack finds, as `start`; its labels are not believed."""
+    z = start(seen[0], len(seen), generator)
+    known = None if seen[0].labels is None else [o.labels for o in seen if o.labels is not None]
+    pixels = begin(chosen, seen, known, generator).flatten(1).to(z)
+    return torch.cat([pixels, z[:, pixels.shape[1] :]], dim=1)
 
 
 def split(observation: Gradient, z: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -8,12 +8,13 @@ Differs   the sign is read off the gradient of the last bias, not of the last we
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 
 from gradleak.attacks.dlg import DLG
 from gradleak.attacks.labels import recover_labels
+from gradleak.attacks.start import Start
 from gradleak.errors import NotObserved
 from gradleak.observations import Gradient
 from gradleak.optimise import OnStep
@@ -31,6 +32,7 @@ class IDLG:
     goal: float = DLG.goal
     box: float = DLG.box
     restarts: int = DLG.restarts
+    start: Start | None = field(default=None, repr=False)
 
     def __call__(
         self, observation: Gradient, *, generator: torch.Generator, on_step: OnStep | None = None
@@ -42,7 +44,8 @@ class IDLG:
         self, observations: Sequence[Gradient], *, generator: torch.Generator, on_step: OnStep | None = None
     ) -> list[Reconstruction]:
         """The same for several observations of one model state; their plain phases run side by side."""
-        return DLG(**asdict(self)).many([labelled(o) for o in observations], generator=generator, on_step=on_step)
+        same = {part.name: getattr(self, part.name) for part in fields(self)}
+        return DLG(**same).many([labelled(o) for o in observations], generator=generator, on_step=on_step)
 
 
 def labelled(observation: Gradient) -> Gradient:

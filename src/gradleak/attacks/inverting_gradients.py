@@ -11,7 +11,7 @@ Differs   g0 is the part of the gradient that any picture with these labels woul
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from gradleak.attacks.labels import known_or_recovered
+from gradleak.attacks.start import Start, begin
 from gradleak.distances import cosine, relative_residual
 from gradleak.observations import Gradient
 from gradleak.optimise import OnStep, best_of_restarts, descend, stack
@@ -36,6 +37,7 @@ class InvertingGradients:
     centre            measure the cosine from the part that all pictures share, not from zero
     restarts          random starts per observation, side by side; the best objective is kept
     compiled          generate machine code first (ten seconds to minutes): pays for long runs on small models
+    start             another attack, whose reconstruction the first of the restarts begins at, or None
     """
 
     steps: int = 1_000
@@ -44,6 +46,7 @@ class InvertingGradients:
     centre: bool = True
     restarts: int = 1
     compiled: bool = False
+    start: Start | None = field(default=None, repr=False)
 
     def __call__(
         self, observation: Gradient, *, generator: torch.Generator, on_step: OnStep | None = None
@@ -61,6 +64,8 @@ class InvertingGradients:
         released = stack(observations, self.restarts)  # {name: (K, ...)}
         noise = torch.randn(*y.shape, *seen.model.architecture.input_shape, generator=generator)
         start = (0.5 + 0.1 * noise).clamp(0, 1).to(y.device)
+        if self.start is not None:
+            start[:: self.restarts] = begin(self.start, observations, labels.unbind(), generator).to(start)
         origin = shared_part(seen, y, released, generator) if self.centre else {k: v * 0 for k, v in released.items()}
 
         def objective(x: Tensor, y: Tensor, released: Tensors, origin: Tensors) -> Tensor:  # x (batch, c, h, w)

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from gradleak.attacks.labels import candidate_labels
+from gradleak.attacks.start import Start, begin
 from gradleak.distances import relative_residual
 from gradleak.errors import BadInput
 from gradleak.lbfgs import lbfgs
@@ -31,7 +32,7 @@ from gradleak.priors.gaussian import GaussianPrior
 from gradleak.reconstruction import Reconstruction
 from gradleak.tensors import Tensors
 
-PRIOR_WEIGHTS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
+PRIOR_WEIGHTS: tuple[float, ...] = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
 KERNEL_RIDGE = 0.1  # of the regression; 0.01 to 0.3 make little difference
 FEATURES = 100_000  # released numbers that the regression looks at, at most
 CHUNK = 25  # simulations side by side
@@ -44,11 +45,13 @@ class MapInversion:
     prior        GaussianPrior.fit(public pictures), or None for GaussianPrior.smooth
     pairs        public pictures in the regression that gives the start; 0, or no public pictures: start at the mean
     evaluations  of the objective at each prior weight
+    start        another attack, whose reconstruction the search begins at, with weights from 1e-4 on; or None
     """
 
     prior: GaussianPrior | None = field(default=None, repr=False)
     pairs: int = 1_000
     evaluations: int = 75
+    start: Start | None = field(default=None, repr=False)
 
     def __call__(
         self, observation: Gradient, *, generator: torch.Generator, on_step: OnStep | None = None
@@ -76,11 +79,15 @@ class MapInversion:
         def objective(z: Tensor, y: Tensor, released: Tensors, weight: Tensor) -> Tensor:
             return misfit(seen.simulate(pictures(z), y), released) + weight * z.square().mean() * len(mean)
 
-        start = self.start(seen, prior, y, released, generator)  # (K, batch, channel, height, width)
+        if self.start is None:
+            start, weights = self.learned_start(seen, prior, y, released, generator), PRIOR_WEIGHTS
+        else:  # a strong prior would only lead away from it
+            images = begin(self.start, observations, [rows[0] for rows in candidates], generator).to(where)
+            start, weights = images.repeat_interleave(tries, dim=0), PRIOR_WEIGHTS[2:]
         z = torch.linalg.solve(F, (start.flatten(2) - mean).mT).mT.flatten(1)
         evaluate = rowwise(objective, z, (y, released, torch.zeros(len(y)).to(where)))
         trace, done = list[tuple[int, list[float]]](), 0
-        for stage, weight in enumerate(PRIOR_WEIGHTS):
+        for stage, weight in enumerate(weights):
             w = torch.full((len(y),), weight).to(where)
             report = None if on_step is None else partial(_report, on_step, stage)
             search = partial(_without_graph, evaluate, (y, released, w))
@@ -104,7 +111,7 @@ class MapInversion:
             results.append(Reconstruction(images.cpu(), y[row].cpu(), residual, status, done, own))
         return results
 
-    def start(
+    def learned_start(
         self, seen: Gradient, prior: GaussianPrior, y: Tensor, released: Tensors, generator: torch.Generator
     ) -> Tensor:
         """Where each of the K rows begins: (K, batch, channel, height, width)."""

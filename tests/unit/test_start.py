@@ -1,0 +1,64 @@
+"""Any reconstruction as the start of any search."""
+
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+
+from gradleak.attacks import ATTACKS
+from gradleak.attacks.start import Given, begin
+from gradleak.data import load
+from gradleak.errors import BadInput
+from gradleak.metrics import psnr_db
+from gradleak.models import Architecture
+from gradleak.observations import Gradient
+from gradleak.reconstruction import Reconstruction
+from gradleak.victims.gradient import capture_gradient
+
+ROWS = (3, 1, 2)
+SEARCHES: dict[str, dict[str, Any]] = {
+    "inverting-gradients": {"steps": 1, "tv_weight": 0.0},
+    "dlg": {"evaluations": 1, "rounds": 0, "restarts": 1},
+    "idlg": {"evaluations": 1, "rounds": 0, "restarts": 1},
+    "map-inversion": {"evaluations": 1},
+}
+
+
+def observed(rows: tuple[int, ...], reveal: bool = True) -> tuple[Gradient, Reconstruction]:
+    """A LeNet's gradient of these digits, and the truth as a reconstruction of it."""
+    pictures = load("digits", indices=rows)
+    module = Architecture("lenet", (1, 8, 8), 10).build(0)
+    gradient = capture_gradient(module, Architecture("lenet", (1, 8, 8), 10), pictures, reveal_labels=reveal)[0]
+    return gradient, Reconstruction(pictures.images, pictures.labels, 0.0, "the truth")
+
+
+def test_every_search_takes_a_start() -> None:
+    assert set(SEARCHES) <= {name for name, kind in ATTACKS.items() if "start" in {f.name for f in fields(kind)}}
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_search_that_starts_at_the_truth_stays_there(name: str) -> None:
+    """One evaluation of a search moves no pixel far, and none of them comes near the truth by itself in one."""
+    gradient, truth = observed((3,))
+    attack = ATTACKS[name](**SEARCHES[name])
+    cold, warm = (
+        a(gradient, generator=torch.Generator().manual_seed(0)) for a in (attack, replace(attack, start=Given(truth)))
+    )
+    assert float(psnr_db(warm.images, truth.images)) > 30 > 20 > float(psnr_db(cold.images, truth.images))
+
+
+def test_images_are_put_in_the_order_of_the_labels_that_the_search_has() -> None:
+    gradient, truth = observed(ROWS)
+    shuffled = torch.tensor([2, 0, 1])
+    other = replace(truth, images=truth.images[shuffled], labels=truth.labels[shuffled])
+    assert len(set(truth.labels.tolist())) == 3
+    found = begin(Given(other), [gradient], [truth.labels], torch.Generator())
+    assert torch.equal(found[0], truth.images)
+
+
+def test_a_start_of_another_shape_is_refused() -> None:
+    gradient, truth = observed((3,))
+    for images in (truth.images[..., 1:], truth.images.expand(2, -1, -1, -1)):
+        with pytest.raises(BadInput, match="cannot start from"):
+            begin(Given(replace(truth, images=images)), [gradient], [truth.labels], torch.Generator())
