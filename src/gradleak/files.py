@@ -4,18 +4,15 @@ Nothing is ever unpickled. A file from a stranger can name an architecture of ou
 of your own has to be given beside the file.
 """
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
+from gradleak import safe_files
 from gradleak.errors import BadInput
 from gradleak.json_types import misfit
 from gradleak.lora import Optimizer, Recipe
@@ -83,8 +80,8 @@ def save_observation(observation: Gradient, path: Path) -> None:
     model = observation.model
     # The change of a factor is the difference of two numbers of that precision: it may need more digits.
     precision = torch.float32 if isinstance(observation, Adapter) else getattr(torch, observation.precision)
-    tensors = _prefixed("released", {k: v.to(precision) for k, v in observation.released.items()})
-    tensors |= _prefixed("parameters", model.parameters) | _prefixed("buffers", model.buffers or {})
+    tensors = safe_files.prefixed("released", {k: v.to(precision) for k, v in observation.released.items()})
+    tensors |= safe_files.prefixed("parameters", model.parameters) | safe_files.prefixed("buffers", model.buffers or {})
     if observation.labels is not None:
         tensors["labels"] = observation.labels
     provenance = {
@@ -104,8 +101,8 @@ def save_observation(observation: Gradient, path: Path) -> None:
     if isinstance(observation, Adapter):
         recipe = observation.recipe and asdict(observation.recipe)
         provenance["adapter"] = {"scaling": observation.scaling, "recipe": recipe}
-        tensors |= _prefixed("start", observation.start)
-    _write(tensors, OBSERVATION, provenance, path)
+        tensors |= safe_files.prefixed("start", observation.start)
+    safe_files.write(tensors, OBSERVATION, provenance, path)
 
 
 def load_observation(path: Path, *, factory: str | None = None) -> Gradient:
@@ -114,7 +111,7 @@ def load_observation(path: Path, *, factory: str | None = None) -> Gradient:
     factory: "package.module:factory" of your own architecture, or the folder of a transformers model, needed when the
     file's is none of ours.
     """
-    tensors, provenance = _read(path, OBSERVATION)
+    tensors, provenance = safe_files.read(path, OBSERVATION)
     if wrong := misfit(provenance, Provenance, ""):
         raise BadInput(f"{path} has no usable provenance ({wrong}): it cannot be trusted to be what it says.")
     about = cast(Provenance, provenance)
@@ -137,7 +134,9 @@ def load_observation(path: Path, *, factory: str | None = None) -> Gradient:
     architecture = Architecture(name, (shape[0], shape[1], shape[2]), classes)
     module = replace(architecture, name=factory or name).build(seed=0)
     load_state(
-        module, _group(tensors, "parameters") | _group(tensors, "buffers"), partial=not about["buffers_revealed"]
+        module,
+        safe_files.group(tensors, "parameters") | safe_files.group(tensors, "buffers"),
+        partial=not about["buffers_revealed"],
     )
     own = dict(module.named_parameters())
     if unknown := [key for key in about["frozen"] if key not in own]:
@@ -154,14 +153,16 @@ def load_observation(path: Path, *, factory: str | None = None) -> Gradient:
     if model.state_hash() != about["state_hash"]:
         hashes = f"{model.state_hash()[:12]} than its provenance ({about['state_hash'][:12]})"
         raise BadInput(f"{path} holds another state ({hashes}: it was altered after it was written.")
-    released = {key: t.float() if t.dtype.itemsize < 4 else t for key, t in _group(tensors, "released").items()}
+    released = {
+        key: t.float() if t.dtype.itemsize < 4 else t for key, t in safe_files.group(tensors, "released").items()
+    }
     shared: dict[str, Any] = {"model": model, "released": released, "labels": tensors.get("labels")}
     shared |= {"batch_size": about["batch_size"], "precision": about["precision"]}
     match about["kind"]:
         case "Update":
             return Update(**shared, **recipe)
         case "Adapter":
-            return _adapter(shared, _group(tensors, "start"), about["adapter"], path)
+            return _adapter(shared, safe_files.group(tensors, "start"), about["adapter"], path)
         case "Gradient":
             return Gradient(**shared)
 
@@ -179,7 +180,7 @@ def _adapter(shared: dict[str, Any], start: Tensors, about: LowRank, path: Path)
 
 def has_provenance(path: Path) -> bool:
     """Whether the file was written by `save_observation`; False for a plain {name: tensor} file."""
-    return "schema" in _open(path)[1]
+    return "schema" in safe_files.open_tensors(path)[1]
 
 
 def check_provenance(observation: Gradient, *, weights: Path | None = None, mode: str | None = None) -> None:
@@ -220,84 +221,28 @@ def load_state(module: nn.Module, tensors: Tensors, *, partial: bool = False) ->
 
 def load_tensors(path: Path) -> Tensors:
     """Any safetensors file as {name: tensor}; BadInput for a pickle, a truncated file, or entries that are not finite."""
-    return _open(path)[0]
+    return safe_files.open_tensors(path)[0]
 
 
 def save_secret(secret: Secret, path: Path) -> None:
     """Write what only the audit may open."""
-    _write({"images": secret.images, "labels": secret.labels}, SECRET, {"source": secret.source}, path)
+    safe_files.write({"images": secret.images, "labels": secret.labels}, SECRET, {"source": secret.source}, path)
 
 
 def load_secret(path: Path) -> Secret:
     """Read a secret back; BadInput if the file is something else."""
-    tensors, about = _read(path, SECRET, "images", "labels")
+    tensors, about = safe_files.read(path, SECRET, "images", "labels")
     return Secret(tensors["images"], tensors["labels"], about.get("source", ""))
 
 
 def save_reconstruction(reconstruction: Reconstruction, path: Path) -> None:
     """Write what an attack returned."""
     about = {key: getattr(reconstruction, key) for key in ("residual", "status", "iterations", "trace")}
-    _write({"images": reconstruction.images, "labels": reconstruction.labels}, RECONSTRUCTION, about, path)
+    safe_files.write({"images": reconstruction.images, "labels": reconstruction.labels}, RECONSTRUCTION, about, path)
 
 
 def load_reconstruction(path: Path) -> Reconstruction:
     """Read a reconstruction back; BadInput if the file is something else."""
-    tensors, about = _read(path, RECONSTRUCTION, "images", "labels")
+    tensors, about = safe_files.read(path, RECONSTRUCTION, "images", "labels")
     about["trace"] = [(int(step), float(value)) for step, value in about["trace"]]
     return Reconstruction(images=tensors["images"], labels=tensors["labels"], **about)
-
-
-def _write(tensors: Tensors, schema: str, about: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    header = {"schema": schema, "gradleak": json.dumps(about)}
-    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, unfinished, metadata=header)
-    os.replace(unfinished, path)
-
-
-def _read(path: Path, schema: str, *needed: str) -> tuple[Tensors, dict[str, Any]]:
-    tensors, header = _open(path)
-    if header.get("schema") != schema:
-        found = header.get("schema", "no gradleak header")
-        raise BadInput(f"{path} is not a {schema.split('/')[1]} file of this version ({found}, not {schema}).")
-    for name in needed:
-        if name not in tensors:
-            raise BadInput(f"{path} lacks {name}: it is damaged.")
-    try:
-        about = json.loads(header.get("gradleak", ""))
-    except ValueError as error:
-        raise BadInput(f"{path} has a damaged header ({error}).") from error
-    if not isinstance(about, dict):
-        raise BadInput(f"{path} has a damaged header: {type(about).__name__} in place of an object.")
-    return tensors, about
-
-
-def _open(path: Path) -> tuple[Tensors, dict[str, str]]:
-    if not path.is_file():
-        raise BadInput(f"There is no file {path}.")
-    with path.open("rb") as file:
-        start = file.read(4)
-    if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-        raise BadInput(
-            f"{path} is a pickle (torch.save): it could run code, so it is not opened. Convert it with safetensors.torch.save_file."
-        )
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise BadInput(f"{path} is not a readable safetensors file ({error}): truncated, or something else.") from error
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise BadInput(
-                f"{path}: tensor {name} has entries that are NaN or infinite: nothing can be learnt from it."
-            )
-    return tensors, header
-
-
-def _prefixed(prefix: str, tensors: Tensors) -> Tensors:
-    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
-
-
-def _group(tensors: Tensors, prefix: str) -> Tensors:
-    return {name.removeprefix(prefix + "/"): t for name, t in tensors.items() if name.startswith(prefix + "/")}

@@ -362,7 +362,7 @@ def test_foreign_files_are_refused(adapter: Adapter, private: Pictures, tmp_path
     observed = Gradient(model=adapter.model, released=released)
     save_observation(observed, tmp_path / "observation")
     (tmp_path / "text").write_text("no decoder")
-    for file, words in (("observation", "no decoder"), ("text", "not a readable"), ("nowhere", "no file")):
+    for file, words in (("observation", "not a decoder file"), ("text", "not a readable"), ("nowhere", "no file")):
         for decoder in (Ridge, MLP, UNet):
             with pytest.raises(BadInput, match=words):
                 decoder.load(tmp_path / file)

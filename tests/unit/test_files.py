@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 from gradleak.data import Pictures, load
@@ -507,3 +507,14 @@ def test_load_state_names_the_first_misfit() -> None:
     load_state(resnet, parameters, partial=True)
     with pytest.raises(BadInput, match=r"lack 2\.running_mean"):
         load_state(resnet, parameters)
+
+
+def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path: Path) -> None:
+    """A safetensors file begins with the length of its header, and pickles with bytes that are lengths too."""
+    plain = save({"x": torch.ones(1)})
+    header = int.from_bytes(plain[:8], "little")
+    longer = 0x0280  # a pickle of protocol 2 begins with these two bytes, the low one first
+    (tmp_path / "file").write_bytes(
+        longer.to_bytes(8, "little") + plain[8 : 8 + header].ljust(longer) + plain[8 + header :]
+    )
+    assert load_tensors(tmp_path / "file")["x"] == 1
