@@ -72,7 +72,9 @@ def test_only_victims_files_checks_and_what_runs_them_open_the_secret() -> None:
 def test_no_attack_inherits_from_another_class() -> None:
     for name in ATTACKING:
         for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
-            assert not (isinstance(node, ast.ClassDef) and node.bases), f"{name}: class {node.name}"
+            if isinstance(node, ast.ClassDef):  # networks are modules, and choices of a kind are protocols
+                bases = [ast.unparse(base) for base in node.bases]
+                assert set(bases) <= {"nn.Module", "Protocol"}, f"{name}: class {node.name}"
 
 
 def test_reports_need_no_torch() -> None:

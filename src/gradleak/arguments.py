@@ -157,6 +157,30 @@ class Audit(Observed):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CapturePairs(Observed):
+    """Make pairs (public pictures, the gradient of the observed model) for learned attacks; an interrupted run goes on."""
+
+    count: int = 10_000
+    """Number of pairs."""
+    pair_batch: int = 1
+    """Pictures in each pair's batch."""
+    leak: Literal["none", "sign", "top-k"] = "none"
+    """What is shared of each gradient: all, signs, or the largest hundredth."""
+    noise: float = 0.0
+    """Standard deviation of the Gaussian noise on each gradient (with --leak none)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(CapturePairs):
+    """Train a generator for the observed model on pairs: generator.safetensors, for `gradleak attack --generator`."""
+
+    pairs: Path | None = None
+    """Folder of `gradleak capture pairs`; without it pairs are made while training and not kept."""
+    training_epochs: int = 8
+    """How often each pair is seen."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """Render a record again."""
 

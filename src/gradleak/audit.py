@@ -5,6 +5,7 @@ import io
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.func import vmap
 
-from gradleak import metrics
+from gradleak import learned, metrics
 from gradleak.attacks.dataset_size import DatasetSize
 from gradleak.checks import check_observation, check_result, flag, replay
 from gradleak.data import Pictures
@@ -111,6 +112,7 @@ def audit(
             other = wrong_observation(observation, public, len(found.images), seed).to(where)
             wrong = attack(other, generator=torch.Generator().manual_seed(seed))
             score(row, observation, found, wrong, secret, public)
+            row["flags"] = [*row["flags"], *trained_on_secret(attack, secret)]
         yield Audited(row, found)
 
 
@@ -132,7 +134,7 @@ def parameters(attack: Any) -> dict[str, Any]:
         own["prior"] = "smooth" if prior.pictures is None else f"{len(prior.pictures)} public pictures"
     if (start := own.get("start")) is not None:
         own["start"] = type(start).__name__
-    return own
+    return {name: str(value) if isinstance(value, Path) else value for name, value in own.items()}
 
 
 def dataset_size(observation: Adapter, public: Pictures, seed: int) -> Flag:
@@ -163,6 +165,15 @@ def information(observation: Gradient, images: Tensor, labels: Tensor, where: st
         return flag("information_unknown", "info", sentence)
     known = identifiability(observation, images, labels)
     return flag(f"information_{known.information()}", "info", f"{known.sentence()} (Linear regime, {where}.)")
+
+
+def trained_on_secret(attack: Any, secret: Secret) -> list[Flag]:
+    """An error if the attack's generator has seen private pictures in training."""
+    if (path := getattr(attack, "generator", None)) is None:
+        return []
+    seen = int(torch.isin(learned.picture_hashes(secret.images), learned.pictures_behind(path)).sum())
+    sentence = f"{seen} private images are among those that the generator was trained on: it has seen the secret."
+    return [flag("secret_in_training", "error", sentence)] if seen else []
 
 
 def score(

@@ -18,6 +18,9 @@ COMMANDS: dict[str, tuple[type, Any]] = {
     "capture gradient": (arguments.Capture, commands.capture),
     "capture update": (arguments.CaptureUpdate, commands.capture),
     "capture adapter": (arguments.CaptureAdapter, commands.capture_adapter),
+    "capture pairs": (arguments.CapturePairs, commands.capture_pairs),
+    "train git": (arguments.Train, commands.train),
+    "train lti": (arguments.Train, commands.train),
     "attack": (arguments.Attack, commands.attack),
     "audit": (arguments.Audit, commands.audit),
     "reproduce": (arguments.Reproduce, commands.reproduce),
@@ -46,7 +49,7 @@ def run(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return
-    name = " ".join(argv[:2]) if argv[0] == "capture" else argv[0]
+    name = " ".join(argv[:2]) if argv[0] in ("capture", "train") else argv[0]
     if name not in COMMANDS:
         raise BadInput(f"Unknown command {name!r}{near(name, COMMANDS)} (commands: {', '.join(COMMANDS)}).")
     kind, command = COMMANDS[name]

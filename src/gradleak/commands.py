@@ -9,6 +9,7 @@ import itertools
 import re
 import sys
 import textwrap
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,19 @@ import torch
 from PIL import Image
 from torch import nn
 
-from gradleak import arguments, files
+from gradleak import arguments, files, learned, pairs
 from gradleak import audit as auditing
 from gradleak.attacks import ATTACKS
+from gradleak.attacks.git import Transcript
+from gradleak.attacks.lti import Perceptron
 from gradleak.attacks.start import Given
 from gradleak.base_folder import read_base
 from gradleak.data import Pictures, load, public_pool
+from gradleak.defenses import LEAKS, Defense, GaussianNoise
 from gradleak.errors import BadInput
 from gradleak.lora import Recipe
 from gradleak.models import BINARY, MODELS, Architecture
-from gradleak.observations import Gradient, Model
+from gradleak.observations import Adapter, Gradient, Model
 from gradleak.peft_folder import is_adapter, read_adapter
 from gradleak.progress import progress
 from gradleak.report import html, record
@@ -114,6 +118,63 @@ def capture_adapter(args: arguments.CaptureAdapter, argv: list[str]) -> None:
     if (out / "initial").is_dir():
         print(f"{out / 'initial'}: the adapter before training, without which its change is not known")
     keep(observation, secret, args, out)
+
+
+def capture_pairs(args: arguments.CapturePairs, argv: list[str]) -> None:
+    """Write shards of pairs to a folder."""
+    observation, public, defense = pairs_asked_for(args)
+    with progress() as start:
+        pairs.write(
+            args.out,
+            observation.model,
+            public,
+            count=args.count,
+            batch=args.pair_batch,
+            defense=defense,
+            seed=args.seed,
+            on_step=start("pairs"),
+        )
+    print(f"{args.out}: {args.count:,} pairs")
+
+
+def train(args: arguments.Train, argv: list[str]) -> None:
+    """Write generator.safetensors, trained on pairs of the observed model."""
+    out, kind = fresh_folder(args.out), argv[1]
+    observation, public, defense = pairs_asked_for(args)
+    model, folder = observation.model, args.pairs
+
+    def shards() -> Iterator[pairs.Pairs]:
+        if folder is not None:
+            return pairs.read(folder, model)
+        return pairs.stream(model, public, count=args.count, batch=args.pair_batch, defense=defense, seed=args.seed)
+
+    batch = next(iter(shards())).labels.shape[1]
+    with progress() as start:
+        trained = learned.train(
+            kind,
+            {"git": Transcript, "lti": Perceptron}[kind],
+            {"batch": batch},
+            model,
+            shards,
+            epochs=args.training_epochs,
+            generator=torch.Generator().manual_seed(args.seed),
+            on_step=start(f"training {kind}"),
+        )
+    trained.save(out / "generator.safetensors")
+    print(f"{out / 'generator.safetensors'}: training error {trained.trace[-1][1]:.4f} (mean squared, per pixel)")
+
+
+def pairs_asked_for(args: arguments.CapturePairs) -> tuple[Gradient, Pictures, Defense | None]:
+    """The observation whose model the pairs are of, the public pictures, and what is shared of a gradient."""
+    observation = observed(args)
+    if isinstance(observation, Adapter):
+        raise BadInput("Pairs are of gradients, and this is an adapter: bridge decoders are what is trained for those.")
+    if args.noise and args.leak != "none":
+        raise BadInput("Give --noise or --leak, not both.")
+    shape = observation.model.architecture.input_shape
+    public = public_pool(args.data, args.public_split, shape=shape, limit=args.count * args.pair_batch, seed=args.seed)
+    public = replace(public, labels=public.labels % observation.model.architecture.classes)
+    return observation, public, GaussianNoise(args.noise) if args.noise else LEAKS[args.leak]
 
 
 def keep(observation: Gradient, secret: Secret, args: arguments.Victim, out: Path) -> None:

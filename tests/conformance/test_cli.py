@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from gradleak.attacks import ATTACKS
 from gradleak.base_folder import read_base
 from gradleak.cli import main
 from gradleak.data import load
-from gradleak.files import load_observation, load_reconstruction, load_secret
+from gradleak.files import load_observation, load_reconstruction, load_secret, save_observation
 from gradleak.lora import Recipe
 from gradleak.models import Architecture
 from gradleak.observations import Adapter, Model, Update
@@ -563,6 +563,35 @@ def test_a_search_starts_at_the_reconstruction_of_another(
     assert "no search" in refused(
         "attack", observation, "--attack", "analytic", "--start", start, "--out", tmp_path / "none"
     )
+
+
+@pytest.mark.parametrize("kind", ["git", "lti"])
+def test_a_generator_is_trained_and_attacks(tmp_path: Path, captured: Path, ok: Run, refused: Run, kind: str) -> None:
+    observation, pairs = seen(captured, "lenet"), tmp_path / "pairs"
+    ok("capture", "pairs", observation, "--count", 60, "--noise", 0.001, "--out", pairs)
+    ok(
+        "capture", "pairs", observation, "--count", 60, "--noise", 0.001, "--out", pairs
+    )  # goes on, and there is nothing left
+    ok("train", kind, observation, "--pairs", pairs, "--training-epochs", 1, "--out", tmp_path / "trained")
+    generator = ["--generator", tmp_path / "trained" / "generator.safetensors"]
+    ok("attack", observation, "--attack", kind, *generator, "--out", tmp_path / "found")
+    start = ["--start", tmp_path / "found" / "reconstruction.safetensors"]
+    ok("attack", observation, "--attack", "inverting-gradients", "--steps", 2, *start, "--out", tmp_path / "better")
+    assert "git" in refused("attack", observation, "--attack", "git", "--out", tmp_path / "none")
+    assert "weights or buffers" in refused(
+        "attack", other_state(tmp_path, captured), "--attack", kind, *generator, "--out", tmp_path / "none"
+    )
+    assert "not both" in refused(
+        "capture", "pairs", observation, "--leak", "sign", "--noise", 1, "--out", tmp_path / "none"
+    )
+
+
+def other_state(tmp_path: Path, captured: Path) -> Path:
+    """An observation of the same architecture with other weights."""
+    observation = load_observation(seen(captured, "lenet"))
+    parameters = {name: p + 1e-3 for name, p in observation.model.parameters.items()}
+    save_observation(replace(observation, model=replace(observation.model, parameters=parameters)), tmp_path / "other")
+    return tmp_path / "other"
 
 
 def test_a_rerun_refuses_changed_inputs(tmp_path: Path, captured: Path, attacked: Path, refused: Run) -> None:

@@ -143,7 +143,7 @@ def test_the_command_line_takes_what_the_readme_types(argv: list[str], monkeypat
 
 
 def test_the_readme_shows_every_command() -> None:
-    shown = {" ".join(argv[:2]) if argv[0] == "capture" else argv[0] for argv in commands_of_the_readme()}
+    shown = {" ".join(argv[:2]) if argv[0] in ("capture", "train") else argv[0] for argv in commands_of_the_readme()}
     assert shown == set(cli.COMMANDS) - {"demo"}  # which is `make demo`
 
 

@@ -1,6 +1,6 @@
 """Published experiments, one short file each. RECIPES is the only place where a recipe has a name."""
 
-from gradleak.recipes import dsire, fresh_vs_saved, phase0, phase1, phase2, starts
+from gradleak.recipes import dsire, fresh_vs_saved, git_cifar10, git_noise, git_shift, phase0, phase1, phase2, starts
 
 RECIPES = {
     "fresh-vs-saved": fresh_vs_saved.run,
@@ -9,4 +9,7 @@ RECIPES = {
     "phase2": phase2.run,
     "starts": starts.run,
     "dsire": dsire.run,
+    "git-cifar10": git_cifar10.run,
+    "git-noise": git_noise.run,
+    "git-shift": git_shift.run,
 }
