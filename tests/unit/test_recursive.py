@@ -36,12 +36,14 @@ def picture(number: int = 0) -> Tensor:
 
 
 def network(*layers: nn.Module, number: int = 0) -> nn.Module:
-    """Normalise and these layers in float64, with BatchNorm as after some training."""
+    """Normalise and these layers in float64, as wide in their values as He et al. (2015) start them, with BatchNorm as
+    after some training. GELU's at PyTorch's narrower start: in a wider one too many units are beyond its minimum."""
+    gain = 1 / 3 if any(isinstance(layer, nn.GELU) for layer in layers) else 2
     generator, module = seed(number), nn.Sequential(Normalise(3), *layers).double()
     for layer in module:
         if isinstance(layer, nn.Linear | nn.Conv2d):
             fan_in = layer.weight[0].numel()
-            layer.weight.data = torch.randn(layer.weight.shape, generator=generator).double() * (2 / fan_in) ** 0.5
+            layer.weight.data = torch.randn(layer.weight.shape, generator=generator).double() * (gain / fan_in) ** 0.5
             if layer.bias is not None:
                 layer.bias.data = 0.1 * torch.randn(layer.bias.shape, generator=generator).double()
         if isinstance(layer, nn.BatchNorm2d):

@@ -231,12 +231,9 @@ class Transcript(nn.Module):
 
     def scale(self, gradients: Tensors) -> Tensor:
         """The length of the last unit's gradient (n, 1): how wrong the model was, which says little of the picture."""
-        return (
-            gradients[self.last[1] if self.last[1] in gradients else self.last[0]]
-            .flatten(1)
-            .norm(dim=1, keepdim=True)
-            .clamp_min(1e-12)
-        )
+        last = gradients[self.last[1] if self.last[1] in gradients else self.last[0]]
+        length: Tensor = last.flatten(1).norm(dim=1, keepdim=True).clamp_min(1e-12)
+        return length
 
     def bootstrap(self, gradients: Tensors) -> Tensor:
         """What went into the last layer, before its activation if that can be undone: (n, known); 0 where it is not to be had."""
