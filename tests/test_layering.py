@@ -103,7 +103,7 @@ def test_no_bare_or_broad_except() -> None:
 
 
 def test_importing_is_light() -> None:
-    heavy = ["datasets", "transformers", "skimage", "sklearn", "matplotlib", "scipy", "rich", "tyro"]
+    heavy = ["datasets", "transformers", "peft", "skimage", "sklearn", "matplotlib", "scipy", "rich", "tyro"]
     code = f"import gradleak, sys; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.strip() == "[]"

@@ -18,7 +18,8 @@ from gradleak.attacks.dataset_size import DatasetSize
 from gradleak.checks import check_observation, check_result, flag, replay
 from gradleak.data import Pictures
 from gradleak.errors import BadInput, NotObserved
-from gradleak.identifiability import MOST_UNKNOWNS, identifiability
+from gradleak.identifiability import identifiability
+from gradleak.jacobian import MOST_UNKNOWNS
 from gradleak.observations import Adapter, Gradient
 from gradleak.optimise import OnStep
 from gradleak.priors.gaussian import GaussianPrior

@@ -73,6 +73,8 @@ def check_observation(observation: Gradient) -> list[Flag]:
 
 def inexact(adapter: Adapter) -> str:
     """Why what is read off an adapter's factors is not exact; nothing for one step of SGD from a known start."""
+    if adapter.dropout > 0:
+        return f"it may have been trained with dropout {adapter.dropout:g}, whose masks nobody knows"
     if adapter.recipe is None:
         return "its recipe is unknown, one step of SGD is assumed"
     if adapter.recipe.optimizer in ("adam", "adamw"):

@@ -57,6 +57,7 @@ class LowRank(TypedDict):
 
     scaling: Mapping[str, float]
     recipe: Training | None
+    dropout: NotRequired[float]
 
 
 class Provenance(TypedDict):
@@ -100,7 +101,7 @@ def save_observation(observation: Gradient, path: Path) -> None:
         provenance["recipe"] = {name: getattr(observation, name) for name in RECIPE}
     if isinstance(observation, Adapter):
         recipe = observation.recipe and asdict(observation.recipe)
-        provenance["adapter"] = {"scaling": observation.scaling, "recipe": recipe}
+        provenance["adapter"] = {"scaling": observation.scaling, "recipe": recipe, "dropout": observation.dropout}
         tensors |= safe_files.prefixed("start", observation.start)
     safe_files.write(tensors, OBSERVATION, provenance, path)
 
@@ -175,7 +176,7 @@ def _adapter(shared: dict[str, Any], start: Tensors, about: LowRank, path: Path)
         if name not in start or tensor.shape != start[name].shape:
             raise BadInput(f"{path} is damaged: the change of {name} does not have the shape of its start.")
     recipe = Recipe(**about["recipe"]) if about["recipe"] else None
-    return Adapter(**shared, start=start, scaling=dict(about["scaling"]), recipe=recipe)
+    return Adapter(**shared, start=start, scaling=dict(about["scaling"]), recipe=recipe, dropout=about.get("dropout", 0.0))
 
 
 def has_provenance(path: Path) -> bool:

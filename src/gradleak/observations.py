@@ -238,14 +238,18 @@ class Adapter(Gradient):
               B at zero; A's start is then taken to be the released A, which is exact for one step
     scaling   {module: s}, alpha / r, or alpha / sqrt(r) (rslora)
     recipe    how it was trained, or None: one SGD step is then assumed, and only directions can be told
+    dropout   probability with which inputs of the adapter may have been dropped in training; the masks are not known
     """
 
     start: Tensors = field(repr=False)
     scaling: dict[str, float] = field(repr=False)
     recipe: Recipe | None = None
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         for module in self.scaling:
+            if missing := [f for f in ("lora_A", "lora_B") if f"{module}.{f}" not in self.start]:
+                raise BadInput(f"The adapter of {module} has no {missing[0]}: both factors at the start are needed.")
             A, B, weight = self.start[f"{module}.lora_A"], self.start[f"{module}.lora_B"], f"{module}.weight"
             if weight not in self.model.parameters:
                 raise BadInput(f"The adapter changes {module}, which has no weight in the base model.")

@@ -56,6 +56,7 @@ class Config(TypedDict):
     lora_alpha: float
     init_lora_weights: NotRequired[bool | str]
     use_rslora: NotRequired[bool]
+    lora_dropout: NotRequired[float]
     rank_pattern: NotRequired[Mapping[str, int] | None]
     alpha_pattern: NotRequired[Mapping[str, float] | None]
 
@@ -77,7 +78,7 @@ def read_adapter(
     initial  folder of the adapter before training: the changes of both factors are then known exactly
 
     Weights that were trained as a whole beside the adapter (modules_to_save, biases) play no part in one step; with
-    more steps, `simulate` would hold them fixed, so they are refused. Dropout is not simulated. Raises BadInput for
+    more steps, `simulate` would hold them fixed, so they are refused. Dropout is not simulated, and told. Raises BadInput for
     what is no LoRA folder, is damaged, contradicts its config, does not fit the model or has learnt nothing.
     """
     factors, scaling, config, precision = _read(folder, model, recipe)
@@ -106,6 +107,7 @@ def read_adapter(
         batch_size=batch_size,
         labels=labels,
         precision=precision,
+        dropout=config.get("lora_dropout", 0.0),
     )
 
 

@@ -10,18 +10,17 @@ import torch.nn.functional as F
 from sklearn.covariance import ledoit_wolf
 from torch import Tensor, nn
 
-from gradleak import identifiability as module_under_test
+from gradleak import jacobian
 from gradleak.errors import BadInput
 from gradleak.identifiability import (
     compare,
     determined,
     identifiability,
-    jacobian_gram,
-    jacobian_grams,
     posterior_variance,
     prior_of,
     singular_values,
 )
+from gradleak.jacobian import jacobian_gram, jacobian_grams
 from gradleak.lora import Recipe
 from gradleak.models import Architecture
 from gradleak.observations import Adapter, Gradient, Model, Update
@@ -187,7 +186,7 @@ def test_side_by_side_and_in_many_passes_are_the_same(monkeypatch: pytest.Monkey
     model, x = transformer(), pictures(1, 1, 6, 6)
     several = [adapter(model, EVERY_LINEAR, 2), adapter(model, ["q", "v"], 3, seed=5), adapter(model, ["head"], 1)]
     alone = [jacobian_gram(o, x, LABELS) for o in several]
-    monkeypatch.setattr(module_under_test, "HELD_BYTES", 36 * 8 * 70)  # 70 of the 169 rows at once: 3 passes
+    monkeypatch.setattr(jacobian, "HELD_BYTES", 36 * 8 * 70)  # 70 of the 169 rows at once: 3 passes
     seen: list[tuple[int, int]] = []
     together = jacobian_grams(several, x, LABELS, on_step=lambda step, steps, _: seen.append((step, steps)))
     for a, b in zip(together, alone, strict=True):

@@ -4,6 +4,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gradleak.base_folder import read_base, write_base
+from gradleak.checks import inexact
 from gradleak.errors import BadInput
 from gradleak.files import load_observation, save_observation
 from gradleak.lora import Recipe
@@ -366,11 +368,13 @@ def test_an_adapter_comes_back_from_an_observation_file(tmp_path: Path) -> None:
     }
     recipe = Recipe(optimizer="momentum", learning_rate=0.1, steps=2)
     module = MLP.build(0)
-    adapter = read_adapter(written(tmp_path / "adapter", tensors), Model.of(module, MLP), recipe=recipe, batch_size=3)
+    adapter = read_adapter(
+        written(tmp_path / "adapter", tensors, lora_dropout=0.1), Model.of(module, MLP), recipe=recipe, batch_size=3
+    )
     save_observation(adapter, tmp_path / "observation")
     again = load_observation(tmp_path / "observation")
     assert isinstance(again, Adapter)
-    assert (again.recipe, again.scaling, again.batch_size) == (recipe, adapter.scaling, 3)
+    assert (again.recipe, again.scaling, again.batch_size, again.dropout) == (recipe, adapter.scaling, 3, 0.1)
     assert again.threat_model() == adapter.threat_model()
 
 
@@ -588,3 +592,18 @@ def test_reading_warns_of_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[s
         read_base(tmp_path)
     assert not said
     assert capfd.readouterr() == ("", "")
+
+
+def test_dropout_makes_a_release_inexact(tmp_path: Path) -> None:
+    recipe = Recipe(learning_rate=0.1, steps=1)
+    clean = read_adapter(written(tmp_path / "clean"), model(), recipe=recipe)
+    assert inexact(clean) == ""
+    dropped = read_adapter(written(tmp_path / "dropped", lora_dropout=0.05), model(), recipe=recipe)
+    assert "may have been trained with dropout 0.05" in inexact(dropped)
+
+
+def test_an_adapter_without_one_of_its_factors_is_named(tmp_path: Path) -> None:
+    whole = read_adapter(written(tmp_path), model())
+    start = {name: tensor for name, tensor in whole.start.items() if not name.endswith("lora_A")}
+    with pytest.raises(BadInput, match="has no lora_A"):
+        replace(whole, start=start)

