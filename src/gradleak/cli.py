@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[type, Any]] = {
     "capture adapter": (arguments.CaptureAdapter, commands.capture_adapter),
     "capture pairs": (arguments.CapturePairs, commands.capture_pairs),
     "train git": (arguments.Train, commands.train),
+    "train convolutional-git": (arguments.Train, commands.train),
     "train lti": (arguments.Train, commands.train),
     "attack": (arguments.Attack, commands.attack),
     "audit": (arguments.Audit, commands.audit),

@@ -21,6 +21,7 @@ from torch import nn
 from gradleak import arguments, files, learned, pairs
 from gradleak import audit as auditing
 from gradleak.attacks import ATTACKS
+from gradleak.attacks.convolutional_git import Recovered
 from gradleak.attacks.git import Transcript
 from gradleak.attacks.lti import Perceptron
 from gradleak.attacks.start import Given
@@ -152,16 +153,17 @@ def train(args: arguments.Train, argv: list[str]) -> None:
     with progress() as start:
         trained = learned.train(
             kind,
-            {"git": Transcript, "lti": Perceptron}[kind],
+            {"git": Transcript, "convolutional-git": Recovered, "lti": Perceptron}[kind],
             {"batch": batch},
             model,
             shards,
-            epochs=args.training_epochs,
+            epochs=0 if kind == "convolutional-git" else args.training_epochs,  # which is solved, not trained
             generator=torch.Generator().manual_seed(args.seed),
             on_step=start(f"training {kind}"),
         )
     trained.save(out / "generator.safetensors")
-    print(f"{out / 'generator.safetensors'}: training error {trained.trace[-1][1]:.4f} (mean squared, per pixel)")
+    told = f": training error {trained.trace[-1][1]:.4f} (mean squared, per pixel)" if trained.trace else ""
+    print(f"{out / 'generator.safetensors'}{told}")
 
 
 def pairs_asked_for(args: arguments.CapturePairs) -> tuple[Gradient, Pictures, Defense | None]:

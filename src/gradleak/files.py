@@ -176,7 +176,9 @@ def _adapter(shared: dict[str, Any], start: Tensors, about: LowRank, path: Path)
         if name not in start or tensor.shape != start[name].shape:
             raise BadInput(f"{path} is damaged: the change of {name} does not have the shape of its start.")
     recipe = Recipe(**about["recipe"]) if about["recipe"] else None
-    return Adapter(**shared, start=start, scaling=dict(about["scaling"]), recipe=recipe, dropout=about.get("dropout", 0.0))
+    return Adapter(
+        **shared, start=start, scaling=dict(about["scaling"]), recipe=recipe, dropout=about.get("dropout", 0.0)
+    )
 
 
 def has_provenance(path: Path) -> bool:

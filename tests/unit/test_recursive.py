@@ -127,6 +127,17 @@ def test_the_features_on_the_way_are_those_of_the_network() -> None:
     assert found.delta.value == pytest.approx(delta[0], abs=1e-6 * float(delta.abs().max()))
 
 
+def test_it_says_when_the_picture_is_no_solution() -> None:
+    """GELU in a network with values so wide that most units below zero are beyond the minimum: the branch is guessed."""
+    module = network(*NETWORKS["GELU"])
+    for layer in module:
+        if isinstance(layer, nn.Conv2d):
+            layer.weight.data *= 4
+    found = Recursive()(observed(module, picture()), generator=seed())
+    assert found.residual > 0.01
+    assert "That is no solution" in found.status
+
+
 # --- Where it stops ---
 
 

@@ -2,6 +2,7 @@
 
 from gradleak.attacks.activation_patterns import ActivationPatterns
 from gradleak.attacks.analytic import Analytic
+from gradleak.attacks.convolutional_git import ConvolutionalGit
 from gradleak.attacks.dlg import DLG
 from gradleak.attacks.git import Git
 from gradleak.attacks.idlg import IDLG
@@ -18,6 +19,7 @@ ATTACKS = {
     "activation-patterns": ActivationPatterns,
     "map-inversion": MapInversion,
     "git": Git,
+    "convolutional-git": ConvolutionalGit,
     "lti": LTI,
     "dlg": DLG,
     "idlg": IDLG,

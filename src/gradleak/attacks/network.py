@@ -56,7 +56,7 @@ class Network:
         model = observation.model
         module = copy.deepcopy(model.module).requires_grad_(False)
         module.load_state_dict({**model.parameters, **(model.buffers or {})}, strict=False)
-        layers = list(_unroll("", module))
+        layers = list(unrolled("", module))
         name, last = layers[-1]
         if not isinstance(last, nn.Linear):
             where = f"ends in {name}, a" if name else "is a"
@@ -114,12 +114,13 @@ class Network:
         return scale.flatten()
 
 
-def _unroll(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def unrolled(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(dotted name, layer) with nested sequences unrolled."""
     if not isinstance(module, nn.Sequential):
         yield name, module
         return
     for part, child in module.named_children():
-        yield from _unroll(f"{name}.{part}" if name else part, child)
+        yield from unrolled(f"{name}.{part}" if name else part, child)
 
 
 def _inputs(layers: list[tuple[str, nn.Module]], shape: tuple[int, int, int]) -> list[Tensor]:

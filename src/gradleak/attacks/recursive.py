@@ -10,7 +10,8 @@ Differs   Every equation is weighted by what is known of its error: of the relea
           layer's rank reveals) and of the A and Delta from above; bias gradients correct Delta. A broad prior of each
           input fills in what no equation tells. Max-pooling is undone where the convolution below is wide enough
           (max_pooling.py). A noisy release is followed by a maximum a posteriori search, in the metric of the
-          recursion's last system. Where a layer ends the recursion, the picture is searched that has the features
+          recursion's last system. A layer of more than 4,096 unknowns is solved by conjugate gradients, which need
+          not get there where its weight's gradient alone does not determine it. Where a layer ends the recursion, the picture is searched that has the features
           found there (feature_search.py).
 """
 
@@ -72,6 +73,8 @@ class Recursive:
         residual = float(relative_residual(observation.simulate(images.double(), labels), observation.released))
         status = f"Closed form down to {found.reason or 'the picture'}; noise of {found.noise:.2g}"
         status += f", {iterations} evaluations of a search, relative residual {residual:.2g}."
+        if not (found.layer or network.coarse(found.noise)) and residual > 0.01:
+            status += " That is no solution: a layer was too ill-conditioned, or an activation went back the wrong way."
         return Reconstruction(images, labels, residual, status, iterations, trace)
 
     def search(
