@@ -59,7 +59,8 @@ CASES = {
 }
 PUBLIC = load("digits", "train")
 
-LEARNED = ("git", "convolutional-git", "lti")  # need a generator that was trained for the victim: unit/test_learned.py has what they must do
+# Need a generator that was trained for the victim: unit/test_learned.py has what they must do.
+LEARNED = ("git", "convolutional-git", "lti")
 
 every_attack = pytest.mark.parametrize("name", [name for name in ATTACKS if name not in LEARNED])
 every_attack_and_learned = pytest.mark.parametrize("name", ATTACKS)

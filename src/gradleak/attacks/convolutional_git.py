@@ -9,7 +9,7 @@ Solves    g_l = Delta_l A_{l-1}^T and Delta_l = (W_{l+1}^T Delta_{l+1}) * s'(Z_l
               a_{l-1} = delta_l^T g_l / ||delta_l||^2 (linear), or g_l = Delta_l U^T for the patches U of a_{l-1} (convolution),
               W_l u + b_l = s^-1(a_l), and W_L a + b_L = log(delta_L + y) up to a constant: softmax minus one-hot
           and then the closed-form recursion (recursive.py) with these weights
-Differs   The paper's exact form is for perceptrons (convolutional_git.py). Least squares in place of descent through
+Differs   The paper's exact form is for perceptrons (exact_git.py). Least squares in place of descent through
           pseudo-inverses: no step size, no start, nothing that could diverge. In a pair the picture is known: from
           the first layer up, each convolution's input follows from those below it, and its weights are solved anew.
           What no pair excites stays unknown: the mean over the classes of the last layer, taps that see margins only

@@ -9,8 +9,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from gradleak.attacks.inverting_gradients import smooth_pictures
 from gradleak.attacks.linear_systems import Belief
-from gradleak.attacks.map_inversion import misfit
+from gradleak.attacks.map_inversion import misfit, regress
 from gradleak.lbfgs import Evaluate, lbfgs, unwhiten, whitened
 from gradleak.observations import Gradient
 from gradleak.optimise import OnStep, rowwise
@@ -19,7 +20,8 @@ from gradleak.tensors import Tensors
 
 Found = tuple[Tensor, int, list[tuple[int, float]]]  # images (1, channel, height, width), evaluations, trace
 
-PRIOR_WEIGHTS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7)  # one after the other: coarse structure comes first
+PRIOR_WEIGHTS = (1e-4, 1e-5, 1e-6, 1e-7)  # one after the other: coarse structure comes first
+PICTURES = 64  # whose features give the start
 
 
 @lru_cache(1)
@@ -70,7 +72,9 @@ def invert_features(
     """min over z of ||below(x) - features||^2 / ||below(mean) - features||^2 + w ||z||^2, x = mean + F z, w falling.
 
     below: the layers from the picture to the features; F F^T the prior's covariance. Where the features are fewer than
-    the pixels, the misfit of the gradient (as in MapInversion) is added. variance: of the released entries.
+    the pixels, the misfit of the gradient (as in MapInversion) is added. variance: of the released entries. The start is
+    a kernel ridge regression of random smooth pictures on their features: from grey, a search in a ReLU network
+    may crawl.
     """
     observation, below = observation.to(torch.float32), below.float()
     prior = GaussianPrior.smooth(observation.model.architecture.input_shape)
@@ -89,7 +93,8 @@ def invert_features(
         value: Tensor = (below(images)[0] - target).square().sum() / whole + weight * z.square().sum()
         return value if enough else value + misfit(observation.simulate(images, labels), released)
 
-    z, done, trace = torch.zeros(1, mean.numel()), 0, list[tuple[int, float]]()
+    z = torch.linalg.solve(F, _regressed(below, target, mean.view(shape)).flatten() - mean)[None]
+    done, trace = 0, list[tuple[int, float]]()
     weights = sorted({max(weight, float(noise) / mean.numel()) for weight in PRIOR_WEIGHTS}, reverse=True)
     recorded = rowwise(objective, z, (torch.zeros(1),))
     for weight in weights:
@@ -99,6 +104,15 @@ def invert_features(
         z, trace = found.x, [*trace, *((done + step, values[0]) for step, values in found.trace)]
         done += found.iterations
     return (mean + z @ F).view(1, *shape), done, trace
+
+
+def _regressed(below: nn.Module, target: Tensor, mean: Tensor) -> Tensor:
+    """The picture (channel, height, width) that random smooth ones suggest for these features."""
+    pictures = smooth_pictures((PICTURES, *mean.shape), torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        rows = torch.cat([below(part).flatten(1) for part in torch.split(pictures, 16)])
+    unit, wanted = (nn.functional.normalize(t - rows.mean(0), eps=1e-30) for t in (rows, target.flatten()[None]))
+    return regress(unit, pictures, wanted)[0]
 
 
 def _without_graph(recorded: Callable[..., tuple[Tensor, Tensor]], *given: Tensor) -> Evaluate:
