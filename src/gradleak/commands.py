@@ -441,7 +441,7 @@ def save_pictures(done: auditing.Audited, out: Path) -> None:
 def save_table(rows: list[dict[str, Any]], path: Path) -> None:
     """The recipe's table for a spreadsheet."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
 

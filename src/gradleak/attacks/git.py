@@ -12,7 +12,7 @@ Differs   Bootstrap of one picture in closed form: the input of a biased last la
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,18 @@ def units(model: Model) -> list[Unit]:
         own = tuple(p for p in trained if p.startswith(f"{name}."))
         if own:
             found.append(Unit(name, own, given, made))
+    return found
+
+
+def assumed(model: Model, layout: str) -> list[Unit]:
+    """The units of another architecture, each with the parameters of the unit of `model` that stands at the same height."""
+    true, architecture = units(model), replace(model.architecture, name=layout)
+    other = units(Model.of(architecture.build(0), architecture))
+    found = []
+    for i, unit in enumerate(other):
+        first, end = (j * len(true) // len(other) for j in (i, i + 1))
+        own = true[first : max(end, first + 1)]
+        found.append(replace(unit, parameters=tuple(name for part in own for name in part.parameters)))
     return found
 
 
@@ -175,14 +187,17 @@ class Transcript(nn.Module):
     slopes: Tensor
     mean_image: Tensor
 
-    def __init__(self, model: Model, *, batch: int = 1, width: int = 48, hidden: int = 256) -> None:
+    def __init__(
+        self, model: Model, *, batch: int = 1, width: int = 48, hidden: int = 256, layout: str | None = None
+    ) -> None:
+        """width of the estimates, hidden units of a mirror; layout: name of another architecture to be laid out like."""
         super().__init__()
-        chain = units(model)
+        top = units(model)[-1]
+        chain = units(model) if layout is None else assumed(model, layout)
         self.shape = (batch, *model.architecture.input_shape)
         sizes = {name: p.numel() for name, p in model.parameters.items()}
         readers = [Reader(unit, sizes) for unit in chain]
         self.readers = nn.ModuleList(readers)
-        top = chain[-1]
         self.last = (f"{top.name}.weight", f"{top.name}.bias")
         self.closed = (
             batch == 1 and set(self.last) <= set(top.parameters) and len(model.parameters[self.last[0]].shape) == 2

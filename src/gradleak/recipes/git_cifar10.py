@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from gradleak.attacks.dlg import DLG
 from gradleak.attacks.git import Transcript
 from gradleak.attacks.inverting_gradients import InvertingGradients
+from gradleak.attacks.recursive import Recursive
 from gradleak.optimise import OnStep
 from gradleak.recipes.findings import Findings, interval, plot
 from gradleak.recipes.learned_victims import Field, equal_size, fit, found_for, prepare, scores
@@ -92,7 +93,7 @@ def run(data: str, size: str, *, seed: int, device: str, start: Callable[[str], 
 def searches(size: str) -> dict[str, Any]:
     """The attacks that are not trained."""
     steps = 4_000 if size == "paper" else 1_000
-    return {"dlg": DLG(), "inverting-gradients": InvertingGradients(steps=steps)}
+    return {"recursive": Recursive(), "dlg": DLG(), "inverting-gradients": InvertingGradients(steps=steps)}
 
 
 def searched_for(field: Field, name: str, attack: Any, count: int, seed: int) -> dict[str, Any]:
@@ -110,8 +111,6 @@ def searched_for(field: Field, name: str, attack: Any, count: int, seed: int) ->
 
 def findings(rows: list[dict[str, Any]]) -> Findings:
     """The table; GIT's lead over the perceptron of equal size over seeds; the errors as bars."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    table = [{key: row.get(key) for key in columns} for row in rows]
     by = {m: [row["mse"] for row in rows if row["method"] == m] for m in dict.fromkeys(row["method"] for row in rows)}
     sentence = "Mean squared error: " + ", ".join(f"{m} {sum(v) / len(v):.4f}" for m, v in by.items()) + "."
     git, plain = by.get("git", []), by.get("perceptron of equal size", [])
@@ -123,4 +122,4 @@ def findings(rows: list[dict[str, Any]]) -> Findings:
     axes.barh(list(by), [sum(v) / len(v) for v in by.values()])
     axes.set(xscale="log", xlabel="mean squared error per pixel")
     axes.invert_yaxis()
-    return Findings(table, sentence, [plot("Learned inversion of LeNet", figure)])
+    return Findings(rows, sentence, [plot("Learned inversion of LeNet", figure)])

@@ -1,0 +1,67 @@
+"""GIT beyond LeNet and CIFAR-10: module-wise for a residual network and a vision transformer, and on faces.
+
+`git-resnet` and `git-vit` read a block at a time; their bootstrap sees only what the last layer is fed, the pooled features or
+the class token. `git-faces` has few pictures to learn from.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from gradleak.attacks.git import Transcript, units
+from gradleak.optimise import OnStep
+from gradleak.recipes.findings import Findings
+from gradleak.recipes.learned_victims import equal_size, fit, found_for, prepare, scores
+
+# pairs, epochs, unseen pictures
+SIZES = {"quick": (300, 3, 40), "small": (2_000, 5, 300), "paper": (10_000, 30, 1_000)}
+QUICK = {"resnet20": (60, 1, 20), "vit": (60, 1, 20)}
+
+
+def run_resnet(data: str, size: str, *, seed: int, device: str, start: Callable[[str], OnStep]) -> Iterator[Findings]:
+    """Yields after every generator; the findings so far."""
+    yield from run("resnet20", data, size, seed, start)
+
+
+def run_vit(data: str, size: str, *, seed: int, device: str, start: Callable[[str], OnStep]) -> Iterator[Findings]:
+    """Yields after every generator; the findings so far."""
+    yield from run("vit", data, size, seed, start)
+
+
+def run_faces(data: str, size: str, *, seed: int, device: str, start: Callable[[str], OnStep]) -> Iterator[Findings]:
+    """The faces of `orl_faces` beside the data, if that is a folder. Yields after every generator; the findings so far."""
+    faces = Path(data).parent / "orl_faces"
+    yield from run("lenet", str(faces) if data not in EMBEDDED and faces.is_dir() else data, size, seed, start)
+
+
+EMBEDDED = ("embedded", "digits")
+
+
+def run(name: str, data: str, size: str, seed: int, start: Callable[[str], OnStep]) -> Iterator[Findings]:
+    """GIT, its regression alone, and a perceptron of its size, for this model."""
+    pairs, epochs, private = QUICK.get(name, SIZES["quick"]) if data in EMBEDDED else SIZES[size]
+    field = prepare(name, data, seed, pairs, private)
+    pairs, true = min(pairs, len(field.public.images)), field.private.images
+    if pairs < 1_000:
+        epochs *= 4
+    parts = " > ".join(unit.name for unit in units(field.model))
+    rows: list[dict[str, Any]] = []
+
+    def told(method: str, images: Any, seconds: float) -> Findings:
+        rows.append(
+            {"model": name, "method": method, "pairs": pairs, **scores(images, true), "seconds": round(seconds, 1)}
+        )
+        errors = ", ".join(f"{row['method']} {row['mse']:.4f}" for row in rows)
+        return Findings(rows, f"Mean squared error on {len(true)} unseen pictures: {errors}. GIT reads {parts}.")
+
+    yield told("control: mean image", field.public.images.mean(0).expand_as(true), 0.0)
+    git, seconds = fit(field, "git", {"hidden": 64}, pairs=pairs, epochs=epochs, seed=seed, on_step=start("git"))
+    yield told("git", found_for(git, field, field.private), seconds)
+    alone, seconds = fit(field, "git", {"hidden": 64}, pairs=pairs, epochs=0, seed=seed)
+    yield told("git, regression alone", found_for(alone, field, field.private), seconds)
+    assert isinstance(git.network, Transcript)
+    widths = equal_size(field, git.network)
+    plain, seconds = fit(
+        field, "lti", {"widths": widths}, pairs=pairs, epochs=3 * epochs, seed=seed, on_step=start("perceptron")
+    )
+    yield told("perceptron of equal size", found_for(plain, field, field.private), seconds)
