@@ -119,3 +119,35 @@ def posterior_by_conditioning(J: np.ndarray, noise_std: float, C: np.ndarray) ->
     """The covariance of x ~ N(mean, C) given J x + noise, by conditioning the joint Gaussian of x and what is seen."""
     seen = J @ C @ J.T + noise_std**2 * np.eye(len(J))
     return np.asarray(C - C @ J.T @ np.linalg.solve(seen, J @ C))
+
+
+def text_gradient_by_autograd(
+    model: object, tokens: Sequence[Sequence[int]], labels: Tensor | None, *, causal: bool
+) -> Tensors:
+    """backward() through the library's own network, one unpadded text at a time: {parameter name: gradient}."""
+    module = copy.deepcopy(model.module).requires_grad_(True)  # type: ignore[attr-defined]
+    own = dict(module.named_parameters())
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(model.parameters[name])  # type: ignore[attr-defined]
+    losses = []
+    for number, row in enumerate(tokens):
+        ids = torch.tensor([row])
+        logits = module(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        if causal:
+            losses += [F.cross_entropy(logits[0, t][None], ids[0, t + 1][None]) for t in range(len(row) - 1)]
+        else:
+            assert labels is not None
+            losses.append(F.cross_entropy(logits, labels[number][None]))
+    torch.stack(losses).mean().backward()  # type: ignore[no-untyped-call]
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in own.items()}
+
+
+def longest_common_subsequence(a: Sequence[object], b: Sequence[object]) -> int:
+    """By trying every subset of a, longest first."""
+    for size in range(len(a), 0, -1):
+        for chosen in itertools.combinations(a, size):
+            rest = iter(b)
+            if all(any(token == other for other in rest) for token in chosen):
+                return size
+    return 0

@@ -29,7 +29,8 @@ class Victim(Common):
     """What every capture takes."""
 
     model: str = "lenet"
-    """A model of `gradleak list`, or package.module:factory of your own."""
+    """A model of `gradleak list`, package.module:factory of your own, or (for `capture gradient`) the folder of a
+    transformers language model with its tokenizer; --data are texts then."""
     weights: Path | None = None
     """Start from these parameters (safetensors) in place of a random initialisation."""
     epochs: int = 0
@@ -54,6 +55,8 @@ class Victim(Common):
 class Capture(Victim):
     """Play the victim: train a model on private pictures for one step (or one federated round), keep what is shared."""
 
+    task: Literal["classification", "causal-lm"] = "classification"
+    """Where --model is the folder of a transformers language model: what it is trained for."""
     mode: Literal["eval", "train"] = "eval"
     """BatchNorm by running statistics (eval) or by those of the batch (train)."""
     hide_buffers: bool = False
@@ -98,6 +101,40 @@ class CaptureAdapter(Victim):
     """Number of its steps."""
     local_batch_size: int | None = None
     """Pictures per step; all of them unless this is given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureWeights(Common):
+    """Train a network on the first pictures of two classes, all at once, until little changes; keep its weights."""
+
+    model: str = "homogeneous1000"
+    """A fully connected ReLU network of `gradleak list`, or package.module:factory of your own."""
+    data: str = "digits"
+    """embedded, digits, a folder (parquet or images), or a name on the Hugging Face hub."""
+    split: str = "train"
+    """Split of the data that holds the private pictures."""
+    per_class: int = 10
+    """Private pictures per class: the first odd and even labels; of CIFAR-10, vehicles and animals."""
+    resize: tuple[int, int] | None = None
+    """Height and width to bring the pictures to."""
+    epochs: int = 20_000
+    """Steps of gradient descent on all pictures, at most. Begun training in --out is gone on with."""
+    lr: float = 0.2
+    """Learning rate; with --loss-based, the step in the logarithm of the loss."""
+    loss: float = 0.0
+    """Loss at which training ends."""
+    weight_decay: float = 0.0
+    """Times the parameters, added to the gradient."""
+    loss_based: bool = False
+    """Steps in inverse proportion to the loss: exponentially faster once all pictures are classified (try --lr 0.1)."""
+    precision: Literal["float64", "float32"] = "float64"
+    """Number format of training and weights."""
+    reveal_initial: bool = False
+    """Tell the attacker the parameters that training started from."""
+    reveal_labels: bool = False
+    """Tell the attacker the labels."""
+    hide_batch_size: bool = False
+    """Withhold the number of pictures."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import torch
 import tyro
 
 from gradleak import arguments, commands
-from gradleak.attacks import ATTACKS
+from gradleak.attacks import ATTACKS, TEXT_ATTACKS
 from gradleak.errors import BadInput
 
 COMMANDS: dict[str, tuple[type, Any]] = {
@@ -18,9 +18,10 @@ COMMANDS: dict[str, tuple[type, Any]] = {
     "capture gradient": (arguments.Capture, commands.capture),
     "capture update": (arguments.CaptureUpdate, commands.capture),
     "capture adapter": (arguments.CaptureAdapter, commands.capture_adapter),
+    "capture weights": (arguments.CaptureWeights, commands.capture_weights),
     "capture pairs": (arguments.CapturePairs, commands.capture_pairs),
     "train git": (arguments.Train, commands.train),
-    "train convolutional-git": (arguments.Train, commands.train),
+    "train exact-git": (arguments.Train, commands.train),
     "train lti": (arguments.Train, commands.train),
     "attack": (arguments.Attack, commands.attack),
     "audit": (arguments.Audit, commands.audit),
@@ -29,6 +30,8 @@ COMMANDS: dict[str, tuple[type, Any]] = {
     "rerun": (arguments.Rerun, commands.rerun),
     "list": (arguments.List, commands.list_all),
 }
+
+KNOWN: dict[str, Any] = {**ATTACKS, **TEXT_ATTACKS}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,8 +87,8 @@ def selected_attacks(command: str, flags: list[str]) -> list[str]:
         if command == "attack":
             break
     for name in names:
-        if name not in ATTACKS:
-            raise BadInput(f"Unknown attack {name!r}{near(name, ATTACKS)} (`gradleak list` shows all).")
+        if name not in KNOWN:
+            raise BadInput(f"Unknown attack {name!r}{near(name, KNOWN)} (`gradleak list` shows all).")
     return names
 
 
@@ -107,14 +110,14 @@ def with_attack_flags(kind: type, attacks: list[str], *, optional: bool) -> type
 
 def hyperparameters(attack: str) -> list[Any]:
     """The fields of an attack that are flags: not its prior, which is made of public pictures, nor its start, a file."""
-    return [field for field in dataclasses.fields(ATTACKS[attack]) if field.name not in ("prior", "start")]
+    return [field for field in dataclasses.fields(KNOWN[attack]) if field.name not in ("prior", "start")]
 
 
 def configured(attack: str, parsed: Any) -> Any:
     """The attack with the flags that were given for it."""
     names = [field.name for field in hyperparameters(attack)]
     given = {name: getattr(parsed, name) for name in names if getattr(parsed, name) is not None}
-    return ATTACKS[attack](**given)
+    return KNOWN[attack](**given)
 
 
 def near(name: str, known: Any) -> str:

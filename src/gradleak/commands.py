@@ -18,10 +18,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from gradleak import arguments, files, learned, pairs
+from gradleak import arguments, files, learned, pairs, text_commands
 from gradleak import audit as auditing
-from gradleak.attacks import ATTACKS
-from gradleak.attacks.convolutional_git import Recovered
+from gradleak.attacks import ATTACKS, TEXT_ATTACKS, exact_git
 from gradleak.attacks.git import Transcript
 from gradleak.attacks.lti import Perceptron
 from gradleak.attacks.start import Given
@@ -29,6 +28,7 @@ from gradleak.base_folder import read_base
 from gradleak.data import Pictures, load, public_pool
 from gradleak.defenses import LEAKS, Defense, GaussianNoise
 from gradleak.errors import BadInput
+from gradleak.language_folder import is_language_model
 from gradleak.lora import Recipe
 from gradleak.models import BINARY, MODELS, Architecture
 from gradleak.observations import Adapter, Gradient, Model
@@ -37,15 +37,22 @@ from gradleak.progress import progress
 from gradleak.report import html, record
 from gradleak.report.sheet import save_sheet
 from gradleak.secret import Secret
+from gradleak.text_files import is_text, load_text_observation
 from gradleak.victims.federated import share_update
 from gradleak.victims.gradient import capture_gradient
 from gradleak.victims.lora import fine_tune
+from gradleak.victims.trained import FullBatch, first_of_each, publish_weights
 from gradleak.victims.training import prepare_model
 
 PUBLIC_TRAINING = 2_000  # pictures a victim is trained on with --epochs
 PUBLIC_ADAPTED = 5_000  # the same, before an adapter is trained on it
 PUBLIC_POOL = 2_000  # pictures that priors, controls and decoys are made of
 RERUNNABLE = ("demo", "attack", "audit", "reproduce")  # the commands that leave a record
+GENERATORS = {
+    "git": Transcript,
+    "exact-git": exact_git.Recovered,
+    "lti": Perceptron,
+}  # what `train` builds
 DEMO_ATTACKS = ("map-inversion",)  # on the adapter
 DEMO_ROWS = (0,)  # of the embedded pictures: an astronaut's face
 
@@ -70,6 +77,10 @@ def victim(args: arguments.Victim, public: int) -> tuple[nn.Module, Architecture
 def capture(args: arguments.Capture, argv: list[str]) -> None:
     """Write observation.safetensors and secret.safetensors."""
     out = fresh_folder(args.out)
+    if Path(args.model).is_dir() and is_language_model(Path(args.model)):
+        if isinstance(args, arguments.CaptureUpdate):
+            raise BadInput("Of language models only gradients can be captured here, not yet updates.")
+        return text_commands.capture_text(args, out)
     module, architecture, private = victim(args, PUBLIC_TRAINING)
     observation, secret = capture_gradient(
         module,
@@ -121,6 +132,36 @@ def capture_adapter(args: arguments.CaptureAdapter, argv: list[str]) -> None:
     keep(observation, secret, args, out)
 
 
+def capture_weights(args: arguments.CaptureWeights, argv: list[str]) -> None:
+    """Write observation.safetensors and secret.safetensors; training.safetensors until training is done."""
+    unfinished = args.out / "training.safetensors"
+    out = args.out if unfinished.is_file() else fresh_folder(args.out)
+    private = first_of_each(args.data, args.split, args.per_class, resize=args.resize)
+    shape = (private.images.shape[1], private.images.shape[2], private.images.shape[3])
+    architecture = Architecture(args.model, shape, 2)
+    recipe = FullBatch(
+        learning_rate=args.lr,
+        epochs=args.epochs,
+        loss=args.loss,
+        weight_decay=args.weight_decay,
+        loss_based=args.loss_based,
+    )
+    with progress() as start:
+        observation, secret = publish_weights(
+            architecture.build(args.seed).to(getattr(torch, args.precision)),
+            architecture,
+            private,
+            recipe,
+            reveal_initial=args.reveal_initial,
+            reveal_labels=args.reveal_labels,
+            reveal_batch_size=not args.hide_batch_size,
+            resume=unfinished,
+            on_step=start("training"),
+        )
+    save(observation, secret, out)
+    unfinished.unlink(missing_ok=True)
+
+
 def capture_pairs(args: arguments.CapturePairs, argv: list[str]) -> None:
     """Write shards of pairs to a folder."""
     observation, public, defense = pairs_asked_for(args)
@@ -153,11 +194,11 @@ def train(args: arguments.Train, argv: list[str]) -> None:
     with progress() as start:
         trained = learned.train(
             kind,
-            {"git": Transcript, "convolutional-git": Recovered, "lti": Perceptron}[kind],
+            GENERATORS[kind],
             {"batch": batch},
             model,
             shards,
-            epochs=0 if kind == "convolutional-git" else args.training_epochs,  # which is solved, not trained
+            epochs=args.training_epochs if kind in ("git", "lti") else 0,  # exact forms are solved, not trained
             generator=torch.Generator().manual_seed(args.seed),
             on_step=start(f"training {kind}"),
         )
@@ -181,7 +222,11 @@ def pairs_asked_for(args: arguments.CapturePairs) -> tuple[Gradient, Pictures, D
 
 def keep(observation: Gradient, secret: Secret, args: arguments.Victim, out: Path) -> None:
     """Write what the attacker sees and what only audit opens."""
-    secret = replace(secret, source=f"{secret.source} {' '.join(map(str, args.indices))}")
+    save(observation, replace(secret, source=f"{secret.source} {' '.join(map(str, args.indices))}"), out)
+
+
+def save(observation: Gradient, secret: Secret, out: Path) -> None:
+    """The two files, and what they are."""
     files.save_observation(observation, out / "observation.safetensors")
     files.save_secret(secret, out / "secret.safetensors")
     print(
@@ -192,6 +237,8 @@ def keep(observation: Gradient, secret: Secret, args: arguments.Victim, out: Pat
 def attack(args: arguments.Attack, attacks: dict[str, Any], argv: list[str]) -> None:
     """Write reconstruction.safetensors, its pictures and record.json, from the observation alone."""
     check_device(args.device)
+    if is_text(args.observation):
+        return examine_text(args, attacks, argv, None)
     out, observation = fresh_folder(args.out), observed(args)
     public = public_pictures(args, observation)
     attacks = {name: auditing.with_prior(attack, public) for name, attack in attacks.items()}
@@ -214,6 +261,8 @@ def attack(args: arguments.Attack, attacks: dict[str, Any], argv: list[str]) -> 
 def audit(args: arguments.Audit, attacks: dict[str, Any], argv: list[str]) -> None:
     """Write record.json, report.html and the pictures; after each attack, so that an interrupt loses one at most."""
     check_device(args.device)
+    if is_text(args.observation):
+        return examine_text(args, attacks, argv, args.secret)
     out, observation = fresh_folder(args.out), observed(args)
     secret = files.load_secret(args.secret) if args.secret else None
     public = public_pictures(args, observation)
@@ -228,6 +277,20 @@ def audit(args: arguments.Audit, attacks: dict[str, Any], argv: list[str]) -> No
         args.seed,
         args.device,
     )
+
+
+def examine_text(args: arguments.Observed, attacks: dict[str, Any], argv: list[str], secret: Path | None) -> None:
+    """Attack or audit an observation of text: record.json, report.html and NAME-texts.json."""
+    out = fresh_folder(args.out)
+    chosen = {name: attack for name, attack in attacks.items() if name in TEXT_ATTACKS}
+    if not chosen and argv[0] == "attack":
+        raise BadInput(f"{args.observation} is of texts: choose among {', '.join(TEXT_ATTACKS)}.")
+    chosen = chosen or {name: kind() for name, kind in TEXT_ATTACKS.items()}
+    hashes = {str(path): file_hash(path) for path in (args.observation, secret) if path is not None}
+    command: record.Command = {"name": argv[0], "arguments": {"argv": argv, "inputs": hashes}}
+    threats: Any = load_text_observation(args.observation).threat_model()
+    written = record.new_record(command, args.seed, threats)
+    finish(text_commands.attack_text(args, chosen, written, out, secret), out)
 
 
 def demo(args: arguments.Demo, argv: list[str]) -> None:
@@ -342,7 +405,8 @@ def list_all(args: arguments.List) -> None:
     from gradleak.recipes import RECIPES
 
     print("Attacks")
-    for name, kind in ATTACKS.items():
+    everything: dict[str, type] = {**ATTACKS, **TEXT_ATTACKS}
+    for name, kind in everything.items():
         print(f"  {name}")
         header = inspect.getdoc(sys.modules[kind.__module__]) or ""
         for section in re.findall(r"^(?:Sees|Recovers) .*(?:\n +.*)*", header, re.MULTILINE):

@@ -247,13 +247,13 @@ def _digits(split: str) -> _Rows:
 def _hugging_face(source: str | Path, split: str) -> _Rows:
     import datasets
 
-    splits = _splits(source)
+    splits = hugging_face_splits(source)
     _check_split(split, splits, source)
     table = splits[split]
     image = [name for name, kind in table.features.items() if isinstance(kind, datasets.Image)]
     if not image:
         raise BadInput(f"{source} holds no pictures: its columns are {', '.join(table.column_names)}.")
-    labels, classes = _labels(table, source)
+    labels, classes = hugging_face_labels(table, source)
     raw = table.select_columns(image[:1]).cast_column(image[0], datasets.Image(decode=False))
 
     def decode(i: int) -> Tensor:
@@ -268,7 +268,7 @@ def _hugging_face(source: str | Path, split: str) -> _Rows:
     return _Rows(labels, classes, decode)
 
 
-def _splits(source: str | Path) -> Mapping[str, Any]:
+def hugging_face_splits(source: str | Path) -> Mapping[str, Any]:
     import datasets
 
     path = Path(source).expanduser()
@@ -294,7 +294,7 @@ def _splits(source: str | Path) -> Mapping[str, Any]:
     return splits
 
 
-def _labels(table: Any, source: str | Path) -> tuple[Sequence[int], tuple[str, ...]]:
+def hugging_face_labels(table: Any, source: str | Path) -> tuple[Sequence[int], tuple[str, ...]]:
     """Labels of all rows, and class names, from the class-label column or an integer column called label or labels."""
     import datasets
 

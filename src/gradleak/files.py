@@ -21,6 +21,7 @@ from gradleak.observations import Adapter, Gradient, Mode, Model, Reduction, Upd
 from gradleak.reconstruction import Reconstruction
 from gradleak.secret import Secret
 from gradleak.tensors import Tensors
+from gradleak.trained_weights import Stationarity, Weights
 
 OBSERVATION, SECRET = "gradleak/observation/1", "gradleak/secret/1"
 RECONSTRUCTION = "gradleak/reconstruction/1"
@@ -60,10 +61,26 @@ class LowRank(TypedDict):
     dropout: NotRequired[float]
 
 
+class Progress(TypedDict):
+    """A `Stationarity` as JSON."""
+
+    epochs: int
+    loss: float
+    gradient_norm: float
+    kkt_residual: float
+
+
+class Trained(TypedDict):
+    """What makes a Gradient Weights, apart from its tensors."""
+
+    weight_decay: float | None
+    stationarity: Progress | None
+
+
 class Provenance(TypedDict):
     """How an observation was taken: the JSON in its file's header."""
 
-    kind: Literal["Gradient", "Update", "Adapter"]
+    kind: Literal["Gradient", "Update", "Adapter", "Weights"]
     architecture: Blueprint
     mode: Mode
     reduction: Reduction
@@ -74,6 +91,7 @@ class Provenance(TypedDict):
     precision: Literal["float64", "float32", "float16", "bfloat16"]
     recipe: NotRequired[LocalTraining]
     adapter: NotRequired[LowRank]
+    weights: NotRequired[Trained]
 
 
 def save_observation(observation: Gradient, path: Path) -> None:
@@ -103,6 +121,11 @@ def save_observation(observation: Gradient, path: Path) -> None:
         recipe = observation.recipe and asdict(observation.recipe)
         provenance["adapter"] = {"scaling": observation.scaling, "recipe": recipe, "dropout": observation.dropout}
         tensors |= safe_files.prefixed("start", observation.start)
+    if isinstance(observation, Weights):
+        done = observation.stationarity and asdict(observation.stationarity)
+        provenance["weights"] = {"weight_decay": observation.weight_decay, "stationarity": done}
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("released/")}
+        tensors |= safe_files.prefixed("initial", observation.initial or {})
     safe_files.write(tensors, OBSERVATION, provenance, path)
 
 
@@ -123,7 +146,7 @@ def load_observation(path: Path, *, factory: str | None = None) -> Gradient:
     )
     recipe: dict[str, Any] = {key: provenance["recipe"][key] for key in RECIPE} if "recipe" in about else {}
     batch_size = 1 if about["batch_size"] is None else about["batch_size"]
-    extras = {"Update": "recipe" in about, "Adapter": "adapter" in about}
+    extras = {"Update": "recipe" in about, "Adapter": "adapter" in about, "Weights": "weights" in about}
     if min(*shape, classes, batch_size, *recipe.values()) <= 0 or any(
         (about["kind"] == k) != v for k, v in extras.items()
     ):
@@ -134,6 +157,8 @@ def load_observation(path: Path, *, factory: str | None = None) -> Gradient:
         )
     architecture = Architecture(name, (shape[0], shape[1], shape[2]), classes)
     module = replace(architecture, name=factory or name).build(seed=0)
+    if about["kind"] == "Weights":  # which are released in the precision that they were trained in
+        module = module.to(getattr(torch, about["precision"]))
     load_state(
         module,
         safe_files.group(tensors, "parameters") | safe_files.group(tensors, "buffers"),
@@ -162,6 +187,8 @@ def load_observation(path: Path, *, factory: str | None = None) -> Gradient:
     match about["kind"]:
         case "Update":
             return Update(**shared, **recipe)
+        case "Weights":
+            return _weights(shared, safe_files.group(tensors, "initial"), about["weights"])
         case "Adapter":
             return _adapter(shared, safe_files.group(tensors, "start"), about["adapter"], path)
         case "Gradient":
@@ -179,6 +206,12 @@ def _adapter(shared: dict[str, Any], start: Tensors, about: LowRank, path: Path)
     return Adapter(
         **shared, start=start, scaling=dict(about["scaling"]), recipe=recipe, dropout=about.get("dropout", 0.0)
     )
+
+
+def _weights(shared: dict[str, Any], initial: Tensors, about: Trained) -> Weights:
+    done = None if about["stationarity"] is None else Stationarity(**about["stationarity"])
+    shared |= {"released": shared["model"].parameters}
+    return Weights(**shared, initial=initial or None, weight_decay=about["weight_decay"], stationarity=done)
 
 
 def has_provenance(path: Path) -> bool:

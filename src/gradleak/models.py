@@ -146,6 +146,20 @@ def mlp1000(shape: tuple[int, int, int], classes: int) -> nn.Module:
     )
 
 
+def homogeneous1000(shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """The D-1000-1000-1 ReLU network of Haim et al. (2022): only the first layer has a bias, and starts at N(0, 1e-4^2).
+
+    So it is homogeneous: all parameters times c make the output times c^3. More than two classes get an output each.
+    """
+    channels, height, width = shape
+    first = nn.Linear(channels * height * width, 1000)
+    for parameter in first.parameters():
+        nn.init.normal_(parameter, std=1e-4)
+    hidden, last = nn.Linear(1000, 1000, bias=False), nn.Linear(1000, 1 if classes == 2 else classes, bias=False)
+    layers = [Normalise(channels), nn.Flatten(), first, nn.ReLU(), hidden, nn.ReLU(), last]
+    return nn.Sequential(*layers, *([AgainstZero()] if classes == 2 else []))
+
+
 def convnet(shape: tuple[int, int, int], classes: int) -> nn.Module:
     """Three convolutions with GELU, halving the picture twice, and a linear layer on all positions."""
     channels, height, width = shape
@@ -207,6 +221,7 @@ MODELS: dict[str, Callable[[tuple[int, int, int], int], nn.Module]] = {
     "resnet18": resnet((2, 2, 2, 2), 64),
     "mlp": mlp,
     "mlp1000": mlp1000,
+    "homogeneous1000": homogeneous1000,
     "convnet": convnet,
     "vit": vit,
 }

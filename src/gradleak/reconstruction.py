@@ -24,3 +24,22 @@ class Reconstruction:
     status: str
     iterations: int = 0
     trace: list[tuple[int, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class TextReconstruction:
+    """What an attack believes the private texts to be, with the evidence for it.
+
+    tokens    sentences of token ids, special tokens included, in an order of the attack's own
+    proven    for each sentence whether every token, and their order, passed every check there is
+    bag       token ids that were seen, whether or not they found a sentence
+    residual  largest relative distance of a returned sentence to what was seen, 0 to 1; 1 when nothing was returned
+    status    one sentence: what happened and, if it went wrong, what would help
+    """
+
+    tokens: tuple[tuple[int, ...], ...]
+    texts: tuple[str, ...]
+    proven: tuple[bool, ...]
+    bag: tuple[int, ...]
+    residual: float
+    status: str

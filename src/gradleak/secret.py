@@ -17,3 +17,19 @@ class Secret:
     images: Tensor
     labels: Tensor
     source: str = ""
+
+
+@dataclass(frozen=True)
+class TextSecret:
+    """The private texts behind an observation.
+
+    texts   as they were
+    tokens  as the model was fed with them, special tokens included
+    labels  (batch,) int64, or None where the task has none
+    source  where they came from
+    """
+
+    texts: tuple[str, ...]
+    tokens: tuple[tuple[int, ...], ...]
+    labels: Tensor | None = None
+    source: str = ""

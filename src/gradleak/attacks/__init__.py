@@ -1,9 +1,10 @@
-"""One paper, one file. ATTACKS is the only place where an attack has a name."""
+"""One paper, one file. ATTACKS, and TEXT_ATTACKS for observations of text, are the only places where an attack has a name."""
 
 from gradleak.attacks.activation_patterns import ActivationPatterns
 from gradleak.attacks.analytic import Analytic
-from gradleak.attacks.convolutional_git import ConvolutionalGit
+from gradleak.attacks.dager import Dager
 from gradleak.attacks.dlg import DLG
+from gradleak.attacks.exact_git import ExactGit
 from gradleak.attacks.git import Git
 from gradleak.attacks.idlg import IDLG
 from gradleak.attacks.inverting_gradients import InvertingGradients
@@ -19,9 +20,11 @@ ATTACKS = {
     "activation-patterns": ActivationPatterns,
     "map-inversion": MapInversion,
     "git": Git,
-    "convolutional-git": ConvolutionalGit,
+    "exact-git": ExactGit,
     "lti": LTI,
     "dlg": DLG,
     "idlg": IDLG,
     "inverting-gradients": InvertingGradients,
 }
+
+TEXT_ATTACKS = {"dager": Dager}

@@ -1,0 +1,61 @@
+"""Sentences of a decoder, token by token: the second layer's input at a position depends on the tokens up to there, so a
+prefix is right when that input lies in the span of the second layer's inputs. No product over positions arises."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradleak.attacks.spans import Span, excess
+from gradleak.tensors import Tensors
+from gradleak.text import LanguageModel
+
+ROWS = 1_024  # prefixes at a time
+
+
+def grow(
+    model: LanguageModel,
+    exact: Tensors,
+    candidates: Sequence[Tensor],
+    second: list[Span],
+    *,
+    rounding: float,
+    widest: int,
+) -> list[tuple[tuple[int, ...], float]]:
+    """Every sentence that passes at each of its positions and cannot be continued, with its largest distance.
+
+    candidates: token ids per position, or one set for all of them. widest: prefixes kept, nearest first.
+    """
+    name = model.family.queries(1)[0]
+    beam: list[tuple[tuple[int, ...], float]] = [((), 0.0)]
+    done: list[tuple[tuple[int, ...], float]] = []
+    for place in range(model.positions):
+        if model.family.placed and place >= len(candidates):
+            break
+        ids = candidates[place if model.family.placed else 0].tolist()
+        longer = [((*prefix, token), far) for prefix, far in beam for token in ids]
+        kept, continued = [], set[tuple[int, ...]]()
+        for start in range(0, len(longer), ROWS):
+            part = longer[start : start + ROWS]
+            x = model.inputs([name], torch.tensor([p for p, _ in part]), parameters=exact)[name][:, -1]
+            distance, ratio = excess(second, x.double(), rounding)
+            for (prefix, far), d, r in zip(part, distance.tolist(), ratio.tolist(), strict=True):
+                if r <= 1:
+                    kept.append((prefix, max(far, d)))
+                    continued.add(prefix[:-1])
+        done += [entry for entry in beam if entry[0] not in continued and entry[0]]
+        beam = sorted(kept, key=lambda entry: entry[1])[:widest]
+        if not beam:
+            break
+    return _whole(done + beam)
+
+
+def _whole(found: list[tuple[tuple[int, ...], float]]) -> list[tuple[tuple[int, ...], float]]:
+    """Without beginnings of others, and without one token over and over: without positions in the first layer's inputs,
+    its repetitions look like the first."""
+    plain = {tokens[:1] if len(set(tokens)) == 1 else tokens: far for tokens, far in found}
+    return [
+        (tokens, far)
+        for tokens, far in plain.items()
+        if not any(len(other) > len(tokens) and other[: len(tokens)] == tokens for other in plain)
+    ]

@@ -1,0 +1,117 @@
+"""The span of a layer's inputs, as the gradient of its weight shows it, and whether a vector lies in it.
+
+dL/dW = Delta^T X: its rows lie in the span of the inputs x_t. Rounding and noise make the span uncertain by what lies below
+the gap between the singular values; how uncertain differs from vector to vector, and is computed for each.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradleak.text import View
+
+CLEAR = 4.0  # neighbouring singular values of noise do not differ by this factor, but for the very last
+
+
+@dataclass(frozen=True)
+class Span:
+    """The span of F x_t over all tokens t, in float64.
+
+    basis   V (rank, r), orthonormal rows
+    values  the singular values s (rank,) that belong to them
+    noise   the largest singular value beyond the gap; 0 when there is none
+    factor  F (r, width), or None for the identity
+    """
+
+    basis: Tensor
+    values: Tensor
+    noise: float
+    factor: Tensor | None
+
+    @property
+    def rank(self) -> int:
+        return len(self.basis)
+
+    @property
+    def full(self) -> bool:
+        """Whether the inputs fill the whole space, so that nothing can be told apart."""
+        return self.rank >= self.basis.shape[1]
+
+    def seen(self, x: Tensor) -> Tensor:
+        """F x: (..., width) -> (..., r)."""
+        return x if self.factor is None else x @ self.factor.T.to(x)
+
+    def distance(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Relative distance of (..., width) to the span, and how far a true member may appear to be away: both (...).
+
+        A member is x = M^T c with M = the measured matrix without its noise E; least-norm c has |c| = |s^-1 V x|, and what is
+        left of x beyond the computed span is at most (s_(rank + 1) + |E|) |c| <= 2 s_(rank + 1) |c|.
+        """
+        f = self.seen(x)
+        a = f @ self.basis.T.to(x)
+        size = f.norm(dim=-1).clamp_min(torch.finfo(x.dtype).tiny)
+        outside = (f - a @ self.basis.to(x)).norm(dim=-1) / size
+        allowed = 2 * self.noise * (a / self.values.to(x)).norm(dim=-1) / size
+        return outside, allowed
+
+    def outside(self) -> Tensor:
+        """Directions N (r - rank, width) with N x = 0 for every member."""
+        N: Tensor = torch.linalg.svd(self.basis, full_matrices=True).Vh[self.rank :]
+        return N if self.factor is None else N @ self.factor
+
+
+def span_of(measured: Tensor, factor: Tensor | None, precision: str) -> Span:
+    """The span of the rows of a matrix (rows, r), which was released in a number format."""
+    M = measured.double()
+    values, basis = torch.linalg.svd(M, full_matrices=False)[1:]
+    rounding = torch.finfo(getattr(torch, precision)).eps
+    rank, noise = gap(values, M.shape, rounding)
+    return Span(basis[:rank], values[:rank], noise, None if factor is None else factor.double())
+
+
+def gap(values: Tensor, shape: torch.Size, rounding: float) -> tuple[int, float]:
+    """Where the signal ends in descending singular values of a matrix: (rank, the largest value beyond).
+
+    Rounding the entries leaves singular values up to rounding |M| (sqrt rows + sqrt columns) / sqrt(rows columns), the edge
+    of the Marchenko-Pastur law; the sums that made them, of about `rows` rounded terms, sqrt rows times that. If what lies
+    beyond the largest ratio of neighbours is that small, it is rounding. Otherwise it is noise: the rank is the least that
+    leaves values which white noise could have, below the edge that their own root mean square implies.
+    """
+    rows, columns = shape
+    entry = rounding * float(values.norm()) * (rows**0.5 + columns**0.5) / (rows * columns) ** 0.5
+    padded = torch.cat([values, values.new_zeros(1)]) if rows < columns else values
+    raised = (padded.square() + entry**2).sqrt()
+    ratios = raised[:-1] / raised[1:]
+    ratios[padded[1:] > entry * rows**0.5] = 0
+    if len(ratios) and float(ratios.max()) > CLEAR:
+        rank = int(ratios.argmax()) + 1
+        return rank, float(raised[rank])
+    after = values.square().flip(0).cumsum(0).flip(0)  # sum of squares from i on
+    for rank in range(1, len(values)):
+        left = len(values) - rank
+        edge = (float(after[rank]) / left) ** 0.5 * (1 + (left / max(rows - rank, left)) ** 0.5)
+        if float(values[rank]) <= edge and left > 1:
+            return rank, float(values[rank])
+    return len(values), 0.0
+
+
+def spans(views: list[View], modules: tuple[str, ...], precision: str) -> list[Span]:
+    """What is known of the common input of some modules: views through the same factor are pooled into one span."""
+    chosen = [view for view in views if view.module in modules and bool(view.measured.any())]
+    whole = [view.measured for view in chosen if view.factor is None]
+    found = [span_of(torch.cat(whole), None, precision)] if whole else []
+    return found + [span_of(view.measured, view.factor, precision) for view in chosen if view.factor is not None]
+
+
+def excess(found: list[Span], x: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
+    """(largest distance, largest ratio of distance to what is allowed) over the spans: at most 1 for members. (...), (...).
+
+    rounding: relative precision of the inputs themselves, as the victim's forward pass computed them.
+    """
+    distances, ratios = [], []
+    for span in found:
+        outside, allowed = span.distance(x)
+        distances.append(outside)
+        ratios.append(outside / (allowed + rounding))
+    return torch.stack(distances).amax(0), torch.stack(ratios).amax(0)

@@ -1,0 +1,96 @@
+"""Where the transformers of a family keep the parts that matter here: names of modules, by config.model_type."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gradleak.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of transformer.
+
+    causal      a token sees only those before it
+    base        prefix of the modules' names
+    layers      the list of blocks
+    norm        the normalisation whose output is the first layer's input
+    attention   query, key and value of a block, or the one module that computes all three
+    output      the attention's output projection in a block
+    placed      whether the first layer's inputs depend on the position
+    offset      the position id of the first token
+    transposed  weights are stored as (in, out)
+    """
+
+    causal: bool
+    base: str
+    layers: str
+    norm: str
+    attention: tuple[str, ...]
+    output: str
+    placed: bool = True
+    offset: int = 0
+    transposed: bool = False
+
+    def block(self, number: int) -> str:
+        """The name of a block."""
+        return f"{self.base}.{self.layers}.{number}"
+
+    def queries(self, number: int) -> tuple[str, ...]:
+        """The modules of a block whose inputs are its own."""
+        return tuple(f"{self.block(number)}.{part}" for part in self.attention)
+
+    def first_norm(self) -> str:
+        """The full name of the first normalisation."""
+        return f"{self.base}.{self.norm}"
+
+    def linear(self, config: Any) -> Sequence[str]:
+        """The linear layers whose gradients the attacks read."""
+        return [
+            name
+            for number in range(config.num_hidden_layers)
+            for name in (*self.queries(number), f"{self.block(number)}.{self.output}")
+        ]
+
+
+_BERT = {
+    "causal": False,
+    "layers": "encoder.layer",
+    "norm": "embeddings.LayerNorm",
+    "attention": tuple(f"attention.self.{part}" for part in ("query", "key", "value")),
+    "output": "attention.output.dense",
+}
+_LLAMA = Family(
+    causal=True,
+    base="model",
+    layers="layers",
+    norm="layers.0.input_layernorm",
+    attention=tuple(f"self_attn.{part}_proj" for part in "qkv"),
+    output="self_attn.o_proj",
+    placed=False,
+)
+FAMILIES = {
+    "bert": Family(base="bert", **_BERT),  # type: ignore[arg-type]
+    "roberta": Family(base="roberta", offset=2, **_BERT),  # type: ignore[arg-type]
+    "gpt2": Family(
+        causal=True,
+        base="transformer",
+        layers="h",
+        norm="h.0.ln_1",
+        attention=("attn.c_attn",),
+        output="attn.c_proj",
+        transposed=True,
+    ),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+}
+
+
+def family_of(config: Any) -> Family:
+    """The family of a configuration; BadInput for one that is not supported."""
+    if config.model_type not in FAMILIES:
+        raise BadInput(
+            f"Models of the kind {config.model_type!r} are not supported for text: only {', '.join(FAMILIES)}."
+        )
+    return FAMILIES[config.model_type]

@@ -1,0 +1,93 @@
+"""The audit of text: one attack on an observation, scored against the secret and beside its controls; one row of a record."""
+
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from gradleak.attacks.dager import Dager
+from gradleak.errors import NotObserved
+from gradleak.metrics.text import frequent_words, score_texts
+from gradleak.optimise import OnStep
+from gradleak.reconstruction import TextReconstruction
+from gradleak.report.record import Result
+from gradleak.secret import TextSecret
+from gradleak.text import LanguageModel, TextGradient, Tokens
+from gradleak.texts import Texts
+from gradleak.victims.text import capture_text_gradient
+
+
+def audit_text(
+    observation: TextGradient,
+    name: str,
+    attack: Dager,
+    *,
+    secret: TextSecret | None = None,
+    public: Texts | None = None,
+    seed: int = 0,
+    on_step: OnStep | None = None,
+) -> tuple[Result, TextReconstruction | None]:
+    """A row of the record, and what the attack returned (None if it could not run).
+
+    With the secret every sentence is scored, special tokens left out; with public texts too there are two controls: the
+    most frequent tokens of these, and the attack on the gradient of as many of them.
+    """
+    row: Result = {
+        "attack": name,
+        "parameters": asdict(attack),
+        "observation": {"kind": type(observation).__name__, "batch_size": observation.batch_size},
+        "defense": None,
+        "status": "",
+        "residual": None,
+        "seconds": 0.0,
+        "iterations": 0,
+        "scores": {},
+        "controls": {},
+        "flags": [],
+    }
+    start = time.perf_counter()
+    try:
+        found = attack(observation, generator=torch.Generator().manual_seed(seed), on_step=on_step)
+    except NotObserved as reason:
+        return {**row, "status": f"Not run: {reason}"}, None
+    row |= {
+        "seconds": time.perf_counter() - start,
+        "status": found.status,
+        "residual": found.residual,
+        "texts": {"reconstruction": list(found.texts)},
+    }
+    if secret is not None:
+        row["scores"] = scores(observation.model, found.tokens, secret.tokens)
+        if public is not None:
+            row["controls"] = controls(observation, attack, secret, public, seed)
+    return row, found
+
+
+def scores(model: LanguageModel, found: Tokens, truth: Tokens) -> dict[str, list[float]]:
+    """Every metric of every true sentence, special tokens left out."""
+    return score_texts([plain(model, tokens) for tokens in found], [plain(model, tokens) for tokens in truth])
+
+
+def plain(model: LanguageModel, tokens: tuple[int, ...]) -> tuple[int, ...]:
+    """A sentence without the special tokens of its tokenizer, which are known beforehand."""
+    special = set(model.tokenizer.all_special_ids)
+    return tuple(token for token in tokens if token not in special)
+
+
+def controls(
+    observation: TextGradient, attack: Dager, secret: TextSecret, public: Texts, seed: int
+) -> dict[str, dict[str, list[float]]]:
+    """Scores of the most frequent tokens, and of the attack on another gradient, against the same secret."""
+    model, size = observation.model, len(secret.tokens)
+    tokens = model.encode(public.texts)
+    longest = max(map(len, secret.tokens))
+    blind: Any = tuple(frequent_words([plain(model, sentence) for sentence in tokens], longest))
+    guesses = tuple(blind[: len(plain(model, sentence))] for sentence in secret.tokens)
+    made: dict[str, dict[str, list[float]]] = {"frequent_words": scores(model, guesses, secret.tokens)}
+    other, _ = capture_text_gradient(model, public.texts[:size], public.labels[:size])
+    try:
+        wrong = attack(other, generator=torch.Generator().manual_seed(seed)).tokens
+    except NotObserved:
+        wrong = ()
+    return {**made, "wrong_observation": scores(model, wrong, secret.tokens)}

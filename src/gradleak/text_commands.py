@@ -1,0 +1,73 @@
+"""What `capture gradient`, `attack` and `audit` do where texts are concerned."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradleak import arguments, text_files
+from gradleak.errors import BadInput
+from gradleak.language_folder import read_language_model
+from gradleak.progress import progress
+from gradleak.report.record import Record
+from gradleak.text_audit import audit_text
+from gradleak.texts import load_texts
+from gradleak.victims.text import capture_text_gradient
+
+PUBLIC = 500  # public texts for controls
+
+
+def capture_text(args: arguments.Capture, out: Path) -> None:
+    """Write observation.safetensors and secret.safetensors of a batch of texts."""
+    private = load_texts(args.data, args.split, indices=args.indices)
+    model = read_language_model(Path(args.model), args.task, classes=private.classes, seed=args.seed)
+    observation, secret = capture_text_gradient(
+        model,
+        private.texts,
+        private.labels,
+        precision=getattr(torch, args.precision),
+        reveal_labels=args.reveal_labels,
+        reveal_batch_size=not args.hide_batch_size,
+        source=f"{private.source} {private.split} {' '.join(map(str, args.indices))}",
+    )
+    text_files.save_text_observation(observation, out / "observation.safetensors")
+    text_files.save_text_secret(secret, out / "secret.safetensors")
+    print(
+        f"{out / 'observation.safetensors'}: what the attacker sees\n{out / 'secret.safetensors'}: what only audit opens"
+    )
+
+
+def attack_text(
+    args: arguments.Observed, attacks: dict[str, Any], written: Record, out: Path, secret: Path | None
+) -> Record:
+    """Fill a record with every attack on an observation of text; texts.json holds what came out."""
+    observation = text_files.load_text_observation(args.observation)
+    known = None if secret is None else text_files.load_text_secret(secret)
+    public = load_texts(args.data, args.public_split, limit=PUBLIC) if known is not None else None
+    rows = list(written["results"])
+    for name, attack in attacks.items():
+        with progress() as start:
+            row, found = audit_text(
+                observation, name, attack, secret=known, public=public, seed=args.seed, on_step=start(name)
+            )
+        if found is None and len(attacks) == 1:
+            raise BadInput(row["status"].removeprefix("Not run: "))
+        rows.append(row)
+        print(row["status"])
+        if found is not None:
+            about = {field.name: getattr(found, field.name) for field in fields(found)}
+            out.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(about, ensure_ascii=False, indent=1)
+            (out / f"{name}-texts.json").write_text(text, encoding="utf-8")
+    return {**written, "results": rows, "verdict": _verdict(rows, known is not None)}
+
+
+def _verdict(rows: list[Any], scored: bool) -> Any:
+    if not scored:
+        return {"level": "unscored", "sentence": "There was no secret to compare with."}
+    best = max((sum(r["scores"]["rouge1"]) / len(r["scores"]["rouge1"]) for r in rows if r["scores"]), default=0.0)
+    exact = max((sum(r["scores"]["exact_match"]) for r in rows if r["scores"]), default=0.0)
+    level = "recovered" if exact else "partial" if best > 0.5 else "nothing"
+    return {"level": level, "sentence": f"{exact:.0f} texts came back word for word; mean ROUGE-1 {best:.3f}."}

@@ -1,0 +1,280 @@
+"""DAGER: spans and their ends, exact texts, what is refused, and what is still told under defenses."""
+
+from dataclasses import asdict, replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from gradleak.attacks import TEXT_ATTACKS
+from gradleak.attacks.dager import FORWARD, Dager
+from gradleak.attacks.spans import excess, gap, span_of, spans
+from gradleak.attacks.vocabulary import Embeddings, candidates
+from gradleak.defenses import GaussianNoise
+from gradleak.errors import NotObserved
+from gradleak.lora import Recipe
+from gradleak.metrics.text import rouge1
+from gradleak.reconstruction import TextReconstruction
+from gradleak.tensors import fingerprint
+from gradleak.text import LanguageModel, Task, TextGradient
+from gradleak.text_audit import audit_text
+from gradleak.texts import load_texts
+from gradleak.victims.language import Kind, small_model, train_tokenizer
+from gradleak.victims.text import capture_text_gradient, share_adapter, share_text_update
+
+EVERY: list[tuple[Kind, Task]] = [("bert", "classification"), ("gpt2", "classification"), ("gpt2", "causal-lm")]
+EVERY += [("llama", "causal-lm")]
+every = pytest.mark.parametrize(("kind", "task"), EVERY)
+
+
+@cache
+def model(kind: Kind = "bert", task: Task = "classification", width: int = 96) -> LanguageModel:
+    tokenizer = train_tokenizer(load_texts("embedded", "train").texts, kind, size=330)
+    return small_model(kind, tokenizer, task, width=width, layers=3, positions=64, spread=0.1)
+
+
+@cache
+def captured(
+    kind: Kind = "bert", task: Task = "classification", batch: int = 1, first: int = 0
+) -> tuple[TextGradient, Any]:
+    private = load_texts("embedded", indices=range(first, first + batch))
+    return capture_text_gradient(model(kind, task), private.texts, private.labels)
+
+
+def attack(seen: TextGradient, **settings: int) -> TextReconstruction:
+    return Dager(**settings)(seen, generator=torch.Generator().manual_seed(0))
+
+
+def only(seen: TextGradient, *parts: str) -> TextGradient:
+    """The observation with nothing but the tensors whose names contain one of the parts."""
+    kept = {name: t for name, t in seen.released.items() if any(part in name for part in parts)}
+    return replace(seen, released=kept)
+
+
+# --- Spans ---
+
+
+def low_rank(rank: int, noise: float, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    left, right, E = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((90, rank), (rank, 40), (90, 40))
+    )
+    return left @ right + noise * E
+
+
+@pytest.mark.parametrize("rank", [1, 7, 20])
+@pytest.mark.parametrize("noise", [0.0, 1e-9, 1e-3, 0.1])
+def test_the_span_ends_where_the_signal_does(rank: int, noise: float) -> None:
+    span = span_of(low_rank(rank, noise), None, "float32")
+    assert span.rank == rank
+    # The largest singular value of the noise among 90 x 40: noise (sqrt 90 + sqrt 40), less what the signal takes away.
+    assert span.noise <= max(noise * (90**0.5 + 40**0.5) * 1.1, 1e-5 * float(span.values[0]))
+
+
+def test_rounding_to_float32_is_not_taken_for_signal() -> None:
+    span = span_of(low_rank(12, 0.0).float(), None, "float32")
+    assert (span.rank, span.full) == (12, False)
+
+
+def test_a_full_matrix_leaves_nothing_outside() -> None:
+    assert span_of(low_rank(40, 0.0)[:, :20], None, "float64").full
+
+
+def test_a_gap_needs_a_tail() -> None:
+    values = torch.tensor([3.0, 2.0, 1.5, 1.2], dtype=torch.float64)
+    assert gap(values, torch.Size((50, 4)), 1e-16) == (4, 0.0)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-6, 1e-3])
+def test_members_pass_and_others_do_not(noise: float) -> None:
+    """The bound is a theorem for members of the noiseless span; random vectors are 28 of 40 dimensions away from it."""
+    clean = low_rank(12, 0.0)
+    span = span_of(low_rank(12, noise), None, "float32")
+    generator = torch.Generator().manual_seed(5)
+    members = torch.randn(200, 90, generator=generator, dtype=torch.float64) @ clean
+    others = torch.randn(200, 40, generator=generator, dtype=torch.float64)
+    assert float(excess([span], members, 1e-7)[1].max()) <= 1
+    assert float(excess([span], others, 1e-7)[1].min()) > 1
+
+
+def test_a_factor_is_looked_through() -> None:
+    clean = low_rank(5, 0.0)
+    A = torch.randn(8, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    span = span_of(clean @ A.T, A, "float64")
+    assert span.rank == 5
+    assert float(excess([span], clean[:9], 1e-9)[1].max()) <= 1
+    N = span.outside()
+    assert N.shape == (3, 40)
+    assert float((N @ clean.T).abs().max()) < 1e-9 * float(clean.abs().max()) * 40
+
+
+# --- The vocabulary ---
+
+
+@every
+def test_the_screen_agrees_with_the_model_token_by_token(kind: Kind, task: Task) -> None:
+    """Against the model's own inputs, computed one position at a time in float64."""
+    seen, secret = captured(kind, task)
+    own, family = seen.model, seen.model.family
+    first = spans(seen.views(), family.queries(0), "float32")
+    found = candidates(Embeddings.of(own), first, rounding=FORWARD, most=500)
+    exact = {name: p.double() for name, p in own.parameters.items()}
+    name = family.queries(0)[0]
+    for place, ids in enumerate(found):
+        every_token = torch.arange(own.config.vocab_size)[:, None]
+        at = family.offset + place if family.placed else 0
+        x = own.inputs([name], every_token, at=at, parameters=exact)[name][:, 0]
+        slow = (excess(first, x, FORWARD)[1] <= 1).nonzero()[:, 0]
+        assert sorted(ids.tolist()) == slow.tolist()
+    lengths = len(secret.tokens[0]) - (task == "causal-lm")  # the closing token is no input of the loss
+    assert len(found) == (lengths if family.placed else 1)
+
+
+# --- Texts ---
+
+
+@every
+@pytest.mark.parametrize("batch", [1, 2])
+def test_texts_come_back_word_for_word(kind: Kind, task: Task, batch: int) -> None:
+    seen, secret = captured(kind, task, batch)
+    found = attack(seen)
+    assert sorted(found.tokens) == sorted(secret.tokens)
+    assert all(found.proven)
+    assert found.residual < 1e-5  # float32
+    assert f"{batch} of {batch} sentences proven" in found.status
+    assert {token for s in secret.tokens for token in s} - {seen.model.tokenizer.eos_token_id} <= set(found.bag)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_larger_batches_of_a_decoder_come_back(kind: Kind) -> None:
+    seen, secret = captured(kind, "classification", 4)
+    assert sum(map(len, secret.tokens)) < 96
+    assert sorted(attack(seen).tokens) == sorted(secret.tokens)
+
+
+def test_a_batch_of_unknown_size_comes_back() -> None:
+    seen, secret = captured("bert", "classification", 2)
+    found = attack(replace(seen, batch_size=None))
+    assert sorted(t for t, proven in zip(found.tokens, found.proven, strict=True) if proven) == sorted(secret.tokens)
+
+
+@every
+def test_query_key_and_value_are_enough_for_one_text(kind: Kind, task: Task) -> None:
+    seen, secret = captured(kind, task)
+    parts = seen.model.family.queries(0) + seen.model.family.queries(1)
+    for chosen in (parts, [part for part in parts if part.endswith(("query", "q_proj", "c_attn"))]):
+        assert attack(only(seen, *chosen)).tokens == secret.tokens
+
+
+def test_without_the_second_block_nothing_is_called_proven() -> None:
+    seen, secret = captured()
+    found = attack(only(seen, *seen.model.family.queries(0)))
+    assert found.tokens == secret.tokens  # one candidate at each position
+    assert found.proven == (False,)
+    assert "not checked again" in found.status
+    two = attack(only(captured("gpt2", "classification", 2)[0], "h.0.attn.c_attn"))
+    assert two.tokens == ()
+    assert "cannot be put together" in two.status
+
+
+def test_what_is_missing_is_named() -> None:
+    seen, _ = captured()
+    with pytest.raises(NotObserved, match=r"encoder.layer.0.attention.self.query"):
+        attack(only(seen, "encoder.layer.1"))
+
+
+def test_tokens_that_fill_the_width_are_refused() -> None:
+    private = load_texts("embedded", indices=range(8))
+    seen, secret = capture_text_gradient(model("gpt2", "classification", 32), private.texts, private.labels)
+    assert sum(map(len, secret.tokens)) > 32
+    with pytest.raises(NotObserved, match="fill all"):
+        attack(seen)
+
+
+def test_half_precision_is_read() -> None:
+    private = load_texts("embedded", indices=[0])
+    for precision in (torch.float16, torch.bfloat16):
+        seen, secret = capture_text_gradient(model(), private.texts, private.labels, precision=precision)
+        found = attack(seen)
+        # What passes may be less than all, but holds no sentence that is not the true one.
+        assert all(tokens == secret.tokens[0] for tokens, p in zip(found.tokens, found.proven, strict=True) if p)
+
+
+def test_noise_makes_it_worse_and_nothing_wrong_is_proven() -> None:
+    quality = []
+    for level in (0.0, 1e-3, 1.0):
+        total = 0.0
+        for first in range(3):
+            seen, secret = captured("gpt2", "classification", 1, first)
+            std = level * float(torch.cat([t.flatten() for t in seen.released.values()]).std())
+            generator = torch.Generator().manual_seed(first)
+            shared = {k: v[None] for k, v in seen.released.items()}
+            noisy = {k: v[0] for k, v in GaussianNoise(std).apply(shared, generator).items()}
+            try:
+                found = attack(replace(seen, released=noisy))
+            except NotObserved:
+                continue
+            assert not [t for t, p in zip(found.tokens, found.proven, strict=True) if p and t not in secret.tokens]
+            total += max((rouge1(tokens, secret.tokens[0]) for tokens in found.tokens), default=0.0)
+        quality.append(total / 3)
+    assert quality[0] == 1
+    assert quality[0] >= quality[1] >= quality[2]
+    assert quality[2] < 0.5
+
+
+# --- Updates and adapters ---
+
+
+def test_the_update_of_several_small_steps_gives_the_texts() -> None:
+    seen, secret = captured("gpt2", "classification", 2)
+    update = share_text_update(seen, secret, learning_rate=1e-5, local_steps=4, local_batch_size=1)
+    found = attack(update)
+    assert sorted(found.tokens) == sorted(secret.tokens)
+
+
+@pytest.mark.parametrize("steps", [None, 1, 10])
+def test_lora_gives_a_short_text_away(steps: int | None) -> None:
+    """Tokens are checkable while there are fewer than the rank: 20 tokens, rank 32."""
+    seen, secret = captured()
+    assert len(secret.tokens[0]) < 32
+    family = seen.model.family
+    recipe = None if steps is None else Recipe(learning_rate=1e-3, steps=steps)
+    names = family.queries(0) + family.queries(1)
+    adapter = share_adapter(seen.model, secret, modules=names, rank=32, recipe=recipe)
+    assert attack(adapter).tokens == secret.tokens
+
+
+def test_lora_below_the_number_of_tokens_is_refused() -> None:
+    seen, secret = captured()
+    adapter = share_adapter(seen.model, secret, modules=seen.model.family.queries(0), rank=8)
+    with pytest.raises(NotObserved, match="larger rank"):
+        attack(adapter)
+
+
+# --- What every attack on text keeps to ---
+
+
+@pytest.mark.parametrize("name", TEXT_ATTACKS)
+def test_an_attack_is_a_frozen_dataclass_that_leaves_its_observation_alone(name: str) -> None:
+    made = TEXT_ATTACKS[name]()
+    assert TEXT_ATTACKS[name](**asdict(made)) == made
+    seen, _ = captured("bert", "classification", 2)
+    before = fingerprint(seen.released), seen.model.state_hash(), fingerprint(seen.model.module.state_dict())
+    state = torch.get_rng_state()
+    first, again = (made(seen, generator=torch.Generator().manual_seed(1)) for _ in range(2))
+    assert first == again
+    after = fingerprint(seen.released), seen.model.state_hash(), fingerprint(seen.model.module.state_dict())
+    assert after == before
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not [m for m in seen.model.module.modules() if m._forward_pre_hooks]
+
+
+def test_the_audit_scores_beside_controls() -> None:
+    seen, secret = captured("gpt2", "causal-lm", 2)
+    public = load_texts("embedded", "train", limit=50)
+    row, found = audit_text(seen, "dager", Dager(), secret=secret, public=public)
+    assert found is not None
+    assert row["scores"]["exact_match"] == [1.0, 1.0]
+    for control in ("frequent_words", "wrong_observation"):
+        assert max(float(v or 0) for v in row["controls"][control]["rouge1"]) < 1
