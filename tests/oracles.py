@@ -3,6 +3,7 @@
 import copy
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -151,3 +152,76 @@ def longest_common_subsequence(a: Sequence[object], b: Sequence[object]) -> int:
             if all(any(token == other for other in rest) for token in chosen):
                 return size
     return 0
+
+
+class _SmoothedReLU(torch.autograd.Function):
+    """ReLU forwards, sigmoid(sharpness z) as its derivative backwards, as Haim et al. (2022) extract."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, sharpness: float) -> Tensor:
+        ctx.save_for_backward(z)
+        ctx.sharpness = sharpness
+        return z.relu()
+
+    @staticmethod
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor, None]:
+        (z,) = ctx.saved_tensors
+        slope = torch.sigmoid(ctx.sharpness * z) if ctx.sharpness < float("inf") else (z > 0).to(z)
+        return above * slope, None
+
+
+def _chain(weights: Sequence[Tensor], biases: Sequence[Tensor | None], x: Tensor, sharpness: float) -> Tensor:
+    for k, (W, b) in enumerate(zip(weights, biases, strict=True)):
+        z = torch.nn.functional.linear(x, W, b)
+        x = _SmoothedReLU.apply(z, sharpness) if k < len(weights) - 1 else z  # type: ignore[no-untyped-call]
+    return x
+
+
+def kkt_distance_by_autograd(
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    x: Tensor,
+    C: Tensor,
+    goal: Sequence[Tensor],
+    goal_biases: Sequence[Tensor | None],
+    factors: Sequence[float],
+    sharpness: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """||goal - d<C, f(x)>/dtheta||^2 with the gradient formed, and its derivatives by x and C by autograd."""
+    own = [w.clone().requires_grad_() for w in weights]
+    shifts = [None if b is None else b.clone().requires_grad_() for b in biases]
+    x, C = x.clone().requires_grad_(), C.clone().requires_grad_()
+    known = [b for b in shifts if b is not None]
+    made = torch.autograd.grad((_chain(own, shifts, x, sharpness) * C).sum(), [*own, *known], create_graph=True)
+    of_biases = iter(made[len(own) :])
+    value = torch.zeros((), dtype=x.dtype)
+    for factor, g, w, b in zip(factors, made, goal, goal_biases, strict=False):
+        value = value + factor * (w - g).square().sum()
+        if b is not None:
+            value = value + factor * (b - next(of_biases)).square().sum()
+    to_x, to_C = torch.autograd.grad(value, (x, C))
+    return value.detach(), to_x, to_C
+
+
+def gradient_descent_by_autograd(
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    x: Tensor,
+    labels: Tensor,
+    learning_rate: float,
+    weight_decay: float,
+    epochs: int,
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Full-batch gradient descent on the mean cross entropy; one output is the logit of class 1 against zero."""
+    own = [w.clone().requires_grad_() for w in weights]
+    shifts = [None if b is None else b.clone().requires_grad_() for b in biases]
+    everything = [*own, *[b for b in shifts if b is not None]]
+    optimiser = torch.optim.SGD(everything, learning_rate, weight_decay=weight_decay)
+    for _ in range(epochs):
+        logits = _chain(own, shifts, x, float("inf"))
+        if logits.shape[1] == 1:
+            logits = torch.cat([torch.zeros_like(logits), logits], dim=1)
+        optimiser.zero_grad()
+        torch.nn.functional.cross_entropy(logits, labels).backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+    return [w.detach() for w in own], [None if b is None else b.detach() for b in shifts]

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from gradleak import learned, metrics
+from gradleak.attacks import WEIGHTS_ATTACKS
 from gradleak.attacks.dataset_size import DatasetSize
 from gradleak.checks import check_observation, check_result, flag, replay
 from gradleak.data import Pictures
@@ -26,6 +27,7 @@ from gradleak.priors.gaussian import GaussianPrior
 from gradleak.reconstruction import Reconstruction
 from gradleak.report.record import Flag, Result, Verdict
 from gradleak.secret import Secret
+from gradleak.trained_weights import Weights
 
 ZOO_SIZES, ZOO_COPIES = (1, 2, 3, 4, 5, 6), 12  # of the adapters that the number of samples is estimated from
 DECOYS = 99  # identification among 100: the truth and 99 public pictures
@@ -72,7 +74,7 @@ def audit(
     general = check_observation(observation)
     if isinstance(observation, Adapter) and public is not None and len(public.labels) > 2 * DECOYS:
         general += [dataset_size(observation, public, seed)]
-    if secret is not None:
+    if secret is not None and not isinstance(observation, Weights):
         general += replay(observation, secret.images, secret.labels)
         if isinstance(observation, Adapter):
             general += [information(observation, secret.images, secret.labels, "at the true pictures")]
@@ -93,6 +95,8 @@ def audit(
         report = on_step(name) if on_step is not None else None
         start = time.perf_counter()
         try:
+            if isinstance(observation, Weights) and not isinstance(attack, tuple(WEIGHTS_ATTACKS.values())):
+                raise NotObserved("trained weights were released, and this attack reads gradients.")
             found = attack(observation.to(where), generator=torch.Generator().manual_seed(seed), on_step=report)
         except NotObserved as reason:
             yield Audited({**row, "status": f"Not run: {reason}"}, None)

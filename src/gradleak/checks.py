@@ -15,6 +15,7 @@ from gradleak.reconstruction import Reconstruction
 from gradleak.report.record import Flag
 from gradleak.secret import Secret
 from gradleak.tensors import Tensors, flatten
+from gradleak.trained_weights import STATIONARY, Weights
 
 # Relative rounding error of a release in each format, with room for another summation order.
 REPLAY_TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2}
@@ -27,6 +28,8 @@ def flag(name: str, level: typing.Literal["info", "warning", "error"], sentence:
 
 def check_observation(observation: Gradient) -> list[Flag]:
     """What can be said before any attack, without the secret: vanishing or contradictory gradients, dropout."""
+    if isinstance(observation, Weights):
+        return check_weights(observation)
     flags = []
     gradient = observation.as_gradient()
     size = float(flatten(gradient).norm())
@@ -68,6 +71,18 @@ def check_observation(observation: Gradient) -> list[Flag]:
                 "The last bias gradient does not sum to zero, as that of a softmax cross entropy does: another loss, or a defense.",
             )
         )
+    return flags
+
+
+def check_weights(weights: Weights) -> list[Flag]:
+    """Whether the theory of trained weights applies: a homogeneous network, near stationarity."""
+    flags, done = [], weights.stationarity
+    if not weights.network().homogeneous:
+        sentence = "The network has biases after its first layer: it is not homogeneous, as the theory asks for."
+        flags.append(flag("not_homogeneous", "warning", sentence))
+    if done is not None and done.kkt_residual > STATIONARY:
+        sentence = f"The training is not near stationarity: at the true data {done.kkt_residual:.2f} of the first layer is unexplained."
+        flags.append(flag("not_stationary", "warning", sentence))
     return flags
 
 
@@ -131,7 +146,12 @@ def check_result(
     """What the secret says about a result: both PSNR are (batch,), of the attack and of the best blind control."""
     flags = []
     truth = replay_error(observation, observation.model, secret.images, secret.labels)
-    if result.residual < 0.9 * truth and truth > REPLAY_TOLERANCE[observation.precision]:
+    # Weights have more candidates than there were images, and a residual for the layers that the attack explains.
+    if (
+        not isinstance(observation, Weights)
+        and result.residual < 0.9 * truth
+        and truth > REPLAY_TOLERANCE[observation.precision]
+    ):
         sentence = f"The reconstruction explains the observation better ({result.residual:.2g}) than the truth does ({truth:.2g}): the model in use is not the victim's, or a defense stands between."
         flags.append(flag("better_than_truth", "error", sentence))
     ahead = int((psnr_db > blind_psnr_db).sum())

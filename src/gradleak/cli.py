@@ -10,7 +10,7 @@ import torch
 import tyro
 
 from gradleak import arguments, commands
-from gradleak.attacks import ATTACKS, TEXT_ATTACKS
+from gradleak.attacks import ATTACKS, TEXT_ATTACKS, WEIGHTS_ATTACKS
 from gradleak.errors import BadInput
 
 COMMANDS: dict[str, tuple[type, Any]] = {
@@ -31,7 +31,7 @@ COMMANDS: dict[str, tuple[type, Any]] = {
     "list": (arguments.List, commands.list_all),
 }
 
-KNOWN: dict[str, Any] = {**ATTACKS, **TEXT_ATTACKS}
+KNOWN: dict[str, Any] = {**ATTACKS, **WEIGHTS_ATTACKS, **TEXT_ATTACKS}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

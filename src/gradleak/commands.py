@@ -20,7 +20,7 @@ from torch import nn
 
 from gradleak import arguments, files, learned, pairs, text_commands
 from gradleak import audit as auditing
-from gradleak.attacks import ATTACKS, TEXT_ATTACKS, exact_git
+from gradleak.attacks import ATTACKS, TEXT_ATTACKS, WEIGHTS_ATTACKS, exact_git
 from gradleak.attacks.git import Transcript
 from gradleak.attacks.lti import Perceptron
 from gradleak.attacks.start import Given
@@ -38,6 +38,7 @@ from gradleak.report import html, record
 from gradleak.report.sheet import save_sheet
 from gradleak.secret import Secret
 from gradleak.text_files import is_text, load_text_observation
+from gradleak.trained_weights import Weights
 from gradleak.victims.federated import share_update
 from gradleak.victims.gradient import capture_gradient
 from gradleak.victims.lora import fine_tune
@@ -264,6 +265,9 @@ def audit(args: arguments.Audit, attacks: dict[str, Any], argv: list[str]) -> No
     if is_text(args.observation):
         return examine_text(args, attacks, argv, args.secret)
     out, observation = fresh_folder(args.out), observed(args)
+    if isinstance(observation, Weights):  # a bare audit asks for every attack on gradients
+        named = {name: attack for name, attack in attacks.items() if name in WEIGHTS_ATTACKS}
+        attacks = named or {name: kind() for name, kind in WEIGHTS_ATTACKS.items()}
     secret = files.load_secret(args.secret) if args.secret else None
     public = public_pictures(args, observation)
     inputs = [*observed_files(args), *([args.secret] if args.secret else [])]
@@ -405,7 +409,7 @@ def list_all(args: arguments.List) -> None:
     from gradleak.recipes import RECIPES
 
     print("Attacks")
-    everything: dict[str, type] = {**ATTACKS, **TEXT_ATTACKS}
+    everything: dict[str, type] = {**ATTACKS, **WEIGHTS_ATTACKS, **TEXT_ATTACKS}
     for name, kind in everything.items():
         print(f"  {name}")
         header = inspect.getdoc(sys.modules[kind.__module__]) or ""

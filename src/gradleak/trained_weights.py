@@ -11,6 +11,8 @@ from gradleak.fully_connected import FullyConnected, Target, cone, grams
 from gradleak.observations import Gradient, Item, check_fits
 from gradleak.tensors import Tensors
 
+STATIONARY = 0.5  # KKT residual at the true data above which training ended too early
+
 
 @dataclass(frozen=True)
 class Stationarity:

@@ -55,6 +55,7 @@ CASES = {
     "token-span": Case(VIT, {}, None),
     "activation-patterns": Case(MLP, {"sweeps": 10}, {"sweeps": 1, "rounds": 0}, rank=8),
     "map-inversion": Case(LENET, {"evaluations": 15}, {"evaluations": 1}),
+    "ntk": Case(MLP, {"steps": 100}, None),
     "inverting-gradients": Case(LENET, {"steps": 80}, {"steps": 1}),
 }
 PUBLIC = load("digits", "train")

@@ -58,11 +58,11 @@ def test_rouge_l_is_the_longest_common_subsequence() -> None:
 
 
 def test_cases_by_hand() -> None:
-    truth = "the cat sat on the mat".split()
-    assert rouge1("the cat".split(), truth) == pytest.approx(2 * 2 / 8)
-    assert rouge2("the cat".split(), truth) == pytest.approx(2 * 1 / 6)
-    assert rouge1("mat the on sat cat the".split(), truth) == 1
-    assert position_accuracy("the dog sat".split(), truth) == pytest.approx(2 / 6)
+    truth = ["the", "cat", "sat", "on", "the", "mat"]
+    assert rouge1(["the", "cat"], truth) == pytest.approx(2 * 2 / 8)
+    assert rouge2(["the", "cat"], truth) == pytest.approx(2 * 1 / 6)
+    assert rouge1(["mat", "the", "on", "sat", "cat", "the"], truth) == 1
+    assert position_accuracy(["the", "dog", "sat"], truth) == pytest.approx(2 / 6)
     assert exact_match(truth, truth) == 1
     assert exact_match(truth[:-1], truth) == 0
     assert rouge1([], truth) == rouge2([], truth) == rouge_l([], truth) == 0

@@ -8,8 +8,11 @@ from gradleak.attacks.exact_git import ExactGit
 from gradleak.attacks.git import Git
 from gradleak.attacks.idlg import IDLG
 from gradleak.attacks.inverting_gradients import InvertingGradients
+from gradleak.attacks.kkt import KKT
+from gradleak.attacks.kkt_search import KKTSearch
 from gradleak.attacks.lti import LTI
 from gradleak.attacks.map_inversion import MapInversion
+from gradleak.attacks.ntk import NTK
 from gradleak.attacks.recursive import Recursive
 from gradleak.attacks.token_span import TokenSpan
 
@@ -19,6 +22,7 @@ ATTACKS = {
     "token-span": TokenSpan,
     "activation-patterns": ActivationPatterns,
     "map-inversion": MapInversion,
+    "ntk": NTK,
     "git": Git,
     "exact-git": ExactGit,
     "lti": LTI,
@@ -26,5 +30,7 @@ ATTACKS = {
     "idlg": IDLG,
     "inverting-gradients": InvertingGradients,
 }
+
+WEIGHTS_ATTACKS = {"kkt": KKT, "kkt-search": KKTSearch}  # for trained weights, in place of a gradient
 
 TEXT_ATTACKS = {"dager": Dager}

@@ -12,7 +12,7 @@ Differs   the end of the span and the tolerance of each check come from the gap 
           product over positions is searched; adapters are checked through their factor A
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from gradleak.reconstruction import TextReconstruction
 from gradleak.tensors import Tensors
 from gradleak.text import LanguageModel, TextGradient
 
+MARGIN = 10.0  # every decoy has to be refused by this factor, or passing proves nothing
 SPARE = 3  # candidates that are weighed at a time, per token that the batch has
 FORWARD = 8 * torch.finfo(torch.float32).eps  # what the victim's own forward pass in float32 rounds
 
@@ -54,7 +55,7 @@ class Dager:
         were seen."""
         model, views = observation.model, observation.views()
         family = model.family
-        first = spans(views, family.queries(0), observation.precision)
+        first = spans(views, family.queries(0), observation.precision, causal=family.causal)
         if not first:
             names = ", ".join(family.queries(0))
             raise NotObserved(f"None of {names} was released: no token can be told from another.")
@@ -68,12 +69,19 @@ class Dager:
         allowed = candidates(embeddings, first, rounding=FORWARD, most=self.most)
         if not allowed:
             return _nothing(first)
-        second = spans(views, family.queries(1), observation.precision) if model.config.num_hidden_layers > 1 else []
+        second = (
+            spans(views, family.queries(1), observation.precision, causal=family.causal)
+            if model.config.num_hidden_layers > 1
+            else []
+        )
         exact = _exact(model)
+        sure = False
         if second:
-            decoys = _decoys(model, generator)[0][None]
+            decoys = torch.stack([_decoys(model, generator)[0] for _ in range(8)])
             name = family.queries(1)[0]
-            second = _telling(second, model.inputs([name], decoys, parameters=exact)[name][0])
+            rows = model.inputs([name], decoys, parameters=exact)[name].flatten(0, 1)
+            second = _telling(second, rows)
+            sure = bool(second) and float(excess(second, rows, FORWARD)[1].min()) > MARGIN
         bag = tuple(sorted({token for ids in allowed for token in ids.tolist()}))
         if not second:
             return _bag_only(model, bag, allowed)
@@ -84,6 +92,8 @@ class Dager:
             found = self._encoder(
                 observation, embeddings, allowed, first, Judge(model, exact, second, FORWARD), on_step
             )
+        if not sure or (observation.batch_size is not None and len(found) > observation.batch_size):
+            found = [replace(entry, proven=False) for entry in found]
         return _told(observation, found, bag, first[0], second[0])
 
     def _encoder(
@@ -176,7 +186,11 @@ def _told(
     proven = sum(entry.proven for entry in found)
     if wanted is not None and proven < wanted:
         notes.append(
-            "the others are guesses, identical to these, or their beginnings"
+            (
+                "the others are guesses, identical to these, or their beginnings"
+                if proven
+                else "the sentences are guesses"
+            )
             if found
             else f"{len(bag)} tokens pass, but no sentence of them does"
         )

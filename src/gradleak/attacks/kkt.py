@@ -26,14 +26,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gradleak.errors import NotObserved
-from gradleak.fully_connected import FullyConnected, distance, grams
+from gradleak.fully_connected import FullyConnected, Target, distance, grams
 from gradleak.observations import Gradient
 from gradleak.optimise import OnStep
 from gradleak.reconstruction import Reconstruction
-from gradleak.trained_weights import Weights
+from gradleak.trained_weights import STATIONARY, Weights
 
+ROUNDING = 1e-5  # singular values below so much of the largest are rounding in float32
 FAR_OUTSIDE = 0.3  # relative distance from the box at which a hidden unit is no start
-STATIONARY = 0.5  # KKT residual at the true data above which the owner's own training says: too early
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,17 @@ class Search:
     labels: Tensor
     residuals: Tensor
     trace: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of the joint search over inputs and coefficients; the fields of `KKT`."""
+
+    steps: int
+    step_size: float
+    coefficient_step: float
+    min_lambda: float
+    sharpness: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,37 +131,11 @@ class KKT:
         dtype = torch.float64 if self.double else torch.float32
         network = seen.network().to(dtype)
         factors = (1.0, *[0.0] * (len(network.weights) - 1)) if self.first_layer else ()
-        target = seen.target(factors).to(dtype)
         space = span_of(network) if self.span else None
         many = self.candidates * (seen.batch_size or rank_of(network))
         x, y = self.starts(network, space, many, seen.labels, generator)
-        low, high = ((edge - network.shift) / network.scale for edge in (0, 1))
-        signals, pull = signalling(network, y)
-        size = target.size(network)
-
-        share = torch.ones(*y.shape, 1 if network.single else len(network.weights[-1])).to(x)
-        K, t = grams(network, x, signals(share), target)
-        unit = (t.abs().sum(-1) / K.abs().sum((-1, -2)))[:, None, None]  # (R, 1, 1)
-        share = share * torch.rand(share.shape, generator=generator, dtype=torch.float64).to(x) * 2
-        momenta = [torch.zeros_like(tensor) for tensor in (x, x[..., :1], share, share)]
-        trace, value = list[tuple[int, float]](), size.expand(len(x))
-        for step in range(1, self.steps + 1):
-            value, to_x, to_C = distance(network, x, signals(unit * share), target, sharpness=self.sharpness)
-            rate = 0.5 + 0.5 * math.cos(math.pi * step / self.steps)
-            over = x - x.clamp(low, high)
-            to_x = to_x if space is None else space.along(to_x)
-            # One second moment per picture: the step keeps its direction, and so stays in the span.
-            x = x - self.step_size * rate * adam(momenta[:2], to_x, to_x.square().mean(-1, keepdim=True), step)
-            x = x.clamp(low, high) if space is None else space.project(x - 0.5 * over)
-            to_share = unit * pull(to_C)
-            share = share - self.coefficient_step * rate * adam(momenta[2:], to_share, to_share.square(), step)
-            share = share.clamp_min(self.min_lambda)
-            if step % max(self.steps // 100, 1) == 0 or step == self.steps:
-                trace.append((step, float((value.min() / size).clamp_min(0).sqrt())))
-                if on_step is not None:
-                    on_step(step, self.steps, trace[-1][1])
-        residuals = (value / size).clamp_min(0).sqrt()
-        return Search(x.clamp(low, high), unit * share, y, residuals, trace)
+        settings = Settings(self.steps, self.step_size, self.coefficient_step, self.min_lambda, self.sharpness)
+        return search(network, seen.target(factors).to(dtype), x, y, space, settings, generator, on_step)
 
     def starts(
         self, network: FullyConnected, space: Span | None, many: int, labels: Tensor | None, generator: torch.Generator
@@ -175,6 +160,45 @@ class KKT:
         classes = torch.arange(2 if network.single else len(network.weights[-1]), device=x.device)
         known = classes if labels is None else labels
         return x, known.repeat(-(-many // len(known)))[:many].expand(self.restarts, many)
+
+
+def search(
+    network: FullyConnected,
+    target: Target,
+    x: Tensor,
+    y: Tensor,
+    space: Span | None,
+    settings: Settings,
+    generator: torch.Generator,
+    on_step: OnStep | None = None,
+) -> Search:
+    """x and lambda >= 0 together, from starts x (R, m, in) with labels y (R, m), inside the box and the span."""
+    low, high = ((edge - network.shift) / network.scale for edge in (0, 1))
+    signals, pull = signalling(network, y)
+    size = target.size(network)
+    share = torch.ones(*y.shape, 1 if network.single else len(network.weights[-1])).to(x)
+    K, t = grams(network, x, signals(share), target)
+    unit = (t.abs().sum(-1) / K.abs().sum((-1, -2)))[:, None, None]  # (R, 1, 1)
+    share = share * torch.rand(share.shape, generator=generator, dtype=torch.float64).to(x) * 2
+    momenta = [torch.zeros_like(tensor) for tensor in (x, x[..., :1], share, share)]
+    trace, value = list[tuple[int, float]](), size.expand(len(x))
+    for step in range(1, settings.steps + 1):
+        value, to_x, to_C = distance(network, x, signals(unit * share), target, sharpness=settings.sharpness)
+        rate = 0.5 + 0.5 * math.cos(math.pi * step / settings.steps)
+        over = x - x.clamp(low, high)
+        to_x = to_x if space is None else space.along(to_x)
+        # One second moment per picture: the step keeps its direction, and so stays in the span.
+        x = x - settings.step_size * rate * adam(momenta[:2], to_x, to_x.square().mean(-1, keepdim=True), step)
+        x = x.clamp(low, high) if space is None else space.project(x - 0.5 * over)
+        to_share = unit * pull(to_C)
+        share = share - settings.coefficient_step * rate * adam(momenta[2:], to_share, to_share.square(), step)
+        share = share.clamp_min(settings.min_lambda)
+        if step % max(settings.steps // 100, 1) == 0 or step == settings.steps:
+            trace.append((step, float((value.min() / size).clamp_min(0).sqrt())))
+            if on_step is not None:
+                on_step(step, settings.steps, trace[-1][1])
+    residuals = (value / size).clamp_min(0).sqrt()
+    return Search(x.clamp(low, high), unit * share, y, residuals, trace)
 
 
 def weights_of(observation: Gradient) -> Weights:
@@ -207,7 +231,7 @@ def rank_of(network: FullyConnected) -> int:
     values = torch.linalg.svdvals(W)
     beta = min(W.shape) / max(W.shape)
     omega = 0.56 * beta**3 - 0.95 * beta**2 + 1.82 * beta + 1.43
-    found = int((values > omega * values.median()).sum())
+    found = int(((values > omega * values.median()) & (values > ROUNDING * values[0])).sum())
     return max(found, 1) if found < len(values) / 2 else len(values)
 
 

@@ -64,7 +64,8 @@ def placements(embeddings: Embeddings, pairs: Pairs, measured: Tensor) -> Tensor
     of_tokens, of_places = sums[: len(tokens)], sums[len(tokens) : -1]
     # The first position's part is in the tokens' embeddings: what is common to all goes either way.
     share = of_places @ torch.linalg.pinv(of_tokens, rtol=1e-6)  # (positions, tokens)
-    return share[pairs.places, which]
+    found: Tensor = share[pairs.places, which]
+    return found
 
 
 @dataclass(frozen=True)
@@ -78,17 +79,21 @@ class Attention:
     weights: Tensor
     seen: Tensor
 
+    def at(self, chosen: Tensor) -> "Attention":
+        """That over some of the candidates."""
+        return Attention(self.weights[:, chosen][:, :, chosen], self.seen[:, :, chosen])
+
     @classmethod
     def of(cls, model: LanguageModel, exact: Tensors, pairs: Pairs, outside: Tensor) -> "Attention":
         """outside: N (equations, width), orthogonal to every attention output of the batch."""
         heads = model.config.num_attention_heads
         q, k, v = (
-            (pairs.x @ exact[f"{name}.weight"].T + exact[f"{name}.bias"]).unflatten(1, (heads, -1)).transpose(0, 1)
+            torch.unflatten(pairs.x @ exact[f"{name}.weight"].T + exact[f"{name}.bias"], 1, (heads, -1)).transpose(0, 1)
             for name in model.family.queries(0)
         )  # (heads, m, width of a head)
         scores = q @ k.transpose(1, 2) / q.shape[2] ** 0.5
         weights = (scores - scores.amax(2, keepdim=True)).exp()
-        N = outside.unflatten(1, (heads, -1)).transpose(0, 1)  # (heads, equations, width of a head)
+        N = torch.unflatten(outside, 1, (heads, -1)).transpose(0, 1)  # (heads, equations, width of a head)
         return cls(weights, N @ v.transpose(1, 2))
 
 
@@ -108,7 +113,7 @@ def memberships(attention: Attention, pairs: Pairs, focus: int, certain: Tensor,
     for stage in range(STAGES):
         w, left = _solve(attention, pairs, rows, fixed, open_, w, ROUNDS if stage == 0 else 2)
         likely = torch.where(certain, 0, w).topk(min(JOINED, len(w))).indices
-        joined = torch.cat([likely[w[likely] > 0.5], torch.tensor([focus])]).unique()
+        joined = torch.unique(torch.cat([likely[w[likely] > 0.5], torch.tensor([focus])]))
         if stage and left < best:
             best, kept = left, w
         if torch.equal(joined, rows):

@@ -11,6 +11,7 @@ from gradleak.tensors import Tensors
 from gradleak.text import LanguageModel
 
 ROWS = 1_024  # prefixes at a time
+REPEATS = 4  # times that a text may begin with one token
 
 
 def grow(
@@ -34,6 +35,7 @@ def grow(
             break
         ids = candidates[place if model.family.placed else 0].tolist()
         longer = [((*prefix, token), far) for prefix, far in beam for token in ids]
+        longer = [entry for entry in longer if len(entry[0]) <= REPEATS or len(set(entry[0])) > 1]
         kept, continued = [], set[tuple[int, ...]]()
         for start in range(0, len(longer), ROWS):
             part = longer[start : start + ROWS]

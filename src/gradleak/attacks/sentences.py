@@ -14,15 +14,18 @@ from gradleak.tensors import Tensors
 from gradleak.text import LanguageModel
 
 ROWS = 256  # sentences at a time
+ONCE = 0.05  # how near to 1 the share of a token is that stands once in the batch, at a position without recurring ones
 
 
 @dataclass(frozen=True)
 class Found:
-    """A sentence, its largest relative distance to what was seen, and whether that is within what noise allows."""
+    """A sentence, the largest relative distance of its rows to what was seen, whether all are within what noise allows, and
+    the mean of the distances."""
 
     tokens: tuple[int, ...]
     distance: float
     proven: bool
+    mean: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Judge:
     def verdict(self, tokens: tuple[int, ...]) -> Found:
         """The sentence as it stands."""
         distance, ratio = self.rows(torch.tensor([tokens]))
-        return Found(tokens, float(distance.max()), bool(ratio.max() <= 1))
+        return Found(tokens, float(distance.max()), bool(ratio.max() <= 1), float(distance.mean()))
 
     def corrected(self, tokens: tuple[int, ...], choices: list[list[int]], budget: int) -> Found:
         """The sentence after replacing one token at a time, the worst row's first, as long as that brings the rows nearer.
@@ -102,19 +105,15 @@ def assemble(
     choices = [pairs.ids[order][pairs.places[order] == place].tolist() for place in range(int(pairs.places.max()) + 1)]
     only = unambiguous(pairs)
     if only is not None:
-        found = judge.verdict(only)
-        if found.proven or outside is None:
-            return [found]
+        alone = judge.verdict(only)
+        if alone.proven or outside is None or batch_size == 1:
+            return [alone]
     if outside is None:
         return []
     likely = order[:at_once]
-    likely = torch.cat([likely, (pairs.places == 0).nonzero()[:, 0]]).unique()
+    likely = torch.unique(torch.cat([likely, (pairs.places == 0).nonzero()[:, 0]]))
     pairs, share = pairs.at(likely), share[likely]
     attention = Attention.of(judge.model, judge.exact, pairs, outside)
-    certain = pairs.places == 0
-    if int(certain.sum()) > 1:
-        certain = torch.zeros_like(certain)
-    guess = _guess(pairs, share)
     proven: list[Found] = []
     guesses: list[Found] = []
     tried = 0
@@ -126,23 +125,44 @@ def assemble(
         if bool(covered[focus]):
             continue
         tried += 1
-        w, _ = memberships(attention, pairs, focus, certain, guess)
-        tokens = _rounded(judge.model, pairs, w, focus)
-        if tokens is None or any(tokens == found.tokens for found in (*proven, *guesses)):
+        found: Found | None = None
+        # What stands once in the batch, and has found its sentence, is in no other; but a share of 1 can also be that of
+        # a token which stands at this position in two sentences.
+        spent = covered & ((share - 1).abs() < ONCE) & (pairs.places > 0)
+        for away in (spent, torch.zeros_like(spent)) if bool(spent.any()) else (spent,):
+            rest = (~away).nonzero()[:, 0]
+            guess = _proposal(
+                attention.at(rest), pairs.at(rest), share[rest], int((rest == focus).nonzero()), judge.model
+            )
+            if guess is None or any(guess == other.tokens for other in (*proven, *guesses)):
+                continue
+            found = judge.verdict(guess)
+            if not found.proven:
+                found = judge.corrected(guess, choices, budget)
+            if found.proven:
+                break
+            guesses.append(found)
+        if found is None:
             continue
-        found = judge.verdict(tokens)
-        if not found.proven:
-            found = judge.corrected(tokens, choices, budget)
         if found.proven and found not in proven:
             proven.append(found)
             for place, token in enumerate(found.tokens):
                 covered |= (pairs.places == place) & (pairs.ids == token)
-        elif not found.proven:
-            guesses.append(found)
         if on_step is not None:
             on_step(tried, limit, found.distance)
     missing = max((batch_size or len(proven)) - len(proven), 0)
     return proven + _distinct(proven, guesses, missing)
+
+
+def _proposal(
+    attention: Attention, pairs: Pairs, share: Tensor, focus: int, model: LanguageModel
+) -> tuple[int, ...] | None:
+    """The sentence that linear systems put around the candidate `focus`."""
+    certain = pairs.places == 0
+    if int(certain.sum()) > 1:
+        certain = torch.zeros_like(certain)
+    w, _ = memberships(attention, pairs, focus, certain, _guess(pairs, share))
+    return _rounded(model, pairs, w, focus)
 
 
 def _guess(pairs: Pairs, share: Tensor) -> Tensor:
@@ -176,13 +196,13 @@ def _rounded(model: LanguageModel, pairs: Pairs, w: Tensor, focus: int) -> tuple
 def _distinct(proven: list[Found], guesses: list[Found], count: int) -> list[Found]:
     """The nearest guesses that share less than half of their tokens' places with anything chosen before."""
     chosen: list[Found] = []
-    for found in sorted(guesses, key=lambda found: found.distance):
+    for found in sorted(guesses, key=lambda found: found.mean):
         if len(chosen) == count:
             break
         others = [*proven, *chosen]
         if all(_overlap(found.tokens, other.tokens) < 0.5 for other in others):
             chosen.append(found)
-    rest = [found for found in sorted(guesses, key=lambda found: found.distance) if found not in chosen]
+    rest = [found for found in sorted(guesses, key=lambda found: found.mean) if found not in chosen]
     return chosen + rest[: count - len(chosen)]
 
 

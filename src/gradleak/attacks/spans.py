@@ -52,6 +52,7 @@ class Span:
         a = f @ self.basis.T.to(x)
         size = f.norm(dim=-1).clamp_min(torch.finfo(x.dtype).tiny)
         outside = (f - a @ self.basis.to(x)).norm(dim=-1) / size
+        outside = torch.where(f.any(dim=-1), outside, 1.0)  # zero, as a padding token may be, is no member
         allowed = 2 * self.noise * (a / self.values.to(x)).norm(dim=-1) / size
         return outside, allowed
 
@@ -96,12 +97,22 @@ def gap(values: Tensor, shape: torch.Size, rounding: float) -> tuple[int, float]
     return len(values), 0.0
 
 
-def spans(views: list[View], modules: tuple[str, ...], precision: str) -> list[Span]:
-    """What is known of the common input of some modules: views through the same factor are pooled into one span."""
+def spans(views: list[View], modules: tuple[str, ...], precision: str, *, causal: bool = False) -> list[Span]:
+    """What is known of the common input of some modules (query, key, value): one span for each factor that was looked through.
+
+    Views through the same factor are pooled. Alone, keys show differences of inputs only (softmax does not see what all
+    keys share: the deltas of a text's keys sum to zero), and queries of a decoder do not show its first token, which has
+    nothing else to attend to: both are left out where values, or in an encoder queries, are there.
+    """
     chosen = [view for view in views if view.module in modules and bool(view.measured.any())]
     whole = [view.measured for view in chosen if view.factor is None]
     found = [span_of(torch.cat(whole), None, precision)] if whole else []
-    return found + [span_of(view.measured, view.factor, precision) for view in chosen if view.factor is not None]
+    through = [view for view in chosen if view.factor is not None]
+    if len(modules) == 3:
+        rank = {modules[2]: 0, modules[0]: 1 if causal else 0, modules[1]: 2}
+        best = min((rank[view.module] for view in through), default=0)
+        through = [view for view in through if rank[view.module] == best]
+    return found + [span_of(view.measured, view.factor, precision) for view in through]
 
 
 def excess(found: list[Span], x: Tensor, rounding: float) -> tuple[Tensor, Tensor]:

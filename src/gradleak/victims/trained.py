@@ -27,6 +27,7 @@ from gradleak.victims.gradient import check_takes
 
 PROGRESS = "gradleak/training/1"
 VEHICLES = ("airplane", "automobile", "ship", "truck")
+SAVE_SECONDS = 20.0  # between two savings of unfinished training
 OnStep = Callable[[int, int, float], None]
 
 
@@ -175,7 +176,7 @@ def train(
                 on_step(int(epoch), recipe.epochs, value)
             if value <= recipe.loss:
                 break
-        if resume is not None and time.monotonic() - saved > 20:
+        if resume is not None and time.monotonic() - saved > SAVE_SECONDS:
             state = {"z": z, "moved": moved, "kept": kept, "epoch": epoch}
             state |= {f"weight{at}": w for at, w in enumerate(W)} | {
                 f"bias{at}": v for at, v in enumerate(b) if v is not None

@@ -1,0 +1,255 @@
+"""Trained weights: the hand-made derivatives, the victim's shortcut, the observation on disk, and the attack."""
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gradleak.attacks.dlg import DLG
+from gradleak.attacks.kkt import KKT, rank_of, span_of
+from gradleak.audit import audit
+from gradleak.data import public_pool
+from gradleak.distances import relative_residual
+from gradleak.errors import BadInput, NotObserved
+from gradleak.files import load_observation, save_observation
+from gradleak.fully_connected import FullyConnected, Target, cone, distance, explained, grams
+from gradleak.metrics import ssim
+from gradleak.models import Architecture
+from gradleak.secret import Secret
+from gradleak.trained_weights import Weights
+from gradleak.victims.gradient import capture_gradient
+from gradleak.victims.trained import FullBatch, first_of_each, publish_weights, train
+from oracles import gradient_descent_by_autograd, kkt_distance_by_autograd
+
+BINARY = Architecture("homogeneous1000", (1, 8, 8), 2)
+
+
+def network(outputs: int, biases: tuple[bool, ...], seed: int = 0) -> FullyConnected:
+    """8-15-12-outputs in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (8, 15, 12, outputs)
+    weights = [torch.randn(sizes[k + 1], sizes[k], generator=generator).double() * 0.3 for k in range(3)]
+    shifts = [torch.randn(sizes[k + 1], generator=generator).double() if on else None for k, on in enumerate(biases)]
+    ones = torch.ones(8).double()
+    return FullyConnected(
+        tuple(weights), tuple(shifts), ("0.weight", "2.weight", "4.weight"), 0 * ones, ones, outputs == 1
+    )
+
+
+def samples(n: int, outputs: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(n, 8, generator=generator).double(), torch.randn(n, outputs, generator=generator).double()
+
+
+@cache
+def trained(decay: float = 1e-3) -> tuple[Weights, Secret]:
+    """Two digits, learnt until little changes."""
+    pictures = first_of_each("digits", "train", 1)
+    recipe = FullBatch(learning_rate=0.2, epochs=600, weight_decay=decay)
+    return publish_weights(BINARY.build(0).double(), BINARY, pictures, recipe, reveal_initial=True)
+
+
+# --- The distance and its derivatives ---
+
+
+@pytest.mark.parametrize("sharpness", [3.0, 50.0, float("inf")])
+@pytest.mark.parametrize("own", [True, False], ids=["own parameters", "another target"])
+@pytest.mark.parametrize("n", [4, 40], ids=["Gram form", "summed form"])
+@pytest.mark.parametrize(
+    ("outputs", "biases"), [(1, (True, False, False)), (3, (True, True, True)), (2, (False, False, False))]
+)
+def test_distance_and_derivatives_agree_with_autograd(
+    sharpness: float, own: bool, n: int, outputs: int, biases: tuple[bool, ...]
+) -> None:
+    net, (x, C), factors = network(outputs, biases), samples(n, outputs), (1.0, 0.5, 2.0)
+    other = network(outputs, biases, seed=1)
+    target = Target(layers=factors) if own else Target(other.weights, other.biases, factors)
+    value, to_x, to_C = distance(net, torch.stack([x + 1, x]), torch.stack([C, C]), target, sharpness=sharpness)
+    goal = net if own else other
+    expected = kkt_distance_by_autograd(net.weights, net.biases, x, C, goal.weights, goal.biases, factors, sharpness)
+    for mine, reference in zip((value[1], to_x[1], to_C[1]), expected, strict=True):
+        assert float((mine - reference).norm() / reference.norm()) <= 1e-10
+
+
+def test_grams_are_those_of_per_sample_gradients() -> None:
+    net, (x, C) = network(2, (True, False, True)), samples(5, 2)
+    parts = [net.combination(x[i : i + 1], C[i : i + 1]) for i in range(5)]
+    flat = torch.stack([torch.cat([part[name].flatten() for name in sorted(part)]) for part in parts])
+    own = torch.cat([net.parameters()[name].flatten() for name in sorted(parts[0])])
+    K, t = grams(net, x, C)
+    assert torch.allclose(K, flat @ flat.T, rtol=1e-12)
+    assert torch.allclose(t, flat @ own, rtol=1e-12)
+    residual, coefficients = explained(net, x, C)
+    assert bool((coefficients >= 0).all())
+    assert residual == pytest.approx(float((own - coefficients @ flat).norm() / own.norm()), rel=1e-9)
+    # The first-order conditions of the cone: no descent direction inside it.
+    slope = K @ coefficients - t
+    assert float(slope.min()) >= -1e-9 * float(t.abs().max())
+    assert float((slope * coefficients).abs().max()) <= 1e-9 * float(t.abs().max())
+    assert torch.equal(
+        cone(torch.eye(2).double(), torch.tensor([3.0, -1.0]).double()), torch.tensor([3.0, 0.0]).double()
+    )
+
+
+# --- The victim ---
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.01])
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_training_is_plain_gradient_descent(decay: float, outputs: int) -> None:
+    net, (x, _) = network(outputs, (True, False, True)), samples(6, 1)
+    labels = torch.arange(6) % max(outputs, 2)
+    found, epochs = train(net, x, labels, FullBatch(learning_rate=0.1, epochs=50, weight_decay=decay))
+    weights, biases = gradient_descent_by_autograd(net.weights, net.biases, x, labels, 0.1, decay, 50)
+    assert epochs == 50
+    for mine, reference in zip(
+        (*found.weights, found.biases[0], found.biases[2]), (*weights, biases[0], biases[2]), strict=True
+    ):
+        assert mine is not None
+        assert reference is not None
+        assert torch.allclose(mine, reference, rtol=1e-9, atol=1e-12)
+
+
+def test_interrupted_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, (x, _), labels = network(1, (True, False, False)), samples(4, 1), torch.tensor([0, 1, 0, 1])
+    whole, _ = train(net, x, labels, FullBatch(epochs=60))
+    monkeypatch.setattr("gradleak.victims.trained.SAVE_SECONDS", -1.0)  # saved after every epoch
+    train(net, x, labels, FullBatch(epochs=37), resume=tmp_path / "training.safetensors")
+    both, epochs = train(net, x, labels, FullBatch(epochs=60), resume=tmp_path / "training.safetensors")
+    assert epochs == 60
+    assert all(torch.equal(a, b) for a, b in zip(whole.weights, both.weights, strict=True))
+    with pytest.raises(BadInput, match="something else"):
+        train(net, x + 1, labels, FullBatch(epochs=60), resume=tmp_path / "training.safetensors")
+
+
+def test_steps_by_the_loss_go_where_plain_steps_take_forever() -> None:
+    net, (x, _), labels = network(1, (True, False, False)), samples(4, 1), torch.tensor([0, 1, 0, 1])
+    found, _ = train(net, x, labels, FullBatch(learning_rate=0.1, epochs=2_000, loss_based=True))
+    margins = (2 * labels - 1) * found.forward(x)[-1][:, 0]
+    assert float(margins.min()) > 50  # a loss of 1e-22, after which plain steps of 0.1 would move nothing
+
+
+def test_a_diverging_training_is_told() -> None:
+    net, (x, _) = network(1, (True, False, False)), samples(4, 1)
+    with pytest.raises(BadInput, match="diverged at learning rate"):  # a decay that grows
+        train(net, x, torch.tensor([0, 1, 0, 1]), FullBatch(learning_rate=0.1, weight_decay=-100, epochs=500))
+
+
+# --- The observation ---
+
+
+def test_the_true_images_explain_weights_near_stationarity() -> None:
+    observation, secret = trained()
+    net, other = observation.network(), first_of_each("digits", "train", 3)
+    first = Target(layers=(1.0, 0.0, 0.0))
+    right, _ = explained(net, *net.margins(secret.images.double(), secret.labels), first)
+    strangers, _ = explained(net, *net.margins(other.images[[1, 4]].double(), other.labels[[1, 4]]), first)
+    assert right < 0.5 * strangers
+    done = observation.stationarity
+    assert done is not None
+    assert done.kkt_residual == pytest.approx(right, rel=1e-6)
+    simulated = observation.simulate(secret.images, secret.labels)  # the start is known: later layers count too
+    assert float(relative_residual(simulated, observation.released)) < 0.5
+
+
+def test_weights_round_trip_in_their_precision(tmp_path: Path) -> None:
+    observation, _ = trained()
+    save_observation(observation, tmp_path / "weights.safetensors")
+    back = load_observation(tmp_path / "weights.safetensors")
+    assert isinstance(back, Weights)
+    assert (back.weight_decay, back.stationarity) == (observation.weight_decay, observation.stationarity)
+    assert back.initial is not None
+    assert observation.initial is not None
+    assert all(torch.equal(back.released[name], observation.released[name]) for name in observation.released)
+    assert all(torch.equal(back.initial[name], observation.initial[name]) for name in observation.initial)
+    assert {row["item"] for row in back.threat_model() if not row["revealed"]} >= {"labels", "images"}
+
+
+# --- The attack ---
+
+
+def test_two_images_come_back_without_a_private_statistic() -> None:
+    observation, secret = trained()
+    hidden = replace(observation, initial=None)
+    assert rank_of(hidden.network()) == 2
+    reports: list[int] = []
+    found = KKT(steps=200)(
+        hidden, generator=torch.Generator().manual_seed(0), on_step=lambda step, *_: reports.append(step)
+    )
+    assert reports[-1] == 200
+    assert found.images.shape == (4, 1, 8, 8)
+    for truth, label in zip(secret.images, secret.labels, strict=True):
+        scores = ssim(found.images, truth[None].expand_as(found.images))
+        assert float(scores.max()) >= 0.9
+        assert int(found.labels[int(scores.argmax())]) == int(label)
+
+
+def test_training_images_lie_in_the_span() -> None:
+    observation, secret = trained()
+    net = observation.network()
+    space = span_of(net)
+    assert space is not None
+    x = net.inputs(secret.images)
+    # The first layer starts at 1e-4 per entry, against trained entries near 1e-2: a hundredth is what is left of it.
+    assert float((space.project(x) - x).norm() / x.norm()) < 0.02
+
+
+def test_several_outputs_and_noise_as_starts() -> None:
+    architecture = Architecture("homogeneous1000", (1, 8, 8), 3)
+    digits = first_of_each("digits", "train", 2)
+    pictures = replace(digits, labels=torch.tensor([0, 1, 2, 0]))
+    recipe = FullBatch(epochs=100, weight_decay=1e-3)
+    observation, _ = publish_weights(architecture.build(0), architecture, pictures, recipe, reveal_labels=True)
+    for attack in (KKT(steps=40), KKT(steps=40, units=False, span=False, double=False, restarts=2)):
+        found = attack(observation, generator=torch.Generator().manual_seed(0))
+        assert found.images.shape == (8, 1, 8, 8)
+        assert found.residual < found.trace[0][1]
+        assert set(found.labels.tolist()) <= {0, 1, 2}
+
+
+def test_what_the_attack_cannot_read_is_said() -> None:
+    gradient, _ = capture_gradient(BINARY.build(0), BINARY, first_of_each("digits", "train", 1))
+    with pytest.raises(NotObserved, match="capture weights"):
+        KKT()(gradient, generator=torch.Generator())
+    lenet = Architecture("lenet", (1, 8, 8), 2)
+    with pytest.raises(NotObserved, match="fully connected ReLU"):
+        publish_weights(lenet.build(0), lenet, first_of_each("digits", "train", 1), FullBatch(epochs=1))
+    with pytest.raises(NotObserved, match="hold no gradient"):
+        trained()[0].as_gradient()
+
+
+def test_a_network_that_is_not_homogeneous_is_attacked_with_a_warning() -> None:
+    architecture = Architecture("mlp1000", (1, 8, 8), 2)
+    observation, _ = publish_weights(
+        architecture.build(0), architecture, first_of_each("digits", "train", 1), FullBatch(epochs=5)
+    )
+    found = KKT(steps=2)(observation, generator=torch.Generator().manual_seed(0))
+    assert "not homogeneous" in found.status
+    assert "not near stationarity" in found.status
+
+
+def test_an_audit_of_weights_runs_what_reads_weights() -> None:
+    observation, secret = trained()
+    public = public_pool("digits", "train", shape=(1, 8, 8), limit=300)
+    public = replace(public, images=public.images[2:], labels=public.labels[2:] % 2)
+    rows = list(audit(observation, {"dlg": DLG(), "kkt": KKT(steps=30)}, public, secret=secret))
+    assert rows[0].result["status"].startswith("Not run: trained weights")
+    assert rows[1].result["scores"]["ssim"]
+
+
+def test_selection_is_the_first_of_each_class() -> None:
+    found = first_of_each("digits", "train", 3)
+    assert found.labels.tolist() == [1, 1, 1, 0, 0, 0]
+    with pytest.raises(BadInput, match="fewer than 5000"):
+        first_of_each("digits", "train", 5_000)
+
+
+def test_an_ordinary_module_is_read_layer_by_layer() -> None:
+    module = nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+    net = FullyConnected.of(module, dict(module.named_parameters()), (1, 8, 8))
+    images = torch.rand(2, 1, 8, 8).double()
+    assert torch.allclose(net.forward(net.inputs(images))[-1], module(images))
+    assert not net.homogeneous

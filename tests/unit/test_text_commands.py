@@ -1,0 +1,103 @@
+"""Texts on the command line, and the recipes about them, at their smallest."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gradleak import cli
+from gradleak.errors import BadInput
+from gradleak.recipes import RECIPES
+from gradleak.recipes.text_victims import PACKAGE, Sources, encoder
+from gradleak.texts import load_texts
+from gradleak.victims.language import small_model, train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small GPT-2 as save_pretrained leaves it."""
+    path = tmp_path_factory.mktemp("model")
+    tokenizer = train_tokenizer(load_texts("embedded", "train").texts, "gpt2", size=420)
+    made = small_model("gpt2", tokenizer, "causal-lm", width=96, spread=0.1)
+    module: Any = made.module
+    module.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def test_capture_attack_and_audit(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    captured = tmp_path / "captured"
+    base = ["capture", "gradient", "--model", str(folder), "--task", "causal-lm", "--indices", "0", "3"]
+    assert cli.main([*base, "--out", str(captured)]) == 0
+    seen = str(captured / "observation.safetensors")
+    assert cli.main(["attack", seen, "--attack", "dager", "--beam", "32", "--out", str(tmp_path / "a")]) == 0
+    found = json.loads((tmp_path / "a" / "dager-texts.json").read_text(encoding="utf-8"))
+    truth = load_texts("embedded", indices=[0, 3]).texts
+    assert sorted(text.strip() for text in found["texts"]) == sorted(truth)
+    audited = tmp_path / "audited"
+    assert cli.main(["audit", seen, "--secret", str(captured / "secret.safetensors"), "--out", str(audited)]) == 0
+    record = json.loads((audited / "record.json").read_text(encoding="utf-8"))
+    assert record["results"][0]["scores"]["exact_match"] == [1.0, 1.0]
+    assert record["verdict"]["level"] == "recovered"
+    assert {"item": "texts", "revealed": False, "detail": "the secret"} in record["threat_model"]
+    assert (audited / "report.html").is_file()
+    assert "2 of 2 sentences proven" in capsys.readouterr().out
+
+
+def test_bad_input_is_one_sentence(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    captured = tmp_path / "captured"
+    base = ["capture", "gradient", "--model", str(folder), "--task", "causal-lm"]
+    assert cli.main([*base, "--indices", "4000", "--out", str(captured)]) == 2
+    assert "Row 4000 does not exist" in capsys.readouterr().err
+    assert cli.main([*base, "--out", str(captured)]) == 0
+    seen = str(captured / "observation.safetensors")
+    assert cli.main(["attack", seen, "--attack", "dlg", "--out", str(tmp_path / "a")]) == 2
+    assert "is of texts" in capsys.readouterr().err
+    update = ["capture", "update", "--model", str(folder), "--out", str(tmp_path / "u")]
+    assert cli.main(update) == 2
+    assert "not yet updates" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["dager-encoder", "dager-decoder", "lora-text"])
+def test_recipes_run_on_embedded_texts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the small model even where the package with the large one is installed."""
+    monkeypatch.setattr("gradleak.recipes.text_victims.find_spec", lambda package: None)
+    *_, last = RECIPES[name]("embedded", "small", seed=0, device="cpu", start=lambda told: lambda *report: None)
+    assert last.table
+    for row in last.table:
+        assert 0 <= row["frequent_words_rouge1"] < 100
+        if name != "lora-text":
+            assert row["rouge1"] == 100
+    assert "ROUGE-1" in last.sentence
+
+
+def test_data_sets_beside_a_folder_are_found(tmp_path: Path) -> None:
+    for name in ("sst2", "rotten_tomatoes"):
+        (tmp_path / name).mkdir()
+    assert set(Sources.of(str(tmp_path / "sst2")).folders) == {"sst2", "rotten_tomatoes"}
+    assert Sources.of("embedded").folders == {"embedded": "embedded"}
+
+
+def test_the_pretrained_encoder_gives_two_texts_away() -> None:
+    """all-MiniLM-L6-v2 with its whole vocabulary, where its package is installed."""
+    from importlib.util import find_spec
+
+    import torch
+
+    from gradleak.attacks.dager import Dager
+    from gradleak.victims.text import capture_text_gradient
+
+    if find_spec(PACKAGE) is None:
+        pytest.skip(f"{PACKAGE} is not installed")
+    private = load_texts("embedded", indices=[0, 1])
+    seen, secret = capture_text_gradient(encoder("embedded", 0), private.texts, private.labels)
+    found = Dager()(seen, generator=torch.Generator().manual_seed(0))
+    assert sorted(found.tokens) == sorted(secret.tokens)
+
+
+def test_a_folder_that_is_no_language_model_is_refused(tmp_path: Path) -> None:
+    from gradleak.language_folder import read_language_model
+
+    with pytest.raises(BadInput, match="holds no language model"):
+        read_language_model(tmp_path, "causal-lm")
