@@ -159,6 +159,8 @@ class Observed(Common):
     """package.module:factory, when the architecture is none of ours; for plain files also a name of `gradleak list`."""
     weights: Path | None = None
     """The parameters it was taken at: checked against the provenance; needed for plain files."""
+    task: Literal["classification", "causal-lm"] = "classification"
+    """For the folder of an adapter of a language model: what it was trained for."""
     mode: Literal["eval", "train"] | None = None
     """The mode it was taken in: checked against the provenance; eval if nothing says so."""
     input_shape: tuple[int, int, int] = (3, 32, 32)

@@ -37,7 +37,7 @@ from gradleak.progress import progress
 from gradleak.report import html, record
 from gradleak.report.sheet import save_sheet
 from gradleak.secret import Secret
-from gradleak.text_files import is_text, load_text_observation
+from gradleak.text import TextGradient
 from gradleak.trained_weights import Weights
 from gradleak.victims.federated import share_update
 from gradleak.victims.gradient import capture_gradient
@@ -238,8 +238,8 @@ def save(observation: Gradient, secret: Secret, out: Path) -> None:
 def attack(args: arguments.Attack, attacks: dict[str, Any], argv: list[str]) -> None:
     """Write reconstruction.safetensors, its pictures and record.json, from the observation alone."""
     check_device(args.device)
-    if is_text(args.observation):
-        return examine_text(args, attacks, argv, None)
+    if (text := text_commands.observed_text(args)) is not None:
+        return examine_text(text, args, attacks, argv, None)
     out, observation = fresh_folder(args.out), observed(args)
     public = public_pictures(args, observation)
     attacks = {name: auditing.with_prior(attack, public) for name, attack in attacks.items()}
@@ -262,8 +262,8 @@ def attack(args: arguments.Attack, attacks: dict[str, Any], argv: list[str]) -> 
 def audit(args: arguments.Audit, attacks: dict[str, Any], argv: list[str]) -> None:
     """Write record.json, report.html and the pictures; after each attack, so that an interrupt loses one at most."""
     check_device(args.device)
-    if is_text(args.observation):
-        return examine_text(args, attacks, argv, args.secret)
+    if (text := text_commands.observed_text(args)) is not None:
+        return examine_text(text, args, attacks, argv, args.secret)
     out, observation = fresh_folder(args.out), observed(args)
     if isinstance(observation, Weights):  # a bare audit asks for every attack on gradients
         named = {name: attack for name, attack in attacks.items() if name in WEIGHTS_ATTACKS}
@@ -283,18 +283,20 @@ def audit(args: arguments.Audit, attacks: dict[str, Any], argv: list[str]) -> No
     )
 
 
-def examine_text(args: arguments.Observed, attacks: dict[str, Any], argv: list[str], secret: Path | None) -> None:
+def examine_text(
+    observation: TextGradient, args: arguments.Observed, attacks: dict[str, Any], argv: list[str], secret: Path | None
+) -> None:
     """Attack or audit an observation of text: record.json, report.html and NAME-texts.json."""
     out = fresh_folder(args.out)
     chosen = {name: attack for name, attack in attacks.items() if name in TEXT_ATTACKS}
     if not chosen and argv[0] == "attack":
         raise BadInput(f"{args.observation} is of texts: choose among {', '.join(TEXT_ATTACKS)}.")
     chosen = chosen or {name: kind() for name, kind in TEXT_ATTACKS.items()}
-    hashes = {str(path): file_hash(path) for path in (args.observation, secret) if path is not None}
+    hashes = {str(path): file_hash(path) for path in (*observed_files(args), *([secret] if secret else []))}
     command: record.Command = {"name": argv[0], "arguments": {"argv": argv, "inputs": hashes}}
-    threats: Any = load_text_observation(args.observation).threat_model()
+    threats: Any = observation.threat_model()
     written = record.new_record(command, args.seed, threats)
-    finish(text_commands.attack_text(args, chosen, written, out, secret), out)
+    finish(text_commands.attack_text(observation, args, chosen, written, out, secret), out)
 
 
 def demo(args: arguments.Demo, argv: list[str]) -> None:

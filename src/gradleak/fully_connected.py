@@ -162,12 +162,19 @@ class Target:
 
 
 def distance(
-    network: FullyConnected, x: Tensor, C: Tensor, target: Target = Target(), *, sharpness: float = torch.inf
+    network: FullyConnected,
+    x: Tensor,
+    C: Tensor,
+    target: Target = Target(),
+    *,
+    sharpness: float = torch.inf,
+    size: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """||Delta - sum_i g_i||^2 and its derivatives: x (..., n, in), C (..., n, out) -> (...), (..., n, in), (..., n, out).
 
     Leading dimensions are separate problems. sharpness: alpha in the smoothed derivative of the ReLU, sigmoid(alpha z),
     which stands wherever the derivative does, also in the derivatives of this function; infinite: the ReLU's own.
+    size: target.size(network), for those who ask often.
     """
     W, b, count = network.weights, network.biases, len(network.weights)
     factors = target.layers or (1.0,) * count
@@ -179,9 +186,13 @@ def distance(
         u.insert(0, delta[0] @ W[at])
         delta.insert(0, u[0] * s[at - 1])
 
-    value: Tensor = target.size(network)
+    value: Tensor = target.size(network) if size is None else size
     to_delta, to_a = list[Tensor](), list[Tensor]()  # derivatives by each, where it stands in a layer's own part
     for at in range(count):
+        if not factors[at]:
+            to_delta.append(torch.zeros_like(delta[at]))
+            to_a.append(torch.zeros_like(a[at]))
+            continue
         if target.weights is None:
             along = z[at]  # a Delta^T + Delta_b
             back = u[at - 1] if at else None  # delta Delta; the first one joins another product below
@@ -189,41 +200,48 @@ def distance(
             shift = target.biases[at]
             along = a[at] @ target.weights[at].T + (0 if shift is None else shift)
             back = delta[at] @ target.weights[at]
-        G_back, G_along, size = squared(delta[at], a[at], biased=b[at] is not None)
-        value = value + factors[at] * (size - 2 * (along * delta[at]).sum((-2, -1)))
-        to_delta.append(G_along.sub_(along).mul_(2 * factors[at]))
+        G_back, G_along = squared(delta[at], a[at], biased=b[at] is not None)
+        G_along.sub_(along)
+        value = value + factors[at] * (inner(G_along, delta[at]) - inner(along, delta[at]))  # ||G||^2 - 2 <Delta, G>
+        to_delta.append(G_along.mul_(2 * factors[at]))
         to_a.append((G_back if back is None else G_back.sub_(back)).mul_(2 * factors[at]))
 
     slope = list[Tensor]()  # through the ReLU's derivatives, against the direction in which delta was made
     for at in range(count - 1):
         if sharpness < torch.inf:
-            slope.append(to_delta[at] * u[at] * (sharpness * s[at] * (1 - s[at])))
-        to_delta[at + 1] = to_delta[at + 1] + (to_delta[at] * s[at]) @ W[at + 1].T
+            slope.append(torch.ops.aten.sigmoid_backward(u[at].mul_(to_delta[at]), s[at]).mul_(sharpness))
+        to_delta[at + 1] += to_delta[at].mul_(s[at]) @ W[at + 1].T
     g = to_a[-1]
     for at in range(count - 1, 0, -1):
-        h = g * s[at - 1] if sharpness == torch.inf else g * s[at - 1] + slope[at - 1]
-        own = h - 2 * factors[0] * delta[0] if at == 1 and target.weights is None else h
-        g = to_a[at - 1] + own @ W[at - 1]
+        h = g.mul_(s[at - 1]) if sharpness == torch.inf else slope[at - 1].addcmul_(g, s[at - 1])
+        own = h.sub_(delta[0], alpha=2 * factors[0]) if at == 1 and target.weights is None else h
+        g = to_a[at - 1].add_(own @ W[at - 1])
     if count == 1 and target.weights is None:
         g = g - 2 * factors[0] * delta[0] @ W[0]
     return value, g, to_delta[-1]
 
 
-def squared(delta: Tensor, a: Tensor, *, biased: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """delta G, a G^T and ||G||^2 of G = delta^T a, and of the bias's part of it, by whichever way is shorter.
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """<a, b> of matrices: (..., n, m), (..., n, m) -> (...)."""
+    products: Tensor = torch.linalg.vecdot(a.flatten(-2), b.flatten(-2))
+    return products
 
-    delta (..., n, out), a (..., n, in) -> (..., n, in), (..., n, out), (...).
+
+def squared(delta: Tensor, a: Tensor, *, biased: bool) -> tuple[Tensor, Tensor]:
+    """delta G and a G^T of G = delta^T a, and the bias's part of the latter, by whichever way is shorter.
+
+    delta (..., n, out), a (..., n, in) -> (..., n, in), (..., n, out). <a G^T, delta> = ||G||^2.
     """
     n, wide, high = a.shape[-2], a.shape[-1], delta.shape[-1]
     if 2 * n * (wide + high) < 3 * wide * high:
         A, D = a @ a.mT, delta @ delta.mT  # (..., n, n)
         along = (A.add_(1) if biased else A) @ delta
-        return D @ a, along, (along * delta).sum((-2, -1))
+        return D @ a, along
     G = delta.mT @ a  # (..., out, in)
     along = a @ G.mT
     if biased:
         along += delta.sum(-2, keepdim=True)
-    return delta @ G, along, (along * delta).sum((-2, -1))
+    return delta @ G, along
 
 
 def smoothed(z: Tensor, sharpness: float) -> Tensor:

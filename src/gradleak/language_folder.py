@@ -4,14 +4,15 @@ Weights are read from safetensors only; no code that a folder may bring along is
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from gradleak.errors import BadInput
 from gradleak.files import load_tensors
 from gradleak.json_types import read_json
-from gradleak.text import LanguageModel, Task
+from gradleak.peft_folder import read_factors
+from gradleak.text import LanguageModel, Task, TextAdapter
 from gradleak.transformers_folder import BROKEN, one_line, quiet_transformers
 
 
@@ -59,6 +60,21 @@ def read_language_model(folder: Path, task: Task, *, classes: int = 2, seed: int
         raise BadInput(f"The weights of {folder} lack {missing[0]}: they belong to another architecture.")
     module.load_state_dict(found, strict=False)
     return model_of(str(folder), module, config, task, tokenizer)
+
+
+def read_text_adapter(folder: Path, model: LanguageModel, *, batch_size: int | None = None) -> TextAdapter:
+    """The LoRA adapter in a PEFT folder on its base model, taken to have begun at B = 0; BadInput as `read_adapter`.
+
+    Only directions are used of it: B's rows span {A x_t}, whatever the learning rate was.
+    """
+    factors, scaling, _, precision = read_factors(folder, cast(Any, model), None)
+    B = {name: tensor for name, tensor in factors.items() if name.endswith("lora_B")}
+    if not any(bool(tensor.any()) for tensor in B.values()):
+        raise BadInput(f"The adapter in {folder} has learnt nothing: every B is still zero.")
+    start = {name: torch.zeros_like(tensor) if name in B else tensor for name, tensor in factors.items()}
+    return TextAdapter(
+        model=model, released=B, start=start, scaling=scaling, batch_size=batch_size, precision=precision
+    )
 
 
 def build(config: Any, task: Task, *, classes: int, tokenizer: Any, seed: int) -> tuple[Any, Any]:

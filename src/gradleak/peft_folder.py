@@ -81,9 +81,9 @@ def read_adapter(
     more steps, `simulate` would hold them fixed, so they are refused. Dropout is not simulated, and told. Raises BadInput for
     what is no LoRA folder, is damaged, contradicts its config, does not fit the model or has learnt nothing.
     """
-    factors, scaling, config, precision = _read(folder, model, recipe)
+    factors, scaling, config, precision = read_factors(folder, model, recipe)
     if initial is not None:
-        before, unscaled, _, _ = _read(initial, model, None)
+        before, unscaled, _, _ = read_factors(initial, model, None)
         if {k: v.shape for k, v in before.items()} != {k: v.shape for k, v in factors.items()} or unscaled != scaling:
             raise BadInput(f"The initial adapter {initial} has other modules, ranks or scalings than {folder}.")
         changed = {name: factors[name] - before[name] for name in factors}
@@ -116,7 +116,7 @@ def is_adapter(path: Path) -> bool:
     return (path / CONFIG).is_file()
 
 
-def _read(folder: Path, model: Model, recipe: Recipe | None) -> tuple[Tensors, dict[str, float], Config, str]:
+def read_factors(folder: Path, model: Model, recipe: Recipe | None) -> tuple[Tensors, dict[str, float], Config, str]:
     """{module.lora_A and module.lora_B}, {module: s}, the config and the number format of an adapter."""
     config = _config(folder)
     if not (folder / WEIGHTS).is_file() and (folder / PICKLE).is_file():

@@ -9,9 +9,10 @@ import torch
 
 from gradleak import arguments, text_files
 from gradleak.errors import BadInput
-from gradleak.language_folder import read_language_model
+from gradleak.language_folder import is_language_model, read_language_model, read_text_adapter
 from gradleak.progress import progress
 from gradleak.report.record import Record
+from gradleak.text import TextGradient
 from gradleak.text_audit import audit_text
 from gradleak.texts import load_texts
 from gradleak.victims.text import capture_text_gradient
@@ -39,11 +40,23 @@ def capture_text(args: arguments.Capture, out: Path) -> None:
     )
 
 
+def observed_text(args: arguments.Observed) -> TextGradient | None:
+    """The observation of text that a command was given: a file, or a PEFT folder with a language model for --base; or None."""
+    base = None if args.base is None else Path(args.base)
+    if args.observation.is_dir() and base is not None and is_language_model(base):
+        return read_text_adapter(args.observation, read_language_model(base, args.task), batch_size=args.batch_size)
+    return text_files.load_text_observation(args.observation) if text_files.is_text(args.observation) else None
+
+
 def attack_text(
-    args: arguments.Observed, attacks: dict[str, Any], written: Record, out: Path, secret: Path | None
+    observation: TextGradient,
+    args: arguments.Observed,
+    attacks: dict[str, Any],
+    written: Record,
+    out: Path,
+    secret: Path | None,
 ) -> Record:
     """Fill a record with every attack on an observation of text; texts.json holds what came out."""
-    observation = text_files.load_text_observation(args.observation)
     known = None if secret is None else text_files.load_text_secret(secret)
     public = load_texts(args.data, args.public_split, limit=PUBLIC) if known is not None else None
     rows = list(written["results"])

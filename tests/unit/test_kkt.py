@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from gradleak.attacks.dlg import DLG
 from gradleak.attacks.kkt import KKT, rank_of, span_of
+from gradleak.attacks.kkt_search import KKTSearch
+from gradleak.attacks.ntk import NTK
 from gradleak.audit import audit
-from gradleak.data import public_pool
+from gradleak.data import load, public_pool
 from gradleak.distances import relative_residual
 from gradleak.errors import BadInput, NotObserved
 from gradleak.files import load_observation, save_observation
@@ -185,6 +187,37 @@ def test_two_images_come_back_without_a_private_statistic() -> None:
         scores = ssim(found.images, truth[None].expand_as(found.images))
         assert float(scores.max()) >= 0.9
         assert int(found.labels[int(scores.argmax())]) == int(label)
+
+
+def test_the_search_over_settings_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
+    observation, secret = trained()
+    hidden, search = replace(observation, initial=None), KKTSearch(trials=2, steps=30, folder=tmp_path)
+    found = search(hidden, generator=torch.Generator().manual_seed(0))
+    kept = sorted(tmp_path.iterdir())
+    assert len(kept) == 2
+    kept[0].unlink()  # as if it had not been finished
+    again = search(hidden, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(found.images, again.images)
+    assert found.status == again.status
+    assert "2 trials" in found.status
+    scores = [float(ssim(found.images, t[None].expand_as(found.images)).max()) for t in secret.images]
+    assert min(scores) >= 0.8  # a few steps; the whole search is in the recipe
+    other = replace(hidden, released={name: 2 * tensor for name, tensor in hidden.released.items()})
+    changed = replace(other, model=replace(other.model, parameters=other.released))
+    with pytest.raises(BadInput, match="other weights"):
+        search(changed, generator=torch.Generator().manual_seed(0))
+
+
+def test_one_step_on_two_images_gives_both() -> None:
+    architecture = Architecture("mlp", (1, 8, 8), 10)
+    pictures = load("digits", "test", indices=[0, 1])
+    gradient, _ = capture_gradient(architecture.build(0), architecture, pictures)
+    found = NTK(steps=20)(gradient, generator=torch.Generator().manual_seed(0))
+    scores = [ssim(found.images, truth[None].expand_as(found.images)) for truth in pictures.images]
+    assert min(float(score.max()) for score in scores) >= 0.99
+    assert sorted(found.labels.tolist()) == sorted(pictures.labels.tolist())
+    with pytest.raises(NotObserved, match="change of all weights"):
+        NTK()(trained()[0], generator=torch.Generator())
 
 
 def test_training_images_lie_in_the_span() -> None:

@@ -45,6 +45,35 @@ def test_capture_attack_and_audit(folder: Path, tmp_path: Path, capsys: pytest.C
     assert "2 of 2 sentences proven" in capsys.readouterr().out
 
 
+def test_a_folder_as_peft_saves_it_gives_its_text_away(tmp_path: Path) -> None:
+    """Ten SGD steps by PEFT and torch.optim on one text of 14 tokens, rank 32."""
+    import warnings
+
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    tokenizer = train_tokenizer(load_texts("embedded", "train").texts, "bert", size=420)
+    made = small_model("bert", tokenizer, "classification", width=96, layers=3, spread=0.1)
+    base: Any = made.module
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    ids, mask = made.padded(made.encode(load_texts("embedded", indices=[0]).texts))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        adapted = get_peft_model(base, LoraConfig(r=32, lora_alpha=32, target_modules=["query", "value"])).eval()
+    optimiser = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=1e-3)
+    for _ in range(10):
+        optimiser.zero_grad()
+        logits = adapted(input_ids=ids, attention_mask=mask).logits
+        torch.nn.functional.cross_entropy(logits, torch.tensor([1])).backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    argv = ["attack", str(tmp_path / "adapter"), "--base", str(tmp_path / "base"), "--attack", "dager"]
+    assert cli.main([*argv, "--out", str(tmp_path / "found")]) == 0
+    found = json.loads((tmp_path / "found" / "dager-texts.json").read_text(encoding="utf-8"))
+    assert [text.strip() for text in found["texts"]] == list(load_texts("embedded", indices=[0]).texts)
+
+
 def test_bad_input_is_one_sentence(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     captured = tmp_path / "captured"
     base = ["capture", "gradient", "--model", str(folder), "--task", "causal-lm"]

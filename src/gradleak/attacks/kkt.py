@@ -183,7 +183,8 @@ def search(
     momenta = [torch.zeros_like(tensor) for tensor in (x, x[..., :1], share, share)]
     trace, value = list[tuple[int, float]](), size.expand(len(x))
     for step in range(1, settings.steps + 1):
-        value, to_x, to_C = distance(network, x, signals(unit * share), target, sharpness=settings.sharpness)
+        C = signals(unit * share)
+        value, to_x, to_C = distance(network, x, C, target, sharpness=settings.sharpness, size=size)
         rate = 0.5 + 0.5 * math.cos(math.pi * step / settings.steps)
         over = x - x.clamp(low, high)
         to_x = to_x if space is None else space.along(to_x)

@@ -5,7 +5,7 @@ Recovers  images (batch, channel, height, width) in [0, 1], in one forward pass
 Solves    min over f of E ||x - f(g(x))||^2, f a perceptron with two hidden layers of 3,000 (section 4); in a batch the
           best assignment of the pictures counts
 Differs   The gradient is standardised entry by entry; the learning rate goes through one cycle, so that fewer epochs do.
-          Gradients of more than HASHED numbers are hashed, as the paper does for large models.
+          Its length is a constant (LENGTH). Gradients of more than HASHED numbers are hashed, as the paper does.
 """
 
 import math
@@ -24,6 +24,7 @@ from gradleak.reconstruction import Reconstruction
 from gradleak.tensors import Tensors, flatten
 
 HASHED = 2**16
+LENGTH = 8  # of the input: Adam's steps grow with it
 
 
 class Perceptron(nn.Module):
@@ -58,7 +59,8 @@ class Perceptron(nn.Module):
         return flat
 
     def forward(self, gradients: Tensors) -> Tensor:
-        found: Tensor = self.net(((self.raw(gradients) - self.mean) / self.std).clamp(-10, 10))
+        standard = ((self.raw(gradients) - self.mean) / self.std).clamp(-10, 10)
+        found: Tensor = self.net(standard * (LENGTH / len(self.mean) ** 0.5))
         return found.view(-1, *self.shape)
 
     def prepare(self, shards: Shards) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradleak.text import View
 
-CLEAR = 4.0  # neighbouring singular values of noise do not differ by this factor, but for the very last
+CLEAR = 2.0  # singular values of rounding that are neighbours do not differ by this factor
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def run(data: str, size: str, *, seed: int, device: str, start: Callable[[str], 
         if s < seed + lti_seeds:
             on_step = start(f"lti, seed {s}")
             lti, seconds = fit(
-                field, "lti", {}, pairs=pairs, epochs=lti_epochs, seed=s, on_step=on_step, learning_rate=5e-4
+                field, "lti", {}, pairs=pairs, epochs=lti_epochs, seed=s, on_step=on_step, learning_rate=1e-3
             )
             told = {"seconds": round(seconds, 1), "pairs": pairs}
             rows.append({"method": "lti", "seed": s, **scores(found_for(lti, field, field.private), true), **told})
