@@ -64,7 +64,7 @@ def test_every_attack_file_is_walked() -> None:
 
 
 def test_only_victims_files_checks_and_what_runs_them_open_the_secret() -> None:
-    allowed = {"victims", "files", "text_files", "checks", "audit", "text_audit", "commands", "recipes"}
+    allowed = {"victims", "files", "text_files", "checks", "audit", "text_audit", "capture_commands", "recipes"}
     users = {name.split(".")[1] for name in FILES if name != "gradleak" and "gradleak.secret" in imports(name)}
     assert users <= allowed
 

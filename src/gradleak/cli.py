@@ -9,20 +9,20 @@ from typing import Any
 import torch
 import tyro
 
-from gradleak import arguments, commands
+from gradleak import arguments, capture_commands, commands
 from gradleak.attacks import ATTACKS, TEXT_ATTACKS, WEIGHTS_ATTACKS
 from gradleak.errors import BadInput
 
 COMMANDS: dict[str, tuple[type, Any]] = {
     "demo": (arguments.Demo, commands.demo),
-    "capture gradient": (arguments.Capture, commands.capture),
-    "capture update": (arguments.CaptureUpdate, commands.capture),
-    "capture adapter": (arguments.CaptureAdapter, commands.capture_adapter),
-    "capture weights": (arguments.CaptureWeights, commands.capture_weights),
-    "capture pairs": (arguments.CapturePairs, commands.capture_pairs),
-    "train git": (arguments.Train, commands.train),
-    "train exact-git": (arguments.Train, commands.train),
-    "train lti": (arguments.Train, commands.train),
+    "capture gradient": (arguments.Capture, capture_commands.capture),
+    "capture update": (arguments.CaptureUpdate, capture_commands.capture),
+    "capture adapter": (arguments.CaptureAdapter, capture_commands.capture_adapter),
+    "capture weights": (arguments.CaptureWeights, capture_commands.capture_weights),
+    "capture pairs": (arguments.CapturePairs, capture_commands.capture_pairs),
+    "train git": (arguments.Train, capture_commands.train),
+    "train exact-git": (arguments.Train, capture_commands.train),
+    "train lti": (arguments.Train, capture_commands.train),
     "attack": (arguments.Attack, commands.attack),
     "audit": (arguments.Audit, commands.audit),
     "reproduce": (arguments.Reproduce, commands.reproduce),

@@ -2,237 +2,38 @@
 
 import base64
 import csv
-import hashlib
 import inspect
 import io
 import itertools
 import re
 import sys
 import textwrap
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
-from torch import nn
 
-from gradleak import arguments, files, learned, pairs, text_commands
+from gradleak import arguments, files, text_commands
 from gradleak import audit as auditing
-from gradleak.attacks import ATTACKS, TEXT_ATTACKS, WEIGHTS_ATTACKS, exact_git
-from gradleak.attacks.git import Transcript
-from gradleak.attacks.lti import Perceptron
+from gradleak.attacks import ATTACKS, TEXT_ATTACKS, WEIGHTS_ATTACKS
 from gradleak.attacks.start import Given
-from gradleak.base_folder import read_base
-from gradleak.data import Pictures, load, public_pool
-from gradleak.defenses import LEAKS, Defense, GaussianNoise
+from gradleak.capture_commands import capture, capture_adapter
+from gradleak.command_inputs import check_device, file_hash, fresh_folder, observed, observed_files
+from gradleak.data import Pictures, public_pool
 from gradleak.errors import BadInput
-from gradleak.language_folder import is_language_model
-from gradleak.lora import Recipe
-from gradleak.models import BINARY, MODELS, Architecture
-from gradleak.observations import Adapter, Gradient, Model
-from gradleak.peft_folder import is_adapter, read_adapter
+from gradleak.models import MODELS
+from gradleak.observations import Gradient
 from gradleak.progress import progress
 from gradleak.report import html, record
 from gradleak.report.sheet import save_sheet
-from gradleak.secret import Secret
 from gradleak.text import TextGradient
 from gradleak.trained_weights import Weights
-from gradleak.victims.federated import share_update
-from gradleak.victims.gradient import capture_gradient
-from gradleak.victims.lora import fine_tune
-from gradleak.victims.trained import FullBatch, first_of_each, publish_weights
-from gradleak.victims.training import prepare_model
 
-PUBLIC_TRAINING = 2_000  # pictures a victim is trained on with --epochs
-PUBLIC_ADAPTED = 5_000  # the same, before an adapter is trained on it
 PUBLIC_POOL = 2_000  # pictures that priors, controls and decoys are made of
 RERUNNABLE = ("demo", "attack", "audit", "reproduce")  # the commands that leave a record
-GENERATORS = {
-    "git": Transcript,
-    "exact-git": exact_git.Recovered,
-    "lti": Perceptron,
-}  # what `train` builds
 DEMO_ATTACKS = ("map-inversion",)  # on the adapter
 DEMO_ROWS = (0,)  # of the embedded pictures: an astronaut's face
-
-
-def victim(args: arguments.Victim, public: int) -> tuple[nn.Module, Architecture, Pictures]:
-    """The model, trained on so many `public` pictures if it has to be, and the private pictures."""
-    private = load(args.data, args.split, indices=args.indices, resize=args.resize)
-    shape = (private.images.shape[1], private.images.shape[2], private.images.shape[3])
-    classes = 2 if args.model in BINARY else max(len(private.classes), 2)
-    architecture = Architecture(args.model, shape, classes)
-    with progress() as start:
-        on_step = start("training the victim") if args.epochs else None
-        train_on = public_pool(args.data, "train", shape=shape, limit=public) if args.epochs else None
-        if train_on and args.model in BINARY:
-            train_on = replace(train_on, labels=train_on.labels % 2)
-        module = prepare_model(
-            architecture, seed=args.seed, weights=args.weights, train_on=train_on, epochs=args.epochs, on_step=on_step
-        )
-    return module, architecture, replace(private, labels=private.labels % 2) if args.model in BINARY else private
-
-
-def capture(args: arguments.Capture, argv: list[str]) -> None:
-    """Write observation.safetensors and secret.safetensors."""
-    out = fresh_folder(args.out)
-    if Path(args.model).is_dir() and is_language_model(Path(args.model)):
-        if isinstance(args, arguments.CaptureUpdate):
-            raise BadInput("Of language models only gradients can be captured here, not yet updates.")
-        return text_commands.capture_text(args, out)
-    module, architecture, private = victim(args, PUBLIC_TRAINING)
-    observation, secret = capture_gradient(
-        module,
-        architecture,
-        private,
-        mode=args.mode,
-        precision=getattr(torch, args.precision),
-        reveal_labels=args.reveal_labels,
-        reveal_buffers=not args.hide_buffers,
-        reveal_batch_size=not args.hide_batch_size,
-    )
-    if isinstance(args, arguments.CaptureUpdate):
-        own = Model.of(module, architecture, mode=args.mode)
-        recipe = {name: getattr(args, name) for name in files.RECIPE}
-        observation = share_update(observation, secret, own, **recipe)
-    keep(observation, secret, args, out)
-
-
-def capture_adapter(args: arguments.CaptureAdapter, argv: list[str]) -> None:
-    """Write adapter/ and base/ as PEFT and transformers do, observation.safetensors and secret.safetensors."""
-    out = fresh_folder(args.out)
-    recipe = Recipe(optimizer=args.optimizer, learning_rate=args.lr, steps=args.steps, batch_size=args.local_batch_size)
-    if Path(args.model).is_dir():
-        module, architecture = read_base(args.model)
-        resize = args.resize or architecture.input_shape[1:]
-        private = load(args.data, args.split, indices=args.indices, resize=resize)
-    else:
-        module, architecture, private = victim(args, PUBLIC_ADAPTED)
-    targets = args.target_modules
-    observation, secret = fine_tune(
-        module,
-        architecture,
-        private,
-        rank=args.rank,
-        alpha=args.alpha,
-        target_modules=tuple(targets.split(",")) if "," in targets else targets,
-        recipe=recipe,
-        seed=args.seed,
-        init=True if args.init == "default" else args.init,
-        rslora=args.rslora,
-        precision=getattr(torch, args.precision),
-        reveal_labels=args.reveal_labels,
-        reveal_batch_size=not args.hide_batch_size,
-        out=out,
-    )
-    print(f"{out / 'adapter'}: the adapter, as PEFT saves it\n{out / 'base'}: the model that it belongs to")
-    if (out / "initial").is_dir():
-        print(f"{out / 'initial'}: the adapter before training, without which its change is not known")
-    keep(observation, secret, args, out)
-
-
-def capture_weights(args: arguments.CaptureWeights, argv: list[str]) -> None:
-    """Write observation.safetensors and secret.safetensors; training.safetensors until training is done."""
-    unfinished = args.out / "training.safetensors"
-    out = args.out if unfinished.is_file() else fresh_folder(args.out)
-    private = first_of_each(args.data, args.split, args.per_class, resize=args.resize)
-    shape = (private.images.shape[1], private.images.shape[2], private.images.shape[3])
-    architecture = Architecture(args.model, shape, 2)
-    recipe = FullBatch(
-        learning_rate=args.lr,
-        epochs=args.epochs,
-        loss=args.loss,
-        weight_decay=args.weight_decay,
-        loss_based=args.loss_based,
-    )
-    with progress() as start:
-        observation, secret = publish_weights(
-            architecture.build(args.seed).to(getattr(torch, args.precision)),
-            architecture,
-            private,
-            recipe,
-            reveal_initial=args.reveal_initial,
-            reveal_labels=args.reveal_labels,
-            reveal_batch_size=not args.hide_batch_size,
-            resume=unfinished,
-            on_step=start("training"),
-        )
-    save(observation, secret, out)
-    unfinished.unlink(missing_ok=True)
-
-
-def capture_pairs(args: arguments.CapturePairs, argv: list[str]) -> None:
-    """Write shards of pairs to a folder."""
-    observation, public, defense = pairs_asked_for(args)
-    with progress() as start:
-        pairs.write(
-            args.out,
-            observation.model,
-            public,
-            count=args.count,
-            batch=args.pair_batch,
-            defense=defense,
-            seed=args.seed,
-            on_step=start("pairs"),
-        )
-    print(f"{args.out}: {args.count:,} pairs")
-
-
-def train(args: arguments.Train, argv: list[str]) -> None:
-    """Write generator.safetensors, trained on pairs of the observed model."""
-    out, kind = fresh_folder(args.out), argv[1]
-    observation, public, defense = pairs_asked_for(args)
-    model, folder = observation.model, args.pairs
-
-    def shards() -> Iterator[pairs.Pairs]:
-        if folder is not None:
-            return pairs.read(folder, model)
-        return pairs.stream(model, public, count=args.count, batch=args.pair_batch, defense=defense, seed=args.seed)
-
-    batch = next(iter(shards())).labels.shape[1]
-    with progress() as start:
-        trained = learned.train(
-            kind,
-            GENERATORS[kind],
-            {"batch": batch},
-            model,
-            shards,
-            epochs=args.training_epochs if kind in ("git", "lti") else 0,  # exact forms are solved, not trained
-            generator=torch.Generator().manual_seed(args.seed),
-            on_step=start(f"training {kind}"),
-        )
-    trained.save(out / "generator.safetensors")
-    told = f": training error {trained.trace[-1][1]:.4f} (mean squared, per pixel)" if trained.trace else ""
-    print(f"{out / 'generator.safetensors'}{told}")
-
-
-def pairs_asked_for(args: arguments.CapturePairs) -> tuple[Gradient, Pictures, Defense | None]:
-    """The observation whose model the pairs are of, the public pictures, and what is shared of a gradient."""
-    observation = observed(args)
-    if isinstance(observation, Adapter):
-        raise BadInput("Pairs are of gradients, and this is an adapter: bridge decoders are what is trained for those.")
-    if args.noise and args.leak != "none":
-        raise BadInput("Give --noise or --leak, not both.")
-    shape = observation.model.architecture.input_shape
-    public = public_pool(args.data, args.public_split, shape=shape, limit=args.count * args.pair_batch, seed=args.seed)
-    public = replace(public, labels=public.labels % observation.model.architecture.classes)
-    return observation, public, GaussianNoise(args.noise) if args.noise else LEAKS[args.leak]
-
-
-def keep(observation: Gradient, secret: Secret, args: arguments.Victim, out: Path) -> None:
-    """Write what the attacker sees and what only audit opens."""
-    save(observation, replace(secret, source=f"{secret.source} {' '.join(map(str, args.indices))}"), out)
-
-
-def save(observation: Gradient, secret: Secret, out: Path) -> None:
-    """The two files, and what they are."""
-    files.save_observation(observation, out / "observation.safetensors")
-    files.save_secret(secret, out / "secret.safetensors")
-    print(
-        f"{out / 'observation.safetensors'}: what the attacker sees\n{out / 'secret.safetensors'}: what only audit opens"
-    )
 
 
 def attack(args: arguments.Attack, attacks: dict[str, Any], argv: list[str]) -> None:
@@ -420,71 +221,6 @@ def list_all(args: arguments.List) -> None:
     print(f"Recipes\n  {', '.join(RECIPES)}\nModels\n  {', '.join(MODELS)}, or package.module:factory of your own")
 
 
-def observed(args: arguments.Observed) -> Gradient:
-    """The observation of a file, with provenance checked, of an adapter's folder, or of a plain gradient file."""
-    if args.observation.is_dir():
-        return observed_adapter(args)
-    if files.has_provenance(args.observation):
-        observation = files.load_observation(args.observation, factory=args.model)
-        files.check_provenance(observation, weights=args.weights, mode=args.mode)
-        return observation
-    if args.model is None or args.weights is None:
-        raise BadInput(
-            f"{args.observation} carries no provenance: say with --model and --weights what it was taken from."
-        )
-    architecture = Architecture(args.model, args.input_shape, args.classes)
-    module = prepare_model(architecture, weights=args.weights)
-    model = Model.of(module, architecture, mode=args.mode or "eval")
-    released = files.load_tensors(args.observation)
-    precision = min(
-        (tensor.dtype for tensor in released.values()), key=lambda dtype: dtype.itemsize, default=torch.float32
-    )
-    if not precision.is_floating_point:
-        raise BadInput(f"{args.observation} holds {precision} numbers, which are no gradient.")
-    return Gradient(
-        model=model,
-        released={name: tensor.float() for name, tensor in released.items()},
-        batch_size=args.batch_size,
-        precision=str(precision).removeprefix("torch."),
-    )
-
-
-def observed_adapter(args: arguments.Observed) -> Gradient:
-    """The adapter in a PEFT folder, on its base model."""
-    if not is_adapter(args.observation):
-        raise BadInput(f"{args.observation} is no folder of a LoRA adapter: it has no adapter_config.json.")
-    if args.base is None:
-        raise BadInput(f"{args.observation} holds an adapter: say with --base which model it belongs to.")
-    model = Model.of(*read_base(args.base, factory=args.model))
-    recipe = None
-    if args.lr is not None:
-        recipe = Recipe(optimizer=args.optimizer, learning_rate=args.lr, steps=args.steps)
-    return read_adapter(args.observation, model, recipe=recipe, batch_size=args.batch_size, initial=args.initial)
-
-
-def observed_files(args: arguments.Observed) -> list[Path]:
-    """The files that the observation was read from; of an adapter, those of its folder."""
-    if not args.observation.is_dir():
-        return [args.observation]
-    return sorted(path for path in args.observation.iterdir() if path.suffix in (".json", ".safetensors"))
-
-
-def fresh_folder(path: Path) -> Path:
-    """BadInput if the folder holds anything: results are never overwritten."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise BadInput(f"{path} holds other results already: choose another --out.")
-    return path
-
-
-def check_device(name: str) -> None:
-    """BadInput if torch cannot compute there, before anything runs."""
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise BadInput(f"Device {name!r} is not to be had here: {reason}.") from error
-
-
 def new_record(argv: list[str], seed: int, observation: Gradient, inputs: list[Path]) -> record.Record:
     """A record that knows its command, its input files by hash, and the threat model."""
     hashes = {str(path): file_hash(path) for path in inputs}
@@ -514,10 +250,3 @@ def save_table(rows: list[dict[str, Any]], path: Path) -> None:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file; BadInput when it is not there."""
-    if not path.is_file():
-        raise BadInput(f"There is no file {path}.")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
