@@ -178,7 +178,8 @@ def search(
     size = target.size(network)
     share = torch.ones(*y.shape, 1 if network.single else len(network.weights[-1])).to(x)
     K, t = grams(network, x, signals(share), target)
-    unit = (t.abs().sum(-1) / K.abs().sum((-1, -2)))[:, None, None]  # (R, 1, 1)
+    least = t.abs().sum(-1) / K.abs().sum((-1, -2))  # where the starts' labels are wrong, no common lambda is positive
+    unit = (t.sum(-1) / K.sum((-1, -2))).maximum(least)[:, None, None]  # (R, 1, 1)
     share = share * torch.rand(share.shape, generator=generator, dtype=torch.float64).to(x) * 2
     momenta = [torch.zeros_like(tensor) for tensor in (x, x[..., :1], share, share)]
     trace, value = list[tuple[int, float]](), size.expand(len(x))
