@@ -10,7 +10,7 @@ import torch
 import tyro
 
 from gradleak import arguments, capture_commands, commands
-from gradleak.attacks import ATTACKS, TEXT_ATTACKS, WEIGHTS_ATTACKS
+from gradleak.attacks import ALL_ATTACKS, ATTACKS
 from gradleak.errors import BadInput
 
 COMMANDS: dict[str, tuple[type, Any]] = {
@@ -30,8 +30,6 @@ COMMANDS: dict[str, tuple[type, Any]] = {
     "rerun": (arguments.Rerun, commands.rerun),
     "list": (arguments.List, commands.list_all),
 }
-
-KNOWN: dict[str, Any] = {**ATTACKS, **WEIGHTS_ATTACKS, **TEXT_ATTACKS}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,8 +85,8 @@ def selected_attacks(command: str, flags: list[str]) -> list[str]:
         if command == "attack":
             break
     for name in names:
-        if name not in KNOWN:
-            raise BadInput(f"Unknown attack {name!r}{near(name, KNOWN)} (`gradleak list` shows all).")
+        if name not in ALL_ATTACKS:
+            raise BadInput(f"Unknown attack {name!r}{near(name, ALL_ATTACKS)} (`gradleak list` shows all).")
     return names
 
 
@@ -110,14 +108,14 @@ def with_attack_flags(kind: type, attacks: list[str], *, optional: bool) -> type
 
 def hyperparameters(attack: str) -> list[Any]:
     """The fields of an attack that are flags: not its prior, which is made of public pictures, nor its start, a file."""
-    return [field for field in dataclasses.fields(KNOWN[attack]) if field.name not in ("prior", "start")]
+    return [field for field in dataclasses.fields(ALL_ATTACKS[attack]) if field.name not in ("prior", "start")]
 
 
 def configured(attack: str, parsed: Any) -> Any:
     """The attack with the flags that were given for it."""
     names = [field.name for field in hyperparameters(attack)]
     given = {name: getattr(parsed, name) for name in names if getattr(parsed, name) is not None}
-    return KNOWN[attack](**given)
+    return ALL_ATTACKS[attack](**given)
 
 
 def near(name: str, known: Any) -> str:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from gradleak import arguments, files, text_commands
 from gradleak import audit as auditing
-from gradleak.attacks import ATTACKS, TEXT_ATTACKS, WEIGHTS_ATTACKS
+from gradleak.attacks import ALL_ATTACKS, ATTACKS, TEXT_ATTACKS, WEIGHTS_ATTACKS
 from gradleak.attacks.start import Given
 from gradleak.capture_commands import capture, capture_adapter
 from gradleak.command_inputs import check_device, file_hash, fresh_folder, observed, observed_files
@@ -212,8 +212,7 @@ def list_all(args: arguments.List) -> None:
     from gradleak.recipes import RECIPES
 
     print("Attacks")
-    everything: dict[str, type] = {**ATTACKS, **WEIGHTS_ATTACKS, **TEXT_ATTACKS}
-    for name, kind in everything.items():
+    for name, kind in ALL_ATTACKS.items():
         print(f"  {name}")
         header = inspect.getdoc(sys.modules[kind.__module__]) or ""
         for section in re.findall(r"^(?:Sees|Recovers) .*(?:\n +.*)*", header, re.MULTILINE):

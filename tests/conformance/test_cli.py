@@ -298,15 +298,15 @@ def test_a_victim_trained_on_public_pictures_is_cached(
 
 
 def test_list_names_everything(ok: Run) -> None:
-    from gradleak.cli import KNOWN
+    from gradleak.attacks import ALL_ATTACKS
     from gradleak.models import MODELS
     from gradleak.recipes import RECIPES
 
     said = ok("list")
-    assert set(ATTACKS) < set(KNOWN)
-    for name in (*KNOWN, *MODELS, *RECIPES):
+    assert set(ATTACKS) < set(ALL_ATTACKS)
+    for name in (*ALL_ATTACKS, *MODELS, *RECIPES):
         assert name in said
-    assert said.count("Sees ") == said.count("Recovers ") == len(KNOWN)
+    assert said.count("Sees ") == said.count("Recovers ") == len(ALL_ATTACKS)
 
 
 def test_help_and_no_arguments_show_the_commands(ok: Run) -> None:

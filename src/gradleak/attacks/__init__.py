@@ -1,4 +1,6 @@
-"""One paper, one file. ATTACKS, and TEXT_ATTACKS for observations of text, are the only places where an attack has a name."""
+"""One paper, one file. ATTACKS, WEIGHTS_ATTACKS and TEXT_ATTACKS are the only places where an attack has a name."""
+
+from collections import ChainMap
 
 from gradleak.attacks.activation_patterns import ActivationPatterns
 from gradleak.attacks.analytic import Analytic
@@ -16,7 +18,7 @@ from gradleak.attacks.ntk import NTK
 from gradleak.attacks.recursive import Recursive
 from gradleak.attacks.token_span import TokenSpan
 
-ATTACKS = {
+ATTACKS: dict[str, type] = {
     "analytic": Analytic,
     "recursive": Recursive,
     "token-span": TokenSpan,
@@ -31,6 +33,8 @@ ATTACKS = {
     "inverting-gradients": InvertingGradients,
 }
 
-WEIGHTS_ATTACKS = {"kkt": KKT, "kkt-search": KKTSearch}  # for trained weights, in place of a gradient
+WEIGHTS_ATTACKS: dict[str, type] = {"kkt": KKT, "kkt-search": KKTSearch}  # for trained weights, in place of a gradient
 
-TEXT_ATTACKS = {"dager": Dager}
+TEXT_ATTACKS: dict[str, type] = {"dager": Dager}
+
+ALL_ATTACKS = ChainMap(TEXT_ATTACKS, WEIGHTS_ATTACKS, ATTACKS)  # in the order of ATTACKS, WEIGHTS_ATTACKS, TEXT_ATTACKS
