@@ -8,6 +8,7 @@ from tyro.conf import Positional
 
 from gradleak.attacks import ATTACKS
 from gradleak.lora import Optimizer
+from gradleak.text import Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +30,8 @@ class Victim(Common):
     """What every capture takes."""
 
     model: str = "lenet"
-    """A model of `gradleak list`, package.module:factory of your own, or (for `capture gradient`) the folder of a
-    transformers language model with its tokenizer; --data are texts then."""
+    """A model of `gradleak list`, package.module:factory of your own, or the folder of a transformers language model with its
+    tokenizer; --data are texts then, and "pictures" below means texts."""
     weights: Path | None = None
     """Start from these parameters (safetensors) in place of a random initialisation."""
     epochs: int = 0
@@ -45,6 +46,8 @@ class Victim(Common):
     """Height and width to bring the pictures to."""
     precision: Literal["float32", "float16", "bfloat16"] = "float32"
     """Number format of what is shared."""
+    task: Task = "classification"
+    """Where --model is the folder of a transformers language model: what it is trained for."""
     reveal_labels: bool = False
     """Tell the attacker the labels."""
     hide_batch_size: bool = False
@@ -55,8 +58,6 @@ class Victim(Common):
 class Capture(Victim):
     """Play the victim: train a model on private pictures for one step (or one federated round), keep what is shared."""
 
-    task: Literal["classification", "causal-lm"] = "classification"
-    """Where --model is the folder of a transformers language model: what it is trained for."""
     mode: Literal["eval", "train"] = "eval"
     """BatchNorm by running statistics (eval) or by those of the batch (train)."""
     hide_buffers: bool = False
@@ -80,7 +81,8 @@ class CaptureAdapter(Victim):
     """Fine-tune a LoRA adapter on private pictures with the PEFT library, keep the folder that it saves."""
 
     model: str = "vit"
-    """A model of `gradleak list`, package.module:factory of your own, or the folder of a trained transformers model."""
+    """A model of `gradleak list`, package.module:factory of your own, or the folder of a trained transformers model: of
+    pictures, or with its tokenizer of texts."""
     epochs: int = 5
     """Before that, train the base model for so many epochs on 5,000 pictures of the training split; cached."""
     rank: int = 8
@@ -159,7 +161,7 @@ class Observed(Common):
     """package.module:factory, when the architecture is none of ours; for plain files also a name of `gradleak list`."""
     weights: Path | None = None
     """The parameters it was taken at: checked against the provenance; needed for plain files."""
-    task: Literal["classification", "causal-lm"] = "classification"
+    task: Task = "classification"
     """For the folder of an adapter of a language model: what it was trained for."""
     mode: Literal["eval", "train"] | None = None
     """The mode it was taken in: checked against the provenance; eval if nothing says so."""

@@ -58,8 +58,6 @@ def capture(args: arguments.Capture, argv: list[str]) -> None:
     """Write observation.safetensors and secret.safetensors."""
     out = fresh_folder(args.out)
     if Path(args.model).is_dir() and is_language_model(Path(args.model)):
-        if isinstance(args, arguments.CaptureUpdate):
-            raise BadInput("Of language models only gradients can be captured here, not yet updates.")
         return text_commands.capture_text(args, out)
     module, architecture, private = victim(args, PUBLIC_TRAINING)
     observation, secret = capture_gradient(
@@ -82,6 +80,8 @@ def capture(args: arguments.Capture, argv: list[str]) -> None:
 def capture_adapter(args: arguments.CaptureAdapter, argv: list[str]) -> None:
     """Write adapter/ and base/ as PEFT and transformers do, observation.safetensors and secret.safetensors."""
     out = fresh_folder(args.out)
+    if Path(args.model).is_dir() and is_language_model(Path(args.model)):
+        return text_commands.capture_text(args, out)
     recipe = Recipe(optimizer=args.optimizer, learning_rate=args.lr, steps=args.steps, batch_size=args.local_batch_size)
     if Path(args.model).is_dir():
         module, architecture = read_base(args.model)

@@ -17,9 +17,12 @@ class Family:
     norm        the normalisation whose output is the first layer's input
     attention   query, key and value of a block, or the one module that computes all three
     output      the attention's output projection in a block
+    hidden      the linear layers of a block's perceptron that read the same input
+    after       of encoders: the normalisation between the attention and the perceptron, on the sum of both branches
     placed      whether the first layer's inputs depend on the position
     offset      the position id of the first token
     transposed  weights are stored as (in, out)
+    head        of masked language models: the module from the last block's outputs to logits, and its first linear layer
     """
 
     causal: bool
@@ -28,9 +31,12 @@ class Family:
     norm: str
     attention: tuple[str, ...]
     output: str
+    hidden: tuple[str, ...]
+    after: str | None = None
     placed: bool = True
     offset: int = 0
     transposed: bool = False
+    head: tuple[str, str] | None = None
 
     def block(self, number: int) -> str:
         """The name of a block."""
@@ -49,7 +55,10 @@ class Family:
         return [
             name
             for number in range(config.num_hidden_layers)
-            for name in (*self.queries(number), f"{self.block(number)}.{self.output}")
+            for name in (
+                *self.queries(number),
+                *(f"{self.block(number)}.{part}" for part in (self.output, *self.hidden)),
+            )
         ]
 
 
@@ -59,6 +68,8 @@ _BERT = {
     "norm": "embeddings.LayerNorm",
     "attention": tuple(f"attention.self.{part}" for part in ("query", "key", "value")),
     "output": "attention.output.dense",
+    "hidden": ("intermediate.dense",),
+    "after": "attention.output.LayerNorm",
 }
 _LLAMA = Family(
     causal=True,
@@ -67,11 +78,12 @@ _LLAMA = Family(
     norm="layers.0.input_layernorm",
     attention=tuple(f"self_attn.{part}_proj" for part in "qkv"),
     output="self_attn.o_proj",
+    hidden=("mlp.gate_proj", "mlp.up_proj"),
     placed=False,
 )
 FAMILIES = {
-    "bert": Family(base="bert", **_BERT),  # type: ignore[arg-type]
-    "roberta": Family(base="roberta", offset=2, **_BERT),  # type: ignore[arg-type]
+    "bert": Family(base="bert", head=("cls", "predictions.transform.dense"), **_BERT),  # type: ignore[arg-type]
+    "roberta": Family(base="roberta", offset=2, head=("lm_head", "dense"), **_BERT),  # type: ignore[arg-type]
     "gpt2": Family(
         causal=True,
         base="transformer",
@@ -79,6 +91,7 @@ FAMILIES = {
         norm="h.0.ln_1",
         attention=("attn.c_attn",),
         output="attn.c_proj",
+        hidden=("mlp.c_fc",),
         transposed=True,
     ),
     "llama": _LLAMA,

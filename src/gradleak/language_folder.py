@@ -11,7 +11,8 @@ import torch
 from gradleak.errors import BadInput
 from gradleak.files import load_tensors
 from gradleak.json_types import read_json
-from gradleak.peft_folder import read_factors
+from gradleak.lora import Recipe
+from gradleak.peft_folder import read_factors, zero_at_start
 from gradleak.text import LanguageModel, Task, TextAdapter
 from gradleak.transformers_folder import BROKEN, one_line, quiet_transformers
 
@@ -62,30 +63,40 @@ def read_language_model(folder: Path, task: Task, *, classes: int = 2, seed: int
     return model_of(str(folder), module, config, task, tokenizer)
 
 
-def read_text_adapter(folder: Path, model: LanguageModel, *, batch_size: int | None = None) -> TextAdapter:
-    """The LoRA adapter in a PEFT folder on its base model, taken to have begun at B = 0; BadInput as `read_adapter`.
+def read_text_adapter(
+    folder: Path, model: LanguageModel, *, recipe: Recipe | None = None, batch_size: int | None = None
+) -> TextAdapter:
+    """The LoRA adapter in a PEFT folder on its base model; BadInput as `read_adapter`, and where B was not zero at the start.
 
     Only directions are used of it: B's rows span {A x_t}, whatever the learning rate was.
     """
-    factors, scaling, _, precision = read_factors(folder, cast(Any, model), None)
+    factors, scaling, config, precision = read_factors(folder, cast(Any, model), None)
+    if zero_at_start(config, folder) != "B=0":
+        raise BadInput(f"The adapter in {folder} did not begin at B = 0: its B does not show what its inputs were.")
     B = {name: tensor for name, tensor in factors.items() if name.endswith("lora_B")}
     if not any(bool(tensor.any()) for tensor in B.values()):
         raise BadInput(f"The adapter in {folder} has learnt nothing: every B is still zero.")
     start = {name: torch.zeros_like(tensor) if name in B else tensor for name, tensor in factors.items()}
     return TextAdapter(
-        model=model, released=B, start=start, scaling=scaling, batch_size=batch_size, precision=precision
+        model=model,
+        released=B,
+        start=start,
+        scaling=scaling,
+        recipe=recipe,
+        batch_size=batch_size,
+        precision=precision,
     )
 
 
 def build(config: Any, task: Task, *, classes: int, tokenizer: Any, seed: int) -> tuple[Any, Any]:
     """(module, config): a freshly initialised network for the task, in eval mode, with attention that can be followed."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
     if tokenizer.pad_token_id is not None:
         config.pad_token_id = tokenizer.pad_token_id
     elif config.pad_token_id is None:
         config.pad_token_id = config.eos_token_id
-    kind: Any = AutoModelForCausalLM
+    kind: Any = {"causal-lm": AutoModelForCausalLM, "masked-lm": AutoModelForMaskedLM}.get(task)
     if task == "classification":
         kind, config.num_labels = AutoModelForSequenceClassification, classes
     try:

@@ -24,7 +24,6 @@ from gradleak.tensors import Tensors
 
 Start = Literal["B=0", "A=0"]
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-ADAPTED = (nn.Linear, nn.Conv2d)
 
 STARTS: dict[str, Start] = {"True": "B=0", "gaussian": "B=0", "eva": "B=0", "mica": "A=0"}  # by init_lora_weights
 SUBTRACTED = ("pissa", "olora", "corda", "lora_ga")  # W + s B A is the base model's weight at the start
@@ -45,7 +44,7 @@ RENAMED = (
     (r"intermediate\.dense$", "mlp.fc1"),
     (r"output\.dense$", "mlp.fc2"),
 )
-UNUSUAL = ("use_dora", "use_qalora", "fan_in_fan_out", "layer_replication", "alora_invocation_tokens", "loftq_config")
+UNUSUAL = ("use_dora", "use_qalora", "layer_replication", "alora_invocation_tokens", "loftq_config")
 
 
 class Config(TypedDict):
@@ -90,7 +89,7 @@ def read_adapter(
         if str(config.get("init_lora_weights")).startswith(SUBTRACTED):
             model = _subtracted(model, before, scaling)
     else:
-        zero = "lora_B" if _start(config, folder, start) == "B=0" else "lora_A"
+        zero = "lora_B" if zero_at_start(config, folder, start) == "B=0" else "lora_A"
         decay = (
             (1 - recipe.learning_rate * WEIGHT_DECAY) ** recipe.steps if recipe and recipe.optimizer == "adamw" else 1
         )
@@ -116,6 +115,16 @@ def is_adapter(path: Path) -> bool:
     return (path / CONFIG).is_file()
 
 
+def adaptable(layer: nn.Module) -> bool:
+    """Whether an adapter of this layer can be read: it is linear or convolutional."""
+    return isinstance(layer, (nn.Linear, nn.Conv2d)) or is_transposed(layer)
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether this is the linear layer of GPT-2, Conv1D of transformers, whose weight is (in, out)."""
+    return type(layer).__name__ == "Conv1D"
+
+
 def read_factors(folder: Path, model: Model, recipe: Recipe | None) -> tuple[Tensors, dict[str, float], Config, str]:
     """{module.lora_A and module.lora_B}, {module: s}, the config and the number format of an adapter."""
     config = _config(folder)
@@ -125,7 +134,11 @@ def read_factors(folder: Path, model: Model, recipe: Recipe | None) -> tuple[Ten
             "PEFT's save_pretrained(..., safe_serialization=True)."
         )
     tensors = load_tensors(folder / WEIGHTS)
-    targets = [name for name, layer in model.module.named_modules() if isinstance(layer, ADAPTED)]
+    targets = [name for name, layer in model.module.named_modules() if adaptable(layer)]
+    if config.get("fan_in_fan_out") and not any(is_transposed(layer) for layer in model.module.modules()):
+        raise BadInput(
+            f"The adapter in {folder} is of transposed layers (fan_in_fan_out is set), and the model has none."
+        )
     factors: Tensors = {}
     names: dict[str, str] = {}  # the base model's module -> what the adapter calls it
     for key, tensor in tensors.items():
@@ -161,7 +174,8 @@ def _config(folder: Path) -> Config:
     return cast(Config, config)
 
 
-def _start(config: Config, folder: Path, asked: Start | None) -> Start:
+def zero_at_start(config: Config, folder: Path, asked: Start | None = None) -> Start:
+    """Which factor was zero before training; BadInput where neither was, or the config does not say."""
     init = str(config.get("init_lora_weights", True))
     if start := asked or STARTS.get(init):
         return start
@@ -202,6 +216,7 @@ def _module(name: str, targets: list[str], folder: Path) -> str:
 def _checked_scaling(module: str, name: str, factors: Tensors, config: Config, model: Model, folder: Path) -> float:
     """s of a module: alpha / r, or alpha / sqrt(r) for rslora; BadInput when its factors contradict config or model."""
     weight = model.parameters[f"{module}.weight"]
+    weight = weight.T if is_transposed(model.module.get_submodule(module)) else weight
     rank = _by_pattern(name, config.get("rank_pattern"), folder) or config["r"]
     alpha = _by_pattern(name, config.get("alpha_pattern"), folder)
     alpha = config["lora_alpha"] if alpha is None else alpha

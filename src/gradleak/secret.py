@@ -24,8 +24,9 @@ class TextSecret:
     """The private texts behind an observation.
 
     texts   as they were
-    tokens  as the model was fed with them, special tokens included
-    labels  (batch,) int64, or None where the task has none
+    tokens  as the model was fed with them, special tokens and masks included
+    labels  (batch,) int64; (batch, longest) of a masked language model: the tokens under the masks, else -100; or None where
+            the task has none
     source  where they came from
     """
 

@@ -20,8 +20,9 @@ from gradleak.lora import Recipe, product
 from gradleak.observations import Item, check_finite
 from gradleak.tensors import Tensors, fingerprint
 
-Task = Literal["classification", "causal-lm"]
+Task = Literal["classification", "causal-lm", "masked-lm"]
 Tokens = tuple[tuple[int, ...], ...]  # a batch of sentences
+NO_TARGET = -100  # the label of a position that is not trained on, as torch and transformers have it
 
 
 class _Reached(Exception):
@@ -34,7 +35,8 @@ class LanguageModel:
 
     name        folder or hub name, for reports only
     config      the transformers configuration
-    task        "classification": cross entropy of one label per text; "causal-lm": of every next token
+    task        "classification": cross entropy of one label per text; "causal-lm": of every next token; "masked-lm": of
+                the tokens that were masked
     parameters  {name: tensor} at the moment the observation was taken
     tokenizer   a fast tokenizer of transformers
     module      the structure only; its own parameters are never read
@@ -101,16 +103,19 @@ class LanguageModel:
         return ids, mask
 
     def loss(self, parameters: Tensors, tokens: Sequence[Sequence[int]], labels: Tensor | None) -> Tensor:
-        """Mean cross entropy: over texts for classification (labels (batch,) int64), over next tokens for causal-lm."""
+        """Mean cross entropy: over texts for classification (labels (batch,) int64), over next tokens for causal-lm, over
+        masked tokens for masked-lm (labels (batch, longest) int64, -100 where a token was not masked)."""
         ids, mask = self.padded(tokens)
         own = {**self.parameters, **parameters}
         logits = functional_call(self.module, own, (), {"input_ids": ids, "attention_mask": mask}).logits
+        if self.task == "causal-lm":
+            wanted = ids.masked_fill(mask == 0, NO_TARGET)[:, 1:]
+            return F.cross_entropy(logits[:, :-1].flatten(0, 1), wanted.flatten())
+        if labels is None:
+            raise BadInput("A classifier needs labels, and a masked language model the tokens that were masked.")
         if self.task == "classification":
-            if labels is None:
-                raise BadInput("A classifier needs labels.")
             return F.cross_entropy(logits, labels)
-        wanted = ids.masked_fill(mask == 0, -100)[:, 1:]
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1), wanted.flatten())
+        return F.cross_entropy(logits.flatten(0, 1), labels[:, : ids.shape[1]].flatten())
 
     def inputs(self, modules: Sequence[str], ids: Tensor, *, at: int = 0, parameters: Tensors | None = None) -> Tensors:
         """What goes into some modules: {name: (batch, length, width)}. The forward pass stops at the last of them.
@@ -167,7 +172,7 @@ class TextGradient:
 
     released    {parameter name: gradient}; parameters may be missing (frozen, or not shared)
     batch_size  number of texts, or None
-    labels      (batch,) int64, or None; None too where the task has none
+    labels      (batch,) int64, or None; None too where the task has none, or where they would be the text itself
     precision   the number format in which it was released
     """
 
@@ -208,9 +213,9 @@ class TextGradient:
         labels = (
             "given"
             if self.labels is not None
-            else "withheld"
-            if model.task == "classification"
-            else "none: next tokens"
+            else {"classification": "withheld", "causal-lm": "none: next tokens", "masked-lm": "the masked tokens"}[
+                model.task
+            ]
         )
         rows = [
             ("released", True, shared),
@@ -294,6 +299,16 @@ class TextAdapter(TextGradient):
             if B is not None and bool(B.any()):
                 found.append(View(module, B, self.start[f"{module}.lora_A"]))
         return found
+
+
+def unmasked(tokens: Tokens, labels: Tensor | None) -> Tokens:
+    """Sentences as they were before masking: labels (batch, longest), -100 where a token was not masked."""
+    if labels is None or labels.ndim == 1:
+        return tokens
+    return tuple(
+        tuple(old if new == NO_TARGET else new for old, new in zip(row, targets, strict=False))
+        for row, targets in zip(tokens, labels.tolist(), strict=True)
+    )
 
 
 def gradient_of(

@@ -1,7 +1,7 @@
 """The audit of text: one attack on an observation, scored against the secret and beside its controls; one row of a record."""
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from gradleak.optimise import OnStep
 from gradleak.reconstruction import TextReconstruction
 from gradleak.report.record import Result
 from gradleak.secret import TextSecret
-from gradleak.text import LanguageModel, TextGradient, Tokens
+from gradleak.text import LanguageModel, TextGradient, Tokens, unmasked
 from gradleak.texts import Texts
 from gradleak.victims.text import capture_text_gradient
 
@@ -58,7 +58,7 @@ def audit_text(
         "texts": {"reconstruction": list(found.texts)},
     }
     if secret is not None:
-        row["scores"] = scores(observation.model, found.tokens, secret.tokens)
+        row["scores"] = scores(observation.model, found.tokens, unmasked(secret.tokens, secret.labels))
         if public is not None:
             row["controls"] = controls(observation, attack, secret, public, seed)
     return row, found
@@ -79,15 +79,23 @@ def controls(
     observation: TextGradient, attack: Dager, secret: TextSecret, public: Texts, seed: int
 ) -> dict[str, dict[str, list[float]]]:
     """Scores of the most frequent tokens, and of the attack on another gradient, against the same secret."""
-    model, size = observation.model, len(secret.tokens)
+    model, truth = observation.model, unmasked(secret.tokens, secret.labels)
+    public = _readable(model, public)
     tokens = model.encode(public.texts)
-    longest = max(map(len, secret.tokens))
+    longest = max(map(len, truth))
     blind: Any = tuple(frequent_words([plain(model, sentence) for sentence in tokens], longest))
-    guesses = tuple(blind[: len(plain(model, sentence))] for sentence in secret.tokens)
-    made: dict[str, dict[str, list[float]]] = {"frequent_words": scores(model, guesses, secret.tokens)}
-    other, _ = capture_text_gradient(model, public.texts[:size], public.labels[:size])
+    guesses = tuple(blind[: len(plain(model, sentence))] for sentence in truth)
+    made: dict[str, dict[str, list[float]]] = {"frequent_words": scores(model, guesses, truth)}
+    other, _ = capture_text_gradient(model, public.texts[: len(truth)], public.labels[: len(truth)])
     try:
         wrong = attack(other, generator=torch.Generator().manual_seed(seed)).tokens
     except NotObserved:
         wrong = ()
-    return {**made, "wrong_observation": scores(model, wrong, secret.tokens)}
+    return {**made, "wrong_observation": scores(model, wrong, truth)}
+
+
+def _readable(model: LanguageModel, public: Texts) -> Texts:
+    """The public texts that the model can take: not empty, and within its positions."""
+    lengths = [len(ids) for ids in model.tokenizer(list(public.texts))["input_ids"]]
+    kept = [i for i, text in enumerate(public.texts) if text.strip() and lengths[i] < model.positions]
+    return replace(public, texts=tuple(public.texts[i] for i in kept), labels=public.labels[kept])

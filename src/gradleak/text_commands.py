@@ -1,4 +1,4 @@
-"""What `capture gradient`, `attack` and `audit` do where texts are concerned."""
+"""What `capture`, `attack` and `audit` do where texts are concerned."""
 
 import json
 from dataclasses import fields
@@ -9,30 +9,66 @@ import torch
 
 from gradleak import arguments, text_files
 from gradleak.errors import BadInput
+from gradleak.files import RECIPE
 from gradleak.language_folder import is_language_model, read_language_model, read_text_adapter
+from gradleak.lora import Recipe
 from gradleak.progress import progress
 from gradleak.report.record import Record
 from gradleak.text import TextGradient
 from gradleak.text_audit import audit_text
 from gradleak.texts import load_texts
-from gradleak.victims.text import capture_text_gradient
+from gradleak.victims.text import capture_text_gradient, share_text_update
+from gradleak.victims.text_lora import fine_tune_texts
 
 PUBLIC = 500  # public texts for controls
 
 
-def capture_text(args: arguments.Capture, out: Path) -> None:
-    """Write observation.safetensors and secret.safetensors of a batch of texts."""
+def capture_text(args: arguments.Victim, out: Path) -> None:
+    """Write observation.safetensors and secret.safetensors of a batch of texts; of an adapter its folder and base too."""
+    for name in ("weights", "resize"):
+        if getattr(args, name) is not None:
+            raise BadInput(f"--{name} is for pictures: a language model comes with its weights and takes texts.")
+    if getattr(args, "mode", "eval") == "train":
+        raise BadInput("Language models are trained without dropout here: --mode eval is all there is.")
     private = load_texts(args.data, args.split, indices=args.indices)
     model = read_language_model(Path(args.model), args.task, classes=private.classes, seed=args.seed)
-    observation, secret = capture_text_gradient(
-        model,
-        private.texts,
-        private.labels,
-        precision=getattr(torch, args.precision),
-        reveal_labels=args.reveal_labels,
-        reveal_batch_size=not args.hide_batch_size,
-        source=f"{private.source} {private.split} {' '.join(map(str, args.indices))}",
-    )
+    precision = getattr(torch, args.precision)
+    shared: dict[str, Any] = {
+        "precision": precision,
+        "reveal_batch_size": not args.hide_batch_size,
+        "source": f"{private.source} {private.split} {' '.join(map(str, args.indices))}",
+        "seed": args.seed,
+    }
+    observation: TextGradient
+    if isinstance(args, arguments.CaptureAdapter):
+        if args.init != "default" or args.reveal_labels:
+            raise BadInput(
+                "Adapters of language models start at PEFT's default here, and labels play no part in the attack."
+            )
+        targets = args.target_modules
+        recipe = Recipe(
+            optimizer=args.optimizer, learning_rate=args.lr, steps=args.steps, batch_size=args.local_batch_size
+        )
+        observation, secret = fine_tune_texts(
+            model,
+            private.texts,
+            private.labels,
+            rank=args.rank,
+            alpha=args.alpha,
+            target_modules=tuple(targets.split(",")) if "," in targets else targets,
+            rslora=args.rslora,
+            recipe=recipe,
+            out=out,
+            **shared,
+        )
+        print(f"{out / 'adapter'}: the adapter, as PEFT saves it\n{out / 'base'}: the model that it belongs to")
+    else:
+        observation, secret = capture_text_gradient(
+            model, private.texts, private.labels, reveal_labels=args.reveal_labels, **shared
+        )
+    if isinstance(args, arguments.CaptureUpdate):
+        local = {name: getattr(args, name) for name in RECIPE}
+        observation = share_text_update(observation, secret, **local)
     text_files.save_text_observation(observation, out / "observation.safetensors")
     text_files.save_text_secret(secret, out / "secret.safetensors")
     print(
@@ -44,7 +80,11 @@ def observed_text(args: arguments.Observed) -> TextGradient | None:
     """The observation of text that a command was given: a file, or a PEFT folder with a language model for --base; or None."""
     base = None if args.base is None else Path(args.base)
     if args.observation.is_dir() and base is not None and is_language_model(base):
-        return read_text_adapter(args.observation, read_language_model(base, args.task), batch_size=args.batch_size)
+        recipe = None
+        if args.lr is not None:
+            recipe = Recipe(optimizer=args.optimizer, learning_rate=args.lr, steps=args.steps)
+        model = read_language_model(base, args.task)
+        return read_text_adapter(args.observation, model, recipe=recipe, batch_size=args.batch_size)
     return text_files.load_text_observation(args.observation) if text_files.is_text(args.observation) else None
 
 

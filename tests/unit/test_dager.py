@@ -277,6 +277,7 @@ def test_an_attack_is_a_frozen_dataclass_that_leaves_its_observation_alone(name:
 def test_the_audit_scores_beside_controls() -> None:
     seen, secret = captured("gpt2", "causal-lm", 2)
     public = load_texts("embedded", "train", limit=50)
+    public = replace(public, texts=("", "too long " * 100, *public.texts[2:]))  # which the model cannot take
     row, found = audit_text(seen, "dager", Dager(), secret=secret, public=public)
     assert found is not None
     assert row["scores"]["exact_match"] == [1.0, 1.0]

@@ -311,7 +311,7 @@ def test_damaged_folders(tmp_path: Path, damage: Callable[[Path], object], hint:
         ({"peft_type": "IA3"}, "type 'IA3': only LORA"),
         ({"peft_type": 3}, "type '3': only LORA"),
         ({"use_dora": True}, "use_dora is set"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out is set"),
+        ({"fan_in_fan_out": True}, "transposed layers .fan_in_fan_out is set"),
         ({"loftq_config": {"loftq_bits": 4}}, "loftq_config is set"),
         ({"r": "2"}, "r should be a whole number"),
         ({"r": None}, "lacks the key 'r'"),

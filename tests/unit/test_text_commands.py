@@ -1,6 +1,7 @@
 """Texts on the command line, and the recipes about them, at their smallest."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from gradleak import cli
 from gradleak.errors import BadInput
 from gradleak.recipes import RECIPES
 from gradleak.recipes.text_victims import PACKAGE, Sources, encoder
+from gradleak.text import Task
 from gradleak.texts import load_texts
-from gradleak.victims.language import small_model, train_tokenizer
+from gradleak.victims.language import Kind, small_model, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +76,53 @@ def test_a_folder_as_peft_saves_it_gives_its_text_away(tmp_path: Path) -> None:
     assert [text.strip() for text in found["texts"]] == list(load_texts("embedded", indices=[0]).texts)
 
 
+def test_an_update_of_texts_is_captured_and_audited(folder: Path, tmp_path: Path) -> None:
+    """Two local steps, so small that the first block's inputs stay what they were."""
+    small = ["--learning-rate", "1e-5", "--local-steps", "2", "--local-batch-size", "1", "--indices", "0", "3"]
+    update = ["capture", "update", "--model", str(folder), "--task", "causal-lm", *small]
+    assert cli.main([*update, "--out", str(tmp_path / "u")]) == 0
+    seen, secret = tmp_path / "u" / "observation.safetensors", tmp_path / "u" / "secret.safetensors"
+    assert cli.main(["audit", str(seen), "--secret", str(secret), "--out", str(tmp_path / "a")]) == 0
+    row = json.loads((tmp_path / "a" / "record.json").read_text(encoding="utf-8"))["results"][0]
+    assert row["observation"]["kind"] == "TextUpdate"
+    assert row["scores"]["exact_match"] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_an_adapter_of_texts_is_captured_as_peft_saves_it(kind: Kind, tmp_path: Path) -> None:
+    """GPT-2's layers are transposed; of BERT the attack finds the text, from PEFT's folder and from our file alike."""
+    tokenizer = train_tokenizer(load_texts("embedded", "train").texts, kind, size=420)
+    task: Task = "causal-lm" if kind == "gpt2" else "classification"
+    made: Any = small_model(kind, tokenizer, task, width=96, spread=0.1)
+    made.module.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    recipe = ["--rank", "32", "--lr", "1e-3", "--steps", "1", "--task", task]
+    out = tmp_path / "captured"
+    assert cli.main(["capture", "adapter", "--model", str(tmp_path / "model"), *recipe, "--out", str(out)]) == 0
+    seen = ["--attack", "dager", "--task", task, "--out"]
+    folder = [str(out / "adapter"), "--base", str(out / "base")]
+    assert cli.main(["attack", *folder, *seen, str(tmp_path / "a")]) == 0
+    assert cli.main(["attack", str(out / "observation.safetensors"), *seen, str(tmp_path / "b")]) == 0
+    for name in "ab":
+        found = json.loads((tmp_path / name / "dager-texts.json").read_text(encoding="utf-8"))
+        assert [text.strip() for text in found["texts"]] == list(load_texts("embedded", indices=[0]).texts)
+
+
+def test_masked_texts_are_scored_without_their_masks(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(load_texts("embedded", "train").texts, "bert", size=420)
+    made: Any = small_model("bert", tokenizer, "masked-lm", width=96, spread=0.1)
+    made.module.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    out = tmp_path / "captured"
+    base = ["capture", "gradient", "--model", str(tmp_path / "model"), "--task", "masked-lm", "--out", str(out)]
+    assert cli.main(base) == 0
+    secret = str(out / "secret.safetensors")
+    audit = ["audit", str(out / "observation.safetensors"), "--secret", secret, "--out", str(tmp_path / "a")]
+    assert cli.main(audit) == 0
+    row = json.loads((tmp_path / "a" / "record.json").read_text(encoding="utf-8"))["results"][0]
+    assert row["scores"]["exact_match"] == [1.0]
+
+
 def test_bad_input_is_one_sentence(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     captured = tmp_path / "captured"
     base = ["capture", "gradient", "--model", str(folder), "--task", "causal-lm"]
@@ -83,9 +132,17 @@ def test_bad_input_is_one_sentence(folder: Path, tmp_path: Path, capsys: pytest.
     seen = str(captured / "observation.safetensors")
     assert cli.main(["attack", seen, "--attack", "dlg", "--out", str(tmp_path / "a")]) == 2
     assert "is of texts" in capsys.readouterr().err
-    update = ["capture", "update", "--model", str(folder), "--out", str(tmp_path / "u")]
-    assert cli.main(update) == 2
-    assert "not yet updates" in capsys.readouterr().err
+    adapter = ["capture", "adapter", "--model", str(folder), "--task", "causal-lm", "--out", str(tmp_path / "b")]
+    for flags, hint in (
+        (["--init", "pissa"], "start at PEFT's default"),
+        (["--target-modules", "c_atn"], "no linear or convolutional layer called 'c_atn'"),
+        (["--resize", "8", "8"], "--resize is for pictures"),
+        (["--steps", "3", "--lr", "1e30"], "diverged"),
+    ):
+        assert cli.main([*adapter, *flags]) == 2
+        assert hint in capsys.readouterr().err
+        assert not (tmp_path / "b" / "observation.safetensors").exists()
+        shutil.rmtree(tmp_path / "b", ignore_errors=True)
 
 
 @pytest.mark.parametrize("name", ["dager-encoder", "dager-decoder", "lora-text"])

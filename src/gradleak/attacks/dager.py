@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from gradleak.attacks.masked_targets import unmask
 from gradleak.attacks.memberships import pairs_of, placements
 from gradleak.attacks.prefixes import grow
 from gradleak.attacks.sentences import Found, Judge, assemble
@@ -94,7 +95,8 @@ class Dager:
             )
         if not sure or (observation.batch_size is not None and len(found) > observation.batch_size):
             found = [replace(entry, proven=False) for entry in found]
-        return _told(observation, found, bag, first[0], second[0])
+        told = _told(observation, found, bag, first[0], second[0])
+        return unmask(observation, told) if model.task == "masked-lm" else told
 
     def _encoder(
         self,

@@ -18,7 +18,7 @@ from gradleak.errors import BadInput
 from gradleak.lora import MOMENTUM, Recipe
 from gradleak.models import Architecture, ImageTransformer
 from gradleak.observations import Adapter, Model
-from gradleak.peft_folder import ADAPTED, SUBTRACTED, read_adapter
+from gradleak.peft_folder import SUBTRACTED, adaptable, read_adapter
 from gradleak.secret import Secret
 from gradleak.victims.gradient import check_takes
 
@@ -60,8 +60,8 @@ def fine_tune(
     network = module.network if isinstance(module, ImageTransformer) else module
     # What "all-linear" means for a network of transformers is left to PEFT, but its LoRA-GA wants names.
     as_peft = target_modules == "all-linear" and network is not module and init != "lora_ga"
-    targets = "all-linear" if as_peft else _names(network, target_modules)
-    _check_rank(network, targets, rank, init)
+    targets = "all-linear" if as_peft else module_names(network, target_modules)
+    check_rank(network, targets, rank, init)
     batches = _batches(private, recipe)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         # transformers deprecates a property that PEFT reads
@@ -77,9 +77,9 @@ def fine_tune(
         if not all(bool(factor.isfinite().all()) for factor in factors):
             raise BadInput(f"The fine-tuning diverged at learning rate {recipe.learning_rate:g}: choose a smaller one.")
         write_base(trained, architecture, out / "base")
-        _save(adapted, factors, [factor.data for factor in factors], precision, out / "adapter")
+        save_adapter(adapted, factors, [factor.data for factor in factors], precision, out / "adapter")
         if initial:
-            _save(adapted, factors, initial, precision, out / "initial")
+            save_adapter(adapted, factors, initial, precision, out / "initial")
     adapter = read_adapter(
         out / "adapter",
         model,
@@ -134,7 +134,7 @@ OPTIMISERS: dict[str, Callable[[list[nn.Parameter], float], torch.optim.Optimize
 }
 
 
-def _save(
+def save_adapter(
     adapted: Any, factors: list[nn.Parameter], values: list[torch.Tensor], precision: torch.dtype, folder: Path
 ) -> None:
     """PEFT's save_pretrained of these values of the factors, in another number format."""
@@ -143,11 +143,12 @@ def _save(
     adapted.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
 
 
-def _names(network: nn.Module, wanted: tuple[str, ...] | str) -> list[str]:
+def module_names(network: nn.Module, wanted: tuple[str, ...] | str) -> list[str]:
     """The full names of the modules to adapt, matched as PEFT matches them: by their end."""
-    kinds = (nn.Linear,) if wanted == "all-linear" else ADAPTED
-    able = [name for name, layer in network.named_modules() if isinstance(layer, kinds)]
-    if wanted in ("all-linear", "all"):
+    able = [name for name, layer in network.named_modules() if adaptable(layer)]
+    if wanted == "all-linear":
+        return [name for name in able if not isinstance(network.get_submodule(name), nn.Conv2d)]
+    if wanted == "all":
         return able
     chosen = []
     for name in (wanted,) if isinstance(wanted, str) else wanted:
@@ -163,7 +164,7 @@ def _names(network: nn.Module, wanted: tuple[str, ...] | str) -> list[str]:
     return list(dict.fromkeys(chosen))
 
 
-def _check_rank(network: nn.Module, targets: list[str] | str, rank: int, init: Init) -> None:
+def check_rank(network: nn.Module, targets: list[str] | str, rank: int, init: Init) -> None:
     """BadInput when the rank is none, or when the initialisation cannot be had at it."""
     if rank < 1:
         raise BadInput(f"The rank of an adapter is at least 1, not {rank}.")

@@ -1,4 +1,4 @@
-"""Somebody who shares what training on private texts made: a gradient, a federated update, a LoRA adapter's factors."""
+"""Somebody who shares what training on private texts made: a gradient, a federated update, a LoRA adapter."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,7 +10,9 @@ from gradleak.errors import BadInput
 from gradleak.lora import Recipe
 from gradleak.secret import TextSecret
 from gradleak.tensors import Tensors
-from gradleak.text import LanguageModel, TextAdapter, TextGradient, TextUpdate
+from gradleak.text import NO_TARGET, LanguageModel, TextAdapter, TextGradient, TextUpdate, Tokens
+
+MASKED = 0.15  # of the tokens of a text (Devlin et al. 2018, section 3.1), at least one
 
 
 def capture_text_gradient(
@@ -22,19 +24,63 @@ def capture_text_gradient(
     reveal_labels: bool = False,
     reveal_batch_size: bool = True,
     source: str = "",
+    seed: int = 0,
 ) -> tuple[TextGradient, TextSecret]:
-    """The gradient of the mean loss over `texts`, and the secret behind it. Raises BadInput as `LanguageModel.encode`."""
-    tokens, labels = model.encode(texts), _checked(model, texts, labels)
+    """The gradient of the mean loss over `texts`, and the secret behind it; the seed chooses what is masked.
+
+    Raises BadInput as `LanguageModel.encode`, and for labels that do not fit.
+    """
+    secret = keep_secret(model, texts, labels, source=source, seed=seed)
+    if reveal_labels and model.task == "masked-lm":
+        raise BadInput("The labels of a masked language model are its text: they cannot be revealed.")
     blank = {name: torch.zeros_like(p) for name, p in model.parameters.items() if name not in model.frozen}
     full = TextGradient(
         model=model,
         released=blank,
         batch_size=len(texts) if reveal_batch_size else None,
-        labels=labels if reveal_labels else None,
+        labels=secret.labels if reveal_labels else None,
         precision=str(precision).removeprefix("torch."),
     )
-    released = rounded(full.simulate(tokens, labels), precision)
-    return replace(full, released=released), TextSecret(tuple(texts), tokens, labels, source)
+    return replace(full, released=rounded(full.simulate(secret.tokens, secret.labels), precision)), secret
+
+
+def keep_secret(
+    model: LanguageModel, texts: Sequence[str], labels: Tensor | None, *, source: str = "", seed: int = 0
+) -> TextSecret:
+    """Texts as the model is fed with them; BadInput for texts or labels that it cannot take."""
+    tokens = model.encode(texts)
+    if model.task == "masked-lm":
+        tokens, labels = mask(model, tokens, seed)
+    elif model.task == "causal-lm":
+        labels = None
+    elif labels is None or len(labels) != len(texts):
+        raise BadInput("A classifier needs one label per text.")
+    elif int(labels.max()) >= model.config.num_labels or int(labels.min()) < 0:
+        raise BadInput(f"Label {int(labels.max())} is beyond the model's {model.config.num_labels} classes.")
+    return TextSecret(tuple(texts), tokens, labels, source)
+
+
+def mask(model: LanguageModel, tokens: Tokens, seed: int) -> tuple[Tokens, Tensor]:
+    """(tokens, labels (batch, longest)) as BERT is trained: of the tokens chosen, 8 in 10 are masked, 1 is replaced by a
+    random one and 1 stays (Devlin et al. 2018, section 3.1). Special tokens are not chosen."""
+    if model.tokenizer.mask_token_id is None:
+        raise BadInput("The tokenizer has no mask token: masked language modelling is for encoders like BERT.")
+    generator, special = torch.Generator().manual_seed(seed), set(model.tokenizer.all_special_ids)
+    labels = torch.full((len(tokens), max(map(len, tokens))), NO_TARGET)
+    fed = [list(row) for row in tokens]
+    for number, row in enumerate(fed):
+        plain = [i for i, token in enumerate(row) if token not in special]
+        count = max(1, round(MASKED * len(plain)))
+        for i in torch.randperm(len(plain), generator=generator)[:count].tolist():
+            place, how = plain[i], int(torch.randint(10, (), generator=generator))
+            labels[number, place] = row[place]
+            if how < 8:
+                row[place] = model.tokenizer.mask_token_id
+            elif how == 8:
+                row[place] = int(torch.randint(model.config.vocab_size, (), generator=generator))
+    if not bool((labels != NO_TARGET).any()):
+        raise BadInput("No text has a token that could be masked: all are special tokens.")
+    return tuple(map(tuple, fed)), labels
 
 
 def share_text_update(
@@ -97,13 +143,3 @@ def share_adapter(
 def rounded(tensors: Tensors, precision: torch.dtype) -> Tensors:
     """The tensors as a number format keeps them, in float32 again where it is a shorter one."""
     return {name: t.to(precision).to(torch.promote_types(precision, torch.float32)) for name, t in tensors.items()}
-
-
-def _checked(model: LanguageModel, texts: Sequence[str], labels: Tensor | None) -> Tensor | None:
-    if model.task != "classification":
-        return None
-    if labels is None or len(labels) != len(texts):
-        raise BadInput("A classifier needs one label per text.")
-    if int(labels.max()) >= model.config.num_labels or int(labels.min()) < 0:
-        raise BadInput(f"Label {int(labels.max())} is beyond the model's {model.config.num_labels} classes.")
-    return labels
