@@ -195,10 +195,11 @@ def kkt_distance_by_autograd(
     made = torch.autograd.grad((_chain(own, shifts, x, sharpness) * C).sum(), [*own, *known], create_graph=True)
     of_biases = iter(made[len(own) :])
     value = torch.zeros((), dtype=x.dtype)
-    for factor, g, w, b in zip(factors, made, goal, goal_biases, strict=False):
+    for factor, g, w, shift, b in zip(factors, made, goal, shifts, goal_biases, strict=False):
         value = value + factor * (w - g).square().sum()
-        if b is not None:
-            value = value + factor * (b - next(of_biases)).square().sum()
+        to_bias = None if shift is None else next(of_biases)
+        if b is not None and to_bias is not None:  # of a bias that was not trained nothing is asked
+            value = value + factor * (b - to_bias).square().sum()
     to_x, to_C = torch.autograd.grad(value, (x, C))
     return value.detach(), to_x, to_C
 

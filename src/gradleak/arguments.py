@@ -144,8 +144,8 @@ class Observed(Common):
     """What `attack` and `audit` take to understand the observation."""
 
     observation: Positional[Path]
-    """observation.safetensors of `gradleak capture`, a plain {name: gradient} safetensors file of yours, or the folder of
-    a LoRA adapter as PEFT saves it."""
+    """observation.safetensors of `gradleak capture`, a plain safetensors file of yours ({name: gradient} with --weights, a
+    trained model's weights without), or the folder of a LoRA adapter as PEFT saves it."""
     base: str | None = None
     """For the folder of an adapter: its base model, as a folder of `save_pretrained` or `gradleak capture adapter`, or a
     name on the Hugging Face hub."""
@@ -160,7 +160,7 @@ class Observed(Common):
     model: str | None = None
     """package.module:factory, when the architecture is none of ours; for plain files also a name of `gradleak list`."""
     weights: Path | None = None
-    """The parameters it was taken at: checked against the provenance; needed for plain files."""
+    """The parameters it was taken at: checked against the provenance; needed for plain files of gradients."""
     task: Task = "classification"
     """For the folder of an adapter of a language model: what it was trained for."""
     mode: Literal["eval", "train"] | None = None

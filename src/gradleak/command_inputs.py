@@ -12,22 +12,30 @@ from gradleak.lora import Recipe
 from gradleak.models import Architecture
 from gradleak.observations import Gradient, Model
 from gradleak.peft_folder import is_adapter, read_adapter
+from gradleak.trained_weights import Weights
 from gradleak.victims.training import prepare_model
 
 
 def observed(args: arguments.Observed) -> Gradient:
-    """The observation of a file, with provenance checked, of an adapter's folder, or of a plain gradient file."""
+    """The observation of a file, with provenance checked, of an adapter's folder, or of a plain file of tensors.
+
+    A plain file is a gradient at --weights, or where none are given the weights of a trained network.
+    """
     if args.observation.is_dir():
         return observed_adapter(args)
     if files.has_provenance(args.observation):
         observation = files.load_observation(args.observation, factory=args.model)
         files.check_provenance(observation, weights=args.weights, mode=args.mode)
         return observation
-    if args.model is None or args.weights is None:
+    if args.model is None:
         raise BadInput(
-            f"{args.observation} carries no provenance: say with --model and --weights what it was taken from."
+            f"{args.observation} carries no provenance: say with --model and --weights what this gradient was taken from, "
+            "or with --model alone whose trained weights these are."
         )
     architecture = Architecture(args.model, args.input_shape, args.classes)
+    if args.weights is None:
+        trained = Model.of(prepare_model(architecture, weights=args.observation), architecture)
+        return Weights(model=trained, released=trained.parameters, batch_size=args.batch_size)
     module = prepare_model(architecture, weights=args.weights)
     model = Model.of(module, architecture, mode=args.mode or "eval")
     released = files.load_tensors(args.observation)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradleak.errors import NotObserved
@@ -52,6 +53,8 @@ class FullyConnected:
                 "model is none."
             )
         linear = [name for name, layer in layers if isinstance(layer, nn.Linear)]
+        if missing := [f"{name}.weight" for name in linear if f"{name}.weight" not in parameters]:
+            raise NotObserved(f"{missing[0]} was not trained, and this attack reads what training made of all layers.")
         first = parameters[f"{linear[0]}.weight"]
         norm = next((layer for _, layer in layers if isinstance(layer, Normalise)), None)
         ones = first.new_ones(input_shape)
@@ -122,11 +125,15 @@ class FullyConnected:
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """What every layer gives before its ReLU, the outputs last: x (..., n, in) -> [(..., n, out)]."""
-        z: list[Tensor] = []
+        return self.activations(x)[0]
+
+    def activations(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """`forward`, and what every layer is given."""
+        z, a = list[Tensor](), [x]
         for W, b in zip(self.weights, self.biases, strict=True):
-            a = z[-1].relu() if z else x
-            z.append(a @ W.T if b is None else a @ W.T + b)
-        return z
+            z.append(F.linear(a[-1], W, b))
+            a.append(z[-1].relu())
+        return z, a[:-1]
 
 
 @dataclass(frozen=True)
@@ -134,7 +141,7 @@ class Target:
     """Delta: the parameters themselves (None), or other tensors of their shapes, and how much each layer counts.
 
     weights  one (out, in) per layer, or None for the network's own
-    biases   one (out,) or None per layer
+    biases   one (out,) per layer, or None where a bias was not trained or there is none
     layers   a factor per layer for its part of the squared distance
     """
 
@@ -178,8 +185,7 @@ def distance(
     """
     W, b, count = network.weights, network.biases, len(network.weights)
     factors = target.layers or (1.0,) * count
-    z = network.forward(x)
-    a = [x, *(h.relu() for h in z[:-1])]
+    z, a = network.activations(x)
     s = [smoothed(h, sharpness) for h in z[:-1]]
     delta, u = [C], list[Tensor]()  # from the last layer to the first; u = delta W, before the ReLU's derivative
     for at in range(count - 1, 0, -1):
@@ -188,23 +194,25 @@ def distance(
 
     value: Tensor = target.size(network) if size is None else size
     to_delta, to_a = list[Tensor](), list[Tensor]()  # derivatives by each, where it stands in a layer's own part
+    joined = False  # whether the first layer's part by x waits for another product with W[0]
     for at in range(count):
         if not factors[at]:
             to_delta.append(torch.zeros_like(delta[at]))
             to_a.append(torch.zeros_like(a[at]))
             continue
-        if target.weights is None:
-            along = z[at]  # a Delta^T + Delta_b
-            back = u[at - 1] if at else None  # delta Delta; the first one joins another product below
+        own = target.weights is None
+        goal, shift = (W[at], b[at]) if target.weights is None else (target.weights[at], target.biases[at])
+        n, (high, wide) = x.shape[-2], goal.shape
+        if 2 * n * (wide + high) < 3 * wide * high:
+            along = z[at] if own else F.linear(a[at], goal, shift)
+            joined = joined or (own and at == 0)
+            back = None if own and at == 0 else u[at - 1] if own else delta[at] @ goal
+            found = by_grams(delta[at], a[at], along, back, biased=shift is not None)
         else:
-            shift = target.biases[at]
-            along = a[at] @ target.weights[at].T + (0 if shift is None else shift)
-            back = delta[at] @ target.weights[at]
-        G_back, G_along = squared(delta[at], a[at], biased=b[at] is not None)
-        G_along.sub_(along)
-        value = value + factors[at] * (inner(G_along, delta[at]) - inner(along, delta[at]))  # ||G||^2 - 2 <Delta, G>
-        to_delta.append(G_along.mul_(2 * factors[at]))
-        to_a.append((G_back if back is None else G_back.sub_(back)).mul_(2 * factors[at]))
+            found = by_sum(delta[at], a[at], goal, shift)
+        value = value + factors[at] * found[0]
+        to_delta.append(found[1].mul_(2 * factors[at]))
+        to_a.append(found[2].mul_(2 * factors[at]))
 
     slope = list[Tensor]()  # through the ReLU's derivatives, against the direction in which delta was made
     for at in range(count - 1):
@@ -214,9 +222,8 @@ def distance(
     g = to_a[-1]
     for at in range(count - 1, 0, -1):
         h = g.mul_(s[at - 1]) if sharpness == torch.inf else slope[at - 1].addcmul_(g, s[at - 1])
-        own = h.sub_(delta[0], alpha=2 * factors[0]) if at == 1 and target.weights is None else h
-        g = to_a[at - 1].add_(own @ W[at - 1])
-    if count == 1 and target.weights is None:
+        g = to_a[at - 1].add_((h.sub_(delta[0], alpha=2 * factors[0]) if joined and at == 1 else h) @ W[at - 1])
+    if count == 1 and joined:
         g = g - 2 * factors[0] * delta[0] @ W[0]
     return value, g, to_delta[-1]
 
@@ -227,21 +234,27 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
     return products
 
 
-def squared(delta: Tensor, a: Tensor, *, biased: bool) -> tuple[Tensor, Tensor]:
-    """delta G and a G^T of G = delta^T a, and the bias's part of the latter, by whichever way is shorter.
+def by_grams(
+    delta: Tensor, a: Tensor, along: Tensor, back: Tensor | None, *, biased: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """||G||^2 - 2 <Delta, G> for G = delta^T a, and half its derivatives by delta and a, through (n, n) matrices.
 
-    delta (..., n, out), a (..., n, in) -> (..., n, in), (..., n, out). <a G^T, delta> = ||G||^2.
+    delta (..., n, out), a (..., n, in), along = a Delta^T + Delta_b (..., n, out), back = delta Delta (..., n, in) or left out.
     """
-    n, wide, high = a.shape[-2], a.shape[-1], delta.shape[-1]
-    if 2 * n * (wide + high) < 3 * wide * high:
-        A, D = a @ a.mT, delta @ delta.mT  # (..., n, n)
-        along = (A.add_(1) if biased else A) @ delta
-        return D @ a, along
-    G = delta.mT @ a  # (..., out, in)
-    along = a @ G.mT
-    if biased:
-        along += delta.sum(-2, keepdim=True)
-    return delta @ G, along
+    A, D = a @ a.mT, delta @ delta.mT
+    to_delta = ((A.add_(1) if biased else A) @ delta).sub_(along)
+    to_a = D @ a
+    return inner(to_delta, delta) - inner(along, delta), to_delta, to_a if back is None else to_a.sub_(back)
+
+
+def by_sum(delta: Tensor, a: Tensor, goal: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with G formed, of Delta = goal (out, in) and Delta_b = shift (out,)."""
+    rest = (delta.mT @ a).sub_(goal)  # (..., out, in)
+    value, to_delta, to_a = inner(rest, rest) - goal.square().sum(), a @ rest.mT, delta @ rest
+    if shift is not None:
+        rest = delta.sum(-2) - shift
+        value, to_delta = value + rest.square().sum(-1) - shift.square().sum(), to_delta.add_(rest[..., None, :])
+    return value, to_delta, to_a
 
 
 def smoothed(z: Tensor, sharpness: float) -> Tensor:
@@ -249,23 +262,19 @@ def smoothed(z: Tensor, sharpness: float) -> Tensor:
     if sharpness == torch.inf:
         return (z > 0).to(z)
     least = -math.log(torch.finfo(z.dtype).eps)
-    return torch.sigmoid((sharpness * z).clamp(-least, least))
+    return (sharpness * z).clamp_(-least, least).sigmoid_()
 
 
 def grams(network: FullyConnected, x: Tensor, C: Tensor, target: Target = Target()) -> tuple[Tensor, Tensor]:
     """(<g_i, g_j>) and (<Delta, g_i>) with the layers' factors: (..., n, n) and (..., n), at the ReLU's own derivative."""
     factors = target.layers or (1.0,) * len(network.weights)
-    z = network.forward(x)
-    a = [x, *(h.relu() for h in z[:-1])]
+    z, a = network.activations(x)
     delta = C
     K, t = x.new_zeros(()), x.new_zeros(())
     for at in range(len(z) - 1, -1, -1):
-        if target.weights is None:
-            along = z[at]
-        else:
-            shift = target.biases[at]
-            along = a[at] @ target.weights[at].T + (0 if shift is None else shift)
-        ones = 0 if network.biases[at] is None else 1
+        shift = network.biases[at] if target.weights is None else target.biases[at]
+        along = z[at] if target.weights is None else F.linear(a[at], target.weights[at], shift)
+        ones = 0 if shift is None else 1
         K = K + factors[at] * (delta @ delta.mT) * (a[at] @ a[at].mT + ones)
         t = t + factors[at] * (along * delta).sum(-1)
         if at:

@@ -18,6 +18,7 @@ class Family:
     attention   query, key and value of a block, or the one module that computes all three
     output      the attention's output projection in a block
     hidden      the linear layers of a block's perceptron that read the same input
+    passed      the linear layer that reads what these pass on
     after       of encoders: the normalisation between the attention and the perceptron, on the sum of both branches
     placed      whether the first layer's inputs depend on the position
     offset      the position id of the first token
@@ -32,6 +33,7 @@ class Family:
     attention: tuple[str, ...]
     output: str
     hidden: tuple[str, ...]
+    passed: tuple[str, ...]
     after: str | None = None
     placed: bool = True
     offset: int = 0
@@ -57,7 +59,7 @@ class Family:
             for number in range(config.num_hidden_layers)
             for name in (
                 *self.queries(number),
-                *(f"{self.block(number)}.{part}" for part in (self.output, *self.hidden)),
+                *(f"{self.block(number)}.{part}" for part in (self.output, *self.hidden, *self.passed)),
             )
         ]
 
@@ -69,6 +71,7 @@ _BERT = {
     "attention": tuple(f"attention.self.{part}" for part in ("query", "key", "value")),
     "output": "attention.output.dense",
     "hidden": ("intermediate.dense",),
+    "passed": ("output.dense",),
     "after": "attention.output.LayerNorm",
 }
 _LLAMA = Family(
@@ -79,6 +82,7 @@ _LLAMA = Family(
     attention=tuple(f"self_attn.{part}_proj" for part in "qkv"),
     output="self_attn.o_proj",
     hidden=("mlp.gate_proj", "mlp.up_proj"),
+    passed=("mlp.down_proj",),
     placed=False,
 )
 FAMILIES = {
@@ -92,6 +96,7 @@ FAMILIES = {
         attention=("attn.c_attn",),
         output="attn.c_proj",
         hidden=("mlp.c_fc",),
+        passed=("mlp.c_proj",),
         transposed=True,
     ),
     "llama": _LLAMA,

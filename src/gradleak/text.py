@@ -205,6 +205,10 @@ class TextGradient:
                 found.append(View(module, tensor.T if self.model.family.transposed else tensor))
         return found
 
+    def after(self) -> Tensors | None:
+        """The parameters of the model that training changed, as it left them; None where nothing was trained."""
+        return None
+
     def threat_model(self) -> list[Item]:
         """One row per thing the attacker may know, made from the fields."""
         model = self.model
@@ -249,19 +253,25 @@ class TextUpdate(TextGradient):
         after = sgd(self.model, before, tokens, labels, recipe)
         return {name: after[name] - before[name] for name in before}
 
+    def after(self) -> Tensors | None:
+        """theta_0 + released."""
+        return {name: self.model.parameters[name] + change for name, change in self.released.items()}
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextAdapter(TextGradient):
     """A LoRA adapter's gradient or change: {module.lora_A or module.lora_B: tensor}, beside the base model.
 
-    start    {module.lora_A and module.lora_B}: where training began; the usual start has B = 0
-    scaling  {module: s}
-    recipe   how it was trained; None: what was released is the gradient itself
+    start     {module.lora_A and module.lora_B}: where training began; the usual start has B = 0
+    scaling   {module: s}
+    recipe    how it was trained, or None
+    gradient  whether what was released is the gradient of the factors, and not their change in training
     """
 
     start: Tensors = field(repr=False)
     scaling: dict[str, float] = field(repr=False)
     recipe: Recipe | None = None
+    gradient: bool = False
 
     def __post_init__(self) -> None:
         for module in self.scaling:
@@ -283,8 +293,14 @@ class TextAdapter(TextGradient):
             made[f"{module}.weight"] = weight + (change.T if self.model.family.transposed else change)
         return made
 
+    def after(self) -> Tensors | None:
+        """W + s B A of the adapted layers, where training changed the factors."""
+        if self.gradient:
+            return None
+        return self.merged({name: self.start[name] + change for name, change in self.released.items()})
+
     def simulate(self, tokens: Sequence[Sequence[int]], labels: Tensor | None = None) -> Tensors:
-        """The gradient with respect to the factors, or their change in training."""
+        """The gradient with respect to the factors, or their change in training where its recipe is known."""
         before = {name: self.start[name] for name in self.start}
         if self.recipe is None:
             return gradient_of(self.model, {n: before[n] for n in self.released}, tokens, labels, self.merged)

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from gradleak.attacks.dager import Dager
 from gradleak.errors import NotObserved
 from gradleak.metrics.text import frequent_words, score_texts
 from gradleak.optimise import OnStep
@@ -21,14 +20,14 @@ from gradleak.victims.text import capture_text_gradient
 def audit_text(
     observation: TextGradient,
     name: str,
-    attack: Dager,
+    attack: Any,
     *,
     secret: TextSecret | None = None,
     public: Texts | None = None,
     seed: int = 0,
     on_step: OnStep | None = None,
 ) -> tuple[Result, TextReconstruction | None]:
-    """A row of the record, and what the attack returned (None if it could not run).
+    """A row of the record, and what the attack, one of TEXT_ATTACKS, returned (None if it could not run).
 
     With the secret every sentence is scored, special tokens left out; with public texts too there are two controls: the
     most frequent tokens of these, and the attack on the gradient of as many of them.
@@ -76,7 +75,7 @@ def plain(model: LanguageModel, tokens: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def controls(
-    observation: TextGradient, attack: Dager, secret: TextSecret, public: Texts, seed: int
+    observation: TextGradient, attack: Any, secret: TextSecret, public: Texts, seed: int
 ) -> dict[str, dict[str, list[float]]]:
     """Scores of the most frequent tokens, and of the attack on another gradient, against the same secret."""
     model, truth = observation.model, unmasked(secret.tokens, secret.labels)

@@ -28,6 +28,7 @@ class LowRank(TypedDict):
 
     scaling: Mapping[str, float]
     recipe: Training | None
+    gradient: bool
 
 
 class Provenance(TypedDict):
@@ -75,6 +76,7 @@ def save_text_observation(observation: TextGradient, path: Path) -> None:
         about["adapter"] = {
             "scaling": observation.scaling,
             "recipe": observation.recipe and asdict(observation.recipe),
+            "gradient": observation.gradient,
         }
         tensors |= safe_files.prefixed("start", observation.start)
     safe_files.write(tensors, TEXT, about, path)
@@ -109,6 +111,7 @@ def load_text_observation(path: Path) -> TextGradient:
                 start=safe_files.group(tensors, "start"),
                 scaling=dict(about["adapter"]["scaling"]),
                 recipe=Recipe(**recipe) if recipe else None,
+                gradient=about["adapter"]["gradient"],
             )
         case "TextGradient":
             return TextGradient(**shared)

@@ -51,19 +51,21 @@ class Weights(Gradient):
 
     def network(self) -> FullyConnected:
         """The trained network, layer by layer; NotObserved when it is not a fully connected ReLU network."""
-        return FullyConnected.of(self.model.module, self.released, self.model.architecture.input_shape)
+        parameters = {**self.model.parameters, **self.released}
+        return FullyConnected.of(self.model.module, parameters, self.model.architecture.input_shape)
+
+    def learned(self) -> FullyConnected:
+        """What training made of what it trained: the change where the start is known, else the parameters themselves."""
+        start = self.initial
+        made = {name: tensor if start is None else tensor - start[name] for name, tensor in self.released.items()}
+        return FullyConnected.of(self.model.module, made, self.model.architecture.input_shape)
 
     def target(self, layers: tuple[float, ...] = ()) -> Target:
-        """What the samples have to add up to: the parameters, or their change where the start is known."""
-        if self.initial is None:
+        """What the samples have to add up to; of biases that were not trained nothing is asked."""
+        if self.initial is None and len(self.released) == len(self.model.parameters):
             return Target(layers=layers)
-        before = FullyConnected.of(self.model.module, self.initial, self.model.architecture.input_shape)
-        network = self.network()
-        weights = tuple(a - b for a, b in zip(network.weights, before.weights, strict=True))
-        biases = tuple(
-            None if a is None or b is None else a - b for a, b in zip(network.biases, before.biases, strict=True)
-        )
-        return Target(weights, biases, layers)
+        learned = self.learned()
+        return Target(learned.weights, learned.biases, layers)
 
     def simulate(self, images: Tensor, labels: Tensor) -> Tensors:
         """sum_i lambda_i y_i df(x_i)/dtheta with the lambda >= 0 that explain the parameters best, plus the start if known.
@@ -75,7 +77,8 @@ class Weights(Gradient):
         x, C = network.margins(images, labels)
         coefficients = cone(*grams(network, x, C, target))
         made = network.combination(x, coefficients[:, None] * C)
-        return made if self.initial is None else {name: made[name] + self.initial[name] for name in made}
+        start = self.initial or {}
+        return {name: made[name] + start[name] if name in start else made[name] for name in self.released}
 
     def as_gradient(self) -> Tensors:
         """NotObserved: weights hold no gradient."""

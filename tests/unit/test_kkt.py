@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gradleak.attacks.dlg import DLG
-from gradleak.attacks.kkt import KKT, rank_of, span_of
+from gradleak.attacks.kkt import KKT
 from gradleak.attacks.kkt_search import KKTSearch
 from gradleak.attacks.ntk import NTK
+from gradleak.attacks.row_space import rank_of, span_of
 from gradleak.audit import audit
+from gradleak.cli import main
 from gradleak.data import load, public_pool
 from gradleak.distances import relative_residual
 from gradleak.errors import BadInput, NotObserved
@@ -20,6 +23,9 @@ from gradleak.files import load_observation, save_observation
 from gradleak.fully_connected import FullyConnected, Target, cone, distance, explained, grams
 from gradleak.metrics import ssim
 from gradleak.models import Architecture
+from gradleak.observations import Gradient, Model
+from gradleak.recipes.fine_tuning import ALL, All, LowRank, Release, Truncated, fine_tuned
+from gradleak.recipes.kkt_lora import sides
 from gradleak.secret import Secret
 from gradleak.trained_weights import Weights
 from gradleak.victims.gradient import capture_gradient
@@ -58,16 +64,17 @@ def trained(decay: float = 1e-3) -> tuple[Weights, Secret]:
 
 
 @pytest.mark.parametrize("sharpness", [3.0, 50.0, float("inf")])
-@pytest.mark.parametrize("own", [True, False], ids=["own parameters", "another target"])
+@pytest.mark.parametrize("target_is", ["own parameters", "another target", "another, biases frozen"])
 @pytest.mark.parametrize("n", [4, 40], ids=["Gram form", "summed form"])
 @pytest.mark.parametrize(
     ("outputs", "biases"), [(1, (True, False, False)), (3, (True, True, True)), (2, (False, False, False))]
 )
 def test_distance_and_derivatives_agree_with_autograd(
-    sharpness: float, own: bool, n: int, outputs: int, biases: tuple[bool, ...]
+    sharpness: float, target_is: str, n: int, outputs: int, biases: tuple[bool, ...]
 ) -> None:
     net, (x, C), factors = network(outputs, biases), samples(n, outputs), (1.0, 0.5, 2.0)
-    other = network(outputs, biases, seed=1)
+    own, other = target_is == "own parameters", network(outputs, biases, seed=1)
+    other = replace(other, biases=(None,) * 3) if "frozen" in target_is else other
     target = Target(layers=factors) if own else Target(other.weights, other.biases, factors)
     value, to_x, to_C = distance(net, torch.stack([x + 1, x]), torch.stack([C, C]), target, sharpness=sharpness)
     goal = net if own else other
@@ -91,6 +98,12 @@ def test_grams_are_those_of_per_sample_gradients() -> None:
     slope = K @ coefficients - t
     assert float(slope.min()) >= -1e-9 * float(t.abs().max())
     assert float((slope * coefficients).abs().max()) <= 1e-9 * float(t.abs().max())
+    frozen = Target(net.weights, (None,) * 3)
+    bare = torch.cat([net.parameters()[name].flatten() for name in sorted(net.names)])
+    flat = torch.stack([torch.cat([part[name].flatten() for name in sorted(net.names)]) for part in parts])
+    K, t = grams(net, x, C, frozen)
+    assert torch.allclose(K, flat @ flat.T, rtol=1e-12)
+    assert torch.allclose(t, flat @ bare, rtol=1e-12)
     assert torch.equal(
         cone(torch.eye(2).double(), torch.tensor([3.0, -1.0]).double()), torch.tensor([3.0, 0.0]).double()
     )
@@ -208,6 +221,11 @@ def test_the_search_over_settings_goes_on_where_it_was_interrupted(tmp_path: Pat
         search(changed, generator=torch.Generator().manual_seed(0))
 
 
+def probabilities(gradient: Gradient, images: Tensor) -> Tensor:
+    """The softmax of the model where the gradient was taken."""
+    return gradient.model.logits(gradient.model.parameters, images).softmax(1)
+
+
 def test_one_step_on_two_images_gives_both() -> None:
     architecture = Architecture("mlp", (1, 8, 8), 10)
     pictures = load("digits", "test", indices=[0, 1])
@@ -216,6 +234,13 @@ def test_one_step_on_two_images_gives_both() -> None:
     scores = [ssim(found.images, truth[None].expand_as(found.images)) for truth in pictures.images]
     assert min(float(score.max()) for score in scores) >= 0.99
     assert sorted(found.labels.tolist()) == sorted(pictures.labels.tolist())
+    known = NTK(steps=20).knowing(
+        gradient,
+        pictures.labels,
+        probabilities(gradient, pictures.images) / 2,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert float(ssim(known, pictures.images).min()) >= 0.99
     with pytest.raises(NotObserved, match="change of all weights"):
         NTK()(trained()[0], generator=torch.Generator())
 
@@ -260,8 +285,76 @@ def test_a_network_that_is_not_homogeneous_is_attacked_with_a_warning() -> None:
         architecture.build(0), architecture, first_of_each("digits", "train", 1), FullBatch(epochs=5)
     )
     found = KKT(steps=2)(observation, generator=torch.Generator().manual_seed(0))
+    assert 0 < found.residual <= 1.5  # 1 explains nothing
     assert "not homogeneous" in found.status
-    assert "not near stationarity" in found.status
+    told = observation.stationarity
+    assert told is not None
+    assert f"not near stationarity: at the true data {told.kkt_residual:.2f}" in found.status
+
+
+def test_both_signs_are_tried_where_labels_are_not_known() -> None:
+    observation, _ = trained()
+    hidden = replace(observation, initial=None, labels=None)
+    found = KKT(steps=2, units=False)(hidden, generator=torch.Generator().manual_seed(0))
+    assert sorted(found.labels.tolist()) == [0, 0, 1, 1]
+
+
+def test_an_adapter_composed_tells_what_training_made_of_its_weights() -> None:
+    pictures = first_of_each("digits", "train", 1)
+    made, residual = sides(BINARY, pictures, 3, 150, 0)
+    released, change, known = made.values()
+    assert released.model.frozen == ("2.bias",)
+    assert all(bias is None for bias in change.learned().biases)
+    x = released.network().inputs(pictures.images.double())
+    span = torch.linalg.qr(x.T).Q
+    moved = known.learned().weights[0]  # s B (A - A0): gradients of A are combinations of inputs
+    assert float((moved - moved @ span @ span.T).norm() / moved.norm()) <= 1e-3  # adapters are float32
+    assert (
+        float(torch.linalg.matrix_rank(change.learned().weights[0], rtol=1e-4)) == 2
+    )  # of two images, below the adapter's 3
+    assert residual is not None
+    assert (
+        residual
+        < explained(known.network(), *known.network().margins(pictures.images, pictures.labels), known.target())[0]
+    )
+
+
+@pytest.mark.parametrize("release", [ALL, Truncated(1), LowRank(4)], ids=str)
+def test_a_fine_tuning_releases_what_it_says(release: Release) -> None:
+    architecture, pictures = Architecture("mlp", (1, 8, 8), 10), load("digits", "test", indices=[0, 1])
+    model = Model.of(architecture.build(0), architecture)
+    update, shares = fine_tuned(model, pictures, release, 0.1, 1, seed=0)
+    probability = model.logits(model.parameters, pictures.images).softmax(1)
+    assert torch.allclose(shares, 0.05 * probability)  # one step of 0.1 on two pictures
+    gradient, _ = capture_gradient(architecture.build(0), architecture, pictures)
+    for name, change in update.released.items():
+        step = -0.1 * gradient.released[name]
+        if isinstance(release, All) or change.dim() < 2:
+            assert torch.allclose(change, step, rtol=1e-4, atol=1e-8)
+        elif isinstance(release, Truncated):  # Eckart and Young: what is left are the other singular values
+            left = torch.linalg.svdvals(step)[1:].norm()
+            assert float((change - step).norm()) == pytest.approx(float(left), rel=1e-3, abs=1e-7)
+        else:
+            assert int(torch.linalg.matrix_rank(change, rtol=1e-4)) <= 2  # of two pictures
+
+
+def test_the_command_line_says_what_is_wrong_with_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(*argv: object) -> str:
+        assert main([str(part) for part in argv]) == 2
+        return capsys.readouterr().err
+
+    plain, shape = tmp_path / "mlp.safetensors", ("--input-shape", 1, 8, 8, "--classes", 2)
+    module = Architecture("mlp", (1, 8, 8), 2).build(0)
+    save_file(dict(module.state_dict()), plain)
+    attack = ("attack", plain, "--attack", "kkt", "--steps", 2, "--out", tmp_path / "out")
+    assert "with --model alone whose trained weights these are" in refused(*attack)
+    other = refused(*attack, "--model", "homogeneous1000", *shape)
+    assert "the weights belong to another architecture" in other
+    assert "(256,)" in other
+    lenet = ("capture", "weights", "--data", "digits", "--model", "lenet", "--epochs", 1, "--out", tmp_path / "lenet")
+    assert "fully connected ReLU" in refused(*lenet)
+    assert main([str(part) for part in (*attack, "--model", "mlp", *shape)]) == 0  # not homogeneous: offered, and said
+    assert "The network is not homogeneous" in capsys.readouterr().out
 
 
 def test_an_audit_of_weights_runs_what_reads_weights() -> None:

@@ -15,6 +15,7 @@ from gradleak.attacks.kkt_search import KKTSearch
 from gradleak.attacks.lti import LTI
 from gradleak.attacks.map_inversion import MapInversion
 from gradleak.attacks.ntk import NTK
+from gradleak.attacks.past_the_rank import PastTheRank
 from gradleak.attacks.recursive import Recursive
 from gradleak.attacks.token_span import TokenSpan
 
@@ -35,6 +36,6 @@ ATTACKS: dict[str, type] = {
 
 WEIGHTS_ATTACKS: dict[str, type] = {"kkt": KKT, "kkt-search": KKTSearch}  # for trained weights, in place of a gradient
 
-TEXT_ATTACKS: dict[str, type] = {"dager": Dager}
+TEXT_ATTACKS: dict[str, type] = {"dager": Dager, "past-the-rank": PastTheRank}
 
 ALL_ATTACKS = ChainMap(TEXT_ATTACKS, WEIGHTS_ATTACKS, ATTACKS)  # in the order of ATTACKS, WEIGHTS_ATTACKS, TEXT_ATTACKS

@@ -9,7 +9,8 @@ Solves    dL/dW_q = Delta^T X (section 4): token a stands at position p only if 
           which tokens share a sentence (memberships.py), the second layer's span says which sentence is right
 Differs   the end of the span and the tolerance of each check come from the gap between singular values, not from numbers
           to be set; query, key and value are pooled; the vocabulary is screened without computing its inputs one by one; no
-          product over positions is searched; adapters are checked through their factor A
+          product over positions is searched; adapters are checked through their factor A; after several steps the
+          checks allow for how far training moved the layers' inputs
 """
 
 from dataclasses import dataclass, replace
@@ -17,12 +18,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from gradleak.attacks.judge import Found, Judge
 from gradleak.attacks.masked_targets import unmask
-from gradleak.attacks.memberships import pairs_of, placements
+from gradleak.attacks.memberships import Pairs, pairs_of, placements
+from gradleak.attacks.ordering import ordered
+from gradleak.attacks.outputs import Path
 from gradleak.attacks.prefixes import grow
-from gradleak.attacks.sentences import Found, Judge, assemble
+from gradleak.attacks.sentences import assemble, by_place, unambiguous
 from gradleak.attacks.spans import Span, excess, spans
-from gradleak.attacks.vocabulary import Embeddings, candidates
+from gradleak.attacks.vocabulary import CHUNK, Embeddings, candidates
 from gradleak.errors import NotObserved
 from gradleak.optimise import OnStep
 from gradleak.reconstruction import TextReconstruction
@@ -30,7 +34,6 @@ from gradleak.tensors import Tensors
 from gradleak.text import LanguageModel, TextGradient
 
 MARGIN = 10.0  # every decoy has to be refused by this factor, or passing proves nothing
-SPARE = 3  # candidates that are weighed at a time, per token that the batch has
 FORWARD = 8 * torch.finfo(torch.float32).eps  # what the victim's own forward pass in float32 rounds
 
 
@@ -39,15 +42,17 @@ class Dager:
     """Budgets only; there is no threshold to set.
 
     most    tokens kept per position
+    pairs   candidates (token, position) of an encoder that are weighed
     beam    prefixes of a decoder kept at a time
-    tries   tokens per sentence from which an encoder's sentence is sought
     budget  replacements tried in the correction of one sentence
+    orders  gradients computed to put an order to tokens that nothing else orders
     """
 
     most: int = 2_000
+    pairs: int = 12_000
     beam: int = 256
-    tries: int = 4
     budget: int = 600
+    orders: int = 1_500
 
     def __call__(
         self, observation: TextGradient, *, generator: torch.Generator, on_step: OnStep | None = None
@@ -61,41 +66,30 @@ class Dager:
             names = ", ".join(family.queries(0))
             raise NotObserved(f"None of {names} was released: no token can be told from another.")
         embeddings = Embeddings.of(model)
-        first = _telling(first, embeddings.inputs(*_decoys(model, generator)))
+        drift = _drift(model, observation.after(), embeddings, generator)
+        rounding = FORWARD + drift[0]
+        first = _telling(first, embeddings.inputs(*_decoys(model, generator)), rounding)
         if not first:
             raise NotObserved(
                 "The tokens of the batch fill all directions in which they were seen: any token of the vocabulary would pass. "
                 "A smaller batch, or an adapter of larger rank, gives its tokens away."
             )
-        allowed = candidates(embeddings, first, rounding=FORWARD, most=self.most)
+        allowed = candidates(embeddings, first, rounding=rounding, most=self.most)
         if not allowed:
             return _nothing(first)
-        second = (
-            spans(views, family.queries(1), observation.precision, causal=family.causal)
-            if model.config.num_hidden_layers > 1
-            else []
-        )
-        exact = _exact(model)
-        sure = False
-        if second:
-            decoys = torch.stack([_decoys(model, generator)[0] for _ in range(8)])
-            name = family.queries(1)[0]
-            rows = model.inputs([name], decoys, parameters=exact)[name].flatten(0, 1)
-            second = _telling(second, rows)
-            sure = bool(second) and float(excess(second, rows, FORWARD)[1].min()) > MARGIN
+        judge, sure = _judge(observation, FORWARD + drift[1], generator)
         bag = tuple(sorted({token for ids in allowed for token in ids.tolist()}))
-        if not second:
-            return _bag_only(model, bag, allowed)
+        if not judge.spans:
+            likeliest = self._likeliest(observation, embeddings, allowed, first)
+            return _bag_only(observation, bag, likeliest, generator, self.orders)
         if family.causal:
-            grown = grow(model, exact, allowed, second, rounding=FORWARD, widest=self.beam)
-            found = [Found(tokens, far, True) for tokens, far in grown]
+            grown = grow(judge, allowed, widest=self.beam)
+            found = _nearest(grown, judge.clearest.rank, observation.batch_size)
         else:
-            found = self._encoder(
-                observation, embeddings, allowed, first, Judge(model, exact, second, FORWARD), on_step
-            )
-        if not sure or (observation.batch_size is not None and len(found) > observation.batch_size):
+            found = self._encoder(observation, embeddings, allowed, first, judge, on_step)
+        if not sure:
             found = [replace(entry, proven=False) for entry in found]
-        told = _told(observation, found, bag, first[0], second[0])
+        told = _told(observation, found, bag, first[0], judge.clearest)
         return unmask(observation, told) if model.task == "masked-lm" else told
 
     def _encoder(
@@ -107,25 +101,31 @@ class Dager:
         judge: Judge,
         on_step: OnStep | None,
     ) -> list[Found]:
-        model, views = observation.model, observation.views()
-        pairs = pairs_of(embeddings, allowed)
-        share = torch.ones(len(pairs), dtype=torch.float64)
-        whole = [v.measured for v in views if v.module in model.family.queries(0) and v.factor is None]
-        if whole and len(pairs) > first[0].rank:
-            share = placements(embeddings, pairs, torch.cat(whole))
-        contexts = spans(views, (f"{model.family.block(0)}.{model.family.output}",), observation.precision)
-        outside = contexts[0].outside() if contexts and not contexts[0].full else None
+        model, views, family = observation.model, observation.views(), observation.model.family
+        pairs = self._likeliest(observation, embeddings, allowed, first)
+        block = family.block(0)
+        parts = ((family.output,), family.hidden, family.passed)
+        seen = [spans(views, tuple(f"{block}.{name}" for name in names), observation.precision) for names in parts]
         return assemble(
             judge,
             pairs,
-            share,
-            outside,
-            at_once=SPARE * judge.second[0].rank,
+            Path.of(model, judge.exact, seen, judge.rounding),
             batch_size=observation.batch_size,
-            tries=self.tries,
             budget=self.budget,
             on_step=on_step,
         )
+
+    def _likeliest(
+        self, observation: TextGradient, embeddings: Embeddings, allowed: list[Tensor], first: list[Span]
+    ) -> Pairs:
+        """Candidates (token, position), likeliest first."""
+        family = observation.model.family
+        pairs = pairs_of(embeddings, allowed)
+        whole = [v.measured for v in observation.views() if v.module in family.queries(0) and v.factor is None]
+        if not family.placed or not whole or len(pairs) <= first[0].rank:
+            return pairs
+        share = placements(embeddings, pairs, torch.cat(whole))
+        return pairs.at(share.argsort(descending=True)[: self.pairs])
 
 
 def _decoys(model: LanguageModel, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -135,9 +135,62 @@ def _decoys(model: LanguageModel, generator: torch.Generator) -> tuple[Tensor, T
     return ids, torch.arange(count) if model.family.placed else torch.zeros(count, dtype=torch.long)
 
 
-def _telling(found: list[Span], decoys: Tensor) -> list[Span]:
+def _nearest(grown: list[tuple[tuple[int, ...], float]], rank: int, batch_size: int | None) -> list[Found]:
+    """The nearest texts: as many as the batch had, or as explain all directions; every prefix makes one.
+
+    They are proven when these are all that passed, and leave no direction to a text that goes on unseen.
+    """
+    kept, prefixes = list[tuple[tuple[int, ...], float]](), set[tuple[int, ...]]()
+    for tokens, far in sorted(grown, key=lambda entry: entry[1]):
+        if len(kept) == batch_size or (batch_size is None and len(prefixes) >= rank):
+            break
+        kept.append((tokens, far))
+        prefixes |= {tokens[: i + 1] for i in range(len(tokens))}
+    whole = len(kept) == len(grown) and len(prefixes) >= rank
+    return [Found(tokens, far, whole) for tokens, far in kept]
+
+
+def _telling(found: list[Span], decoys: Tensor, rounding: float) -> list[Span]:
     """The spans that refuse most decoys; the others are so full, or so blurred, that passing means nothing."""
-    return [span for span in found if float((excess([span], decoys, FORWARD)[1] <= 1).double().mean()) < 0.5]
+    return [span for span in found if float((excess([span], decoys, rounding)[1] <= 1).double().mean()) < 0.5]
+
+
+def _drift(
+    model: LanguageModel, after: Tensors | None, embeddings: Embeddings, generator: torch.Generator
+) -> tuple[float, float]:
+    """How far training moved the inputs of the first and the second block, relative to them: the largest of any token, and
+    the largest in sentences of the tokens that moved most. The span is of inputs between these ends."""
+    if after is None:
+        return 0.0, 0.0
+    moved = replace(model, parameters={**model.parameters, **after})
+    later, changes = Embeddings.of(moved), list[Tensor]()
+    for ids in torch.split(torch.arange(model.config.vocab_size), CHUNK):
+        old, new = (seen.inputs(ids, torch.zeros_like(ids)) for seen in (embeddings, later))
+        changes.append((new - old).norm(dim=1) / old.norm(dim=1))
+    change = torch.cat(changes)
+    if model.config.num_hidden_layers < 2:
+        return float(change.max()), 0.0
+    length = min(32, model.positions - model.family.offset, len(change))
+    name, own = model.family.queries(1)[0], change.topk(length).indices
+    ids = torch.stack([own, *(own[torch.randperm(length, generator=generator)] for _ in range(7))])
+    old, new = (seen.inputs([name], ids)[name] for seen in (model, moved))
+    return float(change.max()), float(((new - old).norm(dim=-1) / old.norm(dim=-1)).max())
+
+
+def _judge(observation: TextGradient, rounding: float, generator: torch.Generator) -> tuple[Judge, bool]:
+    """The spans behind the first attention that can tell sentences apart, and whether random sentences fail so clearly that
+    passing is a proof."""
+    model, views, family = observation.model, observation.views(), observation.model.family
+    judge = Judge(model, _exact(model), {}, rounding)
+    decoys = torch.stack([_decoys(model, generator)[0] for _ in range(8)])
+    layers = [tuple(f"{family.block(0)}.{name}" for name in family.hidden)]
+    layers += [family.queries(1)] if model.config.num_hidden_layers > 1 else []
+    x = model.inputs([names[0] for names in layers], decoys, parameters=judge.exact)
+    for names in layers:
+        seen = spans(views, names, observation.precision, causal=family.causal)
+        if told := _telling(seen, x[names[0]].flatten(0, 1), rounding):
+            judge.spans[names[0]] = told
+    return judge, bool(judge.spans) and float(judge.rows(decoys)[1].min()) > MARGIN
 
 
 def _exact(model: LanguageModel) -> Tensors:
@@ -160,16 +213,20 @@ def _nothing(first: list[Span]) -> TextReconstruction:
     return TextReconstruction((), (), (), (), 1.0, status)
 
 
-def _bag_only(model: LanguageModel, bag: tuple[int, ...], allowed: list[Tensor]) -> TextReconstruction:
-    status = (
-        f"{len(bag)} tokens pass in the first block, in up to {len(allowed)} positions; the second block's projections were not "
-        "released, or the tokens fill their directions, so they cannot be put together."
-    )
-    if model.family.placed and all(len(ids) == 1 for ids in allowed):
-        only = tuple(int(ids[0]) for ids in allowed)
-        status = "One token passes at each position; without the second block's projections that is not checked again."
-        return TextReconstruction((only,), (model.decode(only),), (False,), bag, 0.0, status)
-    return TextReconstruction((), (), (), bag, 1.0, status)
+def _bag_only(
+    observation: TextGradient, bag: tuple[int, ...], pairs: Pairs, generator: torch.Generator, orders: int
+) -> TextReconstruction:
+    """The bag, and sentences by gradient distance: for one text, or where positions are seen."""
+    model, count = observation.model, int(pairs.places.max()) + 1
+    status = f"{len(bag)} tokens pass in the first block, in up to {count} positions; nothing behind its attention "
+    status += "was released that could tell more"
+    if unambiguous(pairs) is None and not model.family.placed and observation.batch_size != 1:
+        return TextReconstruction((), (), (), bag, 1.0, f"{status}, so they cannot be put together.")
+    found = ordered(observation, by_place(pairs), generator=generator, budget=orders)
+    sentences = tuple(found.sentences)
+    status += f": their order is a guess, whose gradient differs from the released one by {found.distance:.1e}."
+    texts = tuple(model.decode(tokens) for tokens in sentences)
+    return TextReconstruction(sentences, texts, (False,) * len(sentences), bag, found.distance, status)
 
 
 def _told(

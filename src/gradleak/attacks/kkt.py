@@ -25,31 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gradleak.attacks.row_space import Span, rank_of, span_of, unit_inputs
 from gradleak.errors import NotObserved
 from gradleak.fully_connected import FullyConnected, Target, distance, grams
 from gradleak.observations import Gradient
 from gradleak.optimise import OnStep
 from gradleak.reconstruction import Reconstruction
 from gradleak.trained_weights import STATIONARY, Weights
-
-ROUNDING = 1e-5  # singular values below so much of the largest are rounding in float32
-FAR_OUTSIDE = 0.3  # relative distance from the box at which a hidden unit is no start
-
-
-@dataclass(frozen=True)
-class Span:
-    """The affine set origin + (anything) basis that the training inputs lie in: (in,), (rank, in) orthonormal rows."""
-
-    origin: Tensor
-    basis: Tensor
-
-    def project(self, x: Tensor) -> Tensor:
-        """The nearest points of the set: (..., in) -> (..., in)."""
-        return self.origin + self.along(x - self.origin)
-
-    def along(self, direction: Tensor) -> Tensor:
-        """The part of directions that stays in the set."""
-        return (direction @ self.basis.T) @ self.basis
 
 
 @dataclass(frozen=True)
@@ -86,7 +68,7 @@ class KKT:
     start_scale       standard deviation of the noise on the starts, and of starts that are only noise
     candidates        per training image; how many images there were is read off the singular values where it was withheld
     restarts          side by side; the best residual wins
-    span              keep the inputs in the span of the first layer
+    span              keep the inputs in the span of the first layer, where its bias was trained
     units             start at hidden units, else at noise
     first_layer       explain only that layer: later ones may remember where they started
     double            compute in float64, else in float32
@@ -131,20 +113,27 @@ class KKT:
         dtype = torch.float64 if self.double else torch.float32
         network = seen.network().to(dtype)
         factors = (1.0, *[0.0] * (len(network.weights) - 1)) if self.first_layer else ()
-        space = span_of(network) if self.span else None
-        many = self.candidates * (seen.batch_size or rank_of(network))
-        x, y = self.starts(network, space, many, seen.labels, generator)
+        learned = seen.learned().to(dtype)
+        space = span_of(learned) if self.span and learned.biases[0] is not None else None  # else inputs have no scale
+        many = self.candidates * (seen.batch_size or max(rank_of(learned), 1))
+        x, y = self.starts(network, learned, space, many, seen.labels, generator)
         settings = Settings(self.steps, self.step_size, self.coefficient_step, self.min_lambda, self.sharpness)
         return search(network, seen.target(factors).to(dtype), x, y, space, settings, generator, on_step)
 
     def starts(
-        self, network: FullyConnected, space: Span | None, many: int, labels: Tensor | None, generator: torch.Generator
+        self,
+        network: FullyConnected,
+        learned: FullyConnected,
+        space: Span | None,
+        many: int,
+        labels: Tensor | None,
+        generator: torch.Generator,
     ) -> tuple[Tensor, Tensor]:
         """(R, many, in) inputs and (R, many) labels: hidden units far from each other (k-means++), or noise."""
         low, high = ((edge - network.shift) / network.scale for edge in (0, 1))
         noise = torch.randn(self.restarts, many, len(network.shift), generator=generator, dtype=torch.float64)
         x = self.start_scale * noise.to(network.shift)
-        pool = unit_inputs(network, space) if self.units else x[0, :0]
+        pool = unit_inputs(learned, space) if self.units else x[0, :0]
         if len(pool) >= many:
             apart = torch.cdist(pool, pool).square().double()
             for r in range(self.restarts):
@@ -171,30 +160,42 @@ def search(
     settings: Settings,
     generator: torch.Generator,
     on_step: OnStep | None = None,
+    known: Tensor | None = None,
 ) -> Search:
-    """x and lambda >= 0 together, from starts x (R, m, in) with labels y (R, m), inside the box and the span."""
+    """x and lambda >= 0 together, from starts x (R, m, in) with labels y (R, m), inside the box and the span.
+
+    known: lambda (R, m, out), which then is not searched for.
+    """
     low, high = ((edge - network.shift) / network.scale for edge in (0, 1))
     signals, pull = signalling(network, y)
     size = target.size(network)
     share = torch.ones(*y.shape, 1 if network.single else len(network.weights[-1])).to(x)
     K, t = grams(network, x, signals(share), target)
-    least = t.abs().sum(-1) / K.abs().sum((-1, -2))  # where the starts' labels are wrong, no common lambda is positive
-    unit = (t.sum(-1) / K.sum((-1, -2))).maximum(least)[:, None, None]  # (R, 1, 1)
+    common, most = K.sum((-1, -2)), K.abs().sum((-1, -2)).clamp_min(torch.finfo(K.dtype).tiny)
+    least = t.abs().sum(-1) / most  # where the starts' labels are wrong, no common lambda is positive
+    cancelling = common < torch.finfo(K.dtype).eps ** 0.5 * most  # starts of both labels at one point
+    unit = torch.where(cancelling, least, t.sum(-1) / common).maximum(least)[:, None, None]  # (R, 1, 1)
     share = share * torch.rand(share.shape, generator=generator, dtype=torch.float64).to(x) * 2
-    momenta = [torch.zeros_like(tensor) for tensor in (x, x[..., :1], share, share)]
+    if known is not None:
+        unit, share = torch.ones_like(unit), known.to(x)
+    x, momenta = x.clone(), [torch.zeros_like(tensor) for tensor in (x, x[..., :1], share, share)]
     trace, value = list[tuple[int, float]](), size.expand(len(x))
     for step in range(1, settings.steps + 1):
         C = signals(unit * share)
         value, to_x, to_C = distance(network, x, C, target, sharpness=settings.sharpness, size=size)
         rate = 0.5 + 0.5 * math.cos(math.pi * step / settings.steps)
-        over = x - x.clamp(low, high)
         to_x = to_x if space is None else space.along(to_x)
         # One second moment per picture: the step keeps its direction, and so stays in the span.
-        x = x - settings.step_size * rate * adam(momenta[:2], to_x, to_x.square().mean(-1, keepdim=True), step)
-        x = x.clamp(low, high) if space is None else space.project(x - 0.5 * over)
-        to_share = unit * pull(to_C)
-        share = share - settings.coefficient_step * rate * adam(momenta[2:], to_share, to_share.square(), step)
-        share = share.clamp_min(settings.min_lambda)
+        size_of = torch.linalg.vecdot(to_x, to_x)[..., None] / to_x.shape[-1]
+        move = adam(momenta[:2], to_x, size_of, step).mul_(settings.step_size * rate)
+        if space is None:
+            x.sub_(move).clamp_(low, high)
+        else:
+            x = space.project((x + x.clamp(low, high)).mul_(0.5).sub_(move))  # half of the way back into the box
+        if known is None:
+            to_share = unit * pull(to_C)
+            share = share - settings.coefficient_step * rate * adam(momenta[2:], to_share, to_share.square(), step)
+            share = share.clamp_min(settings.min_lambda)
         if step % max(settings.steps // 100, 1) == 0 or step == settings.steps:
             trace.append((step, float((value.min() / size).clamp_min(0).sqrt())))
             if on_step is not None:
@@ -224,55 +225,6 @@ def reservations(seen: Weights) -> str:
     return said
 
 
-def rank_of(network: FullyConnected) -> int:
-    """How many singular values of the first layer stand out of the noise that it started from, at least 1.
-
-    Those above omega(beta) times the median (Gavish and Donoho 2014, equation 11). All, where over half of them would.
-    """
-    W = with_bias(network)
-    values = torch.linalg.svdvals(W)
-    beta = min(W.shape) / max(W.shape)
-    omega = 0.56 * beta**3 - 0.95 * beta**2 + 1.82 * beta + 1.43
-    found = int(((values > omega * values.median()) & (values > ROUNDING * values[0])).sum())
-    return max(found, 1) if found < len(values) / 2 else len(values)
-
-
-def span_of(network: FullyConnected) -> Span | None:
-    """Where the training inputs must lie; None when the first layer tells nothing, because its rows span everything.
-
-    With a bias, its column is the inputs' last coordinate, which is 1: the set is affine.
-    """
-    rank, W = rank_of(network), with_bias(network)
-    if rank >= min(W.shape):
-        return None
-    V = torch.linalg.svd(W, full_matrices=False)[2][:rank]  # (rank, in or in + 1)
-    if network.biases[0] is None:
-        return Span(torch.zeros_like(V[0]), V)
-    last = V[:, -1]
-    origin = V.T @ (last / last.square().sum())
-    flat = V - torch.outer(last / last.square().sum(), last @ V)  # directions along which the last coordinate rests
-    basis = torch.linalg.svd(flat[:, :-1], full_matrices=False)[2][: rank - 1]
-    return Span(origin[:-1], basis)
-
-
-def unit_inputs(network: FullyConnected, space: Span | None) -> Tensor:
-    """Rows of the first layer over their biases that are nearly pictures: (k, in), none where there is no bias."""
-    bias = network.biases[0]
-    if bias is None:
-        return network.weights[0][:0]
-    x = network.weights[0][bias != 0] / bias[bias != 0, None]
-    x = x if space is None else space.project(x)
-    low, high = ((edge - network.shift) / network.scale for edge in (0, 1))
-    inside = x.clamp(low, high)
-    return inside[(x - inside).norm(dim=1) < FAR_OUTSIDE * x.norm(dim=1)]
-
-
-def with_bias(network: FullyConnected) -> Tensor:
-    """The first layer's weight with its bias as a last column."""
-    W, b = network.weights[0], network.biases[0]
-    return W if b is None else torch.cat([W, b[:, None]], dim=1)
-
-
 def signalling(
     network: FullyConnected, labels: Tensor
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
@@ -292,9 +244,7 @@ def signalling(
 def adam(momenta: list[Tensor], gradient: Tensor, square: Tensor, step: int) -> Tensor:
     """The direction of Adam (Kingma and Ba 2015, algorithm 1); the two momenta are changed in place."""
     first, second = momenta
-    first.mul_(0.9).add_(gradient, alpha=0.1)
-    second.mul_(0.999).add_(square, alpha=0.001)
-    direction: Tensor = (
-        first / (1 - 0.9**step) / ((second / (1 - 0.999**step)).sqrt() + torch.finfo(first.dtype).tiny ** 0.5)
-    )
-    return direction
+    first.lerp_(gradient, 0.1)
+    second.lerp_(square, 0.001)
+    size = (second / (1 - 0.999**step)).sqrt_().add_(torch.finfo(first.dtype).tiny ** 0.5)
+    return first * size.mul_(1 - 0.9**step).reciprocal_()

@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gradleak.attacks.kkt import Settings, Span, rank_of, search, span_of, unit_inputs
+from gradleak.attacks.kkt import Settings, search
+from gradleak.attacks.row_space import Span, rank_of, span_of, unit_inputs
 from gradleak.distances import relative_residual
 from gradleak.errors import NotObserved
 from gradleak.fully_connected import FullyConnected, Target, cone, grams
@@ -54,7 +55,7 @@ class NTK:
         """NotObserved for networks that are not fully connected, and for releases that are no change of all weights."""
         network, change = frozen(observation)
         space = span_of(change)
-        many = observation.batch_size or rank_of(change)
+        many = observation.batch_size or max(rank_of(change), 1)
         x, y = self.starts(network, change, space, many, observation.labels, generator)
         settings = Settings(self.steps, self.step_size, self.coefficient_step, 0.0, self.sharpness)
         found = search(network, target_of(change), x, y, space, settings, generator, on_step)
@@ -71,6 +72,27 @@ class NTK:
             iterations=self.steps,
             trace=found.trace,
         )
+
+    def knowing(
+        self, observation: Gradient, labels: Tensor, coefficients: Tensor, *, generator: torch.Generator
+    ) -> Tensor:
+        """The images (n, channel, height, width) where labels (n,) and lambda (n, classes) are known, n of each.
+
+        lambda_ic is the softmax's probability of class c times the learning rate over the batch, summed over the steps;
+        what stands at the own class is not used. For measuring what not knowing them costs.
+        """
+        network, change = frozen(observation)
+        space = span_of(change)
+        x, y = self.starts(network, change, space, len(labels), labels, generator)
+        fitting = (y[:, None] == labels[:, None]).double() + 1e-3 * torch.eye(
+            len(labels)
+        ).double()  # (R, labels, starts)
+        x = torch.stack([start[fit.argmax(1)] for start, fit in zip(x, fitting, strict=True)])
+        y, known = labels.expand(len(x), -1), coefficients.expand(len(x), -1, -1)
+        settings = Settings(self.steps, self.step_size, self.coefficient_step, 0.0, self.sharpness)
+        found = search(network, target_of(change), x, y, space, settings, generator, known=known)
+        best = found.x[int(found.residuals.argmin())]
+        return network.images(best, observation.model.architecture.input_shape).clamp(0, 1).float()
 
     def told(
         self, observation: Gradient, network: FullyConnected, x: Tensor, labels: Tensor
@@ -144,8 +166,6 @@ def frozen(observation: Gradient) -> tuple[FullyConnected, FullyConnected]:
     if isinstance(observation, Adapter | Weights):
         kind = type(observation).__name__.lower()
         raise NotObserved(f"What was released is {kind}, and this attack reads a change of all weights.")
-    if missing := [name for name in observation.model.parameters if name not in observation.released]:
-        raise NotObserved(f"The change of {missing[0]} was not released, and this attack reads that of all weights.")
     model, sign = observation.model, 1.0 if isinstance(observation, Update) else -1.0
     made = [
         FullyConnected.of(model.module, tensors, model.architecture.input_shape).to(torch.float64)

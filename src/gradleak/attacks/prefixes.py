@@ -1,33 +1,22 @@
-"""Sentences of a decoder, token by token: the second layer's input at a position depends on the tokens up to there, so a
-prefix is right when that input lies in the span of the second layer's inputs. No product over positions arises."""
+"""Sentences of a decoder, token by token: what goes into a layer behind the first attention at a position depends on the tokens
+up to there, so a prefix is right when that lies in the span that was seen. No product over positions arises."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from gradleak.attacks.spans import Span, excess
-from gradleak.tensors import Tensors
-from gradleak.text import LanguageModel
+from gradleak.attacks.judge import Judge
 
-ROWS = 1_024  # prefixes at a time
 REPEATS = 4  # times that a text may begin with one token
 
 
-def grow(
-    model: LanguageModel,
-    exact: Tensors,
-    candidates: Sequence[Tensor],
-    second: list[Span],
-    *,
-    rounding: float,
-    widest: int,
-) -> list[tuple[tuple[int, ...], float]]:
+def grow(judge: Judge, candidates: Sequence[Tensor], *, widest: int) -> list[tuple[tuple[int, ...], float]]:
     """Every sentence that passes at each of its positions and cannot be continued, with its largest distance.
 
     candidates: token ids per position, or one set for all of them. widest: prefixes kept, nearest first.
     """
-    name = model.family.queries(1)[0]
+    model = judge.model
     beam: list[tuple[tuple[int, ...], float]] = [((), 0.0)]
     done: list[tuple[tuple[int, ...], float]] = []
     for place in range(model.positions):
@@ -37,14 +26,11 @@ def grow(
         longer = [((*prefix, token), far) for prefix, far in beam for token in ids]
         longer = [entry for entry in longer if len(entry[0]) <= REPEATS or len(set(entry[0])) > 1]
         kept, continued = [], set[tuple[int, ...]]()
-        for start in range(0, len(longer), ROWS):
-            part = longer[start : start + ROWS]
-            x = model.inputs([name], torch.tensor([p for p, _ in part]), parameters=exact)[name][:, -1]
-            distance, ratio = excess(second, x.double(), rounding)
-            for (prefix, far), d, r in zip(part, distance.tolist(), ratio.tolist(), strict=True):
-                if r <= 1:
-                    kept.append((prefix, max(far, d)))
-                    continued.add(prefix[:-1])
+        passed, distance = judge.ends(torch.tensor([prefix for prefix, _ in longer]))
+        for i, d in zip(passed.tolist(), distance.tolist(), strict=True):
+            prefix, far = longer[i]
+            kept.append((prefix, max(far, d)))
+            continued.add(prefix[:-1])
         done += [entry for entry in beam if entry[0] not in continued and entry[0]]
         beam = sorted(kept, key=lambda entry: entry[1])[:widest]
         if not beam:

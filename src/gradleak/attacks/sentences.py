@@ -1,79 +1,26 @@
-"""Sentences of an encoder out of the tokens that its first layer shows, in polynomial time: a guess at the members of a
-sentence by linear systems (memberships.py), corrected token by token against the span of the second layer's inputs, which
-depend on the whole sentence; a sentence whose rows all lie in it is right."""
+"""Sentences of an encoder out of the tokens that its first layer shows, in polynomial time: the attention's output for every
+candidate (outputs.py), a linear system for the members of its sentence (memberships.py), and the spans behind the
+attention, whose members depend on the whole sentence, as the judge."""
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from gradleak.attacks.memberships import Attention, Pairs, memberships
-from gradleak.attacks.spans import Span, excess
+from gradleak.attacks.judge import Found, Judge
+from gradleak.attacks.memberships import Attention, Pairs, members
+from gradleak.attacks.outputs import Path
 from gradleak.optimise import OnStep
-from gradleak.tensors import Tensors
 from gradleak.text import LanguageModel
 
-ROWS = 256  # sentences at a time
-ONCE = 0.05  # how near to 1 the share of a token is that stands once in the batch, at a position without recurring ones
-
-
-@dataclass(frozen=True)
-class Found:
-    """A sentence, the largest relative distance of its rows to what was seen, whether all are within what noise allows, and
-    the mean of the distances."""
-
-    tokens: tuple[int, ...]
-    distance: float
-    proven: bool
-    mean: float = 0.0
-
-
-@dataclass(frozen=True)
-class Judge:
-    """The second layer's span, as a judge of whole sentences."""
-
-    model: LanguageModel
-    exact: Tensors
-    second: list[Span]
-    rounding: float
-
-    def rows(self, sentences: Tensor, *, quick: bool = False) -> tuple[Tensor, Tensor]:
-        """(distance, ratio to what is allowed) of every token's row: (n, length) each."""
-        name = self.model.family.queries(1)[0]
-        parameters = self.model.parameters if quick else self.exact
-        parts = [self.model.inputs([name], part, parameters=parameters)[name] for part in torch.split(sentences, ROWS)]
-        return excess(self.second, torch.cat(parts), self.rounding)
-
-    def verdict(self, tokens: tuple[int, ...]) -> Found:
-        """The sentence as it stands."""
-        distance, ratio = self.rows(torch.tensor([tokens]))
-        return Found(tokens, float(distance.max()), bool(ratio.max() <= 1), float(distance.mean()))
-
-    def corrected(self, tokens: tuple[int, ...], choices: list[list[int]], budget: int) -> Found:
-        """The sentence after replacing one token at a time, the worst row's first, as long as that brings the rows nearer.
-
-        choices: token ids per position. budget: replacements that may be tried.
-        """
-        current = torch.tensor(tokens)
-        distance = self.rows(current[None], quick=True)[0][0].square()
-        untried = set(range(1, len(tokens)))
-        while untried and budget > 0:
-            place = max(untried, key=lambda p: float(distance[p]))
-            untried.discard(place)
-            other = [token for token in choices[place] if token != int(current[place])][:budget]
-            if not other:
-                continue
-            budget -= len(other)
-            trials = current.repeat(len(other), 1)
-            trials[:, place] = torch.tensor(other)
-            rows = self.rows(trials, quick=True)[0].square()
-            best = int(rows.mean(1).argmin())
-            if float(rows[best].mean()) < float(distance.mean()) * (1 - 1e-6):
-                current, distance = trials[best], rows[best]
-                untried = set(range(1, len(tokens))) - {place}
-                if float(distance.max()) < 1e-6:  # as near as float32 can tell
-                    break
-        return self.verdict(tuple(current.tolist()))
+TWICE = 2  # proposals that hold a token before it is no focus any more, until more outputs are known
+AT_ONCE = 1_024  # candidates whose outputs are sought before sentences are
+TOGETHER = 8  # tokens of a sentence whose equations are solved together
+GAPS = 5  # positions of a sentence that are filled before every candidate's output was sought
+TURNS = 5  # times that the members of a sentence are solved for, with more of its tokens each time
+UNSURE = 0.2  # from 1: then the candidates of that position are weighed once more
+BEYOND = 4  # positions after the last that is taken
 
 
 def unambiguous(pairs: Pairs) -> tuple[int, ...] | None:
@@ -83,114 +30,127 @@ def unambiguous(pairs: Pairs) -> tuple[int, ...] | None:
     return tuple(pairs.ids[order].tolist()) if alone else None
 
 
+def by_place(pairs: Pairs) -> list[list[int]]:
+    """Token ids per position, in the order of the candidates."""
+    return [pairs.ids[pairs.places == place].tolist() for place in range(int(pairs.places.max()) + 1)]
+
+
 def assemble(
     judge: Judge,
     pairs: Pairs,
-    share: Tensor,
-    outside: Tensor | None,
+    path: Path | None,
     *,
-    at_once: int,
     batch_size: int | None,
-    tries: int,
     budget: int,
     on_step: OnStep | None = None,
 ) -> list[Found]:
     """The sentences of the batch: proven ones first, then the nearest guesses, up to the batch size where it is known.
 
-    share    (m,) how certain each candidate is to stand where it does: near 1 for one that certainly does
-    at_once  candidates that are weighed together: those of the largest shares
-    outside  N (equations, width), orthogonal to every attention output of the first layer; None where it was not released
+    pairs: likeliest first. path: from the attention's output to the end of the block; None where that was not seen.
     """
-    order = share.argsort(descending=True)
-    choices = [pairs.ids[order][pairs.places[order] == place].tolist() for place in range(int(pairs.places.max()) + 1)]
     only = unambiguous(pairs)
     if only is not None:
         alone = judge.verdict(only)
-        if alone.proven or outside is None or batch_size == 1:
+        if alone.proven or path is None or batch_size == 1:
             return [alone]
-    if outside is None:
+    if path is None:
         return []
-    likely = order[:at_once]
-    likely = torch.unique(torch.cat([likely, (pairs.places == 0).nonzero()[:, 0]]))
-    pairs, share = pairs.at(likely), share[likely]
-    attention = Attention.of(judge.model, judge.exact, pairs, outside)
-    proven: list[Found] = []
-    guesses: list[Found] = []
-    tried = 0
-    queue = [i for i in (share - 1).abs().argsort().tolist() if int(pairs.places[i]) > 0]
-    covered = torch.zeros(len(pairs), dtype=torch.bool)
-    limit = tries * (batch_size or len(choices))
-    while queue and tried < limit and (batch_size is None or len(proven) < batch_size):
-        focus = queue.pop(0)
-        if bool(covered[focus]):
-            continue
-        tried += 1
-        found: Found | None = None
-        # What stands once in the batch, and has found its sentence, is in no other; but a share of 1 can also be that of
-        # a token which stands at this position in two sentences.
-        spent = covered & ((share - 1).abs() < ONCE) & (pairs.places > 0)
-        for away in (spent, torch.zeros_like(spent)) if bool(spent.any()) else (spent,):
-            rest = (~away).nonzero()[:, 0]
-            guess = _proposal(
-                attention.at(rest), pairs.at(rest), share[rest], int((rest == focus).nonzero()), judge.model
-            )
-            if guess is None or any(guess == other.tokens for other in (*proven, *guesses)):
+    choices = by_place(pairs)
+    attention = Attention.of(judge.model, judge.exact, pairs.x)
+    outputs: dict[int, Tensor] = {}
+    proven: dict[tuple[int, ...], Found] = {}
+    guesses: dict[tuple[int, ...], Found] = {}
+    covered: set[tuple[int, int]] = set()
+    parts = torch.split(torch.arange(len(pairs)), AT_ONCE)
+    for number, part in enumerate(parts, 1):
+        o, near = path.outputs(pairs.x[part])
+        outputs |= {int(i): output for i, output, sure in zip(part, o, near, strict=True) if bool(sure)}
+        proposed = Counter[tuple[int, int]]()
+        for focus in outputs:
+            own = (int(pairs.places[focus]), int(pairs.ids[focus]))
+            if own in covered or own[0] == 0 or proposed[own] >= TWICE:
                 continue
-            found = judge.verdict(guess)
-            if not found.proven:
-                found = judge.corrected(guess, choices, budget)
+            most = GAPS if number < len(parts) else len(choices)
+            tokens = _around(judge.model, attention, pairs, outputs, focus, most)
+            proposed.update(enumerate(tokens or ()))
+            if tokens is None or tokens in proven or tokens in guesses:
+                continue
+            found = judge.verdict(tokens)
             if found.proven:
-                break
-            guesses.append(found)
-        if found is None:
-            continue
-        if found.proven and found not in proven:
-            proven.append(found)
-            for place, token in enumerate(found.tokens):
-                covered |= (pairs.places == place) & (pairs.ids == token)
+                proven[tokens] = found
+                covered |= set(enumerate(tokens))
+                if len(proven) == batch_size:
+                    return list(proven.values())
+            else:
+                guesses[tokens] = found
         if on_step is not None:
-            on_step(tried, limit, found.distance)
+            on_step(number, len(parts), 1 - len(proven) / (batch_size or max(len(proven), 1)))
     missing = max((batch_size or len(proven)) - len(proven), 0)
-    return proven + _distinct(proven, guesses, missing)
+    for found in _distinct(list(proven.values()), list(guesses.values()), missing):
+        better = judge.corrected(found.tokens, choices, budget)
+        (proven if better.proven else guesses)[better.tokens] = better
+    missing = max((batch_size or len(proven)) - len(proven), 0)
+    return list(proven.values()) + _distinct(list(proven.values()), list(guesses.values()), missing)
 
 
-def _proposal(
-    attention: Attention, pairs: Pairs, share: Tensor, focus: int, model: LanguageModel
+def _around(
+    model: LanguageModel, attention: Attention, pairs: Pairs, outputs: dict[int, Tensor], focus: int, most: int
 ) -> tuple[int, ...] | None:
-    """The sentence that linear systems put around the candidate `focus`."""
-    certain = pairs.places == 0
-    if int(certain.sum()) > 1:
-        certain = torch.zeros_like(certain)
-    w, _ = memberships(attention, pairs, focus, certain, _guess(pairs, share))
-    return _rounded(model, pairs, w, focus)
-
-
-def _guess(pairs: Pairs, share: Tensor) -> Tensor:
-    """A start for w: the shares, brought to a sum of 1 at each position."""
-    w = share.clamp(0.02, 1)
-    total = torch.zeros(int(pairs.places.max()) + 1, dtype=w.dtype).index_add_(0, pairs.places, w)
-    return w / total[pairs.places]
-
-
-def _rounded(model: LanguageModel, pairs: Pairs, w: Tensor, focus: int) -> tuple[int, ...] | None:
-    """The likeliest token at each position, up to the closing token, or to where no position is taken any more."""
-    close, tokens = model.tokenizer.sep_token_id, list[int]()
-    ends = (pairs.ids == close) & (pairs.places >= pairs.places[focus]) if close is not None else None
-    last = None
-    if ends is not None and bool(ends.any()) and float(w[ends].max()) > 0:
-        where = ends.nonzero()[:, 0]
-        last = int(pairs.places[where[w[where].argmax()]])
-    for place in range(int(pairs.places.max()) + 1):
-        here = (pairs.places == place).nonzero()[:, 0]
-        if close is not None and last is not None and place < last:
-            here = here[pairs.ids[here] != close] if bool((pairs.ids[here] != close).any()) else here
-        if not len(here) or (last is None and place > int(pairs.places[focus]) and float(w[here].sum()) < 0.5):
+    """The sentence of the candidate `focus`: its members among those with known outputs, then whoever fills the gaps; None
+    where there are more than `most` of these."""
+    close = model.tokenizer.sep_token_id
+    others = torch.tensor(list(outputs))
+    together = [focus]
+    for turn in range(TURNS):
+        sure = torch.isin(others, torch.tensor(together))
+        w = members([attention.system(i, outputs[i], others) for i in together], sure)
+        likely = _one_per_place(pairs, others, w, focus)
+        # Those whose own equations are explained best: an output may be that of the same token in another sentence.
+        rest = {i: _unexplained(attention, outputs[i], i, others, w) for i in likely if i in outputs}
+        together = sorted(rest, key=lambda i: (i != focus, rest[i]))[:TOGETHER]
+        if turn == 0:
+            continue
+        settled = {int(pairs.places[i]) for i, weight in likely.items() if turn == 1 or abs(weight - 1) < UNSURE}
+        closed = any(int(pairs.ids[i]) == close and int(pairs.places[i]) in settled for i in likely)
+        last = max(settled) + (0 if closed else BEYOND)
+        gaps = [place for place in range(last + 1) if place not in settled]
+        if not gaps:
             break
-        if place == last and close is not None:
-            tokens.append(close)
+        if len(gaps) > most:
+            return None
+        fillers = torch.isin(pairs.places, torch.tensor(gaps)).nonzero()[:, 0]
+        others = torch.unique(torch.cat([torch.tensor(list(likely)), fillers]))
+    return _rounded(model, pairs, list(likely), focus)
+
+
+def _one_per_place(pairs: Pairs, others: Tensor, w: Tensor, focus: int) -> dict[int, float]:
+    """The members and their weights: candidates with more than half a membership, the best of each position, the focus at its
+    own."""
+    best: dict[int, tuple[float, int]] = {}
+    for i, weight in zip(others.tolist(), w.tolist(), strict=True):
+        place = int(pairs.places[i])
+        if weight > 0.5 and weight > best.get(place, (0.0, 0))[0]:
+            best[place] = (weight, i)
+    best[int(pairs.places[focus])] = (1.0, focus)
+    return {i: weight for weight, i in best.values()}
+
+
+def _unexplained(attention: Attention, o: Tensor, i: int, others: Tensor, w: Tensor) -> float:
+    """How far the equations of candidate i are from holding with these memberships, relative to their terms."""
+    A = attention.system(i, o, others) * w.double()
+    return float(A.sum(1).norm() / A.norm())
+
+
+def _rounded(model: LanguageModel, pairs: Pairs, likely: Sequence[int], focus: int) -> tuple[int, ...]:
+    """The members by position, up to the closing token behind the focus; a position without one takes the likeliest of all."""
+    close, here = model.tokenizer.sep_token_id, int(pairs.places[focus])
+    member = {int(pairs.places[i]): int(pairs.ids[i]) for i in likely}
+    tokens = list[int]()
+    for place in range(max(member) + 1):
+        tokens.append(member[place] if place in member else int(pairs.ids[(pairs.places == place).nonzero()[0, 0]]))
+        if tokens[-1] == close and place >= here:
             break
-        tokens.append(int(pairs.ids[here[w[here].argmax()]]))
-    return tuple(tokens) if len(tokens) > 1 else None
+    return tuple(tokens)
 
 
 def _distinct(proven: list[Found], guesses: list[Found], count: int) -> list[Found]:

@@ -34,6 +34,11 @@ class Span:
         return len(self.basis)
 
     @property
+    def clearance(self) -> float:
+        """How far the least of the signal stands above the noise."""
+        return float(self.values[-1]) / max(self.noise, 1e-300)
+
+    @property
     def full(self) -> bool:
         """Whether the inputs fill the whole space, so that nothing can be told apart."""
         return self.rank >= self.basis.shape[1]
@@ -63,12 +68,19 @@ class Span:
 
 
 def span_of(measured: Tensor, factor: Tensor | None, precision: str) -> Span:
-    """The span of the rows of a matrix (rows, r), which was released in a number format."""
-    M = measured.double()
-    values, basis = torch.linalg.svd(M, full_matrices=False)[1:]
+    """The span of the rows of a matrix (rows, r), which was released in a number format.
+
+    Rounding is relative to each row: with rows of equal length it is white, which uncovers what the strongest rows would bury.
+    White noise is not: of the two, the matrix as it is and that with rows of equal length, the clearer one counts.
+    """
+    M, made = measured.double(), list[Span]()
     rounding = torch.finfo(getattr(torch, precision)).eps
-    rank, noise = gap(values, M.shape, rounding)
-    return Span(basis[:rank], values[:rank], noise, None if factor is None else factor.double())
+    sizes = M.norm(dim=1, keepdim=True)
+    for rows in (M, M[sizes[:, 0] > 0] / sizes[sizes > 0][:, None]):
+        values, basis = torch.linalg.svd(rows, full_matrices=False)[1:]
+        rank, noise = gap(values, rows.shape, rounding)
+        made.append(Span(basis[:rank], values[:rank], noise, None if factor is None else factor.double()))
+    return max(made, key=lambda span: span.clearance if not span.full else 0.0)
 
 
 def gap(values: Tensor, shape: torch.Size, rounding: float) -> tuple[int, float]:

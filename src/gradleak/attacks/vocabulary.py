@@ -88,7 +88,7 @@ def candidates(embeddings: Embeddings, found: list[Span], *, rounding: float, mo
     places = embeddings.places
     for start in range(0, len(places), BLOCK):
         block = torch.arange(start, min(start + BLOCK, len(places)))
-        passed = _screen(embeddings, found, block, most)
+        passed = _screen(embeddings, found, block, rounding, most)
         for place, ids in zip(block.tolist(), passed, strict=True):
             x = embeddings.inputs(ids, torch.full_like(ids, place))
             distance, ratio = excess(found, x, rounding)
@@ -100,7 +100,7 @@ def candidates(embeddings: Embeddings, found: list[Span], *, rounding: float, mo
     return kept
 
 
-def _screen(e: Embeddings, found: list[Span], block: Tensor, most: int) -> list[Tensor]:
+def _screen(e: Embeddings, found: list[Span], block: Tensor, rounding: float, most: int) -> list[Tensor]:
     """Token ids per position of the block that are near every span, up to float32 and to what noise allows."""
     width, count = e.tokens.shape[1], len(block)
     places = e.places[block]
@@ -118,7 +118,7 @@ def _screen(e: Embeddings, found: list[Span], block: Tensor, most: int) -> list[
             if total is None:
                 total = _projected(_factor(span, width), tokens, places, deviation, e)
             left = 1 - inside / total
-            limit = SCREEN + (2 * span.noise / float(span.values[-1])) ** 2
+            limit = SCREEN + (2 * span.noise / float(span.values[-1]) + rounding) ** 2
             passes &= left <= limit
             worst = torch.maximum(worst, left)
         for column in range(count):

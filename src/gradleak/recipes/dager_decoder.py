@@ -9,6 +9,7 @@ from gradleak.recipes.text_victims import BATCHES, Sources, cell, findings, smal
 from gradleak.text import Task
 from gradleak.victims.language import Kind
 
+WORDS = (6, 14)  # of a text: then sixteen texts have fewer tokens than the width
 KINDS: tuple[Kind, ...] = ("gpt2", "llama")
 TASKS: tuple[Task, ...] = ("classification", "causal-lm")
 
@@ -25,5 +26,7 @@ def run(data: str, size: str, *, seed: int, device: str, start: Callable[[str], 
             model = small(kind, folder, task, seed=seed, width=width, steps=steps)
             for batch in (1, 2) if quick else (1, 2, 4, 8, 16):
                 told = start(f"{kind}, {task}, batch {batch}")
-                rows.append({**cell(model, folder, batch, count=count, seed=seed, on_step=told), "width": width})
+                words = None if quick else WORDS
+                row = cell(model, folder, batch, count=count, seed=seed, on_step=told, words=words)
+                rows.append({**row, "width": width})
                 yield findings(rows, ("model", "task", "batch"))

@@ -70,14 +70,14 @@ def cell(
     count: int,
     seed: int,
     on_step: OnStep,
-    attack: Dager | None = None,
+    attack: Any = None,
     victim: Victim | None = None,
     words: tuple[int, int] | None = None,
     precision: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """Means over so many unseen batches.
 
-    victim: what is shared in place of the gradient. words: only texts with a number of words in that range.
+    attack: one of TEXT_ATTACKS; dager if None. victim: what is shared in place of the gradient. words: only texts with a number of words in that range.
     """
     unseen = load_texts(source, test_split(source))
     chosen = [i for i, text in enumerate(unseen.texts) if words is None or words[0] <= len(text.split()) <= words[1]]

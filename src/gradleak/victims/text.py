@@ -130,6 +130,7 @@ def share_adapter(
         start=start,
         scaling=dict.fromkeys(modules, 1.0),
         recipe=recipe,
+        gradient=recipe is None,
         batch_size=len(secret.tokens),
     )
     change = blank.simulate(secret.tokens, secret.labels)

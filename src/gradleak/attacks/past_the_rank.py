@@ -1,0 +1,233 @@
+"""One text out of the LoRA factors of a transformer although it has more tokens than the rank: likely, not proven. Own; the
+view of an adapter is DAGER's (Petrov et al. 2024, arXiv:2405.15586).
+
+Sees      TextAdapter of one text: the gradient of the factors B or their change; of the first block query, key and value
+          (any of them). Labels are tried
+Recovers  one text; how much of it is right, the cosine of its gradient with the release suggests
+Solves    argmax over texts of the mean cosine between the gradients of their factors B and what was released
+Differs   where n tokens fill the rank r, DAGER's check refuses nobody. But the directions are not filled evenly:
+          B^T B = sum_ts (delta_t . delta_s) A x_t (A x_s)^T leaves some nearly empty, and every module was seen through an A of its
+          own. So tokens are ranked by how little of A x points where little is, against random tokens; from the best ranked
+          at each position, a coordinate descent over tokens, exchanges, insertions and deletions
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
+
+from gradleak.attacks.spans import excess, spans
+from gradleak.attacks.vocabulary import CHUNK, Embeddings
+from gradleak.errors import NotObserved
+from gradleak.optimise import OnStep
+from gradleak.reconstruction import TextReconstruction
+from gradleak.text import LanguageModel, TextAdapter, TextGradient, View
+
+POWER = 1.5  # between 1 (the likelihood ratio of Gaussians) and 2 the true tokens rank best on public texts
+EXACT = 1e-6  # distance of directions: float32 leaves 1e-7, the nearest wrong token more than this
+LONGEST = 3  # times the rank: longer texts are not tried
+STARTS = 6  # lengths and labels from which the search begins
+INSERTED = 10  # tokens that are tried between two others
+ROUNDING = 1e-6  # of the inputs, in float32
+RANDOM = 4_000  # random tokens that stand for all others
+
+
+@dataclass(frozen=True)
+class Searched:
+    """A text (length,), the label that it was given, and 1 - the mean cosine of its gradients with the released ones."""
+
+    tokens: Tensor
+    label: int
+    distance: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PastTheRank:
+    """Budgets only.
+
+    choices  tokens weighed at each position
+    sweeps   times that every position is reconsidered, at most
+    """
+
+    choices: int = 30
+    sweeps: int = 12
+
+    def __call__(
+        self, observation: TextGradient, *, generator: torch.Generator, on_step: OnStep | None = None
+    ) -> TextReconstruction:
+        """Raises NotObserved for what is no adapter of one text, or has fewer tokens than its rank."""
+        model, family = observation.model, observation.model.family
+        views = [view for view in observation.views() if view.factor is not None]
+        first = [view for view in views if view.module in family.queries(0)]
+        if not isinstance(observation, TextAdapter) or not first:
+            raise NotObserved("This is for LoRA factors of the first block; whole gradients have no rank to pass.")
+        if observation.batch_size != 1:
+            raise NotObserved("This is for one text: the tokens of several cannot be told apart by their ranking.")
+        embeddings = Embeddings.of(model)
+        seen = spans(first, family.queries(0), observation.precision, causal=family.causal)
+        if bool((excess(seen, _random(embeddings, RANDOM, 1, generator), ROUNDING)[1] > 1).double().mean() > 0.5):
+            raise NotObserved("The text has fewer tokens than the rank: dager tells exactly which.")
+        rank = min(view.measured.shape[1] for view in first)
+        longest = min(LONGEST * rank, model.positions - family.offset)
+        likely = ranked(embeddings, first, longest, self.choices, generator)  # (longest, choices)
+        target = _Target(model, views, observation.gradient)
+        starts = [_sweep(target, likely, start, generator) for start in _starts(target, likely, rank)]
+        found = min(starts, key=lambda entry: entry.distance)
+        for sweep in range(1, self.sweeps):
+            before = found
+            found = _sweep(target, likely, found, generator)
+            found = _moved(target, likely, found)
+            if on_step is not None:
+                on_step(sweep + 1, self.sweeps, found.distance)
+            if found is before:
+                break
+        return _told(model, found, rank)
+
+
+def _told(model: LanguageModel, found: Searched, rank: int) -> TextReconstruction:
+    tokens, exact = tuple(found.tokens.tolist()), found.distance < EXACT
+    evidence = (
+        "explains the release to rounding"
+        if exact
+        else f"has a cosine of {1 - found.distance:.3f} with the release: likely in parts, not proven"
+    )
+    status = f"The tokens fill the rank ({rank}), so that no check refuses any. The text whose gradient is nearest {evidence}."
+    text, bag = model.decode(tokens), tuple(sorted(set(tokens)))
+    return TextReconstruction((tokens,), (text,), (exact,), bag, max(found.distance, 0.0), status)
+
+
+def ranked(
+    embeddings: Embeddings, views: Sequence[View], longest: int, keep: int, generator: torch.Generator
+) -> Tensor:
+    """The most likely tokens at each of the first positions, best first: (longest, keep)."""
+    e, count = embeddings, len(embeddings.tokens)
+    x = _random(e, RANDOM, longest, generator)
+    maps, weights = [], []
+    for view in views:
+        A = view.factor if view.factor is not None else torch.eye(x.shape[1])
+        f = x @ A.double().T
+        L = torch.linalg.cholesky(f.T @ f / len(f))
+        whitened = torch.linalg.solve_triangular(L, view.measured.double().T, upper=False)
+        w, U = torch.linalg.eigh(whitened @ whitened.T)
+        maps.append(U.T @ torch.linalg.solve_triangular(L, A.double(), upper=False))
+        weights.append((w / w.sum()).clamp_min(1e-14) ** -POWER)
+    rows = torch.cat(maps).float()  # (sum of ranks, width)
+    tokens, places = (part @ (rows * e.gamma).T for part in (e.tokens, e.places[:longest]))
+    shift, width = rows @ e.beta, e.tokens.shape[1]
+    chosen = []
+    for place in range(longest):
+        at = place if len(places) > 1 else 0
+        scores = []
+        for start in range(0, count, CHUNK):
+            part = slice(start, start + CHUNK)
+            deviation = ((e.tokens[part] + e.places[at]).square().sum(1, keepdim=True) / width + e.eps).sqrt()
+            seen = torch.split((tokens[part] + places[at]) / deviation + shift, [len(w) for w in weights], dim=1)
+            scores.append(
+                sum((F.normalize(f, dim=1).square() @ w.float()).log() for f, w in zip(seen, weights, strict=True))
+            )
+        chosen.append(torch.cat(scores).argsort()[:keep])
+    return torch.stack(chosen)
+
+
+def _random(embeddings: Embeddings, count: int, longest: int, generator: torch.Generator) -> Tensor:
+    """The first layer's inputs for random tokens at random positions before `longest`: (count, width), float64."""
+    ids = torch.randint(len(embeddings.tokens), (count,), generator=generator)
+    return embeddings.inputs(ids, torch.randint(min(longest, len(embeddings.places)), (count,), generator=generator))
+
+
+class _Target:
+    """The released gradients of the factors B, with which those of texts are compared."""
+
+    def __init__(self, model: LanguageModel, views: Sequence[View], gradient: bool):
+        sign = 1.0 if gradient else -1.0  # a change goes against the gradient
+        self.model = model
+        self.released = [(v.module, v.factor, sign * v.measured) for v in views if v.factor is not None]
+
+    def distances(self, texts: Tensor, label: int) -> Tensor:
+        """1 - the mean cosine over modules, of each of the texts (count, length) alone: (count,)."""
+        return torch.cat([self._some(part, label) for part in torch.split(texts, 64)])
+
+    def _some(self, texts: Tensor, label: int) -> Tensor:
+        model, seen = self.model, dict[str, tuple[Tensor, Tensor]]()
+
+        def keep(name: str) -> Any:
+            return lambda module, args, out: seen.__setitem__(name, (args[0], out))
+
+        handles = [model.module.get_submodule(n).register_forward_hook(keep(n)) for n, _, _ in self.released]
+        weights = [f"{name}.weight" for name, _, _ in self.released]  # so that autograd follows their outputs
+        own = {**model.parameters, **{name: model.parameters[name].detach().requires_grad_() for name in weights}}
+        try:
+            out = functional_call(model.module, own, (), {"input_ids": texts, "attention_mask": torch.ones_like(texts)})
+        finally:
+            for handle in handles:
+                handle.remove()
+        if model.task == "classification":
+            loss = F.cross_entropy(out.logits, torch.full((len(texts),), label), reduction="sum")
+        else:
+            loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), texts[:, 1:].flatten(), reduction="sum")
+        deltas = torch.autograd.grad(loss, [seen[name][1] for name, _, _ in self.released])
+        cosines = []
+        for (name, A, measured), delta in zip(self.released, deltas, strict=True):
+            B = torch.einsum("kto,ktr->kor", delta, seen[name][0].detach() @ A.T)
+            cosines.append(torch.cosine_similarity(B.flatten(1), measured.flatten()[None], dim=1))
+        return 1 - torch.stack(cosines).mean(0)
+
+
+def _starts(target: _Target, likely: Tensor, rank: int) -> list[Searched]:
+    """The best ranked tokens, at those lengths and with those labels whose gradients are nearest."""
+    model, ends = target.model, _ends(target.model)
+    labels = range(model.config.num_labels) if model.task == "classification" else (0,)
+    tried = []
+    for length in range(min(rank, len(likely)), len(likely) + 1):
+        text = likely[:length, 0].clone()
+        if ends:
+            text[0], text[-1] = ends
+        tried += [Searched(text, label, float(target.distances(text[None], label)[0])) for label in labels]
+    return sorted(tried, key=lambda entry: entry.distance)[:STARTS]
+
+
+def _sweep(target: _Target, likely: Tensor, found: Searched, generator: torch.Generator) -> Searched:
+    """Every position once, in random order, each with the token that brings the gradient nearest."""
+    first, last = (1, len(found.tokens) - 1) if _ends(target.model) else (0, len(found.tokens))
+    for place in (first + torch.randperm(last - first, generator=generator)).tolist():
+        texts = found.tokens.repeat(likely.shape[1], 1)
+        texts[:, place] = likely[place]
+        distances = target.distances(texts, found.label)
+        best = int(distances.argmin())
+        if float(distances[best]) < found.distance:
+            found = Searched(texts[best], found.label, float(distances[best]))
+    return found
+
+
+def _moved(target: _Target, likely: Tensor, found: Searched) -> Searched:
+    """The nearest of the texts with two tokens exchanged, one left out, or a likely one put in; or what was there."""
+    tokens = found.tokens.tolist()
+    first, last = (1, len(tokens) - 1) if _ends(target.model) else (0, len(tokens))
+    exchanged, longer = [], []
+    for i in range(first, last):
+        exchanged += [
+            [*tokens[:i], tokens[j], *tokens[i + 1 : j], tokens[i], *tokens[j + 1 :]] for j in range(i + 1, last)
+        ]
+    if len(tokens) < len(likely):
+        longer = [
+            [*tokens[:i], new, *tokens[i:]] for i in range(first, last + 1) for new in likely[i, :INSERTED].tolist()
+        ]
+    shorter = [[*tokens[:i], *tokens[i + 1 :]] for i in range(first, last)]
+    best = found
+    for texts in (exchanged, shorter, longer):
+        if texts and texts[0]:
+            distances = target.distances(torch.tensor(texts), found.label)
+            nearest = int(distances.argmin())
+            if float(distances[nearest]) < best.distance:
+                best = Searched(torch.tensor(texts[nearest]), found.label, float(distances[nearest]))
+    return best
+
+
+def _ends(model: LanguageModel) -> list[int]:
+    """The special tokens at the beginning and the end of every text, if the tokenizer sets them."""
+    ends: list[int] = model.tokenizer("")["input_ids"]
+    return ends if len(ends) == 2 else []

@@ -1,0 +1,108 @@
+"""Texts with more tokens than an adapter's rank: the ranking, the search, and what is refused."""
+
+from functools import cache
+
+import pytest
+import torch
+
+from gradleak.attacks.past_the_rank import PastTheRank, Searched, _moved, _sweep, _Target, ranked
+from gradleak.attacks.vocabulary import Embeddings
+from gradleak.errors import NotObserved
+from gradleak.lora import Recipe
+from gradleak.secret import TextSecret
+from gradleak.text import LanguageModel, Task, TextAdapter
+from gradleak.text_audit import audit_text
+from gradleak.texts import load_texts
+from gradleak.victims.language import Kind, small_model, train_tokenizer
+from gradleak.victims.text import capture_text_gradient, keep_secret, share_adapter
+
+EVERY: list[tuple[Kind, Task]] = [("bert", "classification"), ("gpt2", "causal-lm"), ("llama", "causal-lm")]
+every = pytest.mark.parametrize(("kind", "task"), EVERY)
+RANK = 10  # texts have 12 to 15 tokens
+
+
+@cache
+def model(kind: Kind = "bert", task: Task = "classification") -> LanguageModel:
+    tokenizer = train_tokenizer(load_texts("embedded", "train").texts, kind, size=420)
+    return small_model(kind, tokenizer, task, width=96, layers=2, positions=64, spread=0.1)
+
+
+@cache
+def shared(
+    kind: Kind = "bert", task: Task = "classification", rank: int = RANK, recipe: Recipe | None = None, count: int = 1
+) -> tuple[TextAdapter, TextSecret]:
+    private = load_texts("embedded", indices=range(count))
+    secret = keep_secret(model(kind, task), private.texts, private.labels)
+    names = [name for block in range(2) for name in model(kind, task).family.queries(block)]
+    return share_adapter(model(kind, task), secret, modules=names, rank=rank, recipe=recipe), secret
+
+
+def label(secret: TextSecret) -> int:
+    return 0 if secret.labels is None else int(secret.labels[0])
+
+
+def zero() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@every
+def test_the_true_text_leaves_nothing(kind: Kind, task: Task) -> None:
+    """The gradients of B, put together here from deltas and inputs, are those that autograd gave the victim."""
+    seen, secret = shared(kind, task)
+    target = _Target(seen.model, seen.views(), gradient=True)
+    texts = torch.tensor(secret.tokens)
+    assert float(target.distances(texts, label(secret))) < 1e-6
+    wrong = texts.clone()
+    wrong[0, 2] = (wrong[0, 2] + 1) % 400
+    assert float(target.distances(wrong, label(secret))) > 1e-4
+
+
+@every
+def test_true_tokens_rank_high_although_they_fill_the_rank(kind: Kind, task: Task) -> None:
+    """Of 420 tokens the median of the true ones is among the first 42; by chance it would be the 210th."""
+    seen, secret = shared(kind, task)
+    tokens = secret.tokens[0]
+    assert len(tokens) > RANK
+    views = [view for view in seen.views() if view.module in seen.model.family.queries(0)]
+    order = ranked(Embeddings.of(seen.model), views, len(tokens), 420, zero())
+    places = [order[i].tolist().index(token) for i, token in enumerate(tokens[:-1])]
+    assert sorted(places)[len(places) // 2] < 42
+
+
+def test_the_search_corrects_a_token_and_an_exchange() -> None:
+    seen, secret = shared()
+    target = _Target(seen.model, seen.views(), gradient=True)
+    truth = torch.tensor(secret.tokens[0])
+    likely = torch.stack([truth, (truth + 7) % 400], dim=1)
+    wrong = truth.clone()
+    wrong[3] = likely[3, 1]
+    start = Searched(wrong, label(secret), float(target.distances(wrong[None], label(secret))))
+    assert torch.equal(_sweep(target, likely, start, zero()).tokens, truth)
+    for text in (truth[[0, 1, 5, 3, 4, 2, *range(6, len(truth))]], truth[[*range(4), *range(5, len(truth))]]):
+        start = Searched(text, label(secret), float(target.distances(text[None], label(secret))))
+        assert torch.equal(_moved(target, likely, start).tokens, truth)
+
+
+def test_more_comes_back_than_frequent_words_would_give() -> None:
+    """From an adapter after five steps; by little effort."""
+    seen, secret = shared(recipe=Recipe(learning_rate=1e-3, steps=5))
+    public = load_texts("embedded", "train", limit=50)
+    row, found = audit_text(seen, "past-the-rank", PastTheRank(sweeps=1, choices=10), secret=secret, public=public)
+    assert found is not None
+    assert not any(found.proven)
+    assert "not proven" in found.status
+    assert 0 < found.residual < 0.5
+    (ours,), (blind,) = row["scores"]["rouge1"], row["controls"]["frequent_words"]["rouge1"]
+    assert float(ours or 0) > float(blind or 0)
+
+
+def test_what_it_is_not_for_is_refused() -> None:
+    private = load_texts("embedded", indices=[0])
+    gradient, _ = capture_text_gradient(model(), private.texts, private.labels)
+    for seen, hint in (
+        (gradient, "no rank to pass"),
+        (shared(count=2)[0], "for one text"),
+        (shared(rank=32)[0], "dager tells exactly"),
+    ):
+        with pytest.raises(NotObserved, match=hint):
+            PastTheRank()(seen, generator=zero())
