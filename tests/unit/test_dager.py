@@ -9,6 +9,7 @@ import torch
 
 from gradleak.attacks import TEXT_ATTACKS
 from gradleak.attacks.dager import FORWARD, Dager
+from gradleak.attacks.outputs import Path
 from gradleak.attacks.spans import excess, gap, span_of, spans
 from gradleak.attacks.vocabulary import Embeddings, candidates
 from gradleak.defenses import GaussianNoise
@@ -113,6 +114,57 @@ def test_a_factor_is_looked_through() -> None:
     assert float((N @ clean.T).abs().max()) < 1e-9 * float(clean.abs().max()) * 40
 
 
+def test_rows_that_one_direction_dominates_do_not_bury_the_others() -> None:
+    """Rows whose lengths differ by nine decades, rounded to float32: what is 1e-7 of the whole is far above its own row's rounding."""
+    weights = torch.logspace(0, -9, 90, dtype=torch.float64)[:, None]
+    clean = low_rank(12, 0.0) * weights
+    span = span_of(clean.float(), None, "float32")
+    assert span.rank == 12
+    assert float(excess([span], low_rank(12, 0.0), 1e-6)[1].max()) <= 1
+
+
+# --- An encoder's block behind its attention ---
+
+
+def test_the_output_of_the_attention_is_found_for_each_token_alone() -> None:
+    """Against the model's own, hooked out of its forward pass; tokens at positions where they do not stand are refused."""
+    seen, secret = captured("bert", "classification", 2)
+    own, family = seen.model, seen.model.family
+    exact = {name: p.double() for name, p in own.parameters.items()}
+    block, views = family.block(0), seen.views()
+    parts = ((family.output,), family.hidden, family.passed)
+    path = Path.of(
+        own, exact, [spans(views, tuple(f"{block}.{n}" for n in names), "float32") for names in parts], FORWARD
+    )
+    assert path is not None
+    for tokens in secret.tokens:
+        names = [family.queries(0)[0], f"{block}.{family.output}"]
+        true = own.inputs(names, torch.tensor([tokens]), parameters=exact)
+        # Tokens that stand at one position in both sentences have two outputs, of which one is found.
+        once = [
+            i for i, token in enumerate(tokens) if sum(other[i : i + 1] == (token,) for other in secret.tokens) == 1
+        ]
+        o, near = path.outputs(true[names[0]][0][once])
+        assert bool(near.all())
+        assert float((o - true[names[1]][0][once]).norm() / o.norm()) < 1e-3
+        ids, places = torch.tensor([tokens[i] for i in once]), torch.tensor(once)
+        elsewhere = Embeddings.of(own).inputs(ids.roll(1), places)
+        wrong = [
+            i
+            for i, token in zip(once, ids.roll(1).tolist(), strict=True)
+            if all(s[i : i + 1] != (token,) for s in secret.tokens)
+        ]
+        assert not bool(path.outputs(elsewhere)[1][torch.isin(places, torch.tensor(wrong))].any())
+
+
+def test_larger_batches_of_an_encoder_come_back() -> None:
+    seen, secret = captured("bert", "classification", 4)
+    assert sum(map(len, secret.tokens)) < 96
+    found = attack(seen)
+    assert sorted(found.tokens) == sorted(secret.tokens)
+    assert all(found.proven)
+
+
 # --- The vocabulary ---
 
 
@@ -176,10 +228,30 @@ def test_without_the_second_block_nothing_is_called_proven() -> None:
     found = attack(only(seen, *seen.model.family.queries(0)))
     assert found.tokens == secret.tokens  # one candidate at each position
     assert found.proven == (False,)
-    assert "not checked again" in found.status
-    two = attack(only(captured("gpt2", "classification", 2)[0], "h.0.attn.c_attn"))
+    assert "a guess" in found.status
+    two = attack(only(captured("llama", "causal-lm", 2)[0], "layers.0.self_attn"))
     assert two.tokens == ()
     assert "cannot be put together" in two.status
+
+
+def test_what_only_the_first_block_shows_is_ordered_by_gradient_distance() -> None:
+    """Tokens and positions are certain; which go together is not, until the gradient of the whole agrees to float32."""
+    seen, secret = captured("bert", "classification", 2)
+    alone = only(seen, *seen.model.family.queries(0))
+    found = attack(alone)
+    assert sorted(found.tokens) == sorted(secret.tokens)
+    assert found.proven == (False, False)
+    assert found.residual < 1e-5
+    assert "a guess, whose gradient differs" in found.status
+    short = attack(alone, orders=1)
+    assert set(found.bag) == set(short.bag) == {token for row in secret.tokens for token in row}
+
+
+def test_an_order_without_positions_comes_nearer_to_the_release() -> None:
+    seen, _ = captured("llama", "causal-lm")
+    alone = only(seen, *seen.model.family.queries(0))
+    begun, found = (attack(alone, orders=budget) for budget in (1, 60))
+    assert found.residual < begun.residual
 
 
 def test_what_is_missing_is_named() -> None:

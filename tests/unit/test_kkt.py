@@ -26,6 +26,7 @@ from gradleak.models import Architecture
 from gradleak.observations import Gradient, Model
 from gradleak.recipes.fine_tuning import ALL, All, LowRank, Release, Truncated, fine_tuned
 from gradleak.recipes.kkt_lora import sides
+from gradleak.recipes.rank_heatmap import CHANGE, cell, drawn
 from gradleak.secret import Secret
 from gradleak.trained_weights import Weights
 from gradleak.victims.gradient import capture_gradient
@@ -336,6 +337,16 @@ def test_a_fine_tuning_releases_what_it_says(release: Release) -> None:
             assert float((change - step).norm()) == pytest.approx(float(left), rel=1e-3, abs=1e-7)
         else:
             assert int(torch.linalg.matrix_rank(change, rtol=1e-4)) <= 2  # of two pictures
+
+
+def test_the_map_of_ranks_draws_the_threshold() -> None:
+    truth, others = torch.rand(4, 1, 28, 28), torch.rand(4, 1, 28, 28)
+    mean = torch.full((1, 1, 28, 28), 0.5)
+    row = cell(CHANGE, 2, 4, 256, truth.flip(0), truth, others, mean)
+    assert row["predicted_threshold"] == pytest.approx(4 * 784 / (784 + 256))
+    assert row["ssim"] == pytest.approx(1)
+    assert max(row["mean_image_ssim"], row["other_images_ssim"]) < 0.5
+    assert drawn([row], (1, 2), (2, 4))["image"].startswith("data:image/png;base64,")
 
 
 def test_the_command_line_says_what_is_wrong_with_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,7 +52,7 @@ class Dager:
     pairs: int = 12_000
     beam: int = 256
     budget: int = 600
-    orders: int = 1_500
+    orders: int = 600
 
     def __call__(
         self, observation: TextGradient, *, generator: torch.Generator, on_step: OnStep | None = None
@@ -86,7 +86,7 @@ class Dager:
             grown = grow(judge, allowed, widest=self.beam)
             found = _nearest(grown, judge.clearest.rank, observation.batch_size)
         else:
-            found = self._encoder(observation, embeddings, allowed, first, judge, on_step)
+            found = self._encoder(observation, embeddings, allowed, first, judge, generator, on_step)
         if not sure:
             found = [replace(entry, proven=False) for entry in found]
         told = _told(observation, found, bag, first[0], judge.clearest)
@@ -99,6 +99,7 @@ class Dager:
         allowed: list[Tensor],
         first: list[Span],
         judge: Judge,
+        generator: torch.Generator,
         on_step: OnStep | None,
     ) -> list[Found]:
         model, views, family = observation.model, observation.views(), observation.model.family
@@ -106,14 +107,14 @@ class Dager:
         block = family.block(0)
         parts = ((family.output,), family.hidden, family.passed)
         seen = [spans(views, tuple(f"{block}.{name}" for name in names), observation.precision) for names in parts]
-        return assemble(
-            judge,
-            pairs,
-            Path.of(model, judge.exact, seen, judge.rounding),
-            batch_size=observation.batch_size,
-            budget=self.budget,
-            on_step=on_step,
-        )
+        path = Path.of(model, judge.exact, seen, judge.rounding)
+        if path is not None and bool(path.outputs(embeddings.inputs(*_decoys(model, generator)))[1].any()):
+            path = None  # too blurred to tell anything
+        found = assemble(judge, pairs, path, batch_size=observation.batch_size, budget=self.budget, on_step=on_step)
+        if found:
+            return found
+        guess = ordered(observation, by_place(pairs), generator=generator, budget=self.orders)
+        return [judge.verdict(tokens) for tokens in guess.sentences]
 
     def _likeliest(
         self, observation: TextGradient, embeddings: Embeddings, allowed: list[Tensor], first: list[Span]

@@ -6,7 +6,7 @@ long as they bring the gradient of the whole nearer to what was released. At the
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,7 +18,7 @@ EXACT = 1e-5  # distance from which on it is rounding
 
 @dataclass(frozen=True)
 class Ordered:
-    """Sentences, the labels they were given, and ||simulated - released|| / ||released||."""
+    """Sentences, the labels they were given, and ||simulated - released|| / ||released|| in the first block."""
 
     sentences: Tokens
     labels: tuple[int, ...]
@@ -32,6 +32,8 @@ def ordered(observation: TextGradient, choices: list[list[int]], *, generator: t
     budget: gradients that may be computed.
     """
     placed, model = observation.model.family.placed, observation.model
+    first = {name: t for name, t in observation.released.items() if name.startswith(f"{model.family.block(0)}.")}
+    observation = replace(observation, released=first)  # the embeddings' gradients would be most of the work
     sentences = (
         _start(choices, observation.batch_size or 1, model.tokenizer.sep_token_id) if placed else (tuple(choices[0]),)
     )

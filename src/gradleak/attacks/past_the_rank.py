@@ -30,7 +30,7 @@ from gradleak.text import LanguageModel, TextAdapter, TextGradient, View
 POWER = 1.5  # between 1 (the likelihood ratio of Gaussians) and 2 the true tokens rank best on public texts
 EXACT = 1e-6  # distance of directions: float32 leaves 1e-7, the nearest wrong token more than this
 LONGEST = 3  # times the rank: longer texts are not tried
-STARTS = 6  # lengths and labels from which the search begins
+STARTS = 3  # lengths and labels from which the search begins
 INSERTED = 10  # tokens that are tried between two others
 ROUNDING = 1e-6  # of the inputs, in float32
 RANDOM = 4_000  # random tokens that stand for all others
@@ -53,8 +53,8 @@ class PastTheRank:
     sweeps   times that every position is reconsidered, at most
     """
 
-    choices: int = 30
-    sweeps: int = 12
+    choices: int = 20
+    sweeps: int = 6
 
     def __call__(
         self, observation: TextGradient, *, generator: torch.Generator, on_step: OnStep | None = None

@@ -13,12 +13,9 @@ from gradleak.recipes.text_victims import BATCHES, Sources, cell, encoder, findi
 WORDS = {12: (10, 11), 20: (16, 18), 36: (28, 32)}  # about so many tokens, above the rank: texts of so many words
 SETTINGS: tuple[tuple[int, int, int | None, Optimizer], ...] = (  # rank, tokens, steps (None: the gradient), optimizer
     (16, 20, None, "sgd"),
-    (16, 36, None, "sgd"),
-    (8, 12, None, "sgd"),
-    (8, 20, None, "sgd"),
-    (4, 12, None, "sgd"),
     (16, 20, 10, "sgd"),
-    (16, 20, 10, "adam"),
+    (8, 12, None, "sgd"),
+    (16, 36, None, "sgd"),
 )
 
 
