@@ -1,16 +1,19 @@
 """DAGER: exact text from the gradients of a transformer (Petrov et al., NeurIPS 2024, arXiv:2405.15586).
 
-Sees      TextGradient, TextUpdate or TextAdapter: of the first block query, key and value (any of them); of the second the
-          same, for the order of a decoder's tokens and as the judge of an encoder's sentences; for batches of an encoder also
-          the first block's attention output projection. Neither labels nor embeddings' gradients are used
+Sees      TextGradient, TextUpdate or TextAdapter: of the first block query, key and value (any of them); behind its attention
+          the perceptron's first layer, and query, key and value of the second block, for the order of a decoder's tokens and
+          as the judge of an encoder's sentences; for batches of an encoder all linear layers of the first block. Neither
+          labels nor embeddings' gradients are used
 Recovers  sentences of token ids, special tokens included, and which of them are proven
 Solves    dL/dW_q = Delta^T X (section 4): token a stands at position p only if norm(u_a + v_p) lies in the row space. Decoders:
-          prefixes are extended by the same check on the second layer's inputs (algorithm 2). Encoders: linear systems say
-          which tokens share a sentence (memberships.py), the second layer's span says which sentence is right
+          prefixes are extended by the same check behind the attention (algorithm 2). Encoders: the attention's output is
+          found for each token alone (outputs.py), linear systems say which tokens share a sentence (memberships.py), and
+          the spans behind the attention which sentence is right
 Differs   the end of the span and the tolerance of each check come from the gap between singular values, not from numbers
           to be set; query, key and value are pooled; the vocabulary is screened without computing its inputs one by one; no
-          product over positions is searched; adapters are checked through their factor A; after several steps the
-          checks allow for how far training moved the layers' inputs
+          product over positions is searched; what would only be a bag is ordered by gradient distance (ordering.py);
+          adapters are checked through their factor A; after several steps the checks allow for how far training moved the
+          layers' inputs
 """
 
 from dataclasses import dataclass, replace
@@ -257,7 +260,7 @@ def _told(
     gap = float(first.values[-1]) / max(first.noise, 1e-300)
     status = (
         f"{proven} of {wanted if wanted is not None else 'an unknown number of'} sentences proven: every token passes in "
-        f"both layers; {first.rank} directions of the first ({gap:.2g} above the noise), {second.rank} of the second"
+        f"both layers; {first.rank} directions of the first ({gap:.2g} above the noise), {second.rank} behind it"
         + "".join(f"; {note}" for note in notes)
         + "."
     )

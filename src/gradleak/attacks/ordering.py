@@ -140,8 +140,9 @@ def _start(choices: list[list[int]], count: int, close: int | None) -> Tokens:
     rows: list[list[int]] = [[] for _ in range(count)]
     open_ = list(range(count))
     for place, ids in enumerate(choices):
-        plain = [token for token in ids if token != close][: len(open_)]
-        ended = place > 0 and (close in ids if close is not None else len(plain) < len(open_))
+        likely = ids[: len(open_)]
+        plain = [token for token in likely if token != close]
+        ended = place > 0 and (close in likely if close is not None else len(plain) < len(open_))
         if ended and close is not None:
             done = len(open_) if place == len(choices) - 1 else 1
             for number in open_[:done]:
