@@ -205,6 +205,11 @@ class TextGradient:
                 found.append(View(module, tensor.T if self.model.family.transposed else tensor))
         return found
 
+    @property
+    def replayable(self) -> bool:
+        """Whether `simulate` can tell what a text would have released: not where what is masked is unknown."""
+        return self.model.task != "masked-lm"
+
     def after(self) -> Tensors | None:
         """The parameters of the model that training changed, as it left them; None where nothing was trained."""
         return None
@@ -292,6 +297,11 @@ class TextAdapter(TextGradient):
             weight = self.model.parameters[f"{module}.weight"]
             made[f"{module}.weight"] = weight + (change.T if self.model.family.transposed else change)
         return made
+
+    @property
+    def replayable(self) -> bool:
+        """Not either where factors changed by an unknown recipe."""
+        return super().replayable and (self.gradient or self.recipe is not None)
 
     def after(self) -> Tensors | None:
         """W + s B A of the adapted layers, where training changed the factors."""

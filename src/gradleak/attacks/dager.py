@@ -75,7 +75,7 @@ class Dager:
         if not first:
             raise NotObserved(
                 "The tokens of the batch fill all directions in which they were seen: any token of the vocabulary would pass. "
-                "A smaller batch, or an adapter of larger rank, gives its tokens away."
+                "A smaller batch, or an adapter of larger rank, gives its tokens away; past-the-rank seeks a likely text."
             )
         allowed = candidates(embeddings, first, rounding=rounding, most=self.most)
         if not allowed:
@@ -114,7 +114,7 @@ class Dager:
         if path is not None and bool(path.outputs(embeddings.inputs(*_decoys(model, generator)))[1].any()):
             path = None  # too blurred to tell anything
         found = assemble(judge, pairs, path, batch_size=observation.batch_size, budget=self.budget, on_step=on_step)
-        if found:
+        if found or not observation.replayable:
             return found
         guess = ordered(observation, by_place(pairs), generator=generator, budget=self.orders)
         return [judge.verdict(tokens) for tokens in guess.sentences]
@@ -221,10 +221,14 @@ def _bag_only(
     observation: TextGradient, bag: tuple[int, ...], pairs: Pairs, generator: torch.Generator, orders: int
 ) -> TextReconstruction:
     """The bag, and sentences by gradient distance: for one text, or where positions are seen."""
-    model, count = observation.model, int(pairs.places.max()) + 1
+    model, count, only = observation.model, int(pairs.places.max()) + 1, unambiguous(pairs)
     status = f"{len(bag)} tokens pass in the first block, in up to {count} positions; nothing behind its attention "
     status += "was released that could tell more"
-    if unambiguous(pairs) is None and not model.family.placed and observation.batch_size != 1:
+    if only is not None and model.family.placed and observation.batch_size == 1:
+        return TextReconstruction(
+            (only,), (model.decode(only),), (False,), bag, 0.0, f"{status}, but at each position only one passes."
+        )
+    if not observation.replayable or (only is None and not model.family.placed and observation.batch_size != 1):
         return TextReconstruction((), (), (), bag, 1.0, f"{status}, so they cannot be put together.")
     found = ordered(observation, by_place(pairs), generator=generator, budget=orders)
     sentences = tuple(found.sentences)

@@ -47,12 +47,12 @@ class Path:
 
     @classmethod
     def of(cls, model: LanguageModel, exact: Tensors, seen: list[list[Span]], rounding: float) -> "Path | None":
-        """None where one of the spans was not seen, or is full.
+        """None where one of the spans was not seen, is full, or was seen through an adapter's factor only.
 
         seen: spans of the attention's outputs, of what the perceptron reads, and of what its first layer passes on.
         rounding: relative precision of the victim's forward pass.
         """
-        if model.family.after is None or any(not found or found[0].full for found in seen):
+        if model.family.after is None or any(not s or s[0].full or s[0].factor is not None for s in seen):
             return None
         before, inner, passed = (found[0] for found in seen)
         norm = f"{model.family.block(0)}.{model.family.after}"
