@@ -298,11 +298,6 @@ class TextAdapter(TextGradient):
             made[f"{module}.weight"] = weight + (change.T if self.model.family.transposed else change)
         return made
 
-    @property
-    def replayable(self) -> bool:
-        """Not either where factors changed by an unknown recipe."""
-        return super().replayable and (self.gradient or self.recipe is not None)
-
     def after(self) -> Tensors | None:
         """W + s B A of the adapted layers, where training changed the factors."""
         if self.gradient:
