@@ -25,7 +25,7 @@ from gradleak.observations import Adapter, Gradient
 from gradleak.optimise import OnStep
 from gradleak.priors.gaussian import GaussianPrior
 from gradleak.reconstruction import Reconstruction
-from gradleak.report.record import Flag, Result, Verdict
+from gradleak.report.record import Flag, Result, Verdict, new_result
 from gradleak.secret import Secret
 from gradleak.trained_weights import Weights
 
@@ -79,19 +79,7 @@ def audit(
         if isinstance(observation, Adapter):
             general += [information(observation, secret.images, secret.labels, "at the true pictures")]
     for name, attack in attacks.items():
-        row: Result = {
-            "attack": name,
-            "parameters": parameters(attack),
-            "observation": describe(observation),
-            "defense": None,
-            "status": "",
-            "residual": None,
-            "seconds": 0.0,
-            "iterations": 0,
-            "scores": {},
-            "controls": {},
-            "flags": list(general),
-        }
+        row = new_result(name, parameters(attack), describe(observation), general)
         report = on_step(name) if on_step is not None else None
         start = time.perf_counter()
         try:

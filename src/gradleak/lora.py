@@ -7,7 +7,7 @@ convolution are (r, in, k, k) and (out, r, 1, 1), as PEFT stores them.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -43,6 +43,13 @@ class Recipe:
         batch = "all samples" if self.batch_size is None else f"{self.batch_size} samples"
         return f"{self.steps} {self.optimizer} steps, learning rate {self.learning_rate:g}, {batch} a step"
 
+
+OPTIMISERS: dict[Optimizer, Callable[[list[Any], float], torch.optim.Optimizer]] = {  # (parameters, learning rate)
+    "sgd": lambda parameters, rate: torch.optim.SGD(parameters, rate),
+    "momentum": lambda parameters, rate: torch.optim.SGD(parameters, rate, momentum=MOMENTUM),
+    "adam": lambda parameters, rate: torch.optim.Adam(parameters, rate),
+    "adamw": lambda parameters, rate: torch.optim.AdamW(parameters, rate),
+}
 
 Loss = Callable[[Tensors, Tensor, Tensor], Tensor]  # (parameters, inputs, labels) -> scalar
 

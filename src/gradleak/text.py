@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from gradleak.errors import BadInput
 from gradleak.language_families import Family, family_of
-from gradleak.lora import Recipe, product
+from gradleak.lora import OPTIMISERS, Recipe, product
 from gradleak.observations import Item, check_finite
 from gradleak.tensors import Tensors, fingerprint
 
@@ -255,7 +255,7 @@ class TextUpdate(TextGradient):
         """theta_k - theta_0 after the local steps."""
         before = {name: self.model.parameters[name] for name in self.released}
         recipe = Recipe(learning_rate=self.learning_rate, steps=self.local_steps, batch_size=self.local_batch_size)
-        after = sgd(self.model, before, tokens, labels, recipe)
+        after = fine_tuned(self.model, before, tokens, labels, recipe)
         return {name: after[name] - before[name] for name in before}
 
     def after(self) -> Tensors | None:
@@ -309,7 +309,7 @@ class TextAdapter(TextGradient):
         before = {name: self.start[name] for name in self.start}
         if self.recipe is None:
             return gradient_of(self.model, {n: before[n] for n in self.released}, tokens, labels, self.merged)
-        after = sgd(self.model, before, tokens, labels, self.recipe, self.merged)
+        after = fine_tuned(self.model, before, tokens, labels, self.recipe, self.merged)
         return {name: after[name] - before[name] for name in self.released}
 
     def views(self) -> list[View]:
@@ -349,7 +349,7 @@ def gradient_of(
     }
 
 
-def sgd(
+def fine_tuned(
     model: LanguageModel,
     parameters: Tensors,
     tokens: Sequence[Sequence[int]],
@@ -357,18 +357,11 @@ def sgd(
     recipe: Recipe,
     merged: Any = None,
 ) -> Tensors:
-    """The parameters after SGD or Adam in chunks of the recipe's batch size, detached."""
+    """The parameters after training by a recipe, in chunks of its batch size, detached."""
     size = recipe.batch_size or len(tokens)
     chunks = range(0, len(tokens), size)
     leaves = {name: p.detach().clone().requires_grad_() for name, p in parameters.items()}
-    rate = recipe.learning_rate
-    kinds: dict[str, Any] = {
-        "sgd": torch.optim.SGD,
-        "momentum": lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9),
-        "adam": torch.optim.Adam,
-        "adamw": torch.optim.AdamW,
-    }
-    optimiser = kinds[recipe.optimizer](list(leaves.values()), lr=rate)
+    optimiser = OPTIMISERS[recipe.optimizer](list(leaves.values()), recipe.learning_rate)
     for step in range(recipe.steps):
         start = chunks[step % len(chunks)]
         part = slice(start, start + size)

@@ -10,7 +10,7 @@ from gradleak.errors import NotObserved
 from gradleak.metrics.text import frequent_words, score_texts
 from gradleak.optimise import OnStep
 from gradleak.reconstruction import TextReconstruction
-from gradleak.report.record import Result
+from gradleak.report.record import Result, new_result
 from gradleak.secret import TextSecret
 from gradleak.text import LanguageModel, TextGradient, Tokens, unmasked
 from gradleak.texts import Texts
@@ -32,19 +32,8 @@ def audit_text(
     With the secret every sentence is scored, special tokens left out; with public texts too there are two controls: the
     most frequent tokens of these, and the attack on the gradient of as many of them.
     """
-    row: Result = {
-        "attack": name,
-        "parameters": asdict(attack),
-        "observation": {"kind": type(observation).__name__, "batch_size": observation.batch_size},
-        "defense": None,
-        "status": "",
-        "residual": None,
-        "seconds": 0.0,
-        "iterations": 0,
-        "scores": {},
-        "controls": {},
-        "flags": [],
-    }
+    about = {"kind": type(observation).__name__, "batch_size": observation.batch_size}
+    row = new_result(name, asdict(attack), about)
     start = time.perf_counter()
     try:
         found = attack(observation, generator=torch.Generator().manual_seed(seed), on_step=on_step)

@@ -1,5 +1,6 @@
 """Texts with more tokens than an adapter's rank: the ranking, the search, and what is refused."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -101,6 +102,7 @@ def test_what_it_is_not_for_is_refused() -> None:
     gradient, _ = capture_text_gradient(model(), private.texts, private.labels)
     for seen, hint in (
         (gradient, "no rank to pass"),
+        (replace(shared()[0], model=replace(shared()[0].model, task="masked-lm")), "predict is unknown"),
         (shared(count=2)[0], "for one text"),
         (shared(rank=32)[0], "dager tells exactly"),
     ):

@@ -27,8 +27,8 @@ from gradleak.optimise import OnStep
 from gradleak.reconstruction import TextReconstruction
 from gradleak.text import LanguageModel, TextAdapter, TextGradient, View
 
-POWER = 1.5  # between 1 (the likelihood ratio of Gaussians) and 2 the true tokens rank best on public texts
-EXACT = 1e-6  # distance of directions: float32 leaves 1e-7, the nearest wrong token more than this
+POWER = 1.5  # between 1 (the likelihood ratio of Gaussians) and 2 the true tokens ranked best on a few public texts
+EXACT = 1e-6  # distance of directions: float32 leaves 1e-7 at the true text
 LONGEST = 3  # times the rank: longer texts are not tried
 STARTS = 3  # lengths and labels from which the search begins
 INSERTED = 10  # tokens that are tried between two others
@@ -65,6 +65,8 @@ class PastTheRank:
         first = [view for view in views if view.module in family.queries(0)]
         if not isinstance(observation, TextAdapter) or not first:
             raise NotObserved("This is for LoRA factors of the first block; whole gradients have no rank to pass.")
+        if not observation.replayable:
+            raise NotObserved("What a masked language model was to predict is unknown: no text can be tried.")
         if observation.batch_size != 1:
             raise NotObserved("This is for one text: the tokens of several cannot be told apart by their ranking.")
         embeddings = Embeddings.of(model)
@@ -107,13 +109,12 @@ def ranked(
     e, count = embeddings, len(embeddings.tokens)
     x = _random(e, RANDOM, longest, generator)
     maps, weights = [], []
-    for view in views:
-        A = view.factor if view.factor is not None else torch.eye(x.shape[1])
-        f = x @ A.double().T
+    for A, measured in ((view.factor.double(), view.measured.double()) for view in views if view.factor is not None):
+        f = x @ A.T
         L = torch.linalg.cholesky(f.T @ f / len(f))
-        whitened = torch.linalg.solve_triangular(L, view.measured.double().T, upper=False)
+        whitened = torch.linalg.solve_triangular(L, measured.T, upper=False)
         w, U = torch.linalg.eigh(whitened @ whitened.T)
-        maps.append(U.T @ torch.linalg.solve_triangular(L, A.double(), upper=False))
+        maps.append(U.T @ torch.linalg.solve_triangular(L, A, upper=False))
         weights.append((w / w.sum()).clamp_min(1e-14) ** -POWER)
     rows = torch.cat(maps).float()  # (sum of ranks, width)
     tokens, places = (part @ (rows * e.gamma).T for part in (e.tokens, e.places[:longest]))

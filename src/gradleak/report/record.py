@@ -124,6 +124,25 @@ class Record(TypedDict):
     plots: NotRequired[Sequence[Plot]]
 
 
+def new_result(
+    attack: str, parameters: Mapping[str, Any], observation: Mapping[str, Any], flags: Sequence[Flag] = ()
+) -> Result:
+    """The row of an attack that has not run yet."""
+    return {
+        "attack": attack,
+        "parameters": parameters,
+        "observation": observation,
+        "defense": None,
+        "status": "",
+        "residual": None,
+        "seconds": 0.0,
+        "iterations": 0,
+        "scores": {},
+        "controls": {},
+        "flags": list(flags),
+    }
+
+
 def new_record(command: Command, seed: int | None, threat_model: Sequence[Revealed]) -> Record:
     """A record with no results yet, stamped with the time, the gradleak version and the environment of this process."""
     return {

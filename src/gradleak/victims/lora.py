@@ -4,7 +4,6 @@ import copy
 import difflib
 import itertools
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +14,7 @@ from torch import nn
 from gradleak.base_folder import write_base
 from gradleak.data import Pictures
 from gradleak.errors import BadInput
-from gradleak.lora import MOMENTUM, Recipe
+from gradleak.lora import OPTIMISERS, Recipe
 from gradleak.models import Architecture, ImageTransformer
 from gradleak.observations import Adapter, Model
 from gradleak.peft_folder import SUBTRACTED, adaptable, read_adapter
@@ -124,14 +123,6 @@ def _train(
         optimiser.zero_grad()
         F.cross_entropy(module(images), labels).backward()  # type: ignore[no-untyped-call]
         optimiser.step()
-
-
-OPTIMISERS: dict[str, Callable[[list[nn.Parameter], float], torch.optim.Optimizer]] = {
-    "sgd": lambda factors, rate: torch.optim.SGD(factors, rate),
-    "momentum": lambda factors, rate: torch.optim.SGD(factors, rate, momentum=MOMENTUM),
-    "adam": lambda factors, rate: torch.optim.Adam(factors, rate),
-    "adamw": lambda factors, rate: torch.optim.AdamW(factors, rate),
-}
 
 
 def save_adapter(

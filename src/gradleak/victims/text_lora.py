@@ -12,11 +12,11 @@ from torch import Tensor
 
 from gradleak.errors import BadInput
 from gradleak.language_folder import read_text_adapter
-from gradleak.lora import Recipe
+from gradleak.lora import OPTIMISERS, Recipe
 from gradleak.secret import TextSecret
 from gradleak.text import LanguageModel, TextAdapter
 from gradleak.transformers_folder import quiet_transformers
-from gradleak.victims.lora import OPTIMISERS, check_rank, module_names, save_adapter
+from gradleak.victims.lora import check_rank, module_names, save_adapter
 from gradleak.victims.text import keep_secret
 
 
