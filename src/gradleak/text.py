@@ -6,7 +6,7 @@ and watched through hooks; none of its code is repeated here.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -159,11 +159,13 @@ class View:
     module    the layer
     measured  (rows, r)
     factor    F (r, width), or None for the identity
+    noise     deviation of each number of a row (rows,), where it is known beforehand; None where it is that of the number format
     """
 
     module: str
     measured: Tensor
     factor: Tensor | None = None
+    noise: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,6 +259,17 @@ class TextUpdate(TextGradient):
         recipe = Recipe(learning_rate=self.learning_rate, steps=self.local_steps, batch_size=self.local_batch_size)
         after = fine_tuned(self.model, before, tokens, labels, recipe)
         return {name: after[name] - before[name] for name in before}
+
+    def views(self) -> list[View]:
+        """As of a gradient. A difference of parameters carries the rounding of the parameters, which is known: after every
+        step an error even over the distance between two neighbouring numbers, whose variance is its square / 12."""
+        found, twelfth = [], self.local_steps / 12
+        for view in super().views():
+            weight = self.model.parameters[f"{view.module}.weight"].abs()
+            apart = torch.nextafter(weight, torch.full_like(weight, torch.inf)) - weight
+            rows = apart.T if self.model.family.transposed else apart
+            found.append(replace(view, noise=(rows.double().square().mean(1) * twelfth).sqrt()))
+        return found
 
     def after(self) -> Tensors | None:
         """theta_0 + released."""

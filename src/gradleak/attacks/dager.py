@@ -16,6 +16,7 @@ Differs   the end of the span and the tolerance of each check come from the gap 
           layers' inputs
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,7 +27,7 @@ from gradleak.attacks.masked_targets import unmask
 from gradleak.attacks.memberships import Pairs, pairs_of, placements
 from gradleak.attacks.ordering import ordered
 from gradleak.attacks.outputs import Path
-from gradleak.attacks.prefixes import grow
+from gradleak.attacks.prefixes import Prefix, grow
 from gradleak.attacks.sentences import assemble, by_place, unambiguous
 from gradleak.attacks.spans import Span, excess, spans
 from gradleak.attacks.vocabulary import CHUNK, Embeddings, candidates
@@ -69,8 +70,9 @@ class Dager:
             names = ", ".join(family.queries(0))
             raise NotObserved(f"None of {names} was released: no token can be told from another.")
         embeddings = Embeddings.of(model)
-        drift = _drift(model, observation.after(), embeddings, generator)
-        rounding = FORWARD + drift[0]
+        behind = [names[0] for names in _behind(model)]
+        moved, drift = _drift(model, observation.after(), embeddings, behind, generator)
+        rounding = FORWARD + moved
         first = _telling(first, embeddings.inputs(*_decoys(model, generator)), rounding)
         if not first:
             raise NotObserved(
@@ -80,7 +82,8 @@ class Dager:
         allowed = candidates(embeddings, first, rounding=rounding, most=self.most)
         if not allowed:
             return _nothing(first)
-        judge, sure = _judge(observation, FORWARD + drift[1], generator)
+        rank = min(span.rank for span in first)
+        judge, sure = _judge(observation, rank, {name: FORWARD + d for name, d in drift.items()}, generator)
         bag = tuple(sorted({token for ids in allowed for token in ids.tolist()}))
         if not judge.spans:
             likeliest = self._likeliest(observation, embeddings, allowed, first)
@@ -110,7 +113,7 @@ class Dager:
         block = family.block(0)
         parts = ((family.output,), family.hidden, family.passed)
         seen = [spans(views, tuple(f"{block}.{name}" for name in names), observation.precision) for names in parts]
-        path = Path.of(model, judge.exact, seen, judge.rounding)
+        path = Path.of(model, judge.exact, seen, max(judge.rounding.values()))
         if path is not None and bool(path.outputs(embeddings.inputs(*_decoys(model, generator)))[1].any()):
             path = None  # too blurred to tell anything
         found = assemble(judge, pairs, path, batch_size=observation.batch_size, budget=self.budget, on_step=on_step)
@@ -139,19 +142,19 @@ def _decoys(model: LanguageModel, generator: torch.Generator) -> tuple[Tensor, T
     return ids, torch.arange(count) if model.family.placed else torch.zeros(count, dtype=torch.long)
 
 
-def _nearest(grown: list[tuple[tuple[int, ...], float]], rank: int, batch_size: int | None) -> list[Found]:
-    """The nearest texts: as many as the batch had, or as explain all directions; every prefix makes one.
+def _nearest(grown: list[Prefix], rank: int, batch_size: int | None) -> list[Found]:
+    """The texts that fit best: as many as the batch had, or as explain all directions; every prefix makes one.
 
     They are proven when these are all that passed, and leave no direction to a text that goes on unseen.
     """
-    kept, prefixes = list[tuple[tuple[int, ...], float]](), set[tuple[int, ...]]()
-    for tokens, far in sorted(grown, key=lambda entry: entry[1]):
+    kept, prefixes = list[Prefix](), set[tuple[int, ...]]()
+    for entry in sorted(grown, key=lambda entry: entry.cost):
         if len(kept) == batch_size or (batch_size is None and len(prefixes) >= rank):
             break
-        kept.append((tokens, far))
-        prefixes |= {tokens[: i + 1] for i in range(len(tokens))}
+        kept.append(entry)
+        prefixes |= {entry.tokens[: i + 1] for i in range(len(entry.tokens))}
     whole = len(kept) == len(grown) and len(prefixes) >= rank
-    return [Found(tokens, far, whole) for tokens, far in kept]
+    return [Found(entry.tokens, entry.distance, whole) for entry in kept]
 
 
 def _telling(found: list[Span], decoys: Tensor, rounding: float) -> list[Span]:
@@ -160,39 +163,53 @@ def _telling(found: list[Span], decoys: Tensor, rounding: float) -> list[Span]:
 
 
 def _drift(
-    model: LanguageModel, after: Tensors | None, embeddings: Embeddings, generator: torch.Generator
-) -> tuple[float, float]:
-    """How far training moved the inputs of the first and the second block, relative to them: the largest of any token, and
-    the largest in sentences of the tokens that moved most. The span is of inputs between these ends."""
+    model: LanguageModel,
+    after: Tensors | None,
+    embeddings: Embeddings,
+    layers: Sequence[str],
+    generator: torch.Generator,
+) -> tuple[float, dict[str, float]]:
+    """How far training moved the inputs of the first block, and of layers behind its attention, relative to them: the
+    largest of any token, and the largest in sentences of the tokens that moved most. A span is of inputs between these ends."""
     if after is None:
-        return 0.0, 0.0
+        return 0.0, dict.fromkeys(layers, 0.0)
     moved = replace(model, parameters={**model.parameters, **after})
     later, changes = Embeddings.of(moved), list[Tensor]()
     for ids in torch.split(torch.arange(model.config.vocab_size), CHUNK):
         old, new = (seen.inputs(ids, torch.zeros_like(ids)) for seen in (embeddings, later))
         changes.append((new - old).norm(dim=1) / old.norm(dim=1))
     change = torch.cat(changes)
-    if model.config.num_hidden_layers < 2:
-        return float(change.max()), 0.0
     length = min(32, model.positions - model.family.offset, len(change))
-    name, own = model.family.queries(1)[0], change.topk(length).indices
+    own = change.topk(length).indices
     ids = torch.stack([own, *(own[torch.randperm(length, generator=generator)] for _ in range(7))])
-    old, new = (seen.inputs([name], ids)[name] for seen in (model, moved))
-    return float(change.max()), float(((new - old).norm(dim=-1) / old.norm(dim=-1)).max())
+    before, then = (seen.inputs(layers, ids) for seen in (model, moved))
+    drifts = {n: (then[n] - before[n]).norm(dim=-1) / before[n].norm(dim=-1) for n in layers}
+    return float(change.max()), {name: float(drift.max()) for name, drift in drifts.items()}
 
 
-def _judge(observation: TextGradient, rounding: float, generator: torch.Generator) -> tuple[Judge, bool]:
+def _behind(model: LanguageModel) -> list[tuple[str, ...]]:
+    """Layers behind the first attention whose inputs depend on the sentence: names of modules that share them."""
+    family = model.family
+    layers = [tuple(f"{family.block(0)}.{name}" for name in names) for names in ((family.output,), family.hidden)]
+    return layers + ([family.queries(1)] if model.config.num_hidden_layers > 1 else [])
+
+
+def _judge(
+    observation: TextGradient, rank: int, rounding: dict[str, float], generator: torch.Generator
+) -> tuple[Judge, bool]:
     """The spans behind the first attention that can tell sentences apart, and whether random sentences fail so clearly that
-    passing is a proof."""
-    model, views, family = observation.model, observation.views(), observation.model.family
+    passing is a proof.
+
+    rank: directions that were seen of the first layer's inputs. Where fewer were seen, members are missing.
+    """
+    model, views = observation.model, observation.views()
     judge = Judge(model, _exact(model), {}, rounding)
     decoys = torch.stack([_decoys(model, generator)[0] for _ in range(8)])
-    layers = [tuple(f"{family.block(0)}.{name}" for name in family.hidden)]
-    layers += [family.queries(1)] if model.config.num_hidden_layers > 1 else []
-    x = model.inputs([names[0] for names in layers], decoys, parameters=judge.exact)
-    for names in layers:
-        seen = spans(views, names, observation.precision, causal=family.causal)
-        if told := _telling(seen, x[names[0]].flatten(0, 1), rounding):
+    x = model.inputs(list(rounding), decoys, parameters=judge.exact)
+    for names in _behind(model):
+        seen = spans(views, names, observation.precision, causal=model.family.causal)
+        whole = [span for span in seen if span.rank >= min(rank, span.basis.shape[1])]
+        if told := _telling(whole, x[names[0]].flatten(0, 1), rounding[names[0]]):
             judge.spans[names[0]] = told
     return judge, bool(judge.spans) and float(judge.rows(decoys)[1].min()) > MARGIN
 
@@ -209,9 +226,8 @@ def _exact(model: LanguageModel) -> Tensors:
 
 
 def _nothing(first: list[Span]) -> TextReconstruction:
-    gap = float(first[0].values[-1]) / max(first[0].noise, 1e-300)
     status = (
-        f"No token passes: the span of {first[0].rank} directions ends in a gap of {gap:.2g}, too blurred to hold any "
+        f"No token passes: the span of {first[0].rank} directions ends in a gap of {first[0].clearance:.2g}, too blurred to hold any "
         "token. A defense, or other parameters than those of the release, would explain that."
     )
     return TextReconstruction((), (), (), (), 1.0, status)
@@ -263,10 +279,9 @@ def _told(
             if found
             else f"{len(bag)} tokens pass, but no sentence of them does"
         )
-    gap = float(first.values[-1]) / max(first.noise, 1e-300)
     status = (
         f"{proven} of {wanted if wanted is not None else 'an unknown number of'} sentences proven: every token passes in "
-        f"both layers; {first.rank} directions of the first ({gap:.2g} above the noise), {second.rank} behind it"
+        f"both layers; {first.rank} directions of the first ({first.clearance:.2g} above the noise), {second.rank} behind it"
         + "".join(f"; {note}" for note in notes)
         + "."
     )

@@ -30,13 +30,13 @@ class Judge:
 
     exact     the parameters up to there in float64
     spans     {module: spans of its inputs}
-    rounding  relative precision of the inputs themselves
+    rounding  {module: relative precision of its inputs themselves}
     """
 
     model: LanguageModel
     exact: Tensors
     spans: dict[str, list[Span]]
-    rounding: float
+    rounding: dict[str, float]
 
     @property
     def clearest(self) -> Span:
@@ -52,26 +52,29 @@ class Judge:
         distances, ratios = list[Tensor](), list[Tensor]()
         for part in torch.split(sentences, ROWS):
             seen = self.model.inputs(names, part, parameters=parameters)
-            told = [excess(self.spans[name], seen[name], self.rounding) for name in names]
+            told = [excess(self.spans[name], seen[name], self.rounding[name]) for name in names]
             distances.append(torch.stack([distance for distance, _ in told]).amax(0))
             ratios.append(torch.stack([ratio for _, ratio in told]).amax(0))
         return torch.cat(distances), torch.cat(ratios)
 
-    def ends(self, prefixes: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of (n, length) prefixes pass at their last token, (m,), and the distances of these there, (m,).
+    def ends(self, prefixes: Tensor, limit: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Which of (n, length) prefixes pass at their last token, with a ratio of at most `limit`: (m,); the distances and the
+        ratios of these there: (m,) each.
 
         Layer by layer: what the first refuses needs no further computation.
         """
-        kept, distance = torch.arange(len(prefixes)), torch.zeros(len(prefixes), dtype=torch.float64)
+        kept = torch.arange(len(prefixes))
+        distance, ratio = torch.zeros(2, len(prefixes), dtype=torch.float64)
         for name, found in self.spans.items():
             parts = torch.split(prefixes[kept], ROWS)
             x = [self.model.inputs([name], part, parameters=self.exact)[name][:, -1] for part in parts]
-            far, ratio = excess(found, torch.cat(x), self.rounding)
+            far, times = excess(found, torch.cat(x), self.rounding[name])
             distance[kept] = torch.maximum(distance[kept], far)
-            kept = kept[ratio <= 1]
+            ratio[kept] = torch.maximum(ratio[kept], times)
+            kept = kept[times <= limit]
             if not len(kept):
                 break
-        return kept, distance[kept]
+        return kept, distance[kept], ratio[kept]
 
     def verdict(self, tokens: tuple[int, ...]) -> Found:
         """The sentence as it stands."""

@@ -61,7 +61,7 @@ class Path:
         if bool(own.any()):
             N = N - own[:, None] * (own @ N) / own.square().sum()  # orthogonal to beta: free of the scale
         L = N * exact[f"{norm}.weight"]
-        blur = rounding + sum(span.noise / float(span.values[-1]) for span in (before, inner))
+        blur = rounding + before.worst + inner.worst
         return cls(model, exact, before, L - L.mean(1, keepdim=True), passed, blur)
 
     def outputs(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 up to there, so a prefix is right when that lies in the span that was seen. No product over positions arises."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,39 +12,47 @@ from gradleak.attacks.judge import Judge
 REPEATS = 4  # times that a text may begin with one token
 
 
-def grow(judge: Judge, candidates: Sequence[Tensor], *, widest: int) -> list[tuple[tuple[int, ...], float]]:
-    """Every sentence that passes at each of its positions and cannot be continued, with its largest distance.
+@dataclass(frozen=True)
+class Prefix:
+    """Tokens, the largest relative distance of their rows to what was seen, and how badly they fit: the sum over the rows of
+    ratio^2 - limit^2, which is the lower the longer and the nearer they are."""
 
-    candidates: token ids per position, or one set for all of them. widest: prefixes kept, nearest first.
+    tokens: tuple[int, ...]
+    distance: float = 0.0
+    cost: float = 0.0
+
+
+def grow(judge: Judge, candidates: Sequence[Tensor], *, widest: int, limit: float = 1.0) -> list[Prefix]:
+    """Every sentence that passes at each of its positions and cannot be continued.
+
+    candidates: token ids per position, or one set for all of them. widest: prefixes kept, those that fit best.
+    limit: times what noise allows a member.
     """
     model = judge.model
-    beam: list[tuple[tuple[int, ...], float]] = [((), 0.0)]
-    done: list[tuple[tuple[int, ...], float]] = []
+    beam, done = [Prefix(())], list[Prefix]()
     for place in range(model.positions):
         if model.family.placed and place >= len(candidates):
             break
         ids = candidates[place if model.family.placed else 0].tolist()
-        longer = [((*prefix, token), far) for prefix, far in beam for token in ids]
-        longer = [entry for entry in longer if len(entry[0]) <= REPEATS or len(set(entry[0])) > 1]
+        longer = [(prefix, token) for prefix in beam for token in ids]
+        longer = [(p, t) for p, t in longer if len(p.tokens) < REPEATS or len({*p.tokens, t}) > 1]
         kept, continued = [], set[tuple[int, ...]]()
-        passed, distance = judge.ends(torch.tensor([prefix for prefix, _ in longer]))
-        for i, d in zip(passed.tolist(), distance.tolist(), strict=True):
-            prefix, far = longer[i]
-            kept.append((prefix, max(far, d)))
-            continued.add(prefix[:-1])
-        done += [entry for entry in beam if entry[0] not in continued and entry[0]]
-        beam = sorted(kept, key=lambda entry: entry[1])[:widest]
+        passed = judge.ends(torch.tensor([(*prefix.tokens, token) for prefix, token in longer]), limit)
+        for i, far, ratio in zip(*(part.tolist() for part in passed), strict=True):
+            prefix, token = longer[i]
+            cost = prefix.cost + ratio**2 - limit**2
+            kept.append(Prefix((*prefix.tokens, token), max(prefix.distance, far), cost))
+            continued.add(prefix.tokens)
+        done += [prefix for prefix in beam if prefix.tokens not in continued and prefix.tokens]
+        beam = sorted(kept, key=lambda prefix: prefix.cost)[:widest]
         if not beam:
             break
     return _whole(done + beam)
 
 
-def _whole(found: list[tuple[tuple[int, ...], float]]) -> list[tuple[tuple[int, ...], float]]:
+def _whole(found: list[Prefix]) -> list[Prefix]:
     """Without beginnings of others, and without one token over and over: without positions in the first layer's inputs,
     its repetitions look like the first."""
-    plain = {tokens[:1] if len(set(tokens)) == 1 else tokens: far for tokens, far in found}
-    return [
-        (tokens, far)
-        for tokens, far in plain.items()
-        if not any(len(other) > len(tokens) and other[: len(tokens)] == tokens for other in plain)
-    ]
+    plain = {p.tokens[:1] if len(set(p.tokens)) == 1 else p.tokens: p for p in found}
+    begun = {tokens[:i] for tokens in plain for i in range(1, len(tokens))}
+    return [Prefix(tokens, p.distance, p.cost) for tokens, p in plain.items() if tokens not in begun]

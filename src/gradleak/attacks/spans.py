@@ -12,6 +12,9 @@ from torch import Tensor
 from gradleak.text import View
 
 CLEAR = 2.0  # singular values of rounding that are neighbours do not differ by this factor
+SURE = 5.0  # standard deviations of white noise that are allowed for
+EDGE = 1.05  # times the edge of the Marchenko-Pastur law: noise is signal beyond that
+FEWEST = 8  # singular values of noise from which it can be called white
 
 
 @dataclass(frozen=True)
@@ -20,13 +23,13 @@ class Span:
 
     basis   V (rank, r), orthonormal rows
     values  the singular values s (rank,) that belong to them
-    noise   the largest singular value beyond the gap; 0 when there is none
+    blur    (rank,): how far beyond the span a member may appear to be, per unit along each of them; 0 without noise
     factor  F (r, width), or None for the identity
     """
 
     basis: Tensor
     values: Tensor
-    noise: float
+    blur: Tensor
     factor: Tensor | None
 
     @property
@@ -36,7 +39,12 @@ class Span:
     @property
     def clearance(self) -> float:
         """How far the least of the signal stands above the noise."""
-        return float(self.values[-1]) / max(self.noise, 1e-300)
+        return 1 / max(self.worst, 1e-300)
+
+    @property
+    def worst(self) -> float:
+        """The largest blur; 0 for a span of nothing."""
+        return float(self.blur.max()) if self.rank else 0.0
 
     @property
     def full(self) -> bool:
@@ -48,18 +56,13 @@ class Span:
         return x if self.factor is None else x @ self.factor.T.to(x)
 
     def distance(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Relative distance of (..., width) to the span, and how far a true member may appear to be away: both (...).
-
-        A member is x = M^T c with M = the measured matrix without its noise E; least-norm c has |c| = |s^-1 V x|, and what is
-        left of x beyond the computed span is at most (s_(rank + 1) + |E|) |c| <= 2 s_(rank + 1) |c|.
-        """
+        """Relative distance of (..., width) to the span, and how far a true member may appear to be away: both (...)."""
         f = self.seen(x)
         a = f @ self.basis.T.to(x)
         size = f.norm(dim=-1).clamp_min(torch.finfo(x.dtype).tiny)
         outside = (f - a @ self.basis.to(x)).norm(dim=-1) / size
         outside = torch.where(f.any(dim=-1), outside, 1.0)  # zero, as a padding token may be, is no member
-        allowed = 2 * self.noise * (a / self.values.to(x)).norm(dim=-1) / size
-        return outside, allowed
+        return outside, (a * self.blur.to(x)).norm(dim=-1) / size
 
     def outside(self) -> Tensor:
         """Directions N (r - rank, width) with N x = 0 for every member."""
@@ -67,29 +70,38 @@ class Span:
         return N if self.factor is None else N @ self.factor
 
 
-def span_of(measured: Tensor, factor: Tensor | None, precision: str) -> Span:
+def span_of(measured: Tensor, factor: Tensor | None, precision: str, noise: Tensor | None = None) -> Span:
     """The span of the rows of a matrix (rows, r), which was released in a number format.
 
     Rounding is relative to each row: with rows of equal length it is white, which uncovers what the strongest rows would bury.
     White noise is not: of the two, the matrix as it is and that with rows of equal length, the clearer one counts.
+
+    noise: the deviation of the numbers of each row (rows,), where it is known; used if it is more than the format rounds.
     """
     M, made = measured.double(), list[Span]()
+    factor = None if factor is None else factor.double()
     rounding = torch.finfo(getattr(torch, precision)).eps
+    if noise is not None and float(noise.square().mean()) > float(M.square().mean()) * rounding**2:
+        values, basis = torch.linalg.svd(M / noise[:, None], full_matrices=False)[1:]
+        rank = int((values > EDGE * (M.shape[0] ** 0.5 + M.shape[1] ** 0.5)).sum())
+        return Span(basis[:rank], values[:rank], white(values[:rank], 1.0, M.shape), factor)
     sizes = M.norm(dim=1, keepdim=True)
     for rows in (M, M[sizes[:, 0] > 0] / sizes[sizes > 0][:, None]):
         values, basis = torch.linalg.svd(rows, full_matrices=False)[1:]
-        rank, noise = gap(values, rows.shape, rounding)
-        made.append(Span(basis[:rank], values[:rank], noise, None if factor is None else factor.double()))
+        rank, blur = ended(values, rows.shape, rounding)
+        made.append(Span(basis[:rank], values[:rank], blur, factor))
     return max(made, key=lambda span: span.clearance if not span.full else 0.0)
 
 
-def gap(values: Tensor, shape: torch.Size, rounding: float) -> tuple[int, float]:
-    """Where the signal ends in descending singular values of a matrix: (rank, the largest value beyond).
+def ended(values: Tensor, shape: torch.Size, rounding: float) -> tuple[int, Tensor]:
+    """Where the signal ends in descending singular values of a matrix, and how blurred it is: (rank, blur (rank,)).
 
     Rounding the entries leaves singular values up to rounding |M| (sqrt rows + sqrt columns) / sqrt(rows columns), the edge
     of the Marchenko-Pastur law; the sums that made them, of about `rows` rounded terms, sqrt rows times that. If what lies
-    beyond the largest ratio of neighbours is that small, it is rounding. Otherwise it is noise: the rank is the least that
-    leaves values which white noise could have, below the edge that their own root mean square implies.
+    beyond the last ratio of neighbours that rounding does not have is that small, it is rounding: whatever it does, a member x = M^T c is at most
+    (s_(rank + 1) + |E|) |c| <= 2 s_(rank + 1) |c| beyond the span, with |c| = |s^-1 V x|. Otherwise it is noise: the rank
+    is the least that leaves values below the edge that their own root mean square implies, and where they are above the lower
+    edge as well, it is white.
     """
     rows, columns = shape
     entry = rounding * float(values.norm()) * (rows**0.5 + columns**0.5) / (rows * columns) ** 0.5
@@ -97,16 +109,34 @@ def gap(values: Tensor, shape: torch.Size, rounding: float) -> tuple[int, float]
     raised = (padded.square() + entry**2).sqrt()
     ratios = raised[:-1] / raised[1:]
     ratios[padded[1:] > entry * rows**0.5] = 0
-    if len(ratios) and float(ratios.max()) > CLEAR:
-        rank = int(ratios.argmax()) + 1
-        return rank, float(raised[rank])
+    if bool((ratios > CLEAR).any()):
+        rank = int((ratios > CLEAR).nonzero()[-1]) + 1
+        return rank, 2 * raised[rank] / values[:rank]
     after = values.square().flip(0).cumsum(0).flip(0)  # sum of squares from i on
     for rank in range(1, len(values)):
         left = len(values) - rank
         edge = (float(after[rank]) / left) ** 0.5 * (1 + (left / max(rows - rank, left)) ** 0.5)
         if float(values[rank]) <= edge and left > 1:
-            return rank, float(values[rank])
-    return len(values), 0.0
+            deviation = (float(after[rank]) / ((rows - rank) * (columns - rank))) ** 0.5
+            lowest = deviation * abs((rows - rank) ** 0.5 - (columns - rank) ** 0.5)
+            if left >= FEWEST and columns <= rows and float(values[-1]) > 0.9 * lowest:
+                return rank, white(values[:rank], deviation, shape)
+            return rank, 2 * values[rank] / values[:rank]
+    return len(values), torch.zeros_like(values)
+
+
+def white(values: Tensor, deviation: float, shape: torch.Size) -> Tensor:
+    """The blur of singular values that were seen through white noise: (rank,).
+
+    A value y was theta before the noise, theta^2 the larger root of y^2 = (theta^2 + rows)(theta^2 + columns) / theta^2 in units of
+    the deviation; its direction leans out by tan^2 = columns (theta^2 + rows) / (theta^4 - rows columns)
+    (Benaych-Georges and Nadakuditi, arXiv:1103.2221, section 3.1). How far a member leans out in all is a sum of squares.
+    """
+    rows, columns = shape
+    half = ((values / deviation).square() - rows - columns) / 2
+    square = half + (half.square() - rows * columns).clamp_min(0).sqrt()  # theta^2
+    tangent = columns * (square + rows) / (square.square() - rows * columns).clamp_min(1e-300)
+    return tangent.sqrt() * (1 + SURE / (2 * max(columns - len(values), 1)) ** 0.5)
 
 
 def spans(views: list[View], modules: tuple[str, ...], precision: str, *, causal: bool = False) -> list[Span]:
@@ -117,14 +147,20 @@ def spans(views: list[View], modules: tuple[str, ...], precision: str, *, causal
     nothing else to attend to: both are left out where values, or in an encoder queries, are there.
     """
     chosen = [view for view in views if view.module in modules and bool(view.measured.any())]
-    whole = [view.measured for view in chosen if view.factor is None]
-    found = [span_of(torch.cat(whole), None, precision)] if whole else []
+    whole = [view for view in chosen if view.factor is None]
+    found = [_pooled(whole, precision)] if whole else []
     through = [view for view in chosen if view.factor is not None]
     if len(modules) == 3:
         rank = {modules[2]: 0, modules[0]: 1 if causal else 0, modules[1]: 2}
         best = min((rank[view.module] for view in through), default=0)
         through = [view for view in through if rank[view.module] == best]
     return found + [span_of(view.measured, view.factor, precision) for view in through]
+
+
+def _pooled(whole: list[View], precision: str) -> Span:
+    noise = [view.noise for view in whole if view.noise is not None]
+    known = torch.cat(noise) if len(noise) == len(whole) else None
+    return span_of(torch.cat([view.measured for view in whole]), None, precision, known)
 
 
 def excess(found: list[Span], x: Tensor, rounding: float) -> tuple[Tensor, Tensor]:

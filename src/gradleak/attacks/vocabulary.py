@@ -118,7 +118,7 @@ def _screen(e: Embeddings, found: list[Span], block: Tensor, rounding: float, mo
             if total is None:
                 total = _projected(_factor(span, width), tokens, places, deviation, e)
             left = 1 - inside / total
-            limit = SCREEN + (2 * span.noise / float(span.values[-1]) + rounding) ** 2
+            limit = SCREEN + (span.worst + rounding) ** 2
             passes &= left <= limit
             worst = torch.maximum(worst, left)
         for column in range(count):
