@@ -13,8 +13,8 @@ from gradleak.text import View
 
 CLEAR = 2.0  # singular values of rounding that are neighbours do not differ by this factor
 SURE = 5.0  # standard deviations of white noise that are allowed for
-EDGE = 1.05  # times the edge of the Marchenko-Pastur law: noise is signal beyond that
-FEWEST = 8  # singular values of noise from which it can be called white
+EDGE = 1.05  # times the edge of the Marchenko-Pastur law, beyond which a singular value is signal
+FEWEST = 8  # singular values beyond the end that it takes to know them as noise
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ def span_of(measured: Tensor, factor: Tensor | None, precision: str, noise: Tens
     rounding = torch.finfo(getattr(torch, precision)).eps
     if noise is not None and float(noise.square().mean()) > float(M.square().mean()) * rounding**2:
         values, basis = torch.linalg.svd(M / noise[:, None], full_matrices=False)[1:]
-        rank = int((values > EDGE * (M.shape[0] ** 0.5 + M.shape[1] ** 0.5)).sum())
-        return Span(basis[:rank], values[:rank], white(values[:rank], 1.0, M.shape), factor)
+        blur = white(values, 1.0, M.shape)
+        return Span(basis[: len(blur)], values[: len(blur)], blur, factor)
     sizes = M.norm(dim=1, keepdim=True)
     for rows in (M, M[sizes[:, 0] > 0] / sizes[sizes > 0][:, None]):
         values, basis = torch.linalg.svd(rows, full_matrices=False)[1:]
@@ -109,6 +109,8 @@ def ended(values: Tensor, shape: torch.Size, rounding: float) -> tuple[int, Tens
     raised = (padded.square() + entry**2).sqrt()
     ratios = raised[:-1] / raised[1:]
     ratios[padded[1:] > entry * rows**0.5] = 0
+    if rows < 2 * columns:  # the least singular values of a square matrix of noise do differ by that factor
+        ratios[-FEWEST:] = 0
     if bool((ratios > CLEAR).any()):
         rank = int((ratios > CLEAR).nonzero()[-1]) + 1
         return rank, 2 * raised[rank] / values[:rank]
@@ -120,23 +122,27 @@ def ended(values: Tensor, shape: torch.Size, rounding: float) -> tuple[int, Tens
             deviation = (float(after[rank]) / ((rows - rank) * (columns - rank))) ** 0.5
             lowest = deviation * abs((rows - rank) ** 0.5 - (columns - rank) ** 0.5)
             if left >= FEWEST and columns <= rows and float(values[-1]) > 0.9 * lowest:
-                return rank, white(values[:rank], deviation, shape)
+                blur = white(values, deviation, shape)
+                return len(blur), blur
             return rank, 2 * values[rank] / values[:rank]
     return len(values), torch.zeros_like(values)
 
 
 def white(values: Tensor, deviation: float, shape: torch.Size) -> Tensor:
-    """The blur of singular values that were seen through white noise: (rank,).
+    """The blur of those singular values of a matrix that stand out of white noise: (rank,).
 
     A value y was theta before the noise, theta^2 the larger root of y^2 = (theta^2 + rows)(theta^2 + columns) / theta^2 in units of
     the deviation; its direction leans out by tan^2 = columns (theta^2 + rows) / (theta^4 - rows columns)
     (Benaych-Georges and Nadakuditi, arXiv:1103.2221, section 3.1). How far a member leans out in all is a sum of squares.
     """
     rows, columns = shape
-    half = ((values / deviation).square() - rows - columns) / 2
-    square = half + (half.square() - rows * columns).clamp_min(0).sqrt()  # theta^2
-    tangent = columns * (square + rows) / (square.square() - rows * columns).clamp_min(1e-300)
-    return tangent.sqrt() * (1 + SURE / (2 * max(columns - len(values), 1)) ** 0.5)
+    y = values / deviation
+    y = y[y > EDGE * (rows**0.5 + columns**0.5)]
+    half = (y.square() - rows - columns) / 2
+    square = half + (half.square() - rows * columns).sqrt()  # theta^2
+    tangent = (columns * (square + rows) / (square.square() - rows * columns)).sqrt()
+    blur: Tensor = tangent * (1 + SURE / (2 * max(columns - len(y), 1)) ** 0.5)
+    return blur
 
 
 def spans(views: list[View], modules: tuple[str, ...], precision: str, *, causal: bool = False) -> list[Span]:
