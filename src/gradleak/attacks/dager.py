@@ -27,7 +27,7 @@ from gradleak.attacks.masked_targets import unmask
 from gradleak.attacks.memberships import Pairs, pairs_of, placements
 from gradleak.attacks.ordering import ordered
 from gradleak.attacks.outputs import Path
-from gradleak.attacks.prefixes import Prefix, grow
+from gradleak.attacks.prefixes import Prefix, grow, likely
 from gradleak.attacks.sentences import assemble, by_place, unambiguous
 from gradleak.attacks.spans import Span, excess, spans
 from gradleak.attacks.vocabulary import CHUNK, Embeddings, candidates
@@ -38,6 +38,10 @@ from gradleak.tensors import Tensors
 from gradleak.text import LanguageModel, TextAdapter, TextGradient
 
 MARGIN = 10.0  # every decoy has to be refused by this factor, or passing proves nothing
+CLEAR = 1.2  # ratio at which random candidates have to fail, or fitting means nothing
+DECOYS = 16  # sentences of random candidates
+LENGTH = 16  # tokens of these, where positions are not seen
+WIDEST = 64  # prefixes kept through noise
 FORWARD = 8 * torch.finfo(torch.float32).eps  # what the victim's own forward pass in float32 rounds
 
 
@@ -85,17 +89,15 @@ class Dager:
         rank = min(span.rank for span in first)
         judge, sure = _judge(observation, rank, {name: FORWARD + d for name, d in drift.items()}, generator)
         bag = tuple(sorted({token for ids in allowed for token in ids.tolist()}))
-        if not judge.spans:
+        passed, fitting = self._decoder(observation, allowed, judge, generator) if family.causal else ([], [])
+        if not judge.spans and not fitting:
             likeliest = self._likeliest(observation, embeddings, allowed, first)
             return _bag_only(observation, bag, likeliest, generator, self.orders)
-        if family.causal:
-            grown = grow(judge, allowed, widest=self.beam)
-            found = _nearest(grown, judge.clearest.rank, observation.batch_size)
-        else:
-            found = self._encoder(observation, embeddings, allowed, first, judge, generator, on_step)
+        if not family.causal:
+            passed = self._encoder(observation, embeddings, allowed, first, judge, generator, on_step)
         if not sure:
-            found = [replace(entry, proven=False) for entry in found]
-        told = _told(observation, found, bag, first[0], judge.clearest)
+            passed = [replace(entry, proven=False) for entry in passed]
+        told = _told(observation, passed, fitting, bag, first[0])
         return unmask(observation, told) if model.task == "masked-lm" else told
 
     def _encoder(
@@ -121,6 +123,31 @@ class Dager:
             return found  # what an adapter leaves open is for past_the_rank.py
         guess = ordered(observation, by_place(pairs), generator=generator, budget=self.orders)
         return [judge.verdict(tokens) for tokens in guess.sentences]
+
+    def _decoder(
+        self, observation: TextGradient, allowed: list[Tensor], judge: Judge, generator: torch.Generator
+    ) -> tuple[list[Found], list[Found]]:
+        """(sentences that pass, none); or, where these are not all there are, (none, those that fit best as a whole)."""
+        model, count = observation.model, observation.batch_size
+        passed = list[Found]()
+        if judge.spans:
+            grown = grow(judge, allowed, widest=self.beam)
+            passed = _nearest(grown, judge.clearest.rank, count)
+        names = _behind(model)[0]
+        seen = [span for span in spans(observation.views(), names, observation.precision, causal=True) if span.rank]
+        complete = all(entry.proven for entry in passed) and len(passed) == (count or len(passed))
+        if complete or not seen or isinstance(observation, TextAdapter):
+            return passed, []
+        alone = replace(judge, spans={names[0]: seen})
+        drawn = [ids[torch.randint(len(ids), (DECOYS,), generator=generator)] for ids in allowed]
+        decoys = torch.stack(drawn if model.family.placed else drawn * LENGTH, dim=1)
+        power = float(alone.rows(decoys)[1].median())
+        if power < CLEAR:
+            return passed, []
+        even = power**0.5 if names[0] in judge.spans else power
+        count = count or len(passed)
+        fitting = likely(alone, allowed, count=count, widest=WIDEST, limit=power, even=even)
+        return [], [Found(entry.tokens, entry.distance, False) for entry in fitting]
 
     def _likeliest(
         self, observation: TextGradient, embeddings: Embeddings, allowed: list[Tensor], first: list[Span]
@@ -256,34 +283,29 @@ def _bag_only(
 
 
 def _told(
-    observation: TextGradient, found: list[Found], bag: tuple[int, ...], first: Span, second: Span
+    observation: TextGradient, passed: list[Found], fitting: list[Found], bag: tuple[int, ...], first: Span
 ) -> TextReconstruction:
     """The result, with what is certain in words."""
-    model, wanted = observation.model, observation.batch_size
-    sentences = [entry.tokens for entry in found]
-    end = model.tokenizer.eos_token_id
-    notes = []
-    if model.task == "causal-lm":
-        if end is not None:
-            sentences = [(*tokens, end) for tokens in sentences]
-        else:
-            notes.append("the last token of a text is no input of the loss and cannot be seen")
+    model, wanted, found = observation.model, observation.batch_size, passed or fitting
+    sentences, notes = [entry.tokens for entry in found], list[str]()
     proven = sum(entry.proven for entry in found)
-    if wanted is not None and proven < wanted:
-        notes.append(
-            (
-                "the others are guesses, identical to these, or their beginnings"
-                if proven
-                else "the sentences are guesses"
-            )
-            if found
-            else f"{len(bag)} tokens pass, but no sentence of them does"
-        )
+    if fitting:
+        notes.append("noise hides what single tokens would show: these sentences fit best as a whole, and are guesses")
+    elif not found:
+        notes.append(f"{len(bag)} tokens pass, but no sentence of them does")
+    elif wanted is not None and proven < wanted:
+        more = "the others are guesses, identical to these, or their beginnings"
+        notes.append(f"every token passes in all layers; {more if proven else 'the sentences are guesses'}")
+    else:
+        notes.append("every token passes in all layers")
+    end = model.tokenizer.eos_token_id
+    if model.task == "causal-lm" and end is not None:
+        sentences = [(*tokens, end) for tokens in sentences]
+    elif model.task == "causal-lm":
+        notes.append("the last token of a text is no input of the loss and cannot be seen")
     status = (
-        f"{proven} of {wanted if wanted is not None else 'an unknown number of'} sentences proven: every token passes in "
-        f"both layers; {first.rank} directions of the first ({first.clearance:.2g} above the noise), {second.rank} behind it"
-        + "".join(f"; {note}" for note in notes)
-        + "."
+        f"{proven} of {wanted if wanted is not None else 'an unknown number of'} sentences proven; the first layer shows "
+        f"{first.rank} directions, {first.clearance:.2g} above the noise; {'; '.join(notes)}."
     )
     residual = max((entry.distance for entry in found), default=1.0)
     texts = tuple(model.decode(tokens) for tokens in sentences)

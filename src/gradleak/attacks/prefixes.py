@@ -10,6 +10,7 @@ from torch import Tensor
 from gradleak.attacks.judge import Judge
 
 REPEATS = 4  # times that a text may begin with one token
+ALIKE = 2  # prefixes kept that share more than half of their tokens with one that fits better
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,7 @@ def grow(judge: Judge, candidates: Sequence[Tensor], *, widest: int, limit: floa
         if model.family.placed and place >= len(candidates):
             break
         ids = candidates[place if model.family.placed else 0].tolist()
-        longer = [(prefix, token) for prefix in beam for token in ids]
-        longer = [(p, t) for p, t in longer if len(p.tokens) < REPEATS or len({*p.tokens, t}) > 1]
+        longer = _longer(beam, ids)
         kept, continued = [], set[tuple[int, ...]]()
         passed = judge.ends(torch.tensor([(*prefix.tokens, token) for prefix, token in longer]), limit)
         for i, far, ratio in zip(*(part.tolist() for part in passed), strict=True):
@@ -48,6 +48,53 @@ def grow(judge: Judge, candidates: Sequence[Tensor], *, widest: int, limit: floa
         if not beam:
             break
     return _whole(done + beam)
+
+
+def likely(
+    judge: Judge, candidates: Sequence[Tensor], *, count: int, widest: int, limit: float, even: float
+) -> list[Prefix]:
+    """The `count` sentences that fit best as a whole, where noise makes true tokens fail and false ones pass.
+
+    limit: times what noise allows a member, beyond which nothing is kept. even: the ratio^2 at which a token speaks neither for nor
+    against a sentence. What shares most of its tokens with better ones has to make room for other sentences.
+    """
+    model = judge.model
+    beam, every = [Prefix(())], list[Prefix]()
+    for place in range(model.positions):
+        if model.family.placed and place >= len(candidates):
+            break
+        longer = _longer(beam, candidates[place if model.family.placed else 0].tolist())
+        passed = judge.ends(torch.tensor([(*prefix.tokens, token) for prefix, token in longer]), limit)
+        kept = list[Prefix]()
+        for i, far, ratio in zip(*(part.tolist() for part in passed), strict=True):
+            prefix, token = longer[i]
+            cost = prefix.cost + ratio**2 - even
+            if cost <= limit:
+                kept.append(Prefix((*prefix.tokens, token), max(prefix.distance, far), cost))
+        beam = _unlike(kept, most=widest, alike=ALIKE)
+        every += beam
+        if not beam:
+            break
+    return _unlike(every, most=count, alike=1)
+
+
+def _longer(beam: list[Prefix], ids: list[int]) -> list[tuple[Prefix, int]]:
+    """Every prefix with every token behind it, but for one token over and over."""
+    return [(p, t) for p in beam for t in ids if len(p.tokens) < REPEATS or len({*p.tokens, t}) > 1]
+
+
+def _unlike(found: list[Prefix], *, most: int, alike: int) -> list[Prefix]:
+    """Those that fit best, of which less than `alike` that fit better share more than half of the places."""
+    chosen = list[Prefix]()
+    for prefix in sorted(found, key=lambda prefix: prefix.cost):
+        near = sum(
+            2 * sum(map(int.__eq__, prefix.tokens, p.tokens)) > min(len(prefix.tokens), len(p.tokens)) for p in chosen
+        )
+        if near < alike:
+            chosen.append(prefix)
+        if len(chosen) == most:
+            break
+    return chosen
 
 
 def _whole(found: list[Prefix]) -> list[Prefix]:

@@ -17,6 +17,8 @@ from gradleak.errors import NotObserved
 from gradleak.text import LanguageModel
 
 CHUNK = 4_096  # tokens at a time
+STAND_IN = 10  # tokens for a position where none passes
+HIDDEN = 3  # such positions in a row that are the end
 BLOCK = 32  # positions at a time
 SCREEN = 1e-4  # float32 leaves less than this of the squared relative distance of a member
 
@@ -83,21 +85,24 @@ class Embeddings:
 
 
 def candidates(embeddings: Embeddings, found: list[Span], *, rounding: float, most: int) -> list[Tensor]:
-    """Token ids that may stand at each position, nearest first, at most `most` each; ends before the first position with none."""
+    """Token ids that may stand at each position, nearest first, at most `most` each; ends before positions with none.
+
+    Noise may hide the only token of a position: where none passes but others soon do, the nearest stand in.
+    """
     kept: list[Tensor] = []
-    places = embeddings.places
+    end, places = 0, embeddings.places
     for start in range(0, len(places), BLOCK):
         block = torch.arange(start, min(start + BLOCK, len(places)))
         passed = _screen(embeddings, found, block, rounding, most)
         for place, ids in zip(block.tolist(), passed, strict=True):
-            x = embeddings.inputs(ids, torch.full_like(ids, place))
-            distance, ratio = excess(found, x, rounding)
-            ids = ids[distance.argsort()]
-            ids = ids[ratio[distance.argsort()] <= 1]
-            if not len(ids):
-                return kept
-            kept.append(ids)
-    return kept
+            distance, ratio = excess(found, embeddings.inputs(ids, torch.full_like(ids, place)), rounding)
+            near = distance.argsort()
+            passes = near[ratio[near] <= 1]
+            kept.append(ids[passes] if len(passes) else ids[near[:STAND_IN]])
+            end = place + 1 if len(passes) else end
+            if place + 1 - end == HIDDEN:
+                return kept[:end]
+    return kept[:end]
 
 
 def _screen(e: Embeddings, found: list[Span], block: Tensor, rounding: float, most: int) -> list[Tensor]:
