@@ -22,6 +22,9 @@ from gradleak.tensors import Tensors, fingerprint
 
 Task = Literal["classification", "causal-lm", "masked-lm"]
 Tokens = tuple[tuple[int, ...], ...]  # a batch of sentences
+UNEVEN = (
+    2.0  # the rounding of a gradient follows its columns: spectra of such noise end later than those of white noise
+)
 NO_TARGET = -100  # the label of a position that is not trained on, as torch and transformers have it
 
 
@@ -199,12 +202,14 @@ class TextGradient:
         return gradient_of(self.model, {name: self.model.parameters[name] for name in self.released}, tokens, labels)
 
     def views(self) -> list[View]:
-        """One view per linear layer whose weight's gradient was released."""
+        """One view per linear layer whose weight's gradient was released; the noise is the rounding to a shorter format."""
+        short = None if self.precision in ("float32", "float64") else getattr(torch, self.precision)
         found = []
         for name, tensor in self.released.items():
             module = name.removesuffix(".weight")
             if name.endswith(".weight") and tensor.ndim == 2 and module in self.model.family.linear(self.model.config):
-                found.append(View(module, tensor.T if self.model.family.transposed else tensor))
+                rows = tensor.T if self.model.family.transposed else tensor
+                found.append(View(module, rows, None, None if short is None else UNEVEN * rounding(rows, short)))
         return found
 
     @property
@@ -261,14 +266,12 @@ class TextUpdate(TextGradient):
         return {name: after[name] - before[name] for name in before}
 
     def views(self) -> list[View]:
-        """As of a gradient. A difference of parameters carries the rounding of the parameters, which is known: after every
-        step an error even over the distance between two neighbouring numbers, whose variance is its square / 12."""
-        found, twelfth = [], self.local_steps / 12
+        """As of a gradient; a difference of parameters carries the rounding of the parameters, that of every step."""
+        found = []
         for view in super().views():
-            weight = self.model.parameters[f"{view.module}.weight"].abs()
-            apart = torch.nextafter(weight, torch.full_like(weight, torch.inf)) - weight
-            rows = apart.T if self.model.family.transposed else apart
-            found.append(replace(view, noise=(rows.double().square().mean(1) * twelfth).sqrt()))
+            weight = self.model.parameters[f"{view.module}.weight"]
+            own = rounding(weight.T if self.model.family.transposed else weight, torch.float32) * self.local_steps**0.5
+            found.append(replace(view, noise=own if view.noise is None else torch.hypot(own, view.noise)))
         return found
 
     def after(self) -> Tensors | None:
@@ -333,6 +336,14 @@ class TextAdapter(TextGradient):
             if B is not None and bool(B.any()):
                 found.append(View(module, B, self.start[f"{module}.lora_A"]))
         return found
+
+
+def rounding(rows: Tensor, precision: torch.dtype) -> Tensor:
+    """The deviation that rounding to a number format leaves in each row's numbers (rows,): an error even over the distance
+    of two neighbouring numbers, whose variance is its square / 12."""
+    format_ = torch.finfo(precision)
+    apart = format_.eps * torch.exp2(rows.double().abs().clamp_min(format_.tiny).log2().floor())
+    return (apart.square().mean(1) / 12).sqrt()
 
 
 def unmasked(tokens: Tokens, labels: Tensor | None) -> Tokens:

@@ -76,12 +76,14 @@ def span_of(measured: Tensor, factor: Tensor | None, precision: str, noise: Tens
     Rounding is relative to each row: with rows of equal length it is white, which uncovers what the strongest rows would bury.
     White noise is not: of the two, the matrix as it is and that with rows of equal length, the clearer one counts.
 
-    noise: the deviation of the numbers of each row (rows,), where it is known; used if it is more than the format rounds.
+    noise: the deviation of the numbers of each row (rows,), where it is known; used if it is more than float32 rounds.
     """
     M, made = measured.double(), list[Span]()
     factor = None if factor is None else factor.double()
     rounding = torch.finfo(getattr(torch, precision)).eps
-    if noise is not None and float(noise.square().mean()) > float(M.square().mean()) * rounding**2:
+    if noise is not None and float(noise.norm()) > torch.finfo(torch.float32).eps * float(
+        M.square().mean(1).sqrt().norm()
+    ):
         values, basis = torch.linalg.svd(M / noise[:, None], full_matrices=False)[1:]
         blur = white(values, 1.0, M.shape)
         return Span(basis[: len(blur)], values[: len(blur)], blur, factor)

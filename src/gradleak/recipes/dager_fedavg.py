@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from gradleak.optimise import OnStep
+from gradleak.recipes.dager_decoder import WORDS
 from gradleak.recipes.findings import Findings
 from gradleak.recipes.text_victims import BATCHES, Sources, Victim, cell, findings, small
 from gradleak.victims.text import share_text_update
@@ -25,8 +26,9 @@ def run(data: str, size: str, *, seed: int, device: str, start: Callable[[str], 
     width = 64 if quick else 384
     model = small("gpt2", folder, "classification", seed=seed, width=width, steps=5 if quick else 60)
     for batch, steps, chunk in ((2, 1, 2), (2, 4, 1)) if quick else ((4, 1, 4), (4, 4, 4), (4, 8, 2), (16, 8, 4)):
-        for rate in (1e-5, 1e-4, 1e-3):
+        for rate in (1e-4, 1e-3, 1e-2):
             told = start(f"batch {batch}, {steps} steps of {chunk}, rate {rate:g}")
-            row = cell(model, folder, batch, count=count, seed=seed, on_step=told, victim=client(steps, chunk, rate))
+            victim, words = client(steps, chunk, rate), None if quick else WORDS
+            row = cell(model, folder, batch, count=count, seed=seed, on_step=told, victim=victim, words=words)
             rows.append({"steps": steps, "local_batch": chunk, "rate": rate, **row})
             yield findings(rows, ("batch", "steps", "local_batch", "rate"))
