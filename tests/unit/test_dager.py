@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, replace
 from functools import cache
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from gradleak.attacks import TEXT_ATTACKS
 from gradleak.attacks.dager import FORWARD, Dager
+from gradleak.attacks.ordering import fluent
 from gradleak.attacks.outputs import Path
 from gradleak.attacks.spans import ended, excess, span_of, spans
 from gradleak.attacks.vocabulary import Embeddings, candidates
@@ -274,6 +276,16 @@ def test_what_only_the_first_block_shows_is_ordered_by_gradient_distance() -> No
     assert set(found.bag) == set(short.bag) == {token for row in secret.tokens for token in row}
 
 
+def test_a_language_model_orders_a_few_tokens_as_its_own_loss_does() -> None:
+    """Against the loss of all orders: four tokens have 24, fewer than are kept."""
+    own, ids = model("llama", "causal-lm"), (300, 310, 320, 330)
+
+    def loss(order: tuple[int, ...]) -> float:  # of every token given those before it; the first has none
+        return float(own.loss({}, [(*order, own.tokenizer.eos_token_id)], None))
+
+    assert fluent(own, ids) == min(permutations(ids), key=loss)
+
+
 def test_an_order_without_positions_comes_nearer_to_the_release() -> None:
     seen, _ = captured("llama", "causal-lm")
     alone = only(seen, *seen.model.family.queries(0))
@@ -295,13 +307,15 @@ def test_tokens_that_fill_the_width_are_refused() -> None:
         attack(seen)
 
 
-def test_half_precision_is_read() -> None:
+@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
+def test_half_precision_is_read(precision: torch.dtype) -> None:
     private = load_texts("embedded", indices=[0])
-    for precision in (torch.float16, torch.bfloat16):
-        seen, secret = capture_text_gradient(model(), private.texts, private.labels, precision=precision)
-        found = attack(seen)
-        # What passes may be less than all, but holds no sentence that is not the true one.
-        assert all(tokens == secret.tokens[0] for tokens, p in zip(found.tokens, found.proven, strict=True) if p)
+    seen, secret = capture_text_gradient(model(), private.texts, private.labels, precision=precision)
+    found = attack(seen)
+    # What passes may be less than all, but holds no sentence that is not the true one.
+    assert all(tokens == secret.tokens[0] for tokens, p in zip(found.tokens, found.proven, strict=True) if p)
+    if precision is torch.float16:
+        assert found.tokens == secret.tokens
 
 
 def test_noise_makes_it_worse_and_nothing_wrong_is_proven() -> None:
@@ -334,6 +348,18 @@ def test_the_update_of_several_small_steps_gives_the_texts() -> None:
     update = share_text_update(seen, secret, learning_rate=1e-5, local_steps=4, local_batch_size=1)
     found = attack(update)
     assert sorted(found.tokens) == sorted(secret.tokens)
+
+
+@pytest.mark.parametrize(("rate", "least"), [(1e-2, 1.0), (1e-4, 0.9)])
+def test_an_update_that_rounding_partly_buries_still_gives_a_decoders_texts(rate: float, least: float) -> None:
+    """Three texts in three local steps of two. At 1e-4 rounding buries part of the directions behind the attention; before the
+    sentences were weighed as a whole, 3e-3 gave a ROUGE-1 between 0.2 and 0.75."""
+    seen, secret = captured("gpt2", "classification", 3)
+    update = share_text_update(seen, secret, learning_rate=rate, local_steps=3, local_batch_size=2)
+    found = attack(update)
+    best = [max(rouge1(tokens, text) for tokens in found.tokens) for text in secret.tokens]
+    assert sum(best) / 3 >= least
+    assert all(tokens in secret.tokens for tokens, proven in zip(found.tokens, found.proven, strict=True) if proven)
 
 
 @pytest.mark.parametrize("steps", [None, 1, 10])

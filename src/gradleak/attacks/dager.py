@@ -89,7 +89,7 @@ class Dager:
         rank = min(span.rank for span in first)
         judge, sure = _judge(observation, rank, {name: FORWARD + d for name, d in drift.items()}, generator)
         bag = tuple(sorted({token for ids in allowed for token in ids.tolist()}))
-        passed, fitting = self._decoder(observation, allowed, judge, generator) if family.causal else ([], [])
+        passed, fitting = self._decoder(observation, allowed, judge, sure, generator) if family.causal else ([], [])
         if not judge.spans and not fitting:
             likeliest = self._likeliest(observation, embeddings, allowed, first)
             return _bag_only(observation, bag, likeliest, generator, self.orders)
@@ -125,9 +125,9 @@ class Dager:
         return [judge.verdict(tokens) for tokens in guess.sentences]
 
     def _decoder(
-        self, observation: TextGradient, allowed: list[Tensor], judge: Judge, generator: torch.Generator
+        self, observation: TextGradient, allowed: list[Tensor], judge: Judge, sure: bool, generator: torch.Generator
     ) -> tuple[list[Found], list[Found]]:
-        """(sentences that pass, none); or, where these are not all there are, (none, those that fit best as a whole)."""
+        """(sentences that pass, none); or, where passing is no proof and they are not all, (none, those that fit best as a whole)."""
         model, count = observation.model, observation.batch_size
         passed = list[Found]()
         if judge.spans:
@@ -136,7 +136,7 @@ class Dager:
         names = _behind(model)[0]
         seen = [span for span in spans(observation.views(), names, observation.precision, causal=True) if span.rank]
         complete = all(entry.proven for entry in passed) and len(passed) == (count or len(passed))
-        if complete or not seen or isinstance(observation, TextAdapter):
+        if sure or complete or not seen or isinstance(observation, TextAdapter):
             return passed, []
         alone = replace(judge, spans={names[0]: seen})
         drawn = [ids[torch.randint(len(ids), (DECOYS,), generator=generator)] for ids in allowed]

@@ -2,17 +2,20 @@
 
 Where nothing behind the first attention was released, the tokens are certain and the sentences are not: without positions in the first
 layer's inputs their order, with positions which of them go together. Exchanges of tokens, and of ends of sentences, are kept as
-long as they bring the gradient of the whole nearer to what was released. At the true sentences it agrees to rounding.
+long as they bring the gradient of the whole nearer to what was released. At the true sentences it agrees to rounding. A causal
+language model's own loss gives a second start.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch.func import functional_call
 
 from gradleak.tensors import flatten
-from gradleak.text import TextGradient, Tokens
+from gradleak.text import LanguageModel, TextGradient, Tokens
 
+BEAM = 64  # orders that are continued
 EXACT = 1e-5  # distance from which on it is rounding
 
 
@@ -34,12 +37,26 @@ def ordered(observation: TextGradient, choices: list[list[int]], *, generator: t
     placed, model = observation.model.family.placed, observation.model
     first = {name: t for name, t in observation.released.items() if name.startswith(f"{model.family.block(0)}.")}
     observation = replace(observation, released=first)  # the embeddings' gradients would be most of the work
-    sentences = (
-        _start(choices, observation.batch_size or 1, model.tokenizer.sep_token_id) if placed else (tuple(choices[0]),)
-    )
+    starts: list[Tokens] = [(tuple(choices[0]),)]
+    if placed:
+        starts = [_start(choices, observation.batch_size or 1, model.tokenizer.sep_token_id)]
+    elif model.task == "causal-lm":
+        starts.append((fluent(model, choices[0]),))
+    found = [_descended(observation, start, choices, generator, iter(range(budget // len(starts)))) for start in starts]
+    return min(found, key=lambda entry: entry.distance)
+
+
+def _descended(
+    observation: TextGradient,
+    start: Tokens,
+    choices: list[list[int]],
+    generator: torch.Generator,
+    tries: Iterator[int],
+) -> Ordered:
+    """Moves from there as long as one comes nearer."""
+    placed, model = observation.model.family.placed, observation.model
     classes = model.config.num_labels if model.task == "classification" else 1
-    current = Ordered(sentences, (0,) * len(sentences), torch.inf)
-    tries = iter(range(budget))
+    current = Ordered(start, (0,) * len(start), torch.inf)
     current = _nearest(observation, current, _labellings(current, classes), tries)
     while current.distance > EXACT:
         before = current
@@ -55,6 +72,31 @@ def ordered(observation: TextGradient, choices: list[list[int]], *, generator: t
         else:
             break
     return current
+
+
+def fluent(model: LanguageModel, tokens: Sequence[int]) -> tuple[int, ...]:
+    """The order of these tokens that a causal language model itself finds likeliest, by beam search."""
+    beam: list[tuple[tuple[int, ...], float]] = [((token,), 0.0) for token in tokens]
+    end = model.tokenizer.eos_token_id
+    for length in range(1, len(tokens) + 1):
+        ids = torch.tensor([prefix for prefix, _ in beam])
+        with torch.no_grad():
+            logits = functional_call(model.module, model.parameters, (), {"input_ids": ids}).logits[:, -1]
+        likely = torch.log_softmax(logits, dim=-1)
+        if length == len(tokens):
+            ended = [
+                score + (float(row[end]) if end is not None else 0.0)
+                for (_, score), row in zip(beam, likely, strict=True)
+            ]
+            return beam[max(range(len(beam)), key=ended.__getitem__)][0]
+        longer = [
+            ((*prefix, token), score + float(row[token]))
+            for (prefix, score), row in zip(beam, likely, strict=True)
+            for token in tokens
+            if token not in prefix
+        ]
+        beam = sorted(longer, key=lambda entry: -entry[1])[:BEAM]
+    return ()
 
 
 def _nearest(
