@@ -1,19 +1,20 @@
 """DAGER: exact text from the gradients of a transformer (Petrov et al., NeurIPS 2024, arXiv:2405.15586).
 
 Sees      TextGradient, TextUpdate or TextAdapter: of the first block query, key and value (any of them); behind its attention
-          the perceptron's first layer, and query, key and value of the second block, for the order of a decoder's tokens and
-          as the judge of an encoder's sentences; for batches of an encoder all linear layers of the first block. Neither
-          labels nor embeddings' gradients are used
+          the output projection, the perceptron's first layer, and query, key and value of the second block, for the order of
+          a decoder's tokens and as the judge of an encoder's sentences; for batches of an encoder all linear layers of the
+          first block. Neither labels nor embeddings' gradients are used
 Recovers  sentences of token ids, special tokens included, and which of them are proven
 Solves    dL/dW_q = Delta^T X (section 4): token a stands at position p only if norm(u_a + v_p) lies in the row space. Decoders:
           prefixes are extended by the same check behind the attention (algorithm 2). Encoders: the attention's output is
           found for each token alone (outputs.py), linear systems say which tokens share a sentence (memberships.py), and
           the spans behind the attention which sentence is right
 Differs   the end of the span and the tolerance of each check come from the gap between singular values, not from numbers
-          to be set; query, key and value are pooled; the vocabulary is screened without computing its inputs one by one; no
-          product over positions is searched; what would only be a bag is ordered by gradient distance (ordering.py);
-          adapters are checked through their factor A; after several steps the checks allow for how far training moved the
-          layers' inputs
+          to be set, through noise from what white noise does to directions (spans.py), and where that hides too much, a
+          decoder's sentences are weighed as a whole; query, key and value are pooled; the vocabulary is screened without
+          computing its inputs one by one; no product over positions is searched; what would only be a bag is ordered by
+          gradient distance (ordering.py); adapters are checked through their factor A; after several steps the checks allow
+          for how far training moved the layers' inputs, and for the rounding of the parameters whose difference is seen
 """
 
 from collections.abc import Sequence
@@ -35,13 +36,13 @@ from gradleak.errors import NotObserved
 from gradleak.optimise import OnStep
 from gradleak.reconstruction import TextReconstruction
 from gradleak.tensors import Tensors
-from gradleak.text import LanguageModel, TextAdapter, TextGradient
+from gradleak.text import LanguageModel, TextAdapter, TextGradient, Tokens
 
 MARGIN = 10.0  # every decoy has to be refused by this factor, or passing proves nothing
 CLEAR = 1.2  # ratio at which random candidates have to fail, or fitting means nothing
 DECOYS = 16  # sentences of random candidates
 LENGTH = 16  # tokens of these, where positions are not seen
-WIDEST = 64  # prefixes kept through noise
+WIDEST = 32  # prefixes kept through noise
 FORWARD = 8 * torch.finfo(torch.float32).eps  # what the victim's own forward pass in float32 rounds
 
 
@@ -268,18 +269,23 @@ def _bag_only(
     status = f"{len(bag)} tokens pass in the first block, in up to {count} positions; nothing behind its attention "
     status += "was released that could tell more"
     if only is not None and model.family.placed and observation.batch_size == 1:
-        return TextReconstruction(
-            (only,), (model.decode(only),), (False,), bag, 0.0, f"{status}, but at each position only one passes."
-        )
+        status += ", but at each position only one passes."
+        return TextReconstruction(_closed(model, (only,)), (model.decode(only),), (False,), bag, 0.0, status)
     adapter = isinstance(observation, TextAdapter)  # what that leaves open is for past_the_rank.py
     loose = only is None and not model.family.placed and observation.batch_size != 1
     if adapter or loose or not observation.replayable:
         return TextReconstruction((), (), (), bag, 1.0, f"{status}, so they cannot be put together.")
     found = ordered(observation, by_place(pairs), generator=generator, budget=orders)
-    sentences = tuple(found.sentences)
+    sentences = _closed(model, found.sentences)
     status += f": their order is a guess, whose gradient differs from the released one by {found.distance:.1e}."
     texts = tuple(model.decode(tokens) for tokens in sentences)
     return TextReconstruction(sentences, texts, (False,) * len(sentences), bag, found.distance, status)
+
+
+def _closed(model: LanguageModel, sentences: Sequence[tuple[int, ...]]) -> Tokens:
+    """With the end-of-text token behind each, which a causal language model only predicts."""
+    end = model.tokenizer.eos_token_id if model.task == "causal-lm" else None
+    return tuple(tokens if end is None else (*tokens, end) for tokens in sentences)
 
 
 def _told(
@@ -287,7 +293,7 @@ def _told(
 ) -> TextReconstruction:
     """The result, with what is certain in words."""
     model, wanted, found = observation.model, observation.batch_size, passed or fitting
-    sentences, notes = [entry.tokens for entry in found], list[str]()
+    sentences, notes = _closed(model, [entry.tokens for entry in found]), list[str]()
     proven = sum(entry.proven for entry in found)
     if fitting:
         notes.append("noise hides what single tokens would show: these sentences fit best as a whole, and are guesses")
@@ -298,10 +304,7 @@ def _told(
         notes.append(f"every token passes in all layers; {more if proven else 'the sentences are guesses'}")
     else:
         notes.append("every token passes in all layers")
-    end = model.tokenizer.eos_token_id
-    if model.task == "causal-lm" and end is not None:
-        sentences = [(*tokens, end) for tokens in sentences]
-    elif model.task == "causal-lm":
+    if model.task == "causal-lm" and model.tokenizer.eos_token_id is None:
         notes.append("the last token of a text is no input of the loss and cannot be seen")
     status = (
         f"{proven} of {wanted if wanted is not None else 'an unknown number of'} sentences proven; the first layer shows "
@@ -309,4 +312,4 @@ def _told(
     )
     residual = max((entry.distance for entry in found), default=1.0)
     texts = tuple(model.decode(tokens) for tokens in sentences)
-    return TextReconstruction(tuple(sentences), texts, tuple(e.proven for e in found), bag, residual, status)
+    return TextReconstruction(sentences, texts, tuple(e.proven for e in found), bag, residual, status)

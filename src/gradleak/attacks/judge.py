@@ -57,18 +57,19 @@ class Judge:
             ratios.append(torch.stack([ratio for _, ratio in told]).amax(0))
         return torch.cat(distances), torch.cat(ratios)
 
-    def ends(self, prefixes: Tensor, limit: float) -> tuple[Tensor, Tensor, Tensor]:
+    def ends(self, prefixes: Tensor, limit: float, *, quick: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Which of (n, length) prefixes pass at their last token, with a ratio of at most `limit`: (m,); the distances and the
         ratios of these there: (m,) each.
 
-        Layer by layer: what the first refuses needs no further computation.
+        Layer by layer: what the first refuses needs no further computation. quick: in float32.
         """
+        parameters = self.model.parameters if quick else self.exact
         kept = torch.arange(len(prefixes))
         distance, ratio = torch.zeros(2, len(prefixes), dtype=torch.float64)
         for name, found in self.spans.items():
             parts = torch.split(prefixes[kept], ROWS)
-            x = [self.model.inputs([name], part, parameters=self.exact)[name][:, -1] for part in parts]
-            far, times = excess(found, torch.cat(x), self.rounding[name])
+            x = [self.model.inputs([name], part, parameters=parameters)[name][:, -1] for part in parts]
+            far, times = (told.double() for told in excess(found, torch.cat(x), self.rounding[name]))
             distance[kept] = torch.maximum(distance[kept], far)
             ratio[kept] = torch.maximum(ratio[kept], times)
             kept = kept[times <= limit]

@@ -1,5 +1,8 @@
 """Sentences of a decoder, token by token: what goes into a layer behind the first attention at a position depends on the tokens
-up to there, so a prefix is right when that lies in the span that was seen. No product over positions arises."""
+up to there, so a prefix is right when that lies in the span that was seen. No product over positions arises.
+
+Through noise a true token may fail and a false one pass; then sentences are weighed as a whole.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,7 +67,7 @@ def likely(
         if model.family.placed and place >= len(candidates):
             break
         longer = _longer(beam, candidates[place if model.family.placed else 0].tolist())
-        passed = judge.ends(torch.tensor([(*prefix.tokens, token) for prefix, token in longer]), limit)
+        passed = judge.ends(torch.tensor([(*prefix.tokens, token) for prefix, token in longer]), limit, quick=True)
         kept = list[Prefix]()
         for i, far, ratio in zip(*(part.tolist() for part in passed), strict=True):
             prefix, token = longer[i]
