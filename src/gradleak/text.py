@@ -274,6 +274,14 @@ class TextUpdate(TextGradient):
             found.append(replace(view, noise=own if view.noise is None else torch.hypot(own, view.noise)))
         return found
 
+    def threat_model(self) -> list[Item]:
+        """The rows of a gradient, and the recipe of the local training."""
+        recipe = (
+            f"{self.local_steps} SGD steps, learning rate {self.learning_rate:g}, local batch {self.local_batch_size}"
+        )
+        *rows, secret = super().threat_model()
+        return [*rows, {"item": "local training", "revealed": True, "detail": recipe}, secret]
+
     def after(self) -> Tensors | None:
         """theta_0 + released."""
         return {name: self.model.parameters[name] + change for name, change in self.released.items()}

@@ -105,6 +105,8 @@ def test_one_local_step_on_everything_is_the_gradient() -> None:
     seen, secret = captured()
     update = share_text_update(seen, secret, learning_rate=0.5, local_steps=1, local_batch_size=2)
     same({k: -v / 0.5 for k, v in update.released.items()}, seen.released, 1e-3)
+    told = {row["item"]: row["detail"] for row in update.threat_model()}
+    assert told["local training"] == "1 SGD steps, learning rate 0.5, local batch 2"
 
 
 @pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16, torch.float32])

@@ -49,7 +49,9 @@ METRICS = {
     "mse": Metric("MSE", "", 5, -1),
     "rouge1": Metric("ROUGE-1", "", 3, +1),
     "rouge2": Metric("ROUGE-2", "", 3, +1),
-    "rougeL": Metric("ROUGE-L", "", 3, +1),
+    "rouge_l": Metric("ROUGE-L", "", 3, +1),
+    "exact_match": Metric("Word for word", "", 0, +1),
+    "position_accuracy": Metric("Right places", "", 3, +1),
     "identification_rank": Metric("Rank", "", 0, -1),
 }
 
