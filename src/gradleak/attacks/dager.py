@@ -43,7 +43,7 @@ CLEAR = 1.2  # ratio at which random candidates have to fail, or fitting means n
 DECOYS = 16  # sentences of random candidates
 LENGTH = 16  # tokens of these, where positions are not seen
 WIDEST = 32  # prefixes kept through noise
-FORWARD = 8 * torch.finfo(torch.float32).eps  # what the victim's own forward pass in float32 rounds
+FORWARD = 32 * torch.finfo(torch.float32).eps  # what the victim's own forward pass in float32 rounds
 
 
 @dataclass(frozen=True, kw_only=True)
