@@ -38,7 +38,8 @@ from gradleak.reconstruction import TextReconstruction
 from gradleak.tensors import Tensors
 from gradleak.text import LanguageModel, TextAdapter, TextGradient, Tokens
 
-MARGIN = 10.0  # every decoy has to be refused by this factor, or passing proves nothing
+MARGIN = 10.0  # random tokens have to be refused by this factor, or passing proves nothing
+BY_CHANCE = 2  # of 256 of these that may be true: a decoder's first token is right whatever follows
 CLEAR = 1.2  # ratio at which random candidates have to fail, or fitting means nothing
 DECOYS = 16  # sentences of random candidates
 LENGTH = 16  # tokens of these, where positions are not seen
@@ -239,7 +240,7 @@ def _judge(
         whole = [span for span in seen if span.rank >= min(rank, span.basis.shape[1])]
         if told := _telling(whole, x[names[0]].flatten(0, 1), rounding[names[0]]):
             judge.spans[names[0]] = told
-    return judge, bool(judge.spans) and float(judge.rows(decoys)[1].min()) > MARGIN
+    return judge, bool(judge.spans) and float(judge.rows(decoys)[1].flatten().kthvalue(BY_CHANCE + 1).values) > MARGIN
 
 
 def _exact(model: LanguageModel) -> Tensors:
