@@ -129,7 +129,7 @@ class Dager:
     def _decoder(
         self, observation: TextGradient, allowed: list[Tensor], judge: Judge, sure: bool, generator: torch.Generator
     ) -> tuple[list[Found], list[Found]]:
-        """(sentences that pass, none); or, where passing is no proof and they are not all, (none, those that fit best as a whole)."""
+        """(sentences that pass, none); or, where they leave something unexplained, (none, those that fit best as a whole)."""
         model, count = observation.model, observation.batch_size
         passed = list[Found]()
         if judge.spans:
@@ -137,8 +137,15 @@ class Dager:
             passed = _nearest(grown, judge.clearest.rank, count)
         names = _behind(model)[0]
         seen = [span for span in spans(observation.views(), names, observation.precision, causal=True) if span.rank]
-        complete = all(entry.proven for entry in passed) and len(passed) == (count or len(passed))
-        if sure or complete or not seen or isinstance(observation, TextAdapter):
+        wanted = count or len(passed)
+        explained = bool(passed) and all(entry.proven for entry in passed)
+        if (
+            explained
+            or (sure and len(passed) == wanted)
+            or not wanted
+            or not seen
+            or isinstance(observation, TextAdapter)
+        ):
             return passed, []
         alone = replace(judge, spans={names[0]: seen})
         drawn = [ids[torch.randint(len(ids), (DECOYS,), generator=generator)] for ids in allowed]
@@ -147,8 +154,7 @@ class Dager:
         if power < CLEAR:
             return passed, []
         even = power**0.5 if names[0] in judge.spans else power
-        count = count or len(passed)
-        fitting = likely(alone, allowed, count=count, widest=WIDEST, limit=power, even=even)
+        fitting = likely(alone, allowed, count=wanted, widest=WIDEST, limit=power, even=even)
         return [], [Found(entry.tokens, entry.distance, False) for entry in fitting]
 
     def _likeliest(
