@@ -21,3 +21,11 @@ def fingerprint(tensors: Tensors) -> str:
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def rounding(rows: Tensor, precision: torch.dtype) -> Tensor:
+    """The deviation that rounding to a number format leaves in each row's numbers (rows,): an error even over the distance
+    of two neighbouring numbers, whose variance is its square / 12."""
+    format_ = torch.finfo(precision)
+    apart = format_.eps * torch.exp2(rows.double().abs().clamp_min(format_.tiny).log2().floor())
+    return (apart.square().mean(1) / 12).sqrt()

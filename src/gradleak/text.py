@@ -18,13 +18,11 @@ from gradleak.errors import BadInput
 from gradleak.language_families import Family, family_of
 from gradleak.lora import OPTIMISERS, Recipe, product
 from gradleak.observations import Item, check_finite
-from gradleak.tensors import Tensors, fingerprint
+from gradleak.tensors import Tensors, fingerprint, rounding
 
 Task = Literal["classification", "causal-lm", "masked-lm"]
 Tokens = tuple[tuple[int, ...], ...]  # a batch of sentences
-UNEVEN = (
-    2.0  # the rounding of a gradient follows its columns: spectra of such noise end later than those of white noise
-)
+UNEVEN = 2.0  # the rounding of a gradient follows its columns: such noise ends later than white noise
 NO_TARGET = -100  # the label of a position that is not trained on, as torch and transformers have it
 
 
@@ -276,9 +274,8 @@ class TextUpdate(TextGradient):
 
     def threat_model(self) -> list[Item]:
         """The rows of a gradient, and the recipe of the local training."""
-        recipe = (
-            f"{self.local_steps} SGD steps, learning rate {self.learning_rate:g}, local batch {self.local_batch_size}"
-        )
+        steps, rate, size = self.local_steps, self.learning_rate, self.local_batch_size
+        recipe = f"{steps} SGD steps, learning rate {rate:g}, local batch {size}"
         *rows, secret = super().threat_model()
         return [*rows, {"item": "local training", "revealed": True, "detail": recipe}, secret]
 
@@ -344,14 +341,6 @@ class TextAdapter(TextGradient):
             if B is not None and bool(B.any()):
                 found.append(View(module, B, self.start[f"{module}.lora_A"]))
         return found
-
-
-def rounding(rows: Tensor, precision: torch.dtype) -> Tensor:
-    """The deviation that rounding to a number format leaves in each row's numbers (rows,): an error even over the distance
-    of two neighbouring numbers, whose variance is its square / 12."""
-    format_ = torch.finfo(precision)
-    apart = format_.eps * torch.exp2(rows.double().abs().clamp_min(format_.tiny).log2().floor())
-    return (apart.square().mean(1) / 12).sqrt()
 
 
 def unmasked(tokens: Tokens, labels: Tensor | None) -> Tokens:

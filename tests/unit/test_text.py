@@ -13,7 +13,8 @@ from torch import Tensor
 from gradleak.errors import BadInput
 from gradleak.language_folder import is_language_model, read_language_model
 from gradleak.lora import Recipe
-from gradleak.text import LanguageModel, Task, TextGradient, TextUpdate, rounding
+from gradleak.tensors import rounding
+from gradleak.text import LanguageModel, Task, TextGradient, TextUpdate
 from gradleak.text_files import (
     load_text_observation,
     load_text_secret,
