@@ -224,13 +224,8 @@ class TextGradient:
         model = self.model
         shared = f"{type(self).__name__}: {len(self.released)} of {len(model.parameters)} tensors in {self.precision}"
         numbers = sum(p.numel() for p in model.parameters.values())
-        labels = (
-            "given"
-            if self.labels is not None
-            else {"classification": "withheld", "causal-lm": "none: next tokens", "masked-lm": "the masked tokens"}[
-                model.task
-            ]
-        )
+        hidden = {"classification": "withheld", "causal-lm": "none: next tokens", "masked-lm": "the masked tokens"}
+        labels = "given" if self.labels is not None else hidden[model.task]
         rows = [
             ("released", True, shared),
             ("architecture", True, f"{model.config.model_type}, {model.config.num_hidden_layers} layers"),
