@@ -196,7 +196,9 @@ def imports(options: argparse.Namespace, _sides: dict[str, Worker], _case: Worke
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data", required=True, help="CIFAR-10 as gradleak.data.load reads it, e.g. a parquet folder")
+    parser.add_argument(
+        "--data", required=True, help="CIFAR-10 as gradleak.modalities.pictures.load reads it, e.g. a parquet folder"
+    )
     parser.add_argument("--peer-python", help="interpreter of the environment with breaching; without it, ours alone")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--first-row", type=int, default=2000, help="of the test split")

@@ -75,7 +75,8 @@ def ours(job: Run) -> Run:
     """One job with gradleak."""
     import torch
 
-    from gradleak import DLG, Architecture, Gradient, InvertingGradients, Pictures, data, recover_labels
+    from gradleak import DLG, Architecture, Gradient, InvertingGradients, Pictures, recover_labels
+    from gradleak.modalities import pictures as data
     from gradleak.victims.gradient import capture_gradient
 
     torch.set_num_threads(1)

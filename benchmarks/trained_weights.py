@@ -14,10 +14,10 @@ from dataclasses import replace
 
 import torch
 
-from gradleak.attacks.kkt import Settings, search
-from gradleak.fully_connected import FullyConnected, Target
-from gradleak.models import Architecture
-from gradleak.victims.trained import FullBatch, train
+from gradleak.attacks.weights.kkt import Settings, search
+from gradleak.modalities.networks import Architecture
+from gradleak.observations.fully_connected import FullyConnected, Target
+from gradleak.victims.weights import FullBatch, train
 
 ARCHITECTURE = Architecture("homogeneous1000", (1, 28, 28), 2)
 

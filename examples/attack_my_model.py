@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from gradleak import DLG, Architecture, Gradient, Model, replay
-from gradleak.data import load
+from gradleak.modalities.pictures import load
 
 folder = Path(tempfile.mkdtemp(prefix="gradleak-"))
 known = load("embedded", "test", indices=[0], resize=(16, 16))  # the batch behind the gradient, to check the set-up

@@ -10,14 +10,14 @@ from gradleak.attacks.dlg import DLG
 from gradleak.attacks.idlg import IDLG
 from gradleak.attacks.inverting_gradients import InvertingGradients
 from gradleak.attacks.labels import recover_labels
-from gradleak.checks import check_observation, replay
-from gradleak.data import Pictures
+from gradleak.attacks.reconstruction import Reconstruction
+from gradleak.audit.checks import check_observation, replay
 from gradleak.errors import BadInput, NotObserved
-from gradleak.files import load_observation, load_secret, save_observation, save_secret
-from gradleak.models import Architecture
-from gradleak.observations import Gradient, Model, Update
-from gradleak.reconstruction import Reconstruction
-from gradleak.secret import Secret
+from gradleak.formats.observation_file import load_observation, load_secret, save_observation, save_secret
+from gradleak.formats.secret_file import Secret
+from gradleak.modalities.networks import Architecture
+from gradleak.modalities.pictures import Pictures
+from gradleak.observations.observation import Gradient, Model, Update
 
 __all__ = [
     "DLG",

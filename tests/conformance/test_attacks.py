@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from gradleak.attacks import ATTACKS
-from gradleak.audit import Attack
-from gradleak.data import Pictures, load
-from gradleak.distances import relative_residual
+from gradleak.attacks.reconstruction import Reconstruction
+from gradleak.audit.audit import Attack
 from gradleak.errors import NotObserved
-from gradleak.files import load_reconstruction, save_reconstruction
-from gradleak.lora import Recipe
-from gradleak.models import Architecture
-from gradleak.observations import Adapter, Gradient
-from gradleak.reconstruction import Reconstruction
-from gradleak.tensors import fingerprint
+from gradleak.formats.observation_file import load_reconstruction, save_reconstruction
+from gradleak.modalities.networks import Architecture
+from gradleak.modalities.pictures import Pictures, load
+from gradleak.observations.distances import relative_residual
+from gradleak.observations.observation import Adapter, Gradient
+from gradleak.observations.tensors import fingerprint
+from gradleak.observations.training import Recipe
 from gradleak.victims.gradient import capture_gradient
 from oracles import psnr_db_by_hand
 

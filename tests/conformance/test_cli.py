@@ -13,16 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gradleak.attacks import ATTACKS
-from gradleak.base_folder import read_base
-from gradleak.cli import main
-from gradleak.data import load
-from gradleak.files import load_observation, load_reconstruction, load_secret, save_observation
-from gradleak.lora import Recipe
-from gradleak.models import Architecture
-from gradleak.observations import Adapter, Model, Update
-from gradleak.peft_folder import read_adapter
+from gradleak.cli.app import main
+from gradleak.formats.base_folder import read_base
+from gradleak.formats.observation_file import load_observation, load_reconstruction, load_secret, save_observation
+from gradleak.formats.peft import read_adapter
+from gradleak.modalities.networks import Architecture
+from gradleak.modalities.pictures import load
+from gradleak.observations.observation import Adapter, Model, Update
+from gradleak.observations.tensors import fingerprint
+from gradleak.observations.training import Recipe
 from gradleak.report import record
-from gradleak.tensors import fingerprint
 
 MLP = Architecture("mlp", (1, 8, 8), 10)
 
@@ -299,8 +299,8 @@ def test_a_victim_trained_on_public_pictures_is_cached(
 
 def test_list_names_everything(ok: Run) -> None:
     from gradleak.attacks import ALL_ATTACKS
-    from gradleak.models import MODELS
-    from gradleak.recipes import RECIPES
+    from gradleak.modalities.networks import MODELS
+    from gradleak.studies import RECIPES
 
     said = ok("list")
     assert set(ATTACKS) < set(ALL_ATTACKS)
@@ -330,7 +330,7 @@ def test_from_the_shell(tmp_path: Path, captured: Path) -> None:
     """A process of its own: nothing on stderr, no progress bar where there is no terminal, exit code 2 for bad input."""
 
     def shell(*argv: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "gradleak.cli", *map(str, argv)]
+        command = [sys.executable, "-m", "gradleak.cli.app", *map(str, argv)]
         return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
     done = shell("attack", seen(captured, "mlp"), "--attack", "analytic", "--out", tmp_path / "out")
@@ -608,7 +608,7 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A module that leaves a mark when it is imported; yields the mark."""
     (tmp_path / "planted_model.py").write_text(
         "from pathlib import Path\n"
-        "from gradleak.models import mlp\n"
+        "from gradleak.modalities.networks import mlp\n"
         "Path(__file__).with_name('imported').touch()\n"
         "def build(shape, classes):\n    return mlp(shape, classes)\n"
     )

@@ -17,13 +17,14 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gradleak import Gradient, NotObserved, Secret, cli
-from gradleak.audit import audit
-from gradleak.data import load, public_pool
-from gradleak.distances import relative_residual
-from gradleak.metrics import psnr_db
-from gradleak.models import Architecture
-from gradleak.tensors import fingerprint
+from gradleak import Gradient, NotObserved, Secret
+from gradleak.audit.audit import audit
+from gradleak.audit.metrics import psnr_db
+from gradleak.cli import app as cli
+from gradleak.modalities.networks import Architecture
+from gradleak.modalities.pictures import load, public_pool
+from gradleak.observations.distances import relative_residual
+from gradleak.observations.tensors import fingerprint
 from gradleak.victims.gradient import capture_gradient
 
 ROOT = Path(__file__).parents[2]

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from gradleak.attacks import dlg
 from gradleak.attacks.dlg import DLG
 from gradleak.attacks.idlg import IDLG, labelled
-from gradleak.data import Pictures, load
+from gradleak.audit.metrics import match, psnr_db
 from gradleak.errors import BadInput, NotObserved
-from gradleak.metrics import match, psnr_db
-from gradleak.models import Architecture
-from gradleak.observations import Gradient, Model, Update
-from gradleak.tensors import fingerprint, flatten
+from gradleak.modalities.networks import Architecture
+from gradleak.modalities.pictures import Pictures, load
+from gradleak.observations.observation import Gradient, Model, Update
+from gradleak.observations.tensors import fingerprint, flatten
 from gradleak.victims.gradient import capture_gradient
 
 LENET = Architecture("lenet", (1, 8, 8), 10)

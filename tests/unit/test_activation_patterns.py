@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradleak.attacks.activation_patterns import ActivationPatterns, read
-from gradleak.data import Pictures, load, public_pool
+from gradleak.attacks.activation_patterns.activation_patterns import ActivationPatterns, read
 from gradleak.errors import BadInput, NotObserved
-from gradleak.lora import Recipe
-from gradleak.models import Architecture
-from gradleak.observations import Adapter, Gradient, Model
+from gradleak.modalities.networks import Architecture
+from gradleak.modalities.pictures import Pictures, load, public_pool
+from gradleak.observations.observation import Adapter, Gradient, Model
+from gradleak.observations.training import Recipe
 from gradleak.priors.gaussian import GaussianPrior
 from gradleak.victims.training import train
 from oracles import gradient_by_autograd, psnr_db_by_hand

@@ -13,15 +13,15 @@ from PIL import Image
 
 from gradleak.attacks.analytic import Analytic
 from gradleak.attacks.inverting_gradients import InvertingGradients
-from gradleak.audit import DECOYS, Attack, Audited, audit, lead_db, pictures, verdict, wrong_observation
-from gradleak.data import load
+from gradleak.attacks.reconstruction import Reconstruction
+from gradleak.attacks.search.descend import OnStep
+from gradleak.audit.audit import DECOYS, Attack, Audited, audit, lead_db, pictures, verdict, wrong_observation
 from gradleak.errors import BadInput, NotObserved
-from gradleak.models import Architecture
-from gradleak.observations import Gradient
-from gradleak.optimise import OnStep
-from gradleak.reconstruction import Reconstruction
+from gradleak.formats.secret_file import Secret
+from gradleak.modalities.networks import Architecture
+from gradleak.modalities.pictures import load
+from gradleak.observations.observation import Gradient
 from gradleak.report import record
-from gradleak.secret import Secret
 from gradleak.victims.gradient import capture_gradient
 from oracles import psnr_db_by_hand
 

@@ -9,19 +9,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradleak.bridge import DECODERS
-from gradleak.bridge.mlp import MLP
-from gradleak.bridge.pairs import batches, factors, identity, measure, sketched_moment
-from gradleak.bridge.readout import decode
-from gradleak.bridge.ridge import PseudoInverse, Ridge, k_means
-from gradleak.bridge.unet import UNet
-from gradleak.data import Pictures, load
+from gradleak.attacks.decoders import DECODERS
+from gradleak.attacks.decoders.mlp import MLP
+from gradleak.attacks.decoders.pairs import batches, factors, identity, measure, sketched_moment
+from gradleak.attacks.decoders.readout import decode
+from gradleak.attacks.decoders.ridge import PseudoInverse, Ridge, k_means
+from gradleak.attacks.decoders.unet import UNet
 from gradleak.errors import BadInput
-from gradleak.files import save_observation
-from gradleak.lora import Recipe
-from gradleak.models import Architecture
-from gradleak.observations import Adapter, Gradient, Model
-from gradleak.tensors import Tensors, flatten
+from gradleak.formats.observation_file import save_observation
+from gradleak.modalities.networks import Architecture
+from gradleak.modalities.pictures import Pictures, load
+from gradleak.observations.observation import Adapter, Gradient, Model
+from gradleak.observations.tensors import Tensors, flatten
+from gradleak.observations.training import Recipe
 from gradleak.victims.training import train
 from oracles import gradient_by_autograd
 

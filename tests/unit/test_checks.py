@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradleak.checks import check_observation, check_result, replay
-from gradleak.data import Pictures, load
-from gradleak.models import Architecture
-from gradleak.observations import Gradient, Model
-from gradleak.reconstruction import Reconstruction
+from gradleak.attacks.reconstruction import Reconstruction
+from gradleak.audit.checks import check_observation, check_result, replay
+from gradleak.formats.secret_file import Secret
+from gradleak.modalities.networks import Architecture
+from gradleak.modalities.pictures import Pictures, load
+from gradleak.observations.observation import Gradient, Model
 from gradleak.report.record import Flag
-from gradleak.secret import Secret
 from gradleak.victims.federated import share_update
 from gradleak.victims.gradient import capture_gradient
 

@@ -9,21 +9,21 @@ import pytest
 import torch
 
 from gradleak.attacks import TEXT_ATTACKS
-from gradleak.attacks.dager import FORWARD, Dager
-from gradleak.attacks.ordering import fluent
-from gradleak.attacks.outputs import Path
-from gradleak.attacks.spans import ended, excess, span_of, spans
-from gradleak.attacks.vocabulary import Embeddings, candidates
-from gradleak.defenses import GaussianNoise
+from gradleak.attacks.dager.dager import FORWARD, Dager
+from gradleak.attacks.dager.ordering import fluent
+from gradleak.attacks.dager.outputs import Path
+from gradleak.attacks.dager.spans import ended, excess, span_of, spans
+from gradleak.attacks.dager.vocabulary import Embeddings, candidates
+from gradleak.attacks.reconstruction import TextReconstruction
+from gradleak.audit.metrics.texts import rouge1
+from gradleak.audit.text_audit import audit_text
 from gradleak.errors import NotObserved
-from gradleak.lora import Recipe
-from gradleak.metrics.text import rouge1
-from gradleak.reconstruction import TextReconstruction
-from gradleak.tensors import fingerprint
-from gradleak.text import LanguageModel, Task, TextGradient
-from gradleak.text_audit import audit_text
-from gradleak.texts import load_texts
-from gradleak.victims.language import Kind, small_model, train_tokenizer
+from gradleak.modalities.texts import load_texts
+from gradleak.observations.defenses import GaussianNoise
+from gradleak.observations.tensors import fingerprint
+from gradleak.observations.text import LanguageModel, Task, TextGradient
+from gradleak.observations.training import Recipe
+from gradleak.victims.small_language import Kind, small_model, train_tokenizer
 from gradleak.victims.text import capture_text_gradient, share_adapter, share_text_update
 
 EVERY: list[tuple[Kind, Task]] = [("bert", "classification"), ("gpt2", "classification"), ("gpt2", "causal-lm")]

@@ -14,8 +14,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gradleak.data import PHOTOGRAPHS, Photograph, embedded_boxes, load, public_pool, resized, with_channels
 from gradleak.errors import BadInput
+from gradleak.modalities.pictures import (
+    PHOTOGRAPHS,
+    Photograph,
+    embedded_boxes,
+    load,
+    public_pool,
+    resized,
+    with_channels,
+)
 
 DATA = Path(os.environ.get("GRADLEAK_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
@@ -358,7 +366,7 @@ def test_progress_bars_stay_as_the_caller_left_them(tmp_path: Path) -> None:
 
 def test_importing_data_is_light() -> None:
     heavy = "sorted({'datasets', 'skimage', 'sklearn', 'torchmetrics', 'pandas'} & set(sys.modules))"
-    code = f"import sys, gradleak.data, gradleak.metrics; print({heavy})"
+    code = f"import sys, gradleak.modalities.pictures, gradleak.audit.metrics; print({heavy})"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.strip() == "[]"

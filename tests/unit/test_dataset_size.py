@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from gradleak.attacks.dataset_size import DatasetSize, log_spectra, singular_values
-from gradleak.data import load
 from gradleak.errors import BadInput
-from gradleak.lora import Recipe, product
-from gradleak.models import Architecture
-from gradleak.observations import Adapter, Model
+from gradleak.modalities.networks import Architecture
+from gradleak.modalities.pictures import load
+from gradleak.observations.observation import Adapter, Model
+from gradleak.observations.training import Recipe, product
 
 SIZES = (1, 2, 3, 4, 5, 6)
 NET = Architecture("own", (1, 8, 8), 10)

@@ -10,24 +10,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradleak import learned
-from gradleak.attacks.exact_git import ExactGit, Recovered, active, invert
-from gradleak.attacks.leaked_weights import Chain, factorise, inverse, project, solve_layer
-from gradleak.data import load, public_pool
-from gradleak.distances import relative_residual
+from gradleak.attacks.exact_git.exact_git import ExactGit, Recovered, active, invert
+from gradleak.attacks.exact_git.leaked_weights import Chain, factorise, inverse, project, solve_layer
+from gradleak.attacks.learned import generator as learned
+from gradleak.attacks.learned.pairs import Pairs, stream
+from gradleak.audit.metrics import psnr_db
 from gradleak.errors import BadInput, NotObserved
-from gradleak.metrics import psnr_db
-from gradleak.models import Architecture, Normalise
-from gradleak.observations import Model
-from gradleak.pairs import Pairs, stream
-from gradleak.recipes.git_exact import VICTIMS
+from gradleak.modalities.networks import Architecture, Normalise
+from gradleak.modalities.pictures import load, public_pool
+from gradleak.observations.distances import relative_residual
+from gradleak.observations.observation import Model
+from gradleak.studies.git_exact import VICTIMS
 from gradleak.victims.gradient import capture_gradient
 
 SHAPE = (1, 8, 8)
 
 
 def architecture(name: str) -> Architecture:
-    return Architecture(f"gradleak.recipes.git_exact:{name}", SHAPE, 10)
+    return Architecture(f"gradleak.studies.git_exact:{name}", SHAPE, 10)
 
 
 def model(name: str = "relu3", seed: int = 0) -> Model:

@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
-from gradleak.data import Pictures, load
+from gradleak.attacks.reconstruction import Reconstruction
 from gradleak.errors import BadInput
-from gradleak.files import (
+from gradleak.formats.observation_file import (
     check_provenance,
     has_provenance,
     load_observation,
@@ -27,12 +27,12 @@ from gradleak.files import (
     save_reconstruction,
     save_secret,
 )
-from gradleak.lora import Recipe
-from gradleak.models import Architecture
-from gradleak.observations import Adapter, Gradient, Model, Update
-from gradleak.reconstruction import Reconstruction
-from gradleak.secret import Secret
-from gradleak.tensors import fingerprint
+from gradleak.formats.secret_file import Secret
+from gradleak.modalities.networks import Architecture
+from gradleak.modalities.pictures import Pictures, load
+from gradleak.observations.observation import Adapter, Gradient, Model, Update
+from gradleak.observations.tensors import fingerprint
+from gradleak.observations.training import Recipe
 from gradleak.victims.federated import share_update
 from gradleak.victims.gradient import capture_gradient
 
@@ -451,7 +451,7 @@ def test_a_file_cannot_make_us_import_code(
     tmp_path: Path, observation_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "planted_factory.py").write_text(
-        "from gradleak.models import mlp\n"
+        "from gradleak.modalities.networks import mlp\n"
         "from pathlib import Path\n"
         "Path(__file__).with_name('imported').touch()\n"
         "def build(shape, classes):\n    return mlp(shape, classes)\n"

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from gradleak.data import public_pool
 from gradleak.errors import BadInput
+from gradleak.modalities.pictures import public_pool
 from gradleak.priors.gaussian import GaussianPrior
 
 DIGITS = public_pool("digits", shape=(1, 8, 8), limit=400).images

@@ -8,7 +8,7 @@ import torch
 from scipy.optimize import lsq_linear
 from scipy.stats import truncnorm
 
-from gradleak.attacks.half_spaces import Gaussian, Sites, cut, nearest_in_box, truncated
+from gradleak.attacks.activation_patterns.half_spaces import Gaussian, Sites, cut, nearest_in_box, truncated
 
 
 def some_gaussian(n: int, number: int = 0) -> Gaussian:

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from sklearn.covariance import ledoit_wolf
 from torch import Tensor, nn
 
-from gradleak import jacobian
-from gradleak.errors import BadInput
-from gradleak.identifiability import (
+from gradleak.audit import jacobian
+from gradleak.audit.bound import (
     compare,
     determined,
     identifiability,
@@ -20,11 +19,12 @@ from gradleak.identifiability import (
     prior_of,
     singular_values,
 )
-from gradleak.jacobian import jacobian_gram, jacobian_grams
-from gradleak.lora import Recipe
-from gradleak.models import Architecture
-from gradleak.observations import Adapter, Gradient, Model, Update
-from gradleak.tensors import flatten
+from gradleak.audit.jacobian import jacobian_gram, jacobian_grams
+from gradleak.errors import BadInput
+from gradleak.modalities.networks import Architecture
+from gradleak.observations.observation import Adapter, Gradient, Model, Update
+from gradleak.observations.tensors import flatten
+from gradleak.observations.training import Recipe
 from oracles import dense_jacobian, lora_b_by_autograd, posterior_by_conditioning
 
 LABELS = torch.tensor([1])

@@ -10,27 +10,27 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gradleak.attacks.dlg import DLG
-from gradleak.attacks.kkt import KKT
-from gradleak.attacks.kkt_search import KKTSearch
-from gradleak.attacks.ntk import NTK
-from gradleak.attacks.row_space import rank_of, span_of
-from gradleak.audit import audit
-from gradleak.cli import main
-from gradleak.data import load, public_pool
-from gradleak.distances import relative_residual
+from gradleak.attacks.weights.kkt import KKT
+from gradleak.attacks.weights.kkt_search import KKTSearch
+from gradleak.attacks.weights.ntk import NTK
+from gradleak.attacks.weights.row_space import rank_of, span_of
+from gradleak.audit.audit import audit
+from gradleak.audit.metrics import ssim
+from gradleak.cli.app import main
 from gradleak.errors import BadInput, NotObserved
-from gradleak.files import load_observation, save_observation
-from gradleak.fully_connected import FullyConnected, Target, cone, distance, explained, grams
-from gradleak.metrics import ssim
-from gradleak.models import Architecture
-from gradleak.observations import Gradient, Model
-from gradleak.recipes.fine_tuning import ALL, All, LowRank, Release, Truncated, fine_tuned
-from gradleak.recipes.kkt_lora import sides
-from gradleak.recipes.rank_heatmap import CHANGE, cell, drawn
-from gradleak.secret import Secret
-from gradleak.trained_weights import Weights
+from gradleak.formats.observation_file import load_observation, save_observation
+from gradleak.formats.secret_file import Secret
+from gradleak.modalities.networks import Architecture
+from gradleak.modalities.pictures import load, public_pool
+from gradleak.observations.distances import relative_residual
+from gradleak.observations.fully_connected import FullyConnected, Target, cone, distance, explained, grams
+from gradleak.observations.observation import Gradient, Model
+from gradleak.observations.trained_weights import Weights
+from gradleak.studies.fine_tuning import ALL, All, LowRank, Release, Truncated, fine_tuned
+from gradleak.studies.kkt_lora import sides
+from gradleak.studies.rank_heatmap import CHANGE, cell, drawn
 from gradleak.victims.gradient import capture_gradient
-from gradleak.victims.trained import FullBatch, first_of_each, publish_weights, train
+from gradleak.victims.weights import FullBatch, first_of_each, publish_weights, train
 from oracles import gradient_descent_by_autograd, kkt_distance_by_autograd
 
 BINARY = Architecture("homogeneous1000", (1, 8, 8), 2)
@@ -132,7 +132,7 @@ def test_training_is_plain_gradient_descent(decay: float, outputs: int) -> None:
 def test_interrupted_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net, (x, _), labels = network(1, (True, False, False)), samples(4, 1), torch.tensor([0, 1, 0, 1])
     whole, _ = train(net, x, labels, FullBatch(epochs=60))
-    monkeypatch.setattr("gradleak.victims.trained.SAVE_SECONDS", -1.0)  # saved after every epoch
+    monkeypatch.setattr("gradleak.victims.weights.SAVE_SECONDS", -1.0)  # saved after every epoch
     train(net, x, labels, FullBatch(epochs=37), resume=tmp_path / "training.safetensors")
     both, epochs = train(net, x, labels, FullBatch(epochs=60), resume=tmp_path / "training.safetensors")
     assert epochs == 60

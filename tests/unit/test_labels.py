@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from gradleak.attacks.labels import apportion, labels_of_images, recover_labels
-from gradleak.data import Pictures, load
 from gradleak.errors import NotObserved
-from gradleak.models import Architecture
-from gradleak.observations import Gradient, Model
+from gradleak.modalities.networks import Architecture
+from gradleak.modalities.pictures import Pictures, load
+from gradleak.observations.observation import Gradient, Model
 from gradleak.victims.federated import share_update
 from gradleak.victims.gradient import capture_gradient
 from oracles import shared_labels

@@ -6,7 +6,7 @@ from scipy.optimize import minimize, rosen, rosen_der
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
-from gradleak.lbfgs import Evaluate, gauss_newton_factor, lbfgs, unwhiten, whitened
+from gradleak.attacks.search.lbfgs import Evaluate, gauss_newton_factor, lbfgs, unwhiten, whitened
 
 
 def random(*size: int, seed: int = 0) -> Tensor:

@@ -11,18 +11,18 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from gradleak import learned
-from gradleak.attacks.git import Git, Transcript, units
-from gradleak.attacks.lti import LTI, Perceptron
-from gradleak.audit import audit
-from gradleak.data import Pictures, load, public_pool
+from gradleak.attacks.learned import generator as learned
+from gradleak.attacks.learned.git import Git, Transcript, units
+from gradleak.attacks.learned.lti import LTI, Perceptron
+from gradleak.attacks.learned.pairs import Pairs, stream
+from gradleak.audit.audit import audit
+from gradleak.audit.metrics import psnr_db
 from gradleak.errors import BadInput, NotObserved
-from gradleak.metrics import psnr_db
-from gradleak.models import Architecture
-from gradleak.observations import Model
-from gradleak.pairs import Pairs, stream
-from gradleak.secret import Secret
-from gradleak.tensors import fingerprint
+from gradleak.formats.secret_file import Secret
+from gradleak.modalities.networks import Architecture
+from gradleak.modalities.pictures import Pictures, load, public_pool
+from gradleak.observations.observation import Model
+from gradleak.observations.tensors import fingerprint
 from gradleak.victims.gradient import capture_gradient
 
 SHAPE = (1, 8, 8)

@@ -11,16 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradleak.base_folder import read_base
-from gradleak.data import Pictures, load
 from gradleak.errors import BadInput
-from gradleak.files import load_tensors
-from gradleak.lora import Optimizer, Recipe
-from gradleak.models import Architecture
-from gradleak.observations import Adapter, Model
-from gradleak.peft_folder import read_adapter
-from gradleak.tensors import Tensors, fingerprint
-from gradleak.victims.lora import fine_tune
+from gradleak.formats.base_folder import read_base
+from gradleak.formats.observation_file import load_tensors
+from gradleak.formats.peft import read_adapter
+from gradleak.modalities.networks import Architecture
+from gradleak.modalities.pictures import Pictures, load
+from gradleak.observations.observation import Adapter, Model
+from gradleak.observations.tensors import Tensors, fingerprint
+from gradleak.observations.training import Optimizer, Recipe
+from gradleak.victims.adapter import fine_tune
 
 OWN = Architecture("own", (1, 6, 6), 4)
 MLP = Architecture("mlp", (1, 8, 8), 10)

@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gradleak.data import Pictures, load, public_pool
-from gradleak.distances import cosine
-from gradleak.models import Architecture
-from gradleak.observations import Model
+from gradleak.modalities.networks import Architecture
+from gradleak.modalities.pictures import Pictures, load, public_pool
+from gradleak.observations.distances import cosine
+from gradleak.observations.observation import Model
+from gradleak.observations.tensors import flatten
 from gradleak.priors.gaussian import GaussianPrior
-from gradleak.recipes import phase0, phase1, phase2
-from gradleak.recipes.lora_victims import Base, blank, full_gradient, scores, trained
-from gradleak.tensors import flatten
+from gradleak.studies import phase0, phase1, phase2
+from gradleak.studies.lora_victims import Base, blank, full_gradient, scores, trained
 
 
 @pytest.fixture(scope="module")

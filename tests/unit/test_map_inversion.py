@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from gradleak.attacks.map_inversion import MapInversion, features, misfit, regress
-from gradleak.data import load, public_pool
+from gradleak.audit.metrics import psnr_db
 from gradleak.errors import BadInput, NotObserved
-from gradleak.lora import Recipe
-from gradleak.metrics import psnr_db
-from gradleak.models import Architecture
-from gradleak.observations import Adapter, Model
+from gradleak.modalities.networks import Architecture
+from gradleak.modalities.pictures import load, public_pool
+from gradleak.observations.observation import Adapter, Model
+from gradleak.observations.training import Recipe
 from gradleak.priors.gaussian import GaussianPrior
 
 ARCHITECTURE = Architecture("convnet", (1, 8, 8), 10)

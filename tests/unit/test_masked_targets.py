@@ -7,15 +7,15 @@ import pytest
 import torch
 from transformers import RobertaConfig
 
-from gradleak.attacks.dager import Dager
-from gradleak.attacks.masked_targets import unmask
+from gradleak.attacks.dager.dager import Dager
+from gradleak.attacks.dager.masked_targets import unmask
+from gradleak.attacks.reconstruction import TextReconstruction
 from gradleak.errors import BadInput
-from gradleak.language_folder import build, model_of
-from gradleak.reconstruction import TextReconstruction
-from gradleak.secret import TextSecret
-from gradleak.text import NO_TARGET, LanguageModel, TextGradient, unmasked
-from gradleak.texts import load_texts
-from gradleak.victims.language import small_model, train_tokenizer
+from gradleak.formats.language_folder import build, model_of
+from gradleak.formats.secret_file import TextSecret
+from gradleak.modalities.texts import load_texts
+from gradleak.observations.text import NO_TARGET, LanguageModel, TextGradient, unmasked
+from gradleak.victims.small_language import small_model, train_tokenizer
 from gradleak.victims.text import capture_text_gradient, mask, share_text_update
 
 

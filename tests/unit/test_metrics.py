@@ -12,8 +12,7 @@ from skimage.metrics import structural_similarity
 from skimage.transform import resize
 from torch import Tensor
 
-from gradleak.errors import BadInput
-from gradleak.metrics import (
+from gradleak.audit.metrics import (
     identification,
     lpips,
     match,
@@ -24,6 +23,7 @@ from gradleak.metrics import (
     psnr_db,
     ssim,
 )
+from gradleak.errors import BadInput
 
 
 def pictures(n: int, channel: int, side: int, seed: int = 0) -> Tensor:

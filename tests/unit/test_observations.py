@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradleak.data import Pictures
 from gradleak.errors import BadInput
-from gradleak.models import Architecture
-from gradleak.observations import Gradient, Model, Update
-from gradleak.tensors import fingerprint
+from gradleak.modalities.networks import Architecture
+from gradleak.modalities.pictures import Pictures
+from gradleak.observations.observation import Gradient, Model, Update
+from gradleak.observations.tensors import fingerprint
 from gradleak.victims.federated import share_update
 from gradleak.victims.gradient import capture_gradient
 from oracles import gradient_by_autograd, tensors_inside, update_by_sgd

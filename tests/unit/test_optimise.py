@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradleak.data import load
+from gradleak.attacks.search.descend import best_of_restarts, descend, record, rowwise, stack
 from gradleak.errors import BadInput
-from gradleak.models import Architecture
-from gradleak.observations import Gradient, Update
-from gradleak.optimise import best_of_restarts, descend, record, rowwise, stack
-from gradleak.tensors import Tensors
+from gradleak.modalities.networks import Architecture
+from gradleak.modalities.pictures import load
+from gradleak.observations.observation import Gradient, Update
+from gradleak.observations.tensors import Tensors
 from gradleak.victims.federated import share_update
 from gradleak.victims.gradient import capture_gradient
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gradleak.data import Pictures, public_pool
-from gradleak.defenses import GaussianNoise, Sign, TopK
+from gradleak.attacks.learned.pairs import Pairs, chosen, read, stream, write
 from gradleak.errors import BadInput
-from gradleak.models import Architecture
-from gradleak.observations import Model
-from gradleak.pairs import Pairs, chosen, read, stream, write
+from gradleak.modalities.networks import Architecture
+from gradleak.modalities.pictures import Pictures, public_pool
+from gradleak.observations.defenses import GaussianNoise, Sign, TopK
+from gradleak.observations.observation import Model
 
 SHAPE = (1, 8, 8)
 

@@ -6,15 +6,15 @@ from functools import cache
 import pytest
 import torch
 
+from gradleak.attacks.dager.vocabulary import Embeddings
 from gradleak.attacks.past_the_rank import PastTheRank, Searched, _moved, _sweep, _Target, ranked
-from gradleak.attacks.vocabulary import Embeddings
+from gradleak.audit.text_audit import audit_text
 from gradleak.errors import NotObserved
-from gradleak.lora import Recipe
-from gradleak.secret import TextSecret
-from gradleak.text import LanguageModel, Task, TextAdapter
-from gradleak.text_audit import audit_text
-from gradleak.texts import load_texts
-from gradleak.victims.language import Kind, small_model, train_tokenizer
+from gradleak.formats.secret_file import TextSecret
+from gradleak.modalities.texts import load_texts
+from gradleak.observations.text import LanguageModel, Task, TextAdapter
+from gradleak.observations.training import Recipe
+from gradleak.victims.small_language import Kind, small_model, train_tokenizer
 from gradleak.victims.text import capture_text_gradient, keep_secret, share_adapter
 
 EVERY: list[tuple[Kind, Task]] = [("bert", "classification"), ("gpt2", "causal-lm"), ("llama", "causal-lm")]

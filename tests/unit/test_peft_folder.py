@@ -13,15 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gradleak.base_folder import read_base, write_base
-from gradleak.checks import inexact
+from gradleak.audit.checks import inexact
 from gradleak.errors import BadInput
-from gradleak.files import load_observation, save_observation
-from gradleak.lora import Recipe
-from gradleak.models import Architecture
-from gradleak.observations import Adapter, Model
-from gradleak.peft_folder import is_adapter, read_adapter
-from gradleak.transformers_folder import quiet_transformers, structure
+from gradleak.formats.base_folder import read_base, write_base
+from gradleak.formats.observation_file import load_observation, save_observation
+from gradleak.formats.peft import is_adapter, read_adapter
+from gradleak.modalities.networks import Architecture
+from gradleak.modalities.transformers_networks import quiet_transformers, structure
+from gradleak.observations.observation import Adapter, Model
+from gradleak.observations.training import Recipe
 
 SHAPE = (1, 6, 6)
 OWN = Architecture("own", SHAPE, 4)

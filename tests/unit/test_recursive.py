@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradleak.attacks.inverses import ACTIVATIONS
-from gradleak.attacks.linear_systems import Belief, Equations, linear_map
-from gradleak.attacks.recursive import Recursive, features
-from gradleak.data import load
+from gradleak.attacks.recursion.inverses import ACTIVATIONS
+from gradleak.attacks.recursion.linear_systems import Belief, Equations, linear_map
+from gradleak.attacks.recursion.recursive import Recursive, features
 from gradleak.errors import NotObserved
-from gradleak.models import Architecture, Normalise, ResidualBlock
-from gradleak.observations import Adapter, Gradient, Mode, Model, Update
+from gradleak.modalities.networks import Architecture, Normalise, ResidualBlock
+from gradleak.modalities.pictures import load
+from gradleak.observations.observation import Adapter, Gradient, Mode, Model, Update
 from gradleak.victims.gradient import capture_gradient
 from oracles import gradient_by_autograd, psnr_db_by_hand
 

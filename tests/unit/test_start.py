@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from gradleak.attacks import ATTACKS
-from gradleak.attacks.start import Given, begin
-from gradleak.data import load
+from gradleak.attacks.reconstruction import Reconstruction
+from gradleak.attacks.search.start import Given, begin
+from gradleak.audit.metrics import psnr_db
 from gradleak.errors import BadInput
-from gradleak.metrics import psnr_db
-from gradleak.models import Architecture
-from gradleak.observations import Gradient
-from gradleak.reconstruction import Reconstruction
+from gradleak.modalities.networks import Architecture
+from gradleak.modalities.pictures import load
+from gradleak.observations.observation import Gradient
 from gradleak.victims.gradient import capture_gradient
 
 ROWS = (3, 1, 2)

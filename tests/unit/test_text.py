@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from gradleak.errors import BadInput
-from gradleak.language_folder import is_language_model, read_language_model
-from gradleak.lora import Recipe
-from gradleak.tensors import rounding
-from gradleak.text import LanguageModel, Task, TextGradient, TextUpdate
-from gradleak.text_files import (
+from gradleak.formats.language_folder import is_language_model, read_language_model
+from gradleak.formats.text_files import (
     load_text_observation,
     load_text_secret,
     save_text_observation,
     save_text_secret,
 )
-from gradleak.texts import Texts, load_texts
-from gradleak.victims.language import Kind, small_model, train_tokenizer
+from gradleak.modalities.texts import Texts, load_texts
+from gradleak.observations.tensors import rounding
+from gradleak.observations.text import LanguageModel, Task, TextGradient, TextUpdate
+from gradleak.observations.training import Recipe
+from gradleak.victims.small_language import Kind, small_model, train_tokenizer
 from gradleak.victims.text import capture_text_gradient, share_adapter, share_text_update
 from oracles import text_gradient_by_autograd
 

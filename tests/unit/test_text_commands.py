@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from gradleak import cli
+from gradleak.cli import app as cli
 from gradleak.errors import BadInput
-from gradleak.recipes import RECIPES
-from gradleak.recipes.text_victims import PACKAGE, Sources, encoder
-from gradleak.text import Task
-from gradleak.texts import load_texts
-from gradleak.victims.language import Kind, small_model, train_tokenizer
+from gradleak.modalities.texts import load_texts
+from gradleak.observations.text import Task
+from gradleak.studies import RECIPES
+from gradleak.studies.text_victims import PACKAGE, Sources, encoder
+from gradleak.victims.small_language import Kind, small_model, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_bad_input_is_one_sentence(folder: Path, tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize("name", ["dager-encoder", "dager-decoder", "lora-text", "past-the-rank"])
 def test_recipes_run_on_embedded_texts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the small model even where the package with the large one is installed."""
-    monkeypatch.setattr("gradleak.recipes.text_victims.find_spec", lambda package: None)
+    monkeypatch.setattr("gradleak.studies.text_victims.find_spec", lambda package: None)
     *_, last = RECIPES[name]("embedded", "small", seed=0, device="cpu", start=lambda told: lambda *report: None)
     assert last.table
     for row in last.table:
@@ -171,7 +171,7 @@ def test_the_pretrained_encoder_gives_two_texts_away() -> None:
 
     import torch
 
-    from gradleak.attacks.dager import Dager
+    from gradleak.attacks.dager.dager import Dager
     from gradleak.victims.text import capture_text_gradient
 
     if find_spec(PACKAGE) is None:
@@ -183,7 +183,7 @@ def test_the_pretrained_encoder_gives_two_texts_away() -> None:
 
 
 def test_a_folder_that_is_no_language_model_is_refused(tmp_path: Path) -> None:
-    from gradleak.language_folder import read_language_model
+    from gradleak.formats.language_folder import read_language_model
 
     with pytest.raises(BadInput, match="holds no language model"):
         read_language_model(tmp_path, "causal-lm")

@@ -5,8 +5,7 @@ import random
 
 import pytest
 
-from gradleak.errors import BadInput
-from gradleak.metrics.text import (
+from gradleak.audit.metrics.texts import (
     exact_match,
     frequent_words,
     match_texts,
@@ -16,6 +15,7 @@ from gradleak.metrics.text import (
     rouge_l,
     score_texts,
 )
+from gradleak.errors import BadInput
 from oracles import longest_common_subsequence
 
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from gradleak.attacks.token_span import TokenSpan
-from gradleak.data import load
+from gradleak.audit.metrics import psnr_db
 from gradleak.errors import NotObserved
-from gradleak.lora import Recipe
-from gradleak.metrics import psnr_db
-from gradleak.models import Architecture
-from gradleak.observations import Adapter, Gradient, Model
+from gradleak.modalities.networks import Architecture
+from gradleak.modalities.pictures import load
+from gradleak.observations.observation import Adapter, Gradient, Model
+from gradleak.observations.training import Recipe
 from gradleak.victims.gradient import capture_gradient
 
 VIT = Architecture("vit", (3, 32, 32), 10)

@@ -2,22 +2,22 @@
 
 from collections import ChainMap
 
-from gradleak.attacks.activation_patterns import ActivationPatterns
+from gradleak.attacks.activation_patterns.activation_patterns import ActivationPatterns
 from gradleak.attacks.analytic import Analytic
-from gradleak.attacks.dager import Dager
+from gradleak.attacks.dager.dager import Dager
 from gradleak.attacks.dlg import DLG
-from gradleak.attacks.exact_git import ExactGit
-from gradleak.attacks.git import Git
+from gradleak.attacks.exact_git.exact_git import ExactGit
 from gradleak.attacks.idlg import IDLG
 from gradleak.attacks.inverting_gradients import InvertingGradients
-from gradleak.attacks.kkt import KKT
-from gradleak.attacks.kkt_search import KKTSearch
-from gradleak.attacks.lti import LTI
+from gradleak.attacks.learned.git import Git
+from gradleak.attacks.learned.lti import LTI
 from gradleak.attacks.map_inversion import MapInversion
-from gradleak.attacks.ntk import NTK
 from gradleak.attacks.past_the_rank import PastTheRank
-from gradleak.attacks.recursive import Recursive
+from gradleak.attacks.recursion.recursive import Recursive
 from gradleak.attacks.token_span import TokenSpan
+from gradleak.attacks.weights.kkt import KKT
+from gradleak.attacks.weights.kkt_search import KKTSearch
+from gradleak.attacks.weights.ntk import NTK
 
 ATTACKS: dict[str, type] = {
     "analytic": Analytic,

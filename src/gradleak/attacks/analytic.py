@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from gradleak.attacks.labels import labels_of_images, recover_labels
-from gradleak.attacks.layers import calls
-from gradleak.distances import relative_residual
+from gradleak.attacks.reconstruction import Reconstruction
+from gradleak.attacks.search.descend import OnStep
 from gradleak.errors import NotObserved
-from gradleak.observations import Gradient, Model
-from gradleak.optimise import OnStep
-from gradleak.reconstruction import Reconstruction
+from gradleak.observations.distances import relative_residual
+from gradleak.observations.layers import calls
+from gradleak.observations.observation import Gradient, Model
 
 
 @dataclass(frozen=True, kw_only=True)

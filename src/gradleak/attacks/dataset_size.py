@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from gradleak.errors import BadInput
-from gradleak.lora import Recipe
-from gradleak.observations import Adapter
-from gradleak.tensors import Tensors
+from gradleak.observations.observation import Adapter
+from gradleak.observations.tensors import Tensors
+from gradleak.observations.training import Recipe
 
 FLOOR = 1e-6  # singular values below this part of the largest are the rounding of float32
 NEIGHBOURS = 8  # of the regression

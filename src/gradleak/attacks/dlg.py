@@ -22,14 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradleak.attacks.start import Start, begin
-from gradleak.distances import relative_residual
+from gradleak.attacks.reconstruction import Reconstruction
+from gradleak.attacks.search.descend import OnStep, rowwise, stack
+from gradleak.attacks.search.lbfgs import Evaluate, gauss_newton_factor, lbfgs, unwhiten, whitened
+from gradleak.attacks.search.start import Start, begin
 from gradleak.errors import BadInput, NotObserved
-from gradleak.lbfgs import Evaluate, gauss_newton_factor, lbfgs, unwhiten, whitened
-from gradleak.observations import Adapter, Gradient
-from gradleak.optimise import OnStep, rowwise, stack
-from gradleak.reconstruction import Reconstruction
-from gradleak.tensors import Tensors, flatten
+from gradleak.observations.distances import relative_residual
+from gradleak.observations.observation import Adapter, Gradient
+from gradleak.observations.tensors import Tensors, flatten
 
 SOLVED = 1e-8  # objective above which another start is worth its time: a relative residual of 1e-4
 WHITENING_BYTES = 2 * 2**30  # the Jacobian of more is not built

@@ -14,11 +14,11 @@ import torch
 
 from gradleak.attacks.dlg import DLG
 from gradleak.attacks.labels import recover_labels
-from gradleak.attacks.start import Start
+from gradleak.attacks.reconstruction import Reconstruction
+from gradleak.attacks.search.descend import OnStep
+from gradleak.attacks.search.start import Start
 from gradleak.errors import NotObserved
-from gradleak.observations import Gradient
-from gradleak.optimise import OnStep
-from gradleak.reconstruction import Reconstruction
+from gradleak.observations.observation import Gradient
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.func import vmap
 
 from gradleak.attacks.labels import known_or_recovered
-from gradleak.attacks.start import Start, begin
-from gradleak.distances import cosine, relative_residual
-from gradleak.observations import Gradient
-from gradleak.optimise import OnStep, best_of_restarts, descend, stack
+from gradleak.attacks.reconstruction import Reconstruction
+from gradleak.attacks.search.descend import OnStep, best_of_restarts, descend, stack
+from gradleak.attacks.search.start import Start, begin
+from gradleak.observations.distances import cosine, relative_residual
+from gradleak.observations.observation import Gradient
+from gradleak.observations.tensors import Tensors, flatten
 from gradleak.priors.total_variation import total_variation
-from gradleak.reconstruction import Reconstruction
-from gradleak.tensors import Tensors, flatten
 
 
 @dataclass(frozen=True, kw_only=True)

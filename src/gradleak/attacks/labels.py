@@ -12,10 +12,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from gradleak.attacks.layers import Call, calls
-from gradleak.distances import relative_residual
 from gradleak.errors import NotObserved
-from gradleak.observations import Adapter, Gradient
+from gradleak.observations.distances import relative_residual
+from gradleak.observations.layers import Call, calls
+from gradleak.observations.observation import Adapter, Gradient
 
 
 def known_or_recovered(observation: Gradient) -> Tensor:

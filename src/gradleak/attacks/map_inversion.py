@@ -22,15 +22,15 @@ from torch import Tensor
 from torch.func import vmap
 
 from gradleak.attacks.labels import candidate_labels
-from gradleak.attacks.start import Start, begin
-from gradleak.distances import relative_residual
+from gradleak.attacks.reconstruction import Reconstruction
+from gradleak.attacks.search.descend import OnStep, rowwise, stack
+from gradleak.attacks.search.lbfgs import lbfgs
+from gradleak.attacks.search.start import Start, begin
 from gradleak.errors import BadInput
-from gradleak.lbfgs import lbfgs
-from gradleak.observations import Gradient
-from gradleak.optimise import OnStep, rowwise, stack
+from gradleak.observations.distances import relative_residual
+from gradleak.observations.observation import Gradient
+from gradleak.observations.tensors import Tensors
 from gradleak.priors.gaussian import GaussianPrior
-from gradleak.reconstruction import Reconstruction
-from gradleak.tensors import Tensors
 
 PRIOR_WEIGHTS: tuple[float, ...] = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
 KERNEL_RIDGE = 0.1  # of the regression; 0.01 to 0.3 make little difference

@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from gradleak.attacks.spans import excess, spans
-from gradleak.attacks.vocabulary import CHUNK, Embeddings
+from gradleak.attacks.dager.spans import excess, spans
+from gradleak.attacks.dager.vocabulary import CHUNK, Embeddings
+from gradleak.attacks.reconstruction import TextReconstruction
+from gradleak.attacks.search.descend import OnStep
 from gradleak.errors import NotObserved
-from gradleak.optimise import OnStep
-from gradleak.reconstruction import TextReconstruction
-from gradleak.text import LanguageModel, TextAdapter, TextGradient, View
+from gradleak.observations.text import LanguageModel, TextAdapter, TextGradient, View
 
 POWER = 1.5  # between 1 (the likelihood ratio of Gaussians) and 2 the true tokens ranked best on a few public texts
 EXACT = 1e-6  # distance of directions: float32 leaves 1e-7 at the true text

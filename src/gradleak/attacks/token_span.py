@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gradleak.attacks.labels import with_best_label
+from gradleak.attacks.reconstruction import Reconstruction
+from gradleak.attacks.search.descend import OnStep
 from gradleak.errors import NotObserved
-from gradleak.models import ImageTransformer
-from gradleak.observations import Adapter, Gradient
-from gradleak.optimise import OnStep
-from gradleak.reconstruction import Reconstruction
-from gradleak.tensors import Tensors
+from gradleak.modalities.networks import ImageTransformer
+from gradleak.observations.observation import Adapter, Gradient
+from gradleak.observations.tensors import Tensors
 
 
 @dataclass(frozen=True, kw_only=True)

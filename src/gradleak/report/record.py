@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, cast
 
 from gradleak.errors import BadInput
-from gradleak.json_types import misfit
+from gradleak.formats.json_types import misfit
 
 FAMILY, VERSION = "gradleak/record/", 1
 SCHEMA = f"{FAMILY}{VERSION}"

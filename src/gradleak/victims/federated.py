@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch
 
 from gradleak.errors import BadInput
-from gradleak.observations import Gradient, Model, Update
-from gradleak.secret import Secret
+from gradleak.formats.secret_file import Secret
+from gradleak.observations.observation import Gradient, Model, Update
 
 
 def share_update(

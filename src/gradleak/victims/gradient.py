@@ -5,11 +5,11 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from gradleak.data import Pictures
 from gradleak.errors import BadInput
-from gradleak.models import Architecture
-from gradleak.observations import Gradient, Mode, Model
-from gradleak.secret import Secret
+from gradleak.formats.secret_file import Secret
+from gradleak.modalities.networks import Architecture
+from gradleak.modalities.pictures import Pictures
+from gradleak.observations.observation import Gradient, Mode, Model
 
 
 def capture_gradient(

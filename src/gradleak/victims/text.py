@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from gradleak.errors import BadInput
-from gradleak.lora import Recipe
-from gradleak.secret import TextSecret
-from gradleak.tensors import Tensors
-from gradleak.text import NO_TARGET, LanguageModel, TextAdapter, TextGradient, TextUpdate, Tokens
+from gradleak.formats.secret_file import TextSecret
+from gradleak.observations.tensors import Tensors
+from gradleak.observations.text import NO_TARGET, LanguageModel, TextAdapter, TextGradient, TextUpdate, Tokens
+from gradleak.observations.training import Recipe
 
 MASKED = 0.15  # of the tokens of a text (Devlin et al. 2018, section 3.1), at least one
 

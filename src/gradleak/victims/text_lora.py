@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from gradleak.errors import BadInput
-from gradleak.language_folder import read_text_adapter
-from gradleak.lora import OPTIMISERS, Recipe
-from gradleak.secret import TextSecret
-from gradleak.text import LanguageModel, TextAdapter
-from gradleak.transformers_folder import quiet_transformers
-from gradleak.victims.lora import check_rank, module_names, save_adapter
+from gradleak.formats.language_folder import read_text_adapter
+from gradleak.formats.secret_file import TextSecret
+from gradleak.modalities.transformers_networks import quiet_transformers
+from gradleak.observations.text import LanguageModel, TextAdapter
+from gradleak.observations.training import OPTIMISERS, Recipe
+from gradleak.victims.adapter import check_rank, module_names, save_adapter
 from gradleak.victims.text import keep_secret
 
 

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from gradleak.data import Pictures
-from gradleak.files import load_state, load_tensors
-from gradleak.models import Architecture
-from gradleak.tensors import fingerprint
+from gradleak.formats.observation_file import load_state, load_tensors
+from gradleak.modalities.networks import Architecture
+from gradleak.modalities.pictures import Pictures
+from gradleak.observations.tensors import fingerprint
 
 
 def cache_folder() -> Path:

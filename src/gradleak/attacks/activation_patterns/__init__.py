@@ -1,0 +1,1 @@
+"""One picture out of the adapter of a ReLU network."""

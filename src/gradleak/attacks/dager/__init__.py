@@ -1,0 +1,1 @@
+"""DAGER: exact text from the gradients of a transformer."""

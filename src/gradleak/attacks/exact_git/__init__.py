@@ -1,0 +1,1 @@
+"""GIT in its exact form."""

@@ -1,0 +1,201 @@
+"""What learned attacks share: the training of a generator (gradient -> pictures) on pairs, and the generator on disk.
+
+A generator is an nn.Module: {parameter: (n, ...)} -> (n, batch, channel, height, width), built from the leaked model's
+structure and never from its weights.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradleak.attacks.labels import known_or_recovered
+from gradleak.attacks.learned.pairs import Pairs
+from gradleak.attacks.reconstruction import Reconstruction
+from gradleak.attacks.search.descend import OnStep
+from gradleak.errors import BadInput, NotObserved
+from gradleak.modalities.networks import Architecture
+from gradleak.observations import tensor_file
+from gradleak.observations.distances import relative_residual
+from gradleak.observations.observation import Adapter, Gradient, Model
+from gradleak.observations.tensors import Tensors
+
+SCHEMA = "gradleak/generator/1"
+Shards = Callable[[], Iterator[Pairs]]  # the same pairs, each time it is called
+
+
+@dataclass(frozen=True, eq=False)
+class Generator:
+    """A trained generator, with what it was trained for.
+
+    kind, options  how its network is built
+    state          hash of the leaked model's state
+    pictures       (n,) int64: a hash of each public picture that it was trained on, sorted
+    trace          (CPU-independent step, training loss) pairs
+    """
+
+    kind: str
+    options: dict[str, Any]
+    network: nn.Module = field(repr=False)
+    architecture: Architecture
+    state: str
+    pictures: Tensor = field(repr=False)
+    trace: list[tuple[int, float]] = field(default_factory=list, repr=False)
+
+    def check(self, observation: Gradient) -> None:
+        """BadInput, with what differs, if the observation is of another model than the generator was trained for."""
+        model = observation.model
+        if model.architecture != self.architecture:
+            raise BadInput(
+                f"The generator was trained for {self.architecture}, the observation is of {model.architecture}."
+            )
+        if model.state_hash() != self.state:
+            raise BadInput(
+                "The generator was trained for another state of this architecture: its weights or buffers differ. "
+                "Train one for this model, on pairs of it."
+            )
+
+    def __call__(self, gradients: Tensors) -> Tensor:
+        """{parameter: (n, ...)} -> (n, batch, channel, height, width) in [0, 1]."""
+        with torch.no_grad():
+            images: Tensor = self.network(gradients).clamp(0, 1)
+        return images
+
+    def save(self, path: Path) -> None:
+        """Write the generator as safetensors."""
+        a = self.architecture
+        about = {
+            "kind": self.kind,
+            "options": self.options,
+            "architecture": [a.name, list(a.input_shape), a.classes],
+            "state": self.state,
+            "trace": self.trace,
+        }
+        tensors = tensor_file.prefixed("network", dict(self.network.state_dict()))
+        tensor_file.write({**tensors, "pictures": self.pictures}, SCHEMA, about, path)
+
+
+def load(path: Path, kind: str, build: Callable[..., nn.Module], model: Model) -> Generator:
+    """Read a generator of this kind back, for this model.
+
+    Raises NotObserved for another kind, BadInput for a file that is no generator or is of another architecture.
+    """
+    tensors, about = tensor_file.read(path, SCHEMA, "pictures")
+    if about.get("kind") != kind:
+        raise NotObserved(f"{path} holds a generator of the kind {about.get('kind')}, not {kind}.")
+    name, shape, classes = about["architecture"]
+    architecture = Architecture(name, (shape[0], shape[1], shape[2]), classes)
+    if architecture != model.architecture:
+        raise BadInput(f"{path} was trained for {architecture}, the observation is of {model.architecture}.")
+    with torch.random.fork_rng(devices=[]):
+        network = build(model, **about["options"])
+    own, found = network.state_dict(), tensor_file.group(tensors, "network")
+    if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in found.items()}:
+        raise BadInput(f"{path} does not fit the network that it names: it is damaged, or of another version.")
+    network.load_state_dict(found)
+    trace = [(int(step), float(value)) for step, value in about.get("trace", [])]
+    return Generator(kind, about["options"], network.eval(), architecture, about["state"], tensors["pictures"], trace)
+
+
+def pictures_behind(path: Path) -> Tensor:
+    """Hashes of the public pictures that the generator in this file was trained on; see `picture_hashes`."""
+    return tensor_file.read(path, SCHEMA, "pictures")[0]["pictures"]
+
+
+def reconstruct(path: Path | None, kind: str, build: Callable[..., nn.Module], observation: Gradient) -> Reconstruction:
+    """One forward pass of the generator in this file. Raises NotObserved and BadInput as `load`, and without a file."""
+    if path is None:
+        raise NotObserved(
+            f"It needs a trained generator: make one with `gradleak train {kind}`, give it with --generator."
+        )
+    if isinstance(observation, Adapter):
+        raise NotObserved("Generators are trained on gradients, and this is an adapter: decode it first (bridge).")
+    observation = observation.to(torch.device("cpu"))
+    trained = load(path, kind, build, observation.model)
+    trained.check(observation)
+    images = trained({name: gradient[None] for name, gradient in observation.as_gradient().items()})[0]
+    if observation.batch_size not in (None, len(images)):
+        raise BadInput(
+            f"The generator was trained for batches of {len(images)}, the observation is of {observation.batch_size}."
+        )
+    labels = known_or_recovered(replace(observation, batch_size=len(images)))
+    residual = float(relative_residual(observation.simulate(images, labels), observation.released))
+    status = f"One forward pass of a generator trained on {len(trained.pictures):,} public pictures"
+    return Reconstruction(images, labels, residual, f"{status}; relative residual {residual:.2g}.")
+
+
+def train(
+    kind: str,
+    build: Callable[..., nn.Module],
+    options: dict[str, Any],
+    model: Model,
+    shards: Shards,
+    *,
+    epochs: int,
+    batch: int = 50,
+    learning_rate: float = 2e-3,
+    generator: torch.Generator,
+    on_step: OnStep | None = None,
+) -> Generator:
+    """Minimise the mean squared error of the pictures over the shards, with AdamW and one cycle of the learning rate
+    (Smith and Topin 2019). In a batch of several pictures, the error is that of the best assignment.
+
+    The network's `prepare(shards)` comes first: standardisation, and whatever it solves in closed form; `hold_out(shard)`
+    tells it which pairs come next. Raises BadInput for pairs that are not finite.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
+        network = build(model, **options)
+    hashes, sizes = list[Tensor](), list[int]()
+    for pairs in shards():
+        hashes.append(picture_hashes(pairs.images.flatten(0, 1)))
+        sizes.append(len(pairs.images))
+    network.prepare(shards)  # type: ignore[operator]
+    steps = epochs * sum(-(-n // batch) for n in sizes)
+    optimiser = torch.optim.AdamW(network.parameters(), learning_rate, weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, total_steps=max(steps, 2), pct_start=0.1)
+    step, trace = 0, list[tuple[int, float]]()
+    for _ in range(epochs):
+        total, seen = 0.0, 0
+        for number, pairs in enumerate(shards()):
+            network.hold_out(number)  # type: ignore[operator]
+            for rows in torch.randperm(len(pairs.images), generator=generator).split(batch):  # type: ignore[no-untyped-call]
+                found = network({name: g[rows] for name, g in pairs.gradients.items()})
+                loss = assigned_error(found, pairs.images[rows])
+                optimiser.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimiser.step()
+                schedule.step()
+                step, seen, total = step + 1, seen + len(rows), total + float(loss.detach()) * len(rows)
+                if on_step is not None and step % 10 == 0:
+                    on_step(step, steps, total / seen)
+        trace.append((step, total / seen))
+    network.hold_out(None)  # type: ignore[operator]
+    pictures = torch.cat(hashes).unique()  # type: ignore[no-untyped-call]
+    return Generator(kind, options, network.eval(), model.architecture, model.state_hash(), pictures, trace)
+
+
+def assigned_error(found: Tensor, true: Tensor) -> Tensor:
+    """Mean squared error over (n, batch, ...) with the pictures of each batch in their best order: a scalar.
+
+    Exact for the small batches that are learned here: all orders are compared.
+    """
+    batch = found.shape[1]
+    if batch == 1:
+        return (found - true).square().mean()
+    each = (found.flatten(2)[:, :, None] - true.flatten(2)[:, None]).square().mean(3)  # (n, found, true)
+    orders = torch.tensor(list(itertools.permutations(range(batch))))  # (orders, batch)
+    total = each[:, torch.arange(batch), orders].mean(2)  # (n, orders)
+    return total.min(dim=1).values.mean()
+
+
+def picture_hashes(images: Tensor) -> Tensor:
+    """(n, channel, height, width) in [0, 1] -> (n,) int64: eight bytes of the SHA-256 of each picture's 8-bit pixels."""
+    rows = (images.clamp(0, 1) * 255).round().to(torch.uint8).cpu().flatten(1)
+    digests = [hashlib.sha256(row.numpy().tobytes()).digest()[:8] for row in rows]
+    return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests], dtype=torch.int64)

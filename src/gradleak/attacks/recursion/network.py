@@ -1,0 +1,132 @@
+"""A network as a sequence of layers, together with the gradient that one picture left in it."""
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from gradleak.attacks.inverting_gradients import smooth_pictures
+from gradleak.attacks.recursion.inverses import affine, is_affine
+from gradleak.attacks.recursion.linear_systems import DENSE, Belief
+from gradleak.errors import NotObserved
+from gradleak.observations.observation import Adapter, Gradient, Update
+from gradleak.observations.tensors import Tensors
+
+RELATIVE = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11}  # half a last place; others: 2^-9
+ABSOLUTE = {"float16": 2.0**-25}  # the same near zero
+ARITHMETIC = 32  # errors made in computing a gradient: in last places, of numbers of the tensor's root mean square
+PICTURES = 16  # random ones that show what is typical of each layer's input
+
+
+@dataclass(frozen=True)
+class Network:
+    """All in float64.
+
+    layers    (name, layer), nested sequences unrolled
+    typical   the input of every layer for random smooth pictures, (pictures, ...)
+    gradient  {parameter name: gradient}
+    unit      half a last place of 1 in the format of the release
+    smallest  half the smallest number of that format
+    """
+
+    layers: list[tuple[str, nn.Module]] = field(repr=False)
+    typical: list[Tensor] = field(repr=False)
+    gradient: Tensors = field(repr=False)
+    unit: float
+    smallest: float
+
+    @classmethod
+    def of(cls, observation: Gradient) -> Self:
+        """Raises NotObserved unless it is the gradient of one picture in a sequence that ends in a biased linear layer."""
+        if isinstance(observation, Adapter):
+            raise NotObserved("An adapter holds no whole gradient of any layer: the recursion needs one.")
+        if isinstance(observation, Update) and observation.local_steps > 1:
+            raise NotObserved(
+                f"The update has {observation.local_steps} local steps: the recursion needs one gradient."
+            )
+        if observation.batch_size is None:
+            raise NotObserved("The batch size was withheld: the recursion has to know that there was one image only.")
+        if observation.batch_size != 1:
+            raise NotObserved(f"The batch has {observation.batch_size} images: the recursion is for one.")
+        observation = observation.to(torch.device("cpu")).to(torch.float64)
+        model = observation.model
+        module = copy.deepcopy(model.module).requires_grad_(False)
+        module.load_state_dict({**model.parameters, **(model.buffers or {})}, strict=False)
+        layers = list(unrolled("", module))
+        name, last = layers[-1]
+        if not isinstance(last, nn.Linear):
+            where = f"ends in {name}, a" if name else "is a"
+            raise NotObserved(
+                f"The model {where} {type(last).__name__}: the recursion needs a sequence of layers, the last one linear."
+            )
+        if f"{name}.bias" not in observation.released or f"{name}.weight" not in observation.released:
+            raise NotObserved(f"No gradient of weight and bias of the last layer {name} was released: it is the start.")
+        unit, smallest = RELATIVE.get(observation.precision, 2.0**-9), ABSOLUTE.get(observation.precision, 0.0)
+        typical = _inputs(layers, model.architecture.input_shape)
+        return cls(layers, typical, observation.as_gradient(), unit, smallest)
+
+    def has_matrix(self, where: int) -> bool:
+        """Whether the layer is a linear one or a convolution, plain and small enough to be solved for its input."""
+        layer, shape = self.layers[where][1], self.typical[where].shape[1:]
+        if isinstance(layer, nn.Conv2d):
+            plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+            return plain and not isinstance(layer.padding, str) and len(shape) == 3 and math.prod(shape[1:]) <= DENSE
+        return isinstance(layer, nn.Linear) and len(shape) == 1
+
+    def released(self, name: str, noise: float) -> Belief:
+        """A parameter's gradient, flat from its second dimension on; of infinite variance where it was not released."""
+        if name not in self.gradient:
+            shape = dict(self.layers)[name.removesuffix(".weight")].weight.flatten(1).shape  # type: ignore[operator]
+            return Belief(torch.zeros(shape).double(), torch.full(shape, torch.inf).double())
+        g = self.gradient[name]
+        g = g.flatten(1) if g.dim() > 1 else g
+        return Belief(g, self.variance(g, noise))
+
+    def variance(self, g: Tensor, noise: float) -> Tensor:
+        """Of each entry of a released tensor: noise, rounding, and the arithmetic behind it."""
+        rounding = ((self.unit * g).square() + self.smallest**2) / 3
+        arithmetic = (ARITHMETIC * min(self.unit, RELATIVE["float32"])) ** 2 * g.square().mean()
+        return (noise**2 + rounding + arithmetic).clamp_min(1e-60)
+
+    def coarse(self, noise: float) -> bool:
+        """Whether the release is so far from exact that a prior of pictures matters."""
+        return noise > 0 or self.unit > 1e-6
+
+    def prior(self, where: int) -> Belief:
+        """Of a layer's input, flat: the mean of each channel, and one variance for all, doubled to be broad."""
+        typical = self.typical[where]
+        x = typical.flatten(2) if typical.dim() > 2 else typical[:, None]
+        mean = x.mean((0, 2), keepdim=True)
+        variance = 2 * (x - mean).square().mean().clamp_min(1e-12)
+        return Belief(mean.expand(x[:1].shape).flatten(), variance.expand(typical[0].numel()))
+
+    def scale(self, where: int) -> Tensor | None:
+        """By what the layers before that one multiply each entry of a picture, (pixels,); None if they do more."""
+        scale = torch.ones_like(self.typical[0][0])
+        for _, layer in self.layers[:where]:
+            if not is_affine(layer):
+                return None
+            scale = scale.flatten() if isinstance(layer, nn.Flatten) else scale * affine(layer)[0]
+        return scale.flatten()
+
+
+def unrolled(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(dotted name, layer) with nested sequences unrolled."""
+    if not isinstance(module, nn.Sequential):
+        yield name, module
+        return
+    for part, child in module.named_children():
+        yield from unrolled(f"{name}.{part}" if name else part, child)
+
+
+def _inputs(layers: list[tuple[str, nn.Module]], shape: tuple[int, int, int]) -> list[Tensor]:
+    x, inputs = smooth_pictures((PICTURES, *shape), torch.Generator().manual_seed(0)), list[Tensor]()
+    with torch.no_grad():
+        for _, layer in layers:
+            inputs.append(x.double())
+            x = copy.deepcopy(layer).float()(x)
+    return inputs

@@ -1,0 +1,210 @@
+"""Closed-form recursion (R-GAP, Zhu and Blaschko, ICLR 2021, arXiv:2010.07733): layer by layer from the loss to the picture.
+
+Sees      Gradient, or Update of one local step, of one picture, from a sequence of layers that ends in a linear layer
+          with bias; labels optional
+Recovers  images (1, channel, height, width) in [0, 1], labels
+Solves    last layer: [dL/dW, dL/db] = delta [a, 1]^T, the best matrix of rank one. Below it, for each layer Z = W U + b of
+          the patches U of its input, with A = s(Z) and Delta = (back-propagated delta) * s'(Z) known from above,
+              W U = s^-1(A) - b   and   dL/dW = Delta U^T                 (equations 6 and 7), least squares for the input
+Differs   Every equation is weighted by what is known of its error: of the release (rounding, and noise, which the last
+          layer's rank reveals) and of the A and Delta from above; bias gradients correct Delta. A broad prior of each
+          input fills in what no equation tells. Max-pooling is undone where the convolution below is wide enough
+          (max_pooling.py). A noisy release is followed by a maximum a posteriori search, in the metric of the
+          recursion's last system. A layer of more than 4,096 unknowns is solved by conjugate gradients, which need
+          not get there where its weight's gradient alone does not determine it. Where a layer ends the recursion, the picture is searched that has the features
+          found there (feature_search.py).
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from gradleak.attacks.reconstruction import Reconstruction
+from gradleak.attacks.recursion.feature_search import Found, invert_features, refine, smooth
+from gradleak.attacks.recursion.inverses import EXACT, Signal, before
+from gradleak.attacks.recursion.linear_systems import DENSE, Belief, Equations, linear_map
+from gradleak.attacks.recursion.max_pooling import find_winners
+from gradleak.attacks.recursion.network import Network
+from gradleak.attacks.search.descend import OnStep
+from gradleak.errors import NotObserved
+from gradleak.observations.distances import relative_residual
+from gradleak.observations.observation import Gradient, Update
+
+GUESSES = 4  # how often a layer is solved at most, to choose between two inputs of an activation
+
+
+@dataclass(frozen=True)
+class Features:
+    """How far the recursion came: the input of a layer, for one example, and the gradient of the loss there.
+
+    layer   position in the sequence of layers; 0: the picture itself
+    noise   standard deviation of the released entries beyond rounding, as the last layer shows it
+    factor  lower L with L L^T the inverse covariance of the flat input of the first layer, where the release is noisy
+    reason  the layer that ended it, and why; empty at the picture
+    """
+
+    layer: int
+    input: Belief
+    delta: Belief
+    label: int
+    noise: float
+    factor: Tensor | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recursive:
+    """evaluations: of the objective in the search after a recursion that noise or a layer stopped; 0 for no search."""
+
+    evaluations: int = 200
+
+    def __call__(
+        self, observation: Gradient, *, generator: torch.Generator, on_step: OnStep | None = None
+    ) -> Reconstruction:
+        """Raises NotObserved unless one picture took part and the model is a sequence that ends in a biased linear layer."""
+        network = Network.of(observation)
+        observation = observation.to(torch.device("cpu")).to(torch.float64)
+        found = recurse(network)
+        labels = torch.tensor([found.label]) if observation.labels is None else observation.labels
+        images, iterations, trace = self.search(observation, network, found, labels, on_step)
+        images = images.clamp(0, 1).float()
+        residual = float(relative_residual(observation.simulate(images.double(), labels), observation.released))
+        status = f"Closed form down to {found.reason or 'the picture'}; noise of {found.noise:.2g}"
+        status += f", {iterations} evaluations of a search, relative residual {residual:.2g}."
+        if not (found.layer or network.coarse(found.noise)) and residual > 0.01:
+            status += " That is no solution: a layer was too ill-conditioned, or an activation went back the wrong way."
+        return Reconstruction(images, labels, residual, status, iterations, trace)
+
+    def search(
+        self, observation: Gradient, network: Network, found: Features, labels: Tensor, on_step: OnStep | None
+    ) -> Found:
+        """From what the recursion found to the picture. None for large pictures, whose prior does not fit into memory."""
+        shape = observation.model.architecture.input_shape
+        idle = not self.evaluations or math.prod(shape) > DENSE
+        unit = -observation.learning_rate if isinstance(observation, Update) else 1.0  # released / gradient
+        variance = {name: unit**2 * network.variance(g, found.noise) for name, g in network.gradient.items()}
+        if found.layer:
+            if idle:
+                return torch.full((1, *shape), 0.5), 0, []
+            below = nn.Sequential(*(layer for _, layer in network.layers[: found.layer]))
+            return invert_features(observation, labels, variance, below, found.input, self.evaluations, on_step)
+        picture, first = found.input.value[None], next(i for i in range(len(network.layers)) if network.has_matrix(i))
+        scale = network.scale(first)
+        if idle or found.factor is None or scale is None:
+            return picture, 0, []
+        return refine(observation, labels, variance, picture, scale[:, None] * found.factor, self.evaluations, on_step)
+
+
+def features(observation: Gradient) -> Features:
+    """The picture, or else the input of the deepest layer that the recursion reaches. Raises NotObserved as Recursive."""
+    return recurse(Network.of(observation))
+
+
+def recurse(network: Network) -> Features:
+    """From the last layer down as far as it goes."""
+    found = last_layer(network)
+    while found.layer:
+        below = max(filter(network.has_matrix, range(found.layer)), default=-1)
+        signals = back(network, found, below)
+        signal = signals[-1]
+        if len(signals) < found.layer - below or (below < 0 and (signal.pool > 1 or signal.choice > 1)):
+            return _stopped(network, found, signals)
+        if below < 0:
+            return replace(found, layer=0, input=signal.value, delta=signal.delta)
+        if signal.choice > 1:
+            winners = unpool(network, below, signal, found.noise)
+            if winners is None:
+                return _stopped(network, found, signals)
+            signals.append(winners)
+        for _ in range(GUESSES):
+            solved = solve(network, below, signals[-1], found)
+            if not any(s.doubtful for s in signals):
+                break
+            again = back(network, found, below, network.layers[below][1](solved.input.value[None])[0])
+            if torch.equal(again[-1].delta.value, signals[-1].delta.value):
+                break
+            signals = again
+        found = solved
+    return found
+
+
+def last_layer(network: Network) -> Features:
+    """[dL/dW, dL/db] = delta [a, 1]^T, the best matrix of rank one; what it leaves is noise."""
+    where, (name, layer) = len(network.layers) - 1, network.layers[-1]
+    G = torch.cat([network.gradient[f"{name}.weight"], network.gradient[f"{name}.bias"][:, None]], dim=1)
+    U, S, Vh = torch.linalg.svd(G, full_matrices=False)  # of (classes, inputs + 1)
+    one = Vh[0, -1]
+    if not bool(one * S[0] != 0):
+        raise NotObserved(f"The gradient of the last layer {name} is zero: the picture left no trace in it.")
+    a, delta = Vh[0, :-1] / one, U[:, 0] * S[0] * one
+    left = float(S[1:].square().sum()) / ((G.shape[0] - 1) * (G.shape[1] - 1))
+    rounding = float(network.variance(G, 0.0).mean())
+    noise = math.sqrt(left - rounding) if left > 4 * rounding else 0.0
+    variance = (noise**2 + rounding) * (1 + a.square()) / (delta @ delta)
+    if not network.coarse(noise):
+        variance = torch.where((G[:, :-1] == 0).all(0), EXACT, variance)  # a unit that was off
+    output = Belief(delta, torch.full_like(delta, (noise**2 + rounding) / float(1 + a @ a)))
+    return Features(where, Belief(a, variance), linear_map(layer, a.shape).back(output), int(delta.argmin()), noise)
+
+
+def back(network: Network, found: Features, below: int, guess: Tensor | None = None) -> list[Signal]:
+    """Backwards through the layers without a matrix between `below` and what was found: the signal at each, as far as
+    it goes. guess: what comes out of layer `below`, roughly."""
+    between, guesses = range(below + 1, found.layer), dict[int, Tensor | None]()
+    for i in between:
+        guesses[i] = guess
+        guess = None if guess is None else network.layers[i][1](guess[None])[0]
+    signals = [Signal(found.input, found.delta)]
+    for i in reversed(between):
+        earlier = before(network.layers[i][1], network.typical[i], signals[-1], guesses[i])
+        if earlier is None:
+            break
+        signals.append(earlier)
+    return signals
+
+
+def solve(network: Network, where: int, output: Signal, above: Features) -> Features:
+    """The input of a layer with a matrix, from what is known of its output and from the gradients of its parameters."""
+    (name, layer), shape = network.layers[where], network.typical[where].shape[1:]
+    plain, gradient = linear_map(layer, shape), network.released(f"{name}.weight", above.noise)
+    delta = output.delta.reshape(len(gradient.value), -1)
+    if f"{name}.bias" in network.gradient:
+        delta = _with_sums(delta, network.released(f"{name}.bias", above.noise))
+    equations = Equations(
+        layer=plain,
+        gradient=gradient,
+        delta=delta,
+        output=plain if output.pool == 1 else linear_map(layer, shape, output.pool),
+        values=output.value.reshape(len(gradient.value), -1),
+        prior=network.prior(where),
+    )
+    precision, scale = None, network.scale(where)
+    if scale is not None and len(scale) <= DENSE and network.coarse(above.noise):
+        c, h, w = network.typical[0].shape[1:]
+        precision = smooth((c, h, w))[1] / scale[:, None] / scale
+    u, factor = equations.solve(precision)
+    return replace(above, layer=where, input=u.reshape(*shape), delta=plain.back(delta).reshape(*shape), factor=factor)
+
+
+def unpool(network: Network, where: int, pooled: Signal, noise: float) -> Signal | None:
+    """The signal at the output of a convolution from that after max-pooling; None where that does not tell it."""
+    (name, layer), typical = network.layers[where], network.typical[where]
+    gradient, size = network.released(f"{name}.weight", noise), network.typical[where + 1].shape[1:]
+    return find_winners(linear_map(layer, typical.shape[1:]), gradient, pooled, typical, size)
+
+
+def _with_sums(delta: Belief, sums: Belief) -> Belief:
+    """delta (out, positions), given what each row sums to: the gradient of the bias (out,)."""
+    share = delta.variance / (delta.variance.sum(1) + sums.variance)[:, None]
+    error = sums.value - delta.value.sum(1)
+    return Belief(delta.value + share * error[:, None], delta.variance * (1 - share).clamp_min(1e-12))
+
+
+def _stopped(network: Network, found: Features, signals: list[Signal]) -> Features:
+    known = max(k for k, signal in enumerate(signals) if signal.pool == signal.choice == 1)
+    name, layer = network.layers[found.layer - known - 1]
+    reason = f"layer {name} ({type(layer).__name__}), whose output does not tell its input"
+    at, signal = found.layer - known, signals[known]
+    return replace(found, layer=at, input=signal.value, delta=signal.delta, factor=None, reason=reason)

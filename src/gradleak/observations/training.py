@@ -1,0 +1,86 @@
+"""Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685) as pure functions: the weight that an adapter makes, and the
+training that makes the adapter.
+
+A layer computes (W + s B A) x. Its factors are named `MODULE.lora_A` (r, in) and `MODULE.lora_B` (out, r); those of a
+convolution are (r, in, k, k) and (out, r, 1, 1), as PEFT stores them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.func import grad
+
+from gradleak.errors import BadInput
+from gradleak.observations.tensors import Tensors
+
+Optimizer = Literal["sgd", "momentum", "adam", "adamw"]
+MOMENTUM, BETAS, EPSILON, WEIGHT_DECAY = 0.9, (0.9, 0.999), 1e-8, 0.01  # torch.optim's defaults; momentum as is usual
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How something was trained: full steps over the private samples in their order, starting over at the end.
+
+    optimizer      sgd, momentum (SGD at 0.9), adam or adamw (weight decay 0.01), with the defaults of torch.optim
+    learning_rate  constant
+    steps          number of optimiser steps
+    batch_size     samples per step; None: all of them
+    """
+
+    optimizer: Optimizer = "sgd"
+    learning_rate: float
+    steps: int
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.learning_rate > 0 and self.steps > 0 and (self.batch_size is None or self.batch_size > 0)):
+            raise BadInput("Training needs a learning rate, a number of steps and a batch size above zero.")
+
+    def __str__(self) -> str:
+        batch = "all samples" if self.batch_size is None else f"{self.batch_size} samples"
+        return f"{self.steps} {self.optimizer} steps, learning rate {self.learning_rate:g}, {batch} a step"
+
+
+OPTIMISERS: dict[Optimizer, Callable[[list[Any], float], torch.optim.Optimizer]] = {  # (parameters, learning rate)
+    "sgd": lambda parameters, rate: torch.optim.SGD(parameters, rate),
+    "momentum": lambda parameters, rate: torch.optim.SGD(parameters, rate, momentum=MOMENTUM),
+    "adam": lambda parameters, rate: torch.optim.Adam(parameters, rate),
+    "adamw": lambda parameters, rate: torch.optim.AdamW(parameters, rate),
+}
+
+Loss = Callable[[Tensors, Tensor, Tensor], Tensor]  # (parameters, inputs, labels) -> scalar
+
+
+def train(loss: Loss, parameters: Tensors, inputs: Tensor, labels: Tensor, recipe: Recipe) -> Tensors:
+    """The parameters after training, unrolled: differentiable with respect to the inputs."""
+    size = recipe.batch_size or len(inputs)
+    starts = range(0, len(inputs), size)
+    first = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    second = first
+    (b1, b2), rate = BETAS, recipe.learning_rate
+    for step in range(1, recipe.steps + 1):
+        start = starts[(step - 1) % len(starts)]
+        g = grad(loss)(parameters, inputs[start : start + size], labels[start : start + size])
+        match recipe.optimizer:
+            case "sgd":
+                change = g
+            case "momentum":
+                change = first = {k: MOMENTUM * first[k] + g[k] for k in g}
+            case "adam" | "adamw":
+                first = {k: b1 * first[k] + (1 - b1) * g[k] for k in g}
+                second = {k: b2 * second[k] + (1 - b2) * g[k].square() for k in g}
+                # 1e-30: where a gradient is zero, the square root would have no derivative.
+                size_of = {k: (second[k] / (1 - b2**step) + 1e-30).sqrt() + EPSILON for k in g}
+                change = {k: first[k] / (1 - b1**step) / size_of[k] for k in g}
+        if recipe.optimizer == "adamw":
+            parameters = {k: (1 - rate * WEIGHT_DECAY) * p for k, p in parameters.items()}
+        parameters = {k: p - rate * change[k] for k, p in parameters.items()}
+    return parameters
+
+
+def product(A: Tensor, B: Tensor) -> Tensor:
+    """B A in the shape of the layer's weight: (out, in) or (out, in, k, k)."""
+    return (B.flatten(1) @ A.flatten(1)).view(len(B), *A.shape[1:])

@@ -1,0 +1,122 @@
+"""Phase 0: were the adapter decoded perfectly, what would the gradient give? The whole gradient of the adapted weights at
+the start of a LoRA fine-tuning, inverted; the same when it is known to a cosine of .99 ... .80 only (the transfer curve:
+what a decoder's fidelity is worth); batches.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from gradleak.attacks.map_inversion import MapInversion
+from gradleak.attacks.search.descend import OnStep
+from gradleak.attacks.token_span import TokenSpan
+from gradleak.observations.observation import Gradient
+from gradleak.observations.tensors import flatten
+from gradleak.studies.findings import Findings, plot
+from gradleak.studies.lora_victims import Base, full_gradient, prepare, scores
+from gradleak.studies.phase2 import attacked
+
+Start = Callable[[str], OnStep]
+COSINES, BATCHES = (1.0, 0.99, 0.95, 0.9, 0.85, 0.8), (1, 2, 4, 8, 16)
+# pictures for (mlp1000, convnet, vit), for the curve, batches; evaluations per prior weight
+SIZES = {"quick": (2, 2, 1, 1, 1, 15), "small": (8, 12, 4, 6, 1, 60), "paper": (50, 50, 20, 20, 5, 150)}
+VICTIMS = ("mlp1000", "convnet", "vit")
+
+
+def run(data: str, size: str, *, seed: int, device: str, start: Start) -> Iterator[Findings]:
+    """Yields after every attack; the findings so far."""
+    *counts, curve, batches, evaluations = SIZES["quick" if data in ("embedded", "digits") else size]
+    rows: list[dict[str, Any]] = []
+    bases = {}
+    for name, count in zip(VICTIMS, counts, strict=True):
+        bases[name] = base = prepare(name, data, max(count, curve, max(BATCHES)), start)
+        attack = MapInversion(prior=base.prior, evaluations=evaluations)
+        rows.append(measured(base, name, "map-inversion", attack, count, 1.0, 1, seed, start))
+        if name == "vit":
+            rows.append(measured(base, name, "token-span", TokenSpan(), count, 1.0, 1, seed, start))
+        yield findings(rows)
+    for value in COSINES:
+        for name, label in (("convnet", "map-inversion"), ("vit", "token-span")):
+            base = bases[name]
+            other = TokenSpan() if name == "vit" else MapInversion(prior=base.prior, evaluations=evaluations)
+            rows.append({**measured(base, name, label, other, curve, value, 1, seed, start), "curve": True})
+        yield findings(rows)
+    for batch in BATCHES:
+        base = bases["convnet"]
+        if batch * batches <= len(base.private.labels):
+            attack = MapInversion(prior=base.prior, evaluations=evaluations)
+            rows.append(
+                measured(base, "convnet", "map-inversion, labels known", attack, batches, 1.0, batch, seed, start)
+            )
+            yield findings(rows)
+
+
+def measured(
+    base: Base,
+    name: str,
+    label: str,
+    attack: Any,
+    count: int,
+    value: float,
+    batch: int,
+    seed: int,
+    start: Start,
+) -> dict[str, Any]:
+    """One row: `count` batches, whose gradients are known to the cosine `value`."""
+    generator = torch.Generator().manual_seed(seed)
+    chunks = [
+        (base.private.images[i * batch : (i + 1) * batch], base.private.labels[i * batch : (i + 1) * batch])
+        for i in range(min(count, len(base.private.labels) // batch))
+    ]
+    # The label is taken as known here: the question is what the gradient says of the picture.
+    seen = [replace(perturbed(full_gradient(base, x, y), value, generator), labels=y) for x, y in chunks]
+    found, seconds = attacked(base, attack, seen, seed, start(f"{name}, cosine {value}, batch {batch}"))
+    about = {"victim": name, "attack": label, "cosine": value, "batch": batch}
+    return {**about, **scores(base, found, [x for x, _ in chunks]), "seconds": round(seconds / len(seen), 2)}
+
+
+def perturbed(gradient: Gradient, cosine: float, generator: torch.Generator) -> Gradient:
+    """The gradient plus Gaussian noise orthogonal to it, so that their cosine is exactly this, and its length the same."""
+    true = flatten(gradient.released)
+    noise = torch.randn(true.shape, generator=generator)
+    noise = noise - (noise @ true) / (true @ true) * true
+    mixed = cosine * true + (1 - cosine**2) ** 0.5 * true.norm() / noise.norm() * noise
+    names = sorted(gradient.released)  # the order of flatten
+    parts = mixed.split([gradient.released[name].numel() for name in names])
+    shaped = {name: part.view_as(gradient.released[name]) for name, part in zip(names, parts, strict=True)}
+    return replace(gradient, released=shaped)
+
+
+def findings(rows: list[dict[str, Any]]) -> Findings:
+    """The table, the transfer curve, and what the perfect gradient gives in words."""
+    table = [{key: value for key, value in row.items() if key != "curve"} for row in rows]
+    parts = [
+        f"{row['victim']}, {row['attack']}: {row['psnr_db']} dB (mean image {row['mean_image_psnr_db']})"
+        for row in rows
+        if row["cosine"] == 1 and row["batch"] == 1 and "curve" not in row
+    ]
+    plots = [transfer(rows)] if any("curve" in row for row in rows) else []
+    return Findings(table, "From the perfect gradient: " + "; ".join(dict.fromkeys(parts)) + ".", plots)
+
+
+def transfer(rows: list[dict[str, Any]]) -> Any:
+    """PSNR against the cosine at which the gradient is known, and against the batch size."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name in ("convnet", "vit"):
+        own = [row for row in rows if "curve" in row and row["victim"] == name]
+        label = f"{name}, {own[0]['attack']}"
+        left.plot([row["cosine"] for row in own], [row["psnr_db"] for row in own], marker="o", label=label)
+        left.axhline(own[0]["mean_image_psnr_db"], linestyle="--", color="black")
+    left.set(xlabel="cosine to the true gradient", ylabel="PSNR in dB", title="transfer curve (dashed: mean image)")
+    left.legend(fontsize=7)
+    batches = [row for row in rows if "labels known" in row["attack"]]
+    right.plot([row["batch"] for row in batches], [row["psnr_db"] for row in batches], marker="o")
+    right.plot(
+        [row["batch"] for row in batches], [row["mean_image_psnr_db"] for row in batches], linestyle="--", color="black"
+    )
+    right.set(xlabel="batch size", title="convnet, perfect gradient")
+    return plot("What a perfect gradient gives, and one that is not", figure)
