@@ -1,13 +1,13 @@
-"""One paper, one file. ATTACKS, WEIGHTS_ATTACKS and TEXT_ATTACKS are the only places where an attack has a name."""
+"""One paper, one file or folder. ATTACKS is the only place where an attack has a name.
 
-from collections import ChainMap
+Each says what it reads (`sees`, `modality`); an audit asks all of them and tells why the others did not run.
+"""
 
 from gradleak.attacks.activation_patterns.activation_patterns import ActivationPatterns
 from gradleak.attacks.analytic import Analytic
 from gradleak.attacks.dager.dager import Dager
-from gradleak.attacks.dlg import DLG
+from gradleak.attacks.dlg import DLG, IDLG
 from gradleak.attacks.exact_git.exact_git import ExactGit
-from gradleak.attacks.idlg import IDLG
 from gradleak.attacks.inverting_gradients import InvertingGradients
 from gradleak.attacks.learned.git import Git
 from gradleak.attacks.learned.lti import LTI
@@ -32,10 +32,8 @@ ATTACKS: dict[str, type] = {
     "dlg": DLG,
     "idlg": IDLG,
     "inverting-gradients": InvertingGradients,
+    "kkt": KKT,
+    "kkt-search": KKTSearch,
+    "dager": Dager,
+    "past-the-rank": PastTheRank,
 }
-
-WEIGHTS_ATTACKS: dict[str, type] = {"kkt": KKT, "kkt-search": KKTSearch}  # for trained weights, in place of a gradient
-
-TEXT_ATTACKS: dict[str, type] = {"dager": Dager, "past-the-rank": PastTheRank}
-
-ALL_ATTACKS = ChainMap(TEXT_ATTACKS, WEIGHTS_ATTACKS, ATTACKS)  # in the order of ATTACKS, WEIGHTS_ATTACKS, TEXT_ATTACKS

@@ -10,29 +10,37 @@ Differs   least squares in place of a single unit's ratio, which averages roundi
 """
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from gradleak.attacks.attack import check_sees
 from gradleak.attacks.labels import labels_of_images, recover_labels
-from gradleak.attacks.reconstruction import Reconstruction
+from gradleak.attacks.reconstruction import Reconstruction, outcome_of
 from gradleak.attacks.search.descend import OnStep
 from gradleak.errors import NotObserved
-from gradleak.observations.distances import relative_residual
+from gradleak.modalities.networks import Architecture
 from gradleak.observations.layers import calls
-from gradleak.observations.observation import Gradient, Model
+from gradleak.observations.model import PictureModel
+from gradleak.observations.observation import PictureObservation
+from gradleak.observations.releases import Gradient, Release, Update
 
 
 @dataclass(frozen=True, kw_only=True)
 class Analytic:
     """tolerance: relative distance up to which two units' ratios count as one and the same image."""
 
+    sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update)
+    modality: ClassVar[str] = Architecture.modality
+
     tolerance: float = 1e-5
 
     def __call__(
-        self, observation: Gradient, *, generator: torch.Generator, on_step: OnStep | None = None
+        self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
     ) -> Reconstruction:
         """Raises NotObserved when the first layer is no biased linear layer, or the batch size is unknown and above 1."""
+        check_sees(self, observation)
         observation = observation.to(torch.float64)
         name, scale, shift = first_layer(observation.model)
         gradient = observation.as_gradient()
@@ -56,13 +64,13 @@ class Analytic:
             labels = labels_of_images(observation, images) if found == batch else recover_labels(observation)
         status = f"{found} of {batch} images solved in closed form from layer {name}"
         status += f" ({', '.join(map(str, support[:found]))} units agree)." if found else ": no unit isolates an image."
-        if getattr(observation, "local_steps", 1) > 1:
-            status += " The update has several local steps, so that this is an average over them, not exact."
-        residual = float(relative_residual(observation.simulate(images, labels), observation.released))
-        return Reconstruction(images.float().cpu(), labels.cpu(), residual, status)
+        if reason := observation.release.inexact():
+            status += f" Not exact: {reason}."
+        residual = observation.residual(images, labels)
+        return Reconstruction(images.float().cpu(), labels.cpu(), residual, status, outcome_of(residual))
 
 
-def first_layer(model: Model) -> tuple[str, Tensor, Tensor]:
+def first_layer(model: PictureModel) -> tuple[str, Tensor, Tensor]:
     """Name of the first layer and the (scale, shift) with input = scale * pixel + shift, each (pixels,), in float64.
 
     Raises NotObserved if it is not a linear layer with bias, or does not see every pixel by itself.

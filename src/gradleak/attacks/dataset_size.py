@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gradleak.errors import BadInput
-from gradleak.observations.observation import Adapter
+from gradleak.observations.observation import PictureObservation
 from gradleak.observations.tensors import Tensors
 from gradleak.observations.training import Recipe
 
@@ -94,7 +94,7 @@ class DatasetSize:
 
     @classmethod
     def fit(
-        cls, adapters: Sequence[Adapter], sizes: Tensor, *, level: float = 0.9, norm: bool = True, folds: int = 10
+        cls, adapters: Sequence[PictureObservation], sizes: Tensor, *, level: float = 0.9, norm: bool = True, folds: int = 10
     ) -> Self:
         """Learn from adapters trained on `sizes` (n,) samples each, under one recipe, rank and base model.
 
@@ -113,7 +113,7 @@ class DatasetSize:
         layout = layout_of(first)
         for adapter in adapters:
             check_layout(adapter, layout)
-            if (adapter.recipe, adapter.precision) != (first.recipe, first.precision):
+            if (adapter.adapter.recipe, adapter.precision) != (first.adapter.recipe, first.precision):
                 raise BadInput("The adapters of a zoo share one recipe and one precision: fit one zoo for each.")
         each = [log_spectra(adapter, norm=norm) for adapter in adapters]
         spectra = {module: torch.stack([one[module] for one in each]) for module in each[0]}
@@ -130,7 +130,7 @@ class DatasetSize:
             level=level,
             norm=norm,
             layout=layout,
-            recipe=first.recipe,
+            recipe=first.adapter.recipe,
             precision=first.precision,
             sizes=sizes,
             spectra=spectra,
@@ -141,7 +141,7 @@ class DatasetSize:
             distance=distance,
         )
 
-    def __call__(self, adapter: Adapter) -> Estimate:
+    def __call__(self, adapter: PictureObservation) -> Estimate:
         """Raises BadInput when the adapter has other modules or ranks than the zoo."""
         check_layout(adapter, self.layout)
         own = log_spectra(adapter, norm=self.norm)
@@ -153,7 +153,7 @@ class DatasetSize:
         low, high = (math.exp(bound) for bound in self.interval(x))
         likeness = self.likeness(x)
         doubts = {
-            "its recipe is not the zoo's": adapter.recipe not in (None, self.recipe),
+            "its recipe is not the zoo's": adapter.adapter.recipe not in (None, self.recipe),
             "its precision is not the zoo's": adapter.precision != self.precision,
             f"its spectrum is unlike the zoo's (p = {likeness:.3f})": likeness < RARE,
         }
@@ -234,13 +234,13 @@ class Regression:
         return (X - self.centre) / self.scale @ self.whiten
 
 
-def log_spectra(adapter: Adapter, *, norm: bool = True) -> Tensors:
+def log_spectra(adapter: PictureObservation, *, norm: bool = True) -> Tensors:
     """{module: log singular values}, in falling order, cut at 1e-6 of the first; double precision.
 
     Without `norm`, each layer's are divided by its largest, which is left out, and so is a layer that has only one.
     """
     found = {}
-    for module in sorted(adapter.scaling):
+    for module in sorted(adapter.adapter.scaling):
         sigma = singular_values(adapter, module)
         logs = sigma.clamp_min(float(sigma[0]) * FLOOR).clamp_min(torch.finfo(sigma.dtype).tiny).log()
         if norm or len(logs) > 1:
@@ -250,12 +250,12 @@ def log_spectra(adapter: Adapter, *, norm: bool = True) -> Tensors:
     return found
 
 
-def singular_values(adapter: Adapter, module: str) -> Tensor:
+def singular_values(adapter: PictureObservation, module: str) -> Tensor:
     """Those of the change of a weight, s (B A - B0 A0), from the factors: nothing of the weight's size is formed.
 
     B A - B0 A0 = [B, -B0] [A; A0] = Qb (Rb Ra^T) Qa^T, so that they are those of Rb Ra^T, at most 2r x 2r.
     """
-    A0, B0 = (adapter.start[f"{module}.{factor}"].double().flatten(1) for factor in ("lora_A", "lora_B"))
+    A0, B0 = (adapter.adapter.start[f"{module}.{factor}"].double().flatten(1) for factor in ("lora_A", "lora_B"))
     A, B = (
         start + adapter.released[f"{module}.{factor}"].double().flatten(1)
         if f"{module}.{factor}" in adapter.released
@@ -265,19 +265,19 @@ def singular_values(adapter: Adapter, module: str) -> Tensor:
     if bool(A0.any()) and bool(B0.any()):
         A, B = torch.cat([A, A0]), torch.cat([B, -B0], dim=1)
     Ra, Rb = (torch.linalg.qr(tall, mode="r").R for tall in (A.T, B))
-    sigma: Tensor = torch.linalg.svdvals(adapter.scaling[module] * Rb @ Ra.T)
+    sigma: Tensor = torch.linalg.svdvals(adapter.adapter.scaling[module] * Rb @ Ra.T)
     return sigma
 
 
-def layout_of(adapter: Adapter) -> Layout:
+def layout_of(adapter: PictureObservation) -> Layout:
     """The shapes of every module's factors."""
     return {
-        module: (tuple(adapter.start[f"{module}.lora_A"].shape), tuple(adapter.start[f"{module}.lora_B"].shape))
-        for module in sorted(adapter.scaling)
+        module: (tuple(adapter.adapter.start[f"{module}.lora_A"].shape), tuple(adapter.adapter.start[f"{module}.lora_B"].shape))
+        for module in sorted(adapter.adapter.scaling)
     }
 
 
-def check_layout(adapter: Adapter, layout: Layout) -> None:
+def check_layout(adapter: PictureObservation, layout: Layout) -> None:
     """BadInput naming the first module in which an adapter differs from the zoo."""
     own = layout_of(adapter)
     for module in sorted(own.keys() | layout.keys()):

@@ -1,4 +1,4 @@
-"""Deep Leakage from Gradients (Zhu et al., NeurIPS 2019, arXiv:1906.08935).
+"""Deep Leakage from Gradients (Zhu et al., NeurIPS 2019, arXiv:1906.08935), and iDLG, which reads the label off first.
 
 Sees      Gradient or Update; labels optional (searched for together with the images when absent)
 Recovers  images (batch, channel, height, width) in [0, 1], and labels, from networks with smooth activations
@@ -14,21 +14,24 @@ Differs   relative objective: divided by ||g*||^2, so that one goal serves all m
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from math import ceil, prod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradleak.attacks.reconstruction import Reconstruction
+from gradleak.attacks.attack import check_sees
+from gradleak.attacks.labels import recover_labels
+from gradleak.attacks.reconstruction import Reconstruction, outcome_of
 from gradleak.attacks.search.descend import OnStep, rowwise, stack
 from gradleak.attacks.search.lbfgs import Evaluate, gauss_newton_factor, lbfgs, unwhiten, whitened
 from gradleak.attacks.search.start import Start, begin
 from gradleak.errors import BadInput, NotObserved
-from gradleak.observations.distances import relative_residual
-from gradleak.observations.observation import Adapter, Gradient
+from gradleak.modalities.networks import Architecture
+from gradleak.observations.observation import PictureObservation
+from gradleak.observations.releases import Gradient, Release, Update
 from gradleak.observations.tensors import Tensors, flatten
 
 SOLVED = 1e-8  # objective above which another start is worth its time: a relative residual of 1e-4
@@ -61,6 +64,9 @@ class DLG:
     start              another attack, whose reconstruction is the first of the starts, or None
     """
 
+    sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update)
+    modality: ClassVar[str] = Architecture.modality
+
     evaluations: int = 600
     rounds: int = 5
     round_evaluations: int = 150
@@ -71,19 +77,18 @@ class DLG:
     start: Start | None = field(default=None, repr=False)
 
     def __call__(
-        self, observation: Gradient, *, generator: torch.Generator, on_step: OnStep | None = None
+        self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
     ) -> Reconstruction:
         """Raises NotObserved when neither the batch size nor labels are revealed. Residual: at the soft labels found."""
         return self.many([observation], generator=generator, on_step=on_step)[0]
 
     def many(
-        self, observations: Sequence[Gradient], *, generator: torch.Generator, on_step: OnStep | None = None
+        self, observations: Sequence[PictureObservation], *, generator: torch.Generator, on_step: OnStep | None = None
     ) -> list[Reconstruction]:
         """The same for several observations of one model state; their plain phases run side by side."""
         if self.restarts < 1 or self.evaluations < 1:
             raise BadInput("DLG needs at least one start and one evaluation.")
-        if any(isinstance(o, Adapter) for o in observations):
-            raise NotObserved("DLG fits a whole gradient; for an adapter, map-inversion does the same with a prior.")
+        check_sees(self, *observations)
         seen = [o.to(torch.float64) for o in observations]
         best: dict[int, Found] = {}
         starts = [0] * len(seen)
@@ -101,7 +106,7 @@ class DLG:
 
     def search(
         self,
-        seen: list[Gradient],
+        seen: list[PictureObservation],
         generator: torch.Generator,
         chosen: Start | None = None,
         on_step: OnStep | None = None,
@@ -132,14 +137,14 @@ class DLG:
             results.append(self.polish(seen[k], found, evaluate, report))
         return results
 
-    def residual(self, observation: Gradient, z: Tensor, released: Tensors, norm: Tensor, *known: Tensor) -> Tensor:
+    def residual(self, observation: PictureObservation, z: Tensor, released: Tensors, norm: Tensor, *known: Tensor) -> Tensor:
         """The vector whose squared length is the objective: z (n,) -> (released numbers + pixels,)."""
         images, labels = split(observation, z, *known)
         mismatch = (flatten(observation.simulate(images, labels)) - flatten(released)) / norm
         outside = (images - images.clamp(0, 1)).flatten()
         return torch.cat([mismatch, (self.box / outside.numel()) ** 0.5 * outside])
 
-    def polish(self, observation: Gradient, found: Found, evaluate: Evaluate, on_step: OnStep | None) -> Found:
+    def polish(self, observation: PictureObservation, found: Found, evaluate: Evaluate, on_step: OnStep | None) -> Found:
         """Rounds of L-BFGS, each in the variables that the Gauss-Newton matrix at its start whitens."""
         single = observation.to(torch.float32)  # W is a preconditioner: half the precision does
         known = () if single.labels is None else (probabilities(single),)
@@ -168,12 +173,12 @@ class DLG:
                 break
         return found
 
-    def reconstruction(self, observation: Gradient, found: Found, starts: int) -> Reconstruction:
+    def reconstruction(self, observation: PictureObservation, found: Found, starts: int) -> Reconstruction:
         """The images and labels of a search, and what became of it."""
         known = () if observation.labels is None else (probabilities(observation),)
         images, soft = split(observation, found.z, *known)
         images = images.clamp(0, 1).float()
-        residual = float(relative_residual(observation.simulate(images.double(), soft), observation.released))
+        residual = observation.residual(images.double(), soft)
         spent = f"after {found.evaluations} evaluations" + (f" of start {starts}" if starts > 1 else "")
         if found.value <= self.goal:
             status = f"Converged: relative residual {residual:.1g} {spent}."
@@ -187,10 +192,61 @@ class DLG:
         if self.rounds and found.value > self.goal and not found.whitened:
             status += " The search was not whitened: the Jacobian is too large, or could not be had."
         labels = soft.argmax(dim=1)
-        return Reconstruction(images.cpu(), labels.cpu(), residual, status, found.evaluations, thinned(found.trace))
+        outcome, trace = outcome_of(residual), thinned(found.trace)
+        return Reconstruction(
+            images.cpu(), labels.cpu(), residual, status, outcome, iterations=found.evaluations, trace=trace
+        )
 
 
-def shape(observation: Gradient) -> tuple[int, ...]:
+@dataclass(frozen=True, kw_only=True)
+class IDLG:
+    """The search, as in DLG, with the label read off first (Zhao et al. 2020, arXiv:2001.02610).
+
+    The sign of dL/db_c tells it: only the true class has p_c - 1 there. Differs: the sign is read off the gradient of the last
+    bias, not of the last weights (equations 4 and 5), so that activations need not be positive.
+    """
+
+    sees: ClassVar[tuple[type[Release], ...]] = DLG.sees
+    modality: ClassVar[str] = DLG.modality
+
+    evaluations: int = DLG.evaluations
+    rounds: int = DLG.rounds
+    round_evaluations: int = DLG.round_evaluations
+    history: int = DLG.history
+    goal: float = DLG.goal
+    box: float = DLG.box
+    restarts: int = DLG.restarts
+    start: Start | None = field(default=None, repr=False)
+
+    def __call__(
+        self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
+    ) -> Reconstruction:
+        """Raises NotObserved for more than one image without labels, and when the last layer has no bias."""
+        return self.many([observation], generator=generator, on_step=on_step)[0]
+
+    def many(
+        self, observations: Sequence[PictureObservation], *, generator: torch.Generator, on_step: OnStep | None = None
+    ) -> list[Reconstruction]:
+        """The same for several observations of one model state; their plain phases run side by side."""
+        check_sees(self, *observations)
+        same = {part.name: getattr(self, part.name) for part in fields(self)}
+        return DLG(**same).many([labelled(o) for o in observations], generator=generator, on_step=on_step)
+
+
+def labelled(observation: PictureObservation) -> PictureObservation:
+    """The observation with the label that the sign rule gives, if it came without labels."""
+    if observation.labels is not None:
+        return observation
+    if observation.batch_size != 1:
+        size = observation.batch_size or "an unknown number of"
+        raise NotObserved(
+            f"The batch has {size} images: iDLG reads the label off the sign of the last layer's gradient, which tells "
+            "the true class for one image only. Use dlg or inverting-gradients."
+        )
+    return replace(observation, labels=recover_labels(observation))
+
+
+def shape(observation: PictureObservation) -> tuple[int, ...]:
     """(batch, channel, height, width) of the private images. NotObserved when nothing tells how many there are."""
     batch = observation.batch_size if observation.labels is None else len(observation.labels)
     if batch is None:
@@ -198,7 +254,7 @@ def shape(observation: Gradient) -> tuple[int, ...]:
     return (batch, *observation.model.architecture.input_shape)
 
 
-def start(observation: Gradient, count: int, generator: torch.Generator) -> Tensor:
+def start(observation: PictureObservation, count: int, generator: torch.Generator) -> Tensor:
     """Grey images, and label logits 0 where labels were not given: z (count, n) float64."""
     size = shape(observation)
     noise = torch.randn(count, prod(size), generator=generator, dtype=torch.float64)
@@ -207,7 +263,7 @@ def start(observation: Gradient, count: int, generator: torch.Generator) -> Tens
     return z.to(flatten(observation.released).device)
 
 
-def started(chosen: Start, seen: list[Gradient], generator: torch.Generator) -> Tensor:
+def started(chosen: Start, seen: list[PictureObservation], generator: torch.Generator) -> Tensor:
     """The images that another attack finds, as `start`; its labels are not believed."""
     z = start(seen[0], len(seen), generator)
     known = None if seen[0].labels is None else [o.labels for o in seen if o.labels is not None]
@@ -215,27 +271,27 @@ def started(chosen: Start, seen: list[Gradient], generator: torch.Generator) -> 
     return torch.cat([pixels, z[:, pixels.shape[1] :]], dim=1)
 
 
-def split(observation: Gradient, z: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def split(observation: PictureObservation, z: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """z (n,) -> images (batch, channel, height, width), not clamped, and label probabilities (batch, classes)."""
     size = shape(observation)
     images, logits = z[: prod(size)].view(size), z[prod(size) :]
     return images, logits.view(size[0], -1).softmax(dim=1) if known is None else known
 
 
-def whitenable(observation: Gradient) -> bool:
+def whitenable(observation: PictureObservation) -> bool:
     """Whether the Jacobian of what was released by the pixels is small enough to be built."""
     released = sum(tensor.numel() for tensor in observation.released.values())
     return 4 * prod(shape(observation)) * released <= WHITENING_BYTES
 
 
-def probabilities(observation: Gradient) -> Tensor:
+def probabilities(observation: PictureObservation) -> Tensor:
     """The given labels, one-hot, in the precision of what was released: (batch, classes)."""
     assert observation.labels is not None
     one_hot = F.one_hot(observation.labels, observation.model.architecture.classes)
     return one_hot.to(flatten(observation.released))
 
 
-def solved(observation: Gradient) -> float:
+def solved(observation: PictureObservation) -> float:
     """The objective that explains the observation: 1e-8, or what rounding to the format of the release leaves."""
     kind = getattr(torch, observation.precision, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:

@@ -12,18 +12,22 @@ Differs   g0 is the part of the gradient that any picture with these labels woul
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import vmap
 
+from gradleak.attacks.attack import check_sees
 from gradleak.attacks.labels import known_or_recovered
-from gradleak.attacks.reconstruction import Reconstruction
+from gradleak.attacks.reconstruction import Reconstruction, outcome_of
 from gradleak.attacks.search.descend import OnStep, best_of_restarts, descend, stack
 from gradleak.attacks.search.start import Start, begin
-from gradleak.observations.distances import cosine, relative_residual
-from gradleak.observations.observation import Gradient
+from gradleak.modalities.networks import Architecture
+from gradleak.observations.distances import cosine
+from gradleak.observations.observation import PictureObservation
+from gradleak.observations.releases import Adapter, Gradient, Release, Update
 from gradleak.observations.tensors import Tensors, flatten
 from gradleak.priors.total_variation import total_variation
 
@@ -40,6 +44,9 @@ class InvertingGradients:
     start             another attack, whose reconstruction the first of the restarts begins at, or None
     """
 
+    sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update, Adapter)
+    modality: ClassVar[str] = Architecture.modality
+
     steps: int = 1_000
     step_size: float = 0.1
     tv_weight: float = 0.03
@@ -49,15 +56,16 @@ class InvertingGradients:
     start: Start | None = field(default=None, repr=False)
 
     def __call__(
-        self, observation: Gradient, *, generator: torch.Generator, on_step: OnStep | None = None
+        self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
     ) -> Reconstruction:
         """Raises NotObserved when labels, or the batch size, are neither given nor recoverable."""
         return self.many([observation], generator=generator, on_step=on_step)[0]
 
     def many(
-        self, observations: Sequence[Gradient], *, generator: torch.Generator, on_step: OnStep | None = None
+        self, observations: Sequence[PictureObservation], *, generator: torch.Generator, on_step: OnStep | None = None
     ) -> list[Reconstruction]:
         """The same for several observations of one model state, side by side."""
+        check_sees(self, *observations)
         seen = observations[0]
         labels = torch.stack([known_or_recovered(o) for o in observations])  # (observations, batch)
         y = labels.repeat_interleave(self.restarts, dim=0)  # (K, batch), K = observations * restarts
@@ -84,16 +92,21 @@ class InvertingGradients:
         )
         results = []
         for o, x, row, value, trace in best_of_restarts(found, observations, labels):
-            residual = float(relative_residual(o.simulate(x, row), o.released))
+            residual = o.residual(x, row)
             status = f"Finished {self.steps} steps at objective {value:.3g}, relative residual {residual:.2g}."
             if not math.isfinite(value):
                 status = "Not started: the objective is no finite number at grey images; check the model's parameters."
-            results.append(Reconstruction(x.cpu(), row.cpu(), residual, status, self.steps, trace))
+            outcome = outcome_of(residual)
+            results.append(
+                Reconstruction(
+                    x.cpu(), row.cpu(), residual, status, outcome, iterations=self.steps, trace=trace
+                )
+            )
         return results
 
 
 def shared_part(
-    observation: Gradient, labels: Tensor, released: Tensors, generator: torch.Generator, draws: int = 6
+    observation: PictureObservation, labels: Tensor, released: Tensors, generator: torch.Generator, draws: int = 6
 ) -> Tensors:
     """The mean release for random smooth pictures with these labels, scaled to fit what was released.
 

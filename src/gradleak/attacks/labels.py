@@ -13,17 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from gradleak.errors import NotObserved
-from gradleak.observations.distances import relative_residual
+from gradleak.modalities.losses import CrossEntropy
 from gradleak.observations.layers import Call, calls
-from gradleak.observations.observation import Adapter, Gradient
+from gradleak.observations.observation import PictureObservation
+from gradleak.observations.releases import Adapter
 
 
-def known_or_recovered(observation: Gradient) -> Tensor:
+def known_or_recovered(observation: PictureObservation) -> Tensor:
     """The labels of the observation, or the recovered ones: (batch,) int64. Raises NotObserved."""
     return observation.labels if observation.labels is not None else recover_labels(observation)
 
 
-def recover_labels(observation: Gradient) -> Tensor:
+def recover_labels(observation: PictureObservation) -> Tensor:
     """The multiset of labels in ascending order, (batch,) int64, from the last layer's gradient.
 
     Raises NotObserved when the batch size is withheld, or the model does not end in a linear layer with bias.
@@ -33,10 +34,12 @@ def recover_labels(observation: Gradient) -> Tensor:
         raise NotObserved("The batch size was withheld, and labels without it: neither can be told from one gradient.")
     model = observation.model
     grey = torch.full((1, *model.architecture.input_shape), 0.5).to(next(iter(observation.released.values())))
-    if isinstance(observation, Adapter):
+    if not (isinstance(model.criterion, CrossEntropy) and model.criterion.plain):
+        raise NotObserved(f"Labels were not given, and they are read off a plain cross entropy, not off {model.criterion}.")
+    if isinstance(observation.release, Adapter):
         return label_of_sketch(observation, grey)
     gradient, last = observation.as_gradient(), last_layer(observation, grey)
-    share = 1 if model.reduction == "mean" else batch
+    share = 1 if model.criterion.reduction == "mean" else batch
     bias_gradient = gradient[f"{last.name}.bias"] / share
     if batch == 1:
         return bias_gradient.argmin()[None]
@@ -45,7 +48,7 @@ def recover_labels(observation: Gradient) -> Tensor:
     return torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
 
 
-def candidate_labels(observation: Gradient) -> Tensor:
+def candidate_labels(observation: PictureObservation) -> Tensor:
     """The labels worth trying, (tries, batch) int64: those known or recovered, else, for one picture, every class."""
     try:
         return known_or_recovered(observation)[None]
@@ -56,15 +59,15 @@ def candidate_labels(observation: Gradient) -> Tensor:
         return torch.arange(observation.model.architecture.classes, device=where)[:, None]
 
 
-def with_best_label(observation: Gradient, images: Tensor) -> tuple[Tensor, float]:
+def with_best_label(observation: PictureObservation, images: Tensor) -> tuple[Tensor, float]:
     """The label (1,) under which this one picture explains the release best, and its relative residual."""
     tries = candidate_labels(replace(observation, batch_size=1))
-    residuals = [float(relative_residual(observation.simulate(images, y), observation.released)) for y in tries]
+    residuals = [observation.residual(images, y) for y in tries]
     best = min(range(len(tries)), key=residuals.__getitem__)
     return tries[best], residuals[best]
 
 
-def label_of_sketch(observation: Adapter, images: Tensor) -> Tensor:
+def label_of_sketch(observation: PictureObservation, images: Tensor) -> Tensor:
     """The label (1,) of an adapter's only picture: S = (p - onehot(y)) (A h)^T has its largest entries in row y."""
     name = calls(observation.model, images)[-1].name
     sketch = next((s for s in observation.sketches() if s.module == name and s.side == "right"), None)
@@ -76,7 +79,7 @@ def label_of_sketch(observation: Adapter, images: Tensor) -> Tensor:
     return label[None]
 
 
-def last_layer(observation: Gradient, images: Tensor) -> Call:
+def last_layer(observation: PictureObservation, images: Tensor) -> Call:
     """The linear layer whose output is the logits, called with `images`; NotObserved if the model ends otherwise."""
     model = observation.model
     last = calls(model, images)[-1]
@@ -149,7 +152,7 @@ def apportion(raw: Tensor, present: Tensor, total: int) -> Tensor:
     return counts
 
 
-def labels_of_images(observation: Gradient, images: Tensor) -> Tensor:
+def labels_of_images(observation: PictureObservation, images: Tensor) -> Tensor:
     """The label of each image, once the images themselves are known: (batch,) int64.
 
     With features F (batch, features) and logits known, dL/dW = (P - Y)^T F / batch is linear in the one-hot Y, and
@@ -158,7 +161,7 @@ def labels_of_images(observation: Gradient, images: Tensor) -> Tensor:
     model = observation.model
     last = last_layer(observation, images)
     probabilities = model.logits({}, images).softmax(dim=1)
-    share = len(images) if model.reduction == "mean" else 1
+    share = len(images) if model.criterion.reduction == "mean" else 1
     difference = (
         share * observation.as_gradient()[f"{last.name}.weight"] @ torch.linalg.pinv(last.input)
     )  # (classes, batch)

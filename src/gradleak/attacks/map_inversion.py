@@ -15,20 +15,22 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 
+from gradleak.attacks.attack import check_sees
 from gradleak.attacks.labels import candidate_labels
-from gradleak.attacks.reconstruction import Reconstruction
+from gradleak.attacks.reconstruction import Reconstruction, outcome_of
 from gradleak.attacks.search.descend import OnStep, rowwise, stack
 from gradleak.attacks.search.lbfgs import lbfgs
 from gradleak.attacks.search.start import Start, begin
 from gradleak.errors import BadInput
-from gradleak.observations.distances import relative_residual
-from gradleak.observations.observation import Gradient
+from gradleak.modalities.networks import Architecture
+from gradleak.observations.observation import PictureObservation
+from gradleak.observations.releases import Adapter, Gradient, Release, Update
 from gradleak.observations.tensors import Tensors
 from gradleak.priors.gaussian import GaussianPrior
 
@@ -48,21 +50,25 @@ class MapInversion:
     start        another attack, whose reconstruction the search begins at, with weights from 1e-4 on; or None
     """
 
+    sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update, Adapter)
+    modality: ClassVar[str] = Architecture.modality
+
     prior: GaussianPrior | None = field(default=None, repr=False)
     pairs: int = 1_000
     evaluations: int = 75
     start: Start | None = field(default=None, repr=False)
 
     def __call__(
-        self, observation: Gradient, *, generator: torch.Generator, on_step: OnStep | None = None
+        self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
     ) -> Reconstruction:
         """Raises NotObserved when the batch size is withheld, or the labels of a batch are neither given nor readable."""
         return self.many([observation], generator=generator, on_step=on_step)[0]
 
     def many(
-        self, observations: Sequence[Gradient], *, generator: torch.Generator, on_step: OnStep | None = None
+        self, observations: Sequence[PictureObservation], *, generator: torch.Generator, on_step: OnStep | None = None
     ) -> list[Reconstruction]:
         """The same for several observations of one model state, side by side."""
+        check_sees(self, *observations)
         seen, where = observations[0], next(iter(observations[0].released.values()))
         shape = seen.model.architecture.input_shape
         prior = self.prior or GaussianPrior.smooth(shape)
@@ -103,16 +109,20 @@ class MapInversion:
         results = []
         for row, o in enumerate(observations):
             images, value = pictures(z[row]).clamp(0, 1).detach(), float(found.value[row])
-            residual = float(relative_residual(o.simulate(images, y[row]), o.released))
+            residual = o.residual(images, y[row])
             status = f"Finished {done} evaluations at objective {value:.3g}, relative residual {residual:.2g}."
             if not math.isfinite(value):
                 status = "Not started: the objective is no finite number at the start; check the model's parameters."
             own = [(step, values[row]) for step, values in trace]
-            results.append(Reconstruction(images.cpu(), y[row].cpu(), residual, status, done, own))
+            outcome = outcome_of(residual)
+            found_here = Reconstruction(
+                images.cpu(), y[row].cpu(), residual, status, outcome, iterations=done, trace=own
+            )
+            results.append(found_here)
         return results
 
     def learned_start(
-        self, seen: Gradient, prior: GaussianPrior, y: Tensor, released: Tensors, generator: torch.Generator
+        self, seen: PictureObservation, prior: GaussianPrior, y: Tensor, released: Tensors, generator: torch.Generator
     ) -> Tensor:
         """Where each of the K rows begins: (K, batch, channel, height, width)."""
         K, batch = y.shape
@@ -134,7 +144,7 @@ class MapInversion:
         return start[:, None]
 
 
-def _alone(seen: Gradient, y: Tensor, image: Tensor) -> Tensors:
+def _alone(seen: PictureObservation, y: Tensor, image: Tensor) -> Tensors:
     return {name: tensor.detach() for name, tensor in seen.simulate(image[None], y).items()}
 
 

@@ -1,7 +1,7 @@
 """One text out of the LoRA factors of a transformer although it has more tokens than the rank: likely, not proven. Own; the
 view of an adapter is DAGER's (Petrov et al. 2024, arXiv:2405.15586).
 
-Sees      TextAdapter of one text: the gradient of the factors B or their change; of the first block query, key and value
+Sees      Adapter of one text: the gradient of the factors B or their change; of the first block query, key and value
           (any of them). Labels are tried
 Recovers  one text; how much of it is right, the cosine of its gradient with the release suggests
 Solves    argmax over texts of the mean cosine between the gradients of their factors B and what was released
@@ -13,19 +13,23 @@ Differs   where n tokens fill the rank r, DAGER's check refuses nobody. But the 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
+from gradleak.attacks.attack import check_sees
 from gradleak.attacks.dager.spans import excess, spans
 from gradleak.attacks.dager.vocabulary import CHUNK, Embeddings
-from gradleak.attacks.reconstruction import TextReconstruction
+from gradleak.attacks.reconstruction import Outcome, Reconstruction
 from gradleak.attacks.search.descend import OnStep
 from gradleak.errors import NotObserved
-from gradleak.observations.text import LanguageModel, TextAdapter, TextGradient, View
+from gradleak.modalities.language_models import LanguageArchitecture
+from gradleak.observations.model import LanguageModel
+from gradleak.observations.observation import TextObservation
+from gradleak.observations.releases import Adapter, Release, Sketch
 
 POWER = 1.5  # between 1 (the likelihood ratio of Gaussians) and 2 the true tokens ranked best on a few public texts
 EXACT = 1e-6  # distance of directions: float32 leaves 1e-7 at the true text
@@ -53,19 +57,23 @@ class PastTheRank:
     sweeps   times that every position is reconsidered, at most
     """
 
+    sees: ClassVar[tuple[type[Release], ...]] = (Adapter,)
+    modality: ClassVar[str] = LanguageArchitecture.modality
+
     choices: int = 20
     sweeps: int = 6
 
     def __call__(
-        self, observation: TextGradient, *, generator: torch.Generator, on_step: OnStep | None = None
-    ) -> TextReconstruction:
+        self, observation: TextObservation, *, generator: torch.Generator, on_step: OnStep | None = None
+    ) -> Reconstruction:
         """Raises NotObserved for what is no adapter of one text, or has fewer tokens than its rank."""
-        model, family = observation.model, observation.model.family
-        views = [view for view in observation.views() if view.factor is not None]
+        model, family = observation.model, observation.model.architecture.family
+        check_sees(self, observation)
+        views = [view for view in observation.sketches() if view.side == "right"]
         first = [view for view in views if view.module in family.queries(0)]
-        if not isinstance(observation, TextAdapter) or not first:
-            raise NotObserved("This is for LoRA factors of the first block; whole gradients have no rank to pass.")
-        if not observation.replayable:
+        if not first:
+            raise NotObserved("No LoRA factor of the first block's query, key or value was released.")
+        if model.architecture.task == "masked-lm":
             raise NotObserved("What a masked language model was to predict is unknown: no text can be tried.")
         if observation.batch_size != 1:
             raise NotObserved("This is for one text: the tokens of several cannot be told apart by their ranking.")
@@ -74,9 +82,9 @@ class PastTheRank:
         if bool((excess(seen, _random(embeddings, RANDOM, 1, generator), ROUNDING)[1] > 1).double().mean() > 0.5):
             raise NotObserved("The text has fewer tokens than the rank: dager tells exactly which.")
         rank = min(view.measured.shape[1] for view in first)
-        longest = min(LONGEST * rank, model.positions - family.offset)
+        longest = min(LONGEST * rank, model.architecture.positions - family.offset)
         likely = ranked(embeddings, first, longest, self.choices, generator)  # (longest, choices)
-        target = _Target(model, views, observation.gradient)
+        target = _Target(model, views)
         starts = [_sweep(target, likely, start, generator) for start in _starts(target, likely, rank)]
         found = min(starts, key=lambda entry: entry.distance)
         for sweep in range(1, self.sweeps):
@@ -87,10 +95,10 @@ class PastTheRank:
                 on_step(sweep + 1, self.sweeps, found.distance)
             if found is before:
                 break
-        return _told(model, found, rank)
+        return _told(found, rank)
 
 
-def _told(model: LanguageModel, found: Searched, rank: int) -> TextReconstruction:
+def _told(found: Searched, rank: int) -> Reconstruction:
     tokens, exact = tuple(found.tokens.tolist()), found.distance < EXACT
     evidence = (
         "explains the release to rounding"
@@ -98,12 +106,12 @@ def _told(model: LanguageModel, found: Searched, rank: int) -> TextReconstructio
         else f"has a cosine of {1 - found.distance:.3f} with the release: likely in parts, not proven"
     )
     status = f"The tokens fill the rank ({rank}), so that no check refuses any. The text whose gradient is nearest {evidence}."
-    text, bag = model.decode(tokens), tuple(sorted(set(tokens)))
-    return TextReconstruction((tokens,), (text,), (exact,), bag, max(found.distance, 0.0), status)
+    outcome, bag = Outcome.SOLVED if exact else Outcome.GUESSED, tuple(sorted(set(tokens)))
+    return Reconstruction((tokens,), None, max(found.distance, 0.0), status, outcome, (exact,), bag)
 
 
 def ranked(
-    embeddings: Embeddings, views: Sequence[View], longest: int, keep: int, generator: torch.Generator
+    embeddings: Embeddings, views: Sequence[Sketch], longest: int, keep: int, generator: torch.Generator
 ) -> Tensor:
     """The most likely tokens at each of the first positions, best first: (longest, keep)."""
     e, count = embeddings, len(embeddings.tokens)
@@ -143,10 +151,9 @@ def _random(embeddings: Embeddings, count: int, longest: int, generator: torch.G
 class _Target:
     """The released gradients of the factors B, with which those of texts are compared."""
 
-    def __init__(self, model: LanguageModel, views: Sequence[View], gradient: bool):
-        sign = 1.0 if gradient else -1.0  # a change goes against the gradient
+    def __init__(self, model: LanguageModel, views: Sequence[Sketch]):
         self.model = model
-        self.released = [(v.module, v.factor, sign * v.measured) for v in views if v.factor is not None]
+        self.released = [(v.module, v.through, v.measured) for v in views]
 
     def distances(self, texts: Tensor, label: int) -> Tensor:
         """1 - the mean cosine over modules, of each of the texts (count, length) alone: (count,)."""
@@ -166,7 +173,7 @@ class _Target:
         finally:
             for handle in handles:
                 handle.remove()
-        if model.task == "classification":
+        if model.architecture.task == "classification":
             loss = F.cross_entropy(out.logits, torch.full((len(texts),), label), reduction="sum")
         else:
             loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), texts[:, 1:].flatten(), reduction="sum")
@@ -181,7 +188,7 @@ class _Target:
 def _starts(target: _Target, likely: Tensor, rank: int) -> list[Searched]:
     """The best ranked tokens, at those lengths and with those labels whose gradients are nearest."""
     model, ends = target.model, _ends(target.model)
-    labels = range(model.config.num_labels) if model.task == "classification" else (0,)
+    labels = range(model.architecture.config.num_labels) if model.architecture.task == "classification" else (0,)
     tried = []
     for length in range(min(rank, len(likely)), len(likely) + 1):
         text = likely[:length, 0].clone()
@@ -230,5 +237,5 @@ def _moved(target: _Target, likely: Tensor, found: Searched) -> Searched:
 
 def _ends(model: LanguageModel) -> list[int]:
     """The special tokens at the beginning and the end of every text, if the tokenizer sets them."""
-    ends: list[int] = model.tokenizer("")["input_ids"]
+    ends: list[int] = model.architecture.tokenizer("")["input_ids"]
     return ends if len(ends) == 2 else []

@@ -14,29 +14,35 @@ Differs   DAGER enumerates tokens and decides by a threshold; nothing is enumera
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gradleak.attacks.attack import check_sees
 from gradleak.attacks.labels import with_best_label
-from gradleak.attacks.reconstruction import Reconstruction
+from gradleak.attacks.reconstruction import Reconstruction, outcome_of
 from gradleak.attacks.search.descend import OnStep
 from gradleak.errors import NotObserved
-from gradleak.modalities.networks import ImageTransformer
-from gradleak.observations.observation import Adapter, Gradient
-from gradleak.observations.tensors import Tensors
+from gradleak.modalities.networks import Architecture, ImageTransformer
+from gradleak.observations.observation import PictureObservation
+from gradleak.observations.releases import Adapter, Gradient, Release, Update
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSpan:
     """No hyperparameters: a closed form."""
 
+    sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update, Adapter)
+    modality: ClassVar[str] = Architecture.modality
+
     def __call__(
-        self, observation: Gradient, *, generator: torch.Generator, on_step: OnStep | None = None
+        self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
     ) -> Reconstruction:
         """Raises NotObserved where the model is no vision transformer of the transformers library, more than one picture
         took part, or the tokens fill the space in which they were seen."""
+        check_sees(self, observation)
         observation = observation.to(torch.device("cpu"))
         network = observation.model.module
         if not isinstance(network, ImageTransformer) or not hasattr(network.network, "vit"):
@@ -62,10 +68,10 @@ class TokenSpan:
         images = (normalised * network.normalise.std + network.normalise.mean).clamp(0, 1).float()
         labels, residual = with_best_label(observation, images)
         status = f"{len(N)} equations for each of {len(known)} patches; relative residual {residual:.2g}."
-        return Reconstruction(images, labels, residual, status)
+        return Reconstruction(images, labels, residual, status, outcome_of(residual))
 
 
-def outside(observation: Gradient, *, tokens: int, unknowns: int) -> Tensor:
+def outside(observation: PictureObservation, *, tokens: int, unknowns: int) -> Tensor:
     """Directions orthogonal to every token of the first attention layer: (equations, width). NotObserved if too few."""
     released = views(observation)
     if not released:
@@ -83,12 +89,10 @@ def outside(observation: Gradient, *, tokens: int, unknowns: int) -> Tensor:
     return N
 
 
-def views(observation: Gradient) -> list[tuple[Tensor, list[Tensor]]]:
-    """(factor (r, width), the matrices whose rows lie in the span of factor @ tokens), in float64."""
+def views(observation: PictureObservation) -> list[tuple[Tensor, list[Tensor]]]:
+    """(factor (r, width), the matrices whose rows lie in the span of factor @ tokens), in float64; whole gradients together."""
     names = [f"network.vit.layers.0.attention.{part}_proj" for part in "qkv"]
-    if isinstance(observation, Adapter):
-        sketches = [s for s in observation.sketches() if s.module in names and s.side == "right"]
-        return [(s.factor.double(), [s.measured.double()]) for s in sketches if bool(s.measured.any())]
-    gradient: Tensors = observation.as_gradient()
-    whole = [gradient[f"{name}.weight"].double() for name in names if f"{name}.weight" in gradient]
-    return [(torch.eye(whole[0].shape[1], dtype=torch.float64), whole)] if whole else []
+    sketches = [s for s in observation.sketches(names) if s.side == "right" and bool(s.measured.any())]
+    whole = [s.measured.double() for s in sketches if s.factor is None]
+    found = [(s.factor.double(), [s.measured.double()]) for s in sketches if s.factor is not None]
+    return [(torch.eye(whole[0].shape[1], dtype=torch.float64), whole)] if whole else found

@@ -25,8 +25,8 @@ from gradleak.audit.jacobian import MOST_UNKNOWNS
 from gradleak.errors import BadInput, NotObserved
 from gradleak.formats.secret_file import Secret
 from gradleak.modalities.pictures import Pictures
-from gradleak.observations.observation import Adapter, Gradient
-from gradleak.observations.trained_weights import Weights
+from gradleak.observations.observation import PictureObservation
+from gradleak.observations.releases import Adapter, Weights
 from gradleak.priors.gaussian import GaussianPrior
 from gradleak.report.record import Flag, Result, Verdict, new_result
 
@@ -39,7 +39,7 @@ class Attack(Protocol):
     """What every attack is: a frozen dataclass of hyperparameters with one call."""
 
     def __call__(
-        self, observation: Gradient, *, generator: torch.Generator, on_step: OnStep | None = None
+        self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
     ) -> Reconstruction: ...
 
 
@@ -52,7 +52,7 @@ class Audited:
 
 
 def audit(
-    observation: Gradient,
+    observation: PictureObservation,
     attacks: dict[str, Attack],
     public: Pictures | None,
     *,
@@ -152,7 +152,7 @@ def dataset_size(observation: Adapter, public: Pictures, seed: int) -> Flag:
     return flag("dataset_size", "info", f"{zoo(observation).sentence} ({told}.)")
 
 
-def information(observation: Gradient, images: Tensor, labels: Tensor, where: str) -> Flag:
+def information(observation: PictureObservation, images: Tensor, labels: Tensor, where: str) -> Flag:
     """What the release determines, whether or not an attack finds it: identifiability.py, as a flag."""
     if images.numel() > MOST_UNKNOWNS:
         sentence = f"{images.numel():,} unknown pixels: too many to ask here what the release determines."
@@ -171,7 +171,7 @@ def trained_on_secret(attack: Any, secret: Secret) -> list[Flag]:
 
 
 def score(
-    row: Result, observation: Gradient, found: Reconstruction, wrong: Reconstruction, secret: Secret, public: Pictures
+    row: Result, observation: PictureObservation, found: Reconstruction, wrong: Reconstruction, secret: Secret, public: Pictures
 ) -> None:
     """Put scores, controls, flags and pictures into the row, one entry per true image."""
     truth = secret.images
@@ -218,7 +218,7 @@ def similarity(images: Tensor, truth: Tensor) -> dict[str, list[float]]:
     }
 
 
-def wrong_observation(observation: Gradient, public: Pictures, batch: int, seed: int) -> Gradient:
+def wrong_observation(observation: PictureObservation, public: Pictures, batch: int, seed: int) -> PictureObservation:
     """An observation of the same kind that says nothing of the secret: the same victim, trained on public pictures."""
     classes = observation.model.architecture.classes
     rows = torch.randperm(len(public.labels), generator=torch.Generator().manual_seed(seed))[:batch]
@@ -271,7 +271,7 @@ def lead_db(row: Result) -> list[float]:
     ]
 
 
-def describe(observation: Gradient) -> dict[str, Any]:
+def describe(observation: PictureObservation) -> dict[str, Any]:
     """The observation as plain data: kind, model, and what of it was revealed."""
     model = observation.model
     about: dict[str, Any] = {

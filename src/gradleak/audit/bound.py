@@ -23,7 +23,7 @@ from torch import Tensor
 from gradleak.attacks.search.descend import OnStep
 from gradleak.audit.jacobian import checked, jacobian_grams
 from gradleak.errors import BadInput
-from gradleak.observations.observation import Gradient
+from gradleak.observations.observation import PictureObservation
 from gradleak.observations.tensors import flatten
 
 NOISE_LEVELS = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -88,7 +88,7 @@ class Identifiability:
 
 
 def identifiability(
-    observation: Gradient,
+    observation: PictureObservation,
     images: Tensor,
     labels: Tensor,
     *,
@@ -106,7 +106,7 @@ def identifiability(
 
 
 def compare(
-    observations: Sequence[Gradient],
+    observations: Sequence[PictureObservation],
     images: Tensor,
     labels: Tensor,
     *,

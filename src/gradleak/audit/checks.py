@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from gradleak.attacks.reconstruction import Reconstruction
 from gradleak.formats.secret_file import Secret
+from gradleak.modalities.losses import Reduction
 from gradleak.observations.distances import relative_residual
-from gradleak.observations.observation import Adapter, Gradient, Mode, Model, Reduction
+from gradleak.observations.model import Mode, PictureModel
+from gradleak.observations.observation import PictureObservation
+from gradleak.observations.releases import STATIONARY, Adapter, Weights
 from gradleak.observations.tensors import Tensors, flatten
-from gradleak.observations.trained_weights import STATIONARY, Weights
 from gradleak.report.record import Flag
 
 # Relative rounding error of a release in each format, with room for another summation order.
@@ -26,7 +28,7 @@ def flag(name: str, level: typing.Literal["info", "warning", "error"], sentence:
     return {"name": name, "level": level, "sentence": sentence}
 
 
-def check_observation(observation: Gradient) -> list[Flag]:
+def check_observation(observation: PictureObservation) -> list[Flag]:
     """What can be said before any attack, without the secret: vanishing or contradictory gradients, dropout."""
     if isinstance(observation, Weights):
         return check_weights(observation)
@@ -97,7 +99,7 @@ def inexact(adapter: Adapter) -> str:
     return f"{adapter.recipe.steps} steps were taken, and their mean stands in" if adapter.recipe.steps > 1 else ""
 
 
-def replay(observation: Gradient, images: Tensor, labels: Tensor, *, buffers: Tensors | None = None) -> list[Flag]:
+def replay(observation: PictureObservation, images: Tensor, labels: Tensor, *, buffers: Tensors | None = None) -> list[Flag]:
     """Does the model give this release for these images? To be asked before an attack, of data that you know.
 
     If it does not, the other mode, the other reduction and the other `buffers` (for example those saved after the
@@ -108,7 +110,7 @@ def replay(observation: Gradient, images: Tensor, labels: Tensor, *, buffers: Te
     if error <= tolerance:
         sentence = f"The model reproduces the release from the true images (relative error {error:.1e})."
         return [flag("replay", "info", sentence)]
-    beliefs: list[tuple[str, Model]] = []
+    beliefs: list[tuple[str, PictureModel]] = []
     for mode in typing.get_args(Mode):
         for reduction in typing.get_args(Reduction):
             other = observation.model.assume(mode=mode, reduction=reduction)
@@ -127,7 +129,7 @@ def replay(observation: Gradient, images: Tensor, labels: Tensor, *, buffers: Te
     return [flag("replay", "error", sentence)]
 
 
-def replay_error(observation: Gradient, model: Model, images: Tensor, labels: Tensor) -> float:
+def replay_error(observation: PictureObservation, model: PictureModel, images: Tensor, labels: Tensor) -> float:
     """||simulate(images, labels) - released|| / ||released||, had the model been `model`."""
     with torch.no_grad():
         simulated = replace(observation, model=model).simulate(images, labels)
@@ -135,7 +137,7 @@ def replay_error(observation: Gradient, model: Model, images: Tensor, labels: Te
 
 
 def check_result(
-    observation: Gradient,
+    observation: PictureObservation,
     result: Reconstruction,
     secret: Secret,
     *,
@@ -170,7 +172,7 @@ def check_result(
     return flags
 
 
-def _last_bias(observation: Gradient) -> Tensor | None:
+def _last_bias(observation: PictureObservation) -> Tensor | None:
     gradient, classes = observation.as_gradient(), observation.model.architecture.classes
     name = list(observation.model.parameters)[-1]
     return gradient[name] if name in gradient and gradient[name].shape == (classes,) else None

@@ -16,7 +16,8 @@ from torch.func import grad, jvp, vmap
 
 from gradleak.attacks.search.descend import OnStep, record
 from gradleak.errors import BadInput
-from gradleak.observations.observation import Adapter, Gradient
+from gradleak.observations.observation import PictureObservation
+from gradleak.observations.releases import Adapter
 from gradleak.observations.tensors import Tensors
 from gradleak.observations.training import Recipe
 
@@ -29,7 +30,7 @@ Piece = tuple[Key, int, int]  # rows of J: entries from:to of the flattened tens
 
 
 def jacobian_gram(
-    observation: Gradient, images: Tensor, labels: Tensor, *, chunk: int = 32, on_step: OnStep | None = None
+    observation: PictureObservation, images: Tensor, labels: Tensor, *, chunk: int = 32, on_step: OnStep | None = None
 ) -> Tensor:
     """J^T J (n, n) float64, J = d simulate(images, labels) / d images of (equations, n = batch*channel*height*width).
 
@@ -39,7 +40,7 @@ def jacobian_gram(
 
 
 def jacobian_grams(
-    observations: Sequence[Gradient],
+    observations: Sequence[PictureObservation],
     images: Tensor,
     labels: Tensor,
     *,
@@ -138,19 +139,19 @@ def _add_gram(gram: Tensor, J: Tensor, block: int = 256, depth: int = 4096) -> N
             gram[i : i + block, : i + block].addmm_(part[i : i + block], part[: i + block].T)
 
 
-def _release(observations: Sequence[Gradient], images: Tensor, labels: Tensor) -> Callable[[Tensor], dict[Key, Tensor]]:
+def _release(observations: Sequence[PictureObservation], images: Tensor, labels: Tensor) -> Callable[[Tensor], dict[Key, Tensor]]:
     """images -> what each observation would release, from one pass through the network where that is possible.
 
     It is for factors B after one SGD step, which change by -rate s delta^T Z, with delta the derivative of the loss by
     the layer's output and Z = A applied to the layer's input: no gradient of a weight, nor its derivative, is formed.
     """
-    adapters = [o for o in observations if isinstance(o, Adapter)]
+    adapters = [o for o in observations if isinstance(o.release, Adapter)]
     outputs = _outputs_once(adapters, images) if len(adapters) == len(observations) and _sketches(adapters) else None
     if outputs is None:
         return lambda x: {(i, k): t for i, o in enumerate(observations) for k, t in o.simulate(x, labels).items()}
     module = copy.deepcopy(adapters[0].model.module)
-    model, merged = replace(adapters[0].model, module=module), adapters[0].merged({})
-    size = adapters[0].recipe.batch_size if adapters[0].recipe else None
+    model, merged = replace(adapters[0].model, module=module), adapters[0].adapter.merged(adapters[0].model, {})
+    size = adapters[0].adapter.recipe.batch_size if adapters[0].adapter.recipe else None
     nudges: Tensors = {}
     inputs: Tensors = {}
 
@@ -173,34 +174,34 @@ def _release(observations: Sequence[Gradient], images: Tensor, labels: Tensor) -
         found: dict[Key, Tensor] = {}
         for name in outputs:
             own = [i for i, o in enumerate(adapters) if f"{name}.lora_B" in o.released]
-            A = torch.cat([_step(adapters[i], name) * adapters[i].start[f"{name}.lora_A"] for i in own])  # (ranks, ...)
+            A = torch.cat([_step(adapters[i], name) * adapters[i].adapter.start[f"{name}.lora_A"] for i in own])  # (ranks, ...)
             Z = _applied(module.get_submodule(name), A, seen[name])
             channel = -1 if A.dim() == 2 else 1
             changes = delta[name].movedim(channel, 0).flatten(1) @ Z.movedim(channel, 0).flatten(1).T  # (out, ranks)
-            ranks = [len(adapters[i].start[f"{name}.lora_A"]) for i in own]
+            ranks = [len(adapters[i].adapter.start[f"{name}.lora_A"]) for i in own]
             found |= {(i, f"{name}.lora_B"): B for i, B in zip(own, changes.split(ranks, dim=1), strict=True)}
         return dict(sorted(found.items()))
 
     return release
 
 
-def _sketches(adapters: Sequence[Adapter]) -> bool:
+def _sketches(adapters: Sequence[PictureObservation]) -> bool:
     """Whether all are factors B after one step of SGD on the same pictures, from starts that make the same model."""
-    recipes = [o.recipe or Recipe(learning_rate=1.0, steps=1) for o in adapters]
+    recipes = [o.adapter.recipe or Recipe(learning_rate=1.0, steps=1) for o in adapters]
     return (
         all(name.endswith(".lora_B") for o in adapters for name in o.released)
         and all(r.steps == 1 and r.optimizer in ("sgd", "momentum") for r in recipes)
         and len({r.batch_size for r in recipes}) == 1
         and (
             len(adapters) == 1
-            or not any(bool(B.any()) for o in adapters for k, B in o.start.items() if k.endswith("B"))
+            or not any(bool(B.any()) for o in adapters for k, B in o.adapter.start.items() if k.endswith("B"))
         )
     )
 
 
-def _outputs_once(adapters: Sequence[Adapter], images: Tensor) -> dict[str, torch.Size] | None:
+def _outputs_once(adapters: Sequence[PictureObservation], images: Tensor) -> dict[str, torch.Size] | None:
     """{adapted layer: shape of its output}; None unless each is a plain linear layer or convolution, called once."""
-    size = adapters[0].recipe.batch_size if adapters[0].recipe else None
+    size = adapters[0].adapter.recipe.batch_size if adapters[0].adapter.recipe else None
     module = copy.deepcopy(adapters[0].model.module)
     shapes: dict[str, list[torch.Size]] = {}
     for name in {key.removesuffix(".lora_B") for o in adapters for key in o.released}:
@@ -215,9 +216,9 @@ def _outputs_once(adapters: Sequence[Adapter], images: Tensor) -> dict[str, torc
     return {k: calls[0] for k, calls in sorted(shapes.items())} if all(len(c) == 1 for c in shapes.values()) else None
 
 
-def _step(adapter: Adapter, name: str) -> float:
+def _step(adapter: PictureObservation, name: str) -> float:
     """The change of B per unit of delta^T Z: -rate s."""
-    return -adapter.scaling[name] * (adapter.recipe.learning_rate if adapter.recipe else 1.0)
+    return -adapter.adapter.scaling[name] * (adapter.adapter.recipe.learning_rate if adapter.adapter.recipe else 1.0)
 
 
 def _applied(layer: nn.Module, A: Tensor, x: Tensor) -> Tensor:
@@ -227,7 +228,7 @@ def _applied(layer: nn.Module, A: Tensor, x: Tensor) -> Tensor:
     return F.linear(x, A)
 
 
-def checked(observations: Sequence[Gradient], images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def checked(observations: Sequence[PictureObservation], images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The images, and labels that are probabilities, in the precision and on the device of the model."""
     if not observations:
         raise BadInput("Give at least one observation.")
@@ -245,7 +246,7 @@ def checked(observations: Sequence[Gradient], images: Tensor, labels: Tensor) ->
             f"take fewer or smaller ones, of {MOST_UNKNOWNS:,} pixels in all at most."
         )
     for model in (o.model for o in observations[1:]):
-        taken = (model.mode, model.reduction) == (first.mode, first.reduction)
+        taken = (model.mode, model.criterion) == (first.mode, first.criterion)
         if not (model is first or (taken and model.state_hash() == first.state_hash())):
             raise BadInput("Only observations of one model state, taken in one way, can share their derivatives.")
     like = next(iter(first.parameters.values()))

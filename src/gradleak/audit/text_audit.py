@@ -6,19 +6,22 @@ from typing import Any
 
 import torch
 
+# TODO unmasked
 from gradleak.attacks.reconstruction import TextReconstruction
 from gradleak.attacks.search.descend import OnStep
 from gradleak.audit.metrics.texts import frequent_words, score_texts
 from gradleak.errors import NotObserved
 from gradleak.formats.secret_file import TextSecret
+from gradleak.modalities.modality import Tokens
 from gradleak.modalities.texts import Texts
-from gradleak.observations.text import LanguageModel, TextGradient, Tokens, unmasked
+from gradleak.observations.model import LanguageModel
+from gradleak.observations.observation import TextObservation
 from gradleak.report.record import Result, new_result
 from gradleak.victims.text import capture_text_gradient
 
 
 def audit_text(
-    observation: TextGradient,
+    observation: TextObservation,
     name: str,
     attack: Any,
     *,
@@ -59,17 +62,17 @@ def scores(model: LanguageModel, found: Tokens, truth: Tokens) -> dict[str, list
 
 def plain(model: LanguageModel, tokens: tuple[int, ...]) -> tuple[int, ...]:
     """A sentence without the special tokens of its tokenizer, which are known beforehand."""
-    special = set(model.tokenizer.all_special_ids)
+    special = set(model.architecture.tokenizer.all_special_ids)
     return tuple(token for token in tokens if token not in special)
 
 
 def controls(
-    observation: TextGradient, attack: Any, secret: TextSecret, public: Texts, seed: int
+    observation: TextObservation, attack: Any, secret: TextSecret, public: Texts, seed: int
 ) -> dict[str, dict[str, list[float]]]:
     """Scores of the most frequent tokens, and of the attack on another gradient, against the same secret."""
     model, truth = observation.model, unmasked(secret.tokens, secret.labels)
     public = _readable(model, public)
-    tokens = model.encode(public.texts)
+    tokens = model.architecture.encode(public.texts)
     longest = max(map(len, truth))
     blind: Any = tuple(frequent_words([plain(model, sentence) for sentence in tokens], longest))
     guesses = tuple(blind[: len(plain(model, sentence))] for sentence in truth)
@@ -84,6 +87,6 @@ def controls(
 
 def _readable(model: LanguageModel, public: Texts) -> Texts:
     """The public texts that the model can take: not empty, and within its positions."""
-    lengths = [len(ids) for ids in model.tokenizer(list(public.texts))["input_ids"]]
-    kept = [i for i, text in enumerate(public.texts) if text.strip() and lengths[i] < model.positions]
+    lengths = [len(ids) for ids in model.architecture.tokenizer(list(public.texts))["input_ids"]]
+    kept = [i for i, text in enumerate(public.texts) if text.strip() and lengths[i] < model.architecture.positions]
     return replace(public, texts=tuple(public.texts[i] for i in kept), labels=public.labels[kept])

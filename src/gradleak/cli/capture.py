@@ -24,7 +24,9 @@ from gradleak.formats.secret_file import Secret
 from gradleak.modalities.networks import BINARY, Architecture
 from gradleak.modalities.pictures import Pictures, load, public_pool
 from gradleak.observations.defenses import LEAKS, Defense, GaussianNoise
-from gradleak.observations.observation import Adapter, Gradient, Model
+from gradleak.observations.model import Model
+from gradleak.observations.observation import PictureObservation
+from gradleak.observations.releases import Adapter
 from gradleak.observations.training import Recipe
 from gradleak.victims.adapter import fine_tune
 from gradleak.victims.federated import share_update
@@ -191,7 +193,7 @@ def train(args: arguments.Train, argv: list[str]) -> None:
     print(f"{out / 'generator.safetensors'}{told}")
 
 
-def pairs_asked_for(args: arguments.CapturePairs) -> tuple[Gradient, Pictures, Defense | None]:
+def pairs_asked_for(args: arguments.CapturePairs) -> tuple[PictureObservation, Pictures, Defense | None]:
     """The observation whose model the pairs are of, the public pictures, and what is shared of a gradient."""
     observation = observed(args)
     if isinstance(observation, Adapter):
@@ -204,12 +206,12 @@ def pairs_asked_for(args: arguments.CapturePairs) -> tuple[Gradient, Pictures, D
     return observation, public, GaussianNoise(args.noise) if args.noise else LEAKS[args.leak]
 
 
-def keep(observation: Gradient, secret: Secret, args: arguments.Victim, out: Path) -> None:
+def keep(observation: PictureObservation, secret: Secret, args: arguments.Victim, out: Path) -> None:
     """Write what the attacker sees and what only audit opens."""
     save(observation, replace(secret, source=f"{secret.source} {' '.join(map(str, args.indices))}"), out)
 
 
-def save(observation: Gradient, secret: Secret, out: Path) -> None:
+def save(observation: PictureObservation, secret: Secret, out: Path) -> None:
     """The two files, and what they are."""
     files.save_observation(observation, out / "observation.safetensors")
     files.save_secret(secret, out / "secret.safetensors")

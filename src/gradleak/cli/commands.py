@@ -26,9 +26,8 @@ from gradleak.errors import BadInput
 from gradleak.formats import observation_file as files
 from gradleak.modalities.networks import MODELS
 from gradleak.modalities.pictures import Pictures, public_pool
-from gradleak.observations.observation import Gradient
-from gradleak.observations.text import TextGradient
-from gradleak.observations.trained_weights import Weights
+from gradleak.observations.observation import PictureObservation, TextObservation
+from gradleak.observations.releases import Weights
 from gradleak.report import html, record
 from gradleak.report.sheet import save_sheet
 
@@ -87,7 +86,7 @@ def audit(args: arguments.Audit, attacks: dict[str, Any], argv: list[str]) -> No
 
 
 def examine_text(
-    observation: TextGradient, args: arguments.Observed, attacks: dict[str, Any], argv: list[str], secret: Path | None
+    observation: TextObservation, args: arguments.Observed, attacks: dict[str, Any], argv: list[str], secret: Path | None
 ) -> None:
     """Attack or audit an observation of text: record.json, report.html and NAME-texts.json."""
     out = fresh_folder(args.out)
@@ -129,14 +128,14 @@ def started(name: str, attack: Any, path: Path) -> Any:
     return replace(attack, start=Given(files.load_reconstruction(path)))
 
 
-def public_pictures(args: arguments.Observed, observation: Gradient) -> Pictures:
+def public_pictures(args: arguments.Observed, observation: PictureObservation) -> Pictures:
     """What everybody may know, in the shape that the model takes."""
     shape = observation.model.architecture.input_shape
     return public_pool(args.data, args.public_split, shape=shape, limit=PUBLIC_POOL)
 
 
 def run_audit(
-    observation: Gradient,
+    observation: PictureObservation,
     attacks: dict[str, Any],
     public: Pictures,
     secret: Any,
@@ -222,7 +221,7 @@ def list_all(args: arguments.List) -> None:
     print(f"Recipes\n  {', '.join(RECIPES)}\nModels\n  {', '.join(MODELS)}, or package.module:factory of your own")
 
 
-def new_record(argv: list[str], seed: int, observation: Gradient, inputs: list[Path]) -> record.Record:
+def new_record(argv: list[str], seed: int, observation: PictureObservation, inputs: list[Path]) -> record.Record:
     """A record that knows its command, its input files by hash, and the threat model."""
     hashes = {str(path): file_hash(path) for path in inputs}
     command: record.Command = {"name": argv[0], "arguments": {"argv": argv, "inputs": hashes}}

@@ -7,7 +7,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from gradleak.attacks import ATTACKS
-from gradleak.observations.text import Task
+from gradleak.modalities.language_models import Task
 from gradleak.observations.training import Optimizer
 
 

@@ -11,13 +11,14 @@ from gradleak.formats import observation_file as files
 from gradleak.formats.base_folder import read_base
 from gradleak.formats.peft import is_adapter, read_adapter
 from gradleak.modalities.networks import Architecture
-from gradleak.observations.observation import Gradient, Model
-from gradleak.observations.trained_weights import Weights
+from gradleak.observations.model import Model
+from gradleak.observations.observation import PictureObservation
+from gradleak.observations.releases import Gradient, Weights
 from gradleak.observations.training import Recipe
 from gradleak.victims.training import prepare_model
 
 
-def observed(args: arguments.Observed) -> Gradient:
+def observed(args: arguments.Observed) -> PictureObservation:
     """The observation of a file, with provenance checked, of an adapter's folder, or of a plain file of tensors.
 
     A plain file is a gradient at --weights, or where none are given the weights of a trained network.
@@ -53,7 +54,7 @@ def observed(args: arguments.Observed) -> Gradient:
     )
 
 
-def observed_adapter(args: arguments.Observed) -> Gradient:
+def observed_adapter(args: arguments.Observed) -> PictureObservation:
     """The adapter in a PEFT folder, on its base model."""
     if not is_adapter(args.observation):
         raise BadInput(f"{args.observation} is no folder of a LoRA adapter: it has no adapter_config.json.")

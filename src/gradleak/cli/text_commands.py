@@ -15,7 +15,7 @@ from gradleak.formats import text_files
 from gradleak.formats.language_folder import is_language_model, read_language_model, read_text_adapter
 from gradleak.formats.observation_file import RECIPE
 from gradleak.modalities.texts import load_texts
-from gradleak.observations.text import TextGradient
+from gradleak.observations.observation import TextObservation
 from gradleak.observations.training import Recipe
 from gradleak.report.record import Record
 from gradleak.victims.text import capture_text_gradient, share_text_update
@@ -40,7 +40,7 @@ def capture_text(args: arguments.Victim, out: Path) -> None:
         "source": f"{private.source} {private.split} {' '.join(map(str, args.indices))}",
         "seed": args.seed,
     }
-    observation: TextGradient
+    observation: TextObservation
     if isinstance(args, arguments.CaptureAdapter):
         if args.init != "default" or args.reveal_labels:
             raise BadInput(
@@ -77,7 +77,7 @@ def capture_text(args: arguments.Victim, out: Path) -> None:
     )
 
 
-def observed_text(args: arguments.Observed) -> TextGradient | None:
+def observed_text(args: arguments.Observed) -> TextObservation | None:
     """The observation of text that a command was given: a file, or a PEFT folder with a language model for --base; or None."""
     base = None if args.base is None else Path(args.base)
     if args.observation.is_dir() and base is not None and is_language_model(base):
@@ -90,7 +90,7 @@ def observed_text(args: arguments.Observed) -> TextGradient | None:
 
 
 def attack_text(
-    observation: TextGradient,
+    observation: TextObservation,
     args: arguments.Observed,
     attacks: dict[str, Any],
     written: Record,

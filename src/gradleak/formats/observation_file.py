@@ -1,219 +1,205 @@
-"""Observations, secrets and reconstructions on disk: safetensors, with everything else as JSON in the file's header.
+"""An observation on disk: safetensors, with everything else as JSON in the file's header.
 
 Nothing is ever unpickled. A file from a stranger can name an architecture of ours, but never code to import: a factory
-of your own has to be given beside the file.
+of your own has to be given beside the file. Releases, losses and defenses are written field by field, whatever kind they are.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict, cast
+from typing import Annotated, Any, Literal, get_type_hints
 
+import msgspec
 import torch
-from torch import nn
+from msgspec import Meta
 
-from gradleak.attacks.reconstruction import Reconstruction
-from gradleak.errors import BadInput
-from gradleak.formats.json_types import misfit
-from gradleak.formats.secret_file import Secret
-from gradleak.modalities.networks import MODELS, Architecture
+from gradleak.errors import BadInput, checked
+from gradleak.formats.blueprints import BLUEPRINTS
+from gradleak.formats.old_observations import OLD, modern
+from gradleak.modalities.losses import LOSSES
 from gradleak.observations import tensor_file
-from gradleak.observations.observation import Adapter, Gradient, Mode, Model, Reduction, Update
+from gradleak.observations.defenses import DEFENSES
+from gradleak.observations.model import Mode, Model
+from gradleak.observations.observation import Observation
+from gradleak.observations.releases import RELEASES, Release
 from gradleak.observations.tensors import Tensors
-from gradleak.observations.trained_weights import Stationarity, Weights
-from gradleak.observations.training import Optimizer, Recipe
 
-OBSERVATION, SECRET = "gradleak/observation/1", "gradleak/secret/1"
-RECONSTRUCTION = "gradleak/reconstruction/1"
-RECIPE = ("learning_rate", "local_steps", "local_batch_size")  # the fields that make a Gradient an Update
+SCHEMA = "gradleak/observation/2"
+Precision = Literal["float64", "float32", "float16", "bfloat16"]
 
 
-class Blueprint(TypedDict):
-    """An `Architecture` as JSON."""
+class Provenance(msgspec.Struct, frozen=True, kw_only=True):
+    """How an observation was taken: the JSON in its file's header.
 
-    name: str
-    input_shape: tuple[int, int, int]
-    classes: int
+    known  names of released tensors that are parameters of the model, and are not stored twice
+    """
 
-
-class LocalTraining(TypedDict):
-    """The local training behind an Update."""
-
-    learning_rate: float
-    local_steps: int
-    local_batch_size: int
-
-
-class Training(TypedDict):
-    """A `gradleak.observations.training.Recipe` as JSON."""
-
-    optimizer: Optimizer
-    learning_rate: float
-    steps: int
-    batch_size: int | None
-
-
-class LowRank(TypedDict):
-    """What makes a Gradient an Adapter, apart from its tensors."""
-
-    scaling: Mapping[str, float]
-    recipe: Training | None
-    dropout: NotRequired[float]
-
-
-class Progress(TypedDict):
-    """A `Stationarity` as JSON."""
-
-    epochs: int
-    loss: float
-    gradient_norm: float
-    kkt_residual: float
-
-
-class Trained(TypedDict):
-    """What makes a Gradient Weights, apart from its tensors."""
-
-    weight_decay: float | None
-    stationarity: Progress | None
-
-
-class Provenance(TypedDict):
-    """How an observation was taken: the JSON in its file's header."""
-
-    kind: Literal["Gradient", "Update", "Adapter", "Weights"]
-    architecture: Blueprint
+    release: str
+    settings: dict[str, Any]
+    modality: str
+    blueprint: dict[str, Any]
     mode: Mode
-    reduction: Reduction
-    frozen: Sequence[str]
+    criterion: dict[str, Any]
+    frozen: list[str]
     buffers_revealed: bool
     state_hash: str
-    batch_size: int | None
-    precision: Literal["float64", "float32", "float16", "bfloat16"]
-    recipe: NotRequired[LocalTraining]
-    adapter: NotRequired[LowRank]
-    weights: NotRequired[Trained]
+    batch_size: Annotated[int, Meta(ge=1, le=1_000_000)] | None
+    precision: Precision
+    released: list[str] | None = None
+    known: list[str] = []
+    defenses: list[dict[str, Any]] | None = []
 
 
-def save_observation(observation: Gradient, path: Path) -> None:
-    """Write the observation with its provenance: mode, buffers, loss, precision, batch size and a hash of the state."""
-    model = observation.model
-    # The change of a factor is the difference of two numbers of that precision: it may need more digits.
-    precision = torch.float32 if isinstance(observation, Adapter) else getattr(torch, observation.precision)
-    tensors = tensor_file.prefixed("released", {k: v.to(precision) for k, v in observation.released.items()})
-    tensors |= tensor_file.prefixed("parameters", model.parameters) | tensor_file.prefixed(
-        "buffers", model.buffers or {}
-    )
+def save_observation(observation: Observation[Any], path: Path) -> None:
+    """Write the observation with its provenance: mode, buffers, loss, precision, batch size and a hash of the state.
+
+    Raises BadInput for a loss or a defense of your own, which files do not know.
+    """
+    model, precision = observation.model, getattr(torch, observation.precision)
+    known = [name for name, tensor in observation.released.items() if tensor is model.parameters.get(name)]
+    stored = {name: shortest(t, precision) for name, t in observation.released.items() if name not in known}
+    tensors = tensor_file.prefixed("released", stored)
+    tensors |= tensor_file.prefixed("parameters", model.parameters)
+    tensors |= tensor_file.prefixed("buffers", model.buffers or {})
     if observation.labels is not None:
         tensors["labels"] = observation.labels
-    provenance = {
-        "kind": type(observation).__name__,
-        "architecture": asdict(model.architecture),
-        "mode": model.mode,
-        "reduction": model.reduction,
-        "frozen": model.frozen,
-        "buffers_revealed": model.buffers is not None,
-        "state_hash": model.state_hash(),
-        "batch_size": observation.batch_size,
-        "precision": observation.precision,
-        "torch": torch.__version__,
-    }
-    if isinstance(observation, Update):
-        provenance["recipe"] = {name: getattr(observation, name) for name in RECIPE}
-    if isinstance(observation, Adapter):
-        recipe = observation.recipe and asdict(observation.recipe)
-        provenance["adapter"] = {"scaling": observation.scaling, "recipe": recipe, "dropout": observation.dropout}
-        tensors |= tensor_file.prefixed("start", observation.start)
-    if isinstance(observation, Weights):
-        done = observation.stationarity and asdict(observation.stationarity)
-        provenance["weights"] = {"weight_decay": observation.weight_decay, "stationarity": done}
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("released/")}
-        tensors |= tensor_file.prefixed("initial", observation.initial or {})
-    tensor_file.write(tensors, OBSERVATION, provenance, path)
+    settings = {}
+    for field in fields(observation.release):
+        value = getattr(observation.release, field.name)
+        if is_tensors(observation.release, field.name):
+            tensors |= tensor_file.prefixed(field.name, value or {})
+        else:
+            settings[field.name] = msgspec.to_builtins(value)
+    defenses = None if observation.defenses is None else [named(d, DEFENSES, "defense") for d in observation.defenses]
+    about = Provenance(
+        release=observation.release.name,
+        settings=settings,
+        modality=model.architecture.modality,
+        blueprint=BLUEPRINTS[model.architecture.modality][0](model.architecture),
+        mode=model.mode,
+        criterion=named(model.criterion, LOSSES, "loss"),
+        frozen=list(model.frozen),
+        buffers_revealed=model.buffers is not None,
+        state_hash=model.state_hash(),
+        batch_size=observation.batch_size,
+        precision=observation.precision,  # type: ignore[arg-type]
+        released=list(observation.released),
+        known=known,
+        defenses=defenses,
+    )
+    tensor_file.write(tensors, SCHEMA, msgspec.to_builtins(about) | {"torch": torch.__version__}, path)
 
 
-def load_observation(path: Path, *, factory: str | None = None) -> Gradient:
-    """Read an observation back; BadInput with a sentence if it is damaged or contradicts its own provenance.
+def load_observation(path: Path, *, factory: str | None = None) -> Observation[Any]:
+    """Read an observation back, of this version or an older one; BadInput with a sentence if it is damaged or contradicts its
+    own provenance.
 
     factory: "package.module:factory" of your own architecture, or the folder of a transformers model, needed when the
     file's is none of ours.
     """
-    tensors, provenance = tensor_file.read(path, OBSERVATION)
-    if wrong := misfit(provenance, Provenance, ""):
-        raise BadInput(f"{path} has no usable provenance ({wrong}): it cannot be trusted to be what it says.")
-    about = cast(Provenance, provenance)
-    name, shape, classes = (
-        about["architecture"]["name"],
-        about["architecture"]["input_shape"],
-        about["architecture"]["classes"],
-    )
-    recipe: dict[str, Any] = {key: provenance["recipe"][key] for key in RECIPE} if "recipe" in about else {}
-    batch_size = 1 if about["batch_size"] is None else about["batch_size"]
-    extras = {"Update": "recipe" in about, "Adapter": "adapter" in about, "Weights": "weights" in about}
-    if min(*shape, classes, batch_size, *recipe.values()) <= 0 or any(
-        (about["kind"] == k) != v for k, v in extras.items()
-    ):
-        raise BadInput(f"{path} has impossible provenance: a size, a count or a rate is not above zero, or missing.")
-    if factory is None and name not in MODELS:
-        raise BadInput(
-            f"{path} was taken from the model {name!r}, which is none of ours: name your factory, or its folder, with --model."
-        )
-    architecture = Architecture(name, (shape[0], shape[1], shape[2]), classes)
-    module = replace(architecture, name=factory or name).build(seed=0)
-    if about["kind"] == "Weights":  # which are released in the precision that they were trained in
-        module = module.to(getattr(torch, about["precision"]))
-    load_state(
-        module,
-        tensor_file.group(tensors, "parameters") | tensor_file.group(tensors, "buffers"),
-        partial=not about["buffers_revealed"],
-    )
+    tensors, header = tensor_file.open_tensors(path)
+    schema = header.get("schema", "")
+    if schema in OLD:
+        about = modern(tensor_file.read(path, schema)[1], tensors, schema, path)
+    else:
+        about = tensor_file.read(path, SCHEMA)[1]
+    seen = checked(about, Provenance, f"{path} has no usable provenance")
+    for name, table in ((seen.release, RELEASES), (seen.modality, BLUEPRINTS)):
+        if name not in table:
+            raise BadInput(f"{path} has no usable provenance ({name[:60]!r} is none of {', '.join(table)}).")
+    parameters, buffers = tensor_file.group(tensors, "parameters"), tensor_file.group(tensors, "buffers")
+    module, architecture = BLUEPRINTS[seen.modality][1](seen.blueprint, parameters, factory, str(path))
+    formats = {tensor.dtype for tensor in parameters.values() if tensor.is_floating_point()}
+    module = module.to(formats.pop()) if len(formats) == 1 else module
+    load_state(module, parameters | buffers, partial=not seen.buffers_revealed)
     own = dict(module.named_parameters())
-    if unknown := [key for key in about["frozen"] if key not in own]:
+    if unknown := [name for name in seen.frozen if name not in own]:
         raise BadInput(f"{path} has impossible provenance: {unknown[0]} is said to be frozen, but the model has none.")
-    for key, parameter in own.items():
-        parameter.requires_grad_(key not in about["frozen"])
+    for name, parameter in own.items():
+        parameter.requires_grad_(name not in seen.frozen)
     model = Model.of(
         module,
         architecture,
-        mode=about["mode"],
-        reduction=about["reduction"],
-        reveal_buffers=about["buffers_revealed"],
+        mode=seen.mode,
+        criterion=built(seen.criterion, LOSSES, f"{path} has no usable loss"),
+        reveal_buffers=seen.buffers_revealed,
     )
-    if model.state_hash() != about["state_hash"]:
-        hashes = f"{model.state_hash()[:12]} than its provenance ({about['state_hash'][:12]})"
-        raise BadInput(f"{path} holds another state ({hashes}: it was altered after it was written.")
-    released = {
-        key: t.float() if t.dtype.itemsize < 4 else t for key, t in tensor_file.group(tensors, "released").items()
-    }
-    shared: dict[str, Any] = {"model": model, "released": released, "labels": tensors.get("labels")}
-    shared |= {"batch_size": about["batch_size"], "precision": about["precision"]}
-    match about["kind"]:
-        case "Update":
-            return Update(**shared, **recipe)
-        case "Weights":
-            return _weights(shared, tensor_file.group(tensors, "initial"), about["weights"])
-        case "Adapter":
-            return _adapter(shared, tensor_file.group(tensors, "start"), about["adapter"], path)
-        case "Gradient":
-            return Gradient(**shared)
-
-
-def _adapter(shared: dict[str, Any], start: Tensors, about: LowRank, path: Path) -> Adapter:
-    factors = {f"{module}.{factor}" for module in about["scaling"] for factor in ("lora_A", "lora_B")}
-    if not factors or set(start) != factors or any(tensor.ndim < 2 for tensor in start.values()):
-        raise BadInput(f"{path} does not hold the start of both factors of every adapted module: it is damaged.")
-    for name, tensor in shared["released"].items():
-        if name not in start or tensor.shape != start[name].shape:
-            raise BadInput(f"{path} is damaged: the change of {name} does not have the shape of its start.")
-    recipe = Recipe(**about["recipe"]) if about["recipe"] else None
-    return Adapter(
-        **shared, start=start, scaling=dict(about["scaling"]), recipe=recipe, dropout=about.get("dropout", 0.0)
+    if model.state_hash() != seen.state_hash:
+        hashes = f"{model.state_hash()[:12]}, its provenance says {seen.state_hash[:12]}"
+        raise BadInput(f"{path} holds another state ({hashes}): it was altered after it was written.")
+    released = tensor_file.group(tensors, "released")
+    released = {name: t.to(torch.promote_types(t.dtype, torch.float32)) for name, t in released.items() if t.is_floating_point()}
+    released |= {name: model.parameters[name] for name in seen.known if name in model.parameters}
+    if missing := [name for name in seen.released or [] if name not in released]:
+        raise BadInput(f"{path} lacks what was released of {missing[0]}: it is damaged.")
+    defenses = None
+    if seen.defenses is not None:
+        defenses = tuple(built(d, DEFENSES, f"{path} has no usable defense") for d in seen.defenses)
+    return Observation(
+        model=model,
+        release=release_of(RELEASES[seen.release], seen.settings, tensors, path),
+        released=released,
+        batch_size=seen.batch_size,
+        labels=usable_labels(tensors.get("labels"), model, seen.batch_size, path),
+        precision=seen.precision,
+        defenses=defenses,
     )
 
 
-def _weights(shared: dict[str, Any], initial: Tensors, about: Trained) -> Weights:
-    done = None if about["stationarity"] is None else Stationarity(**about["stationarity"])
-    shared |= {"released": shared["model"].parameters}
-    return Weights(**shared, initial=initial or None, weight_decay=about["weight_decay"], stationarity=done)
+def release_of(kind: type[Release], settings: dict[str, Any], tensors: Tensors, path: Path) -> Release:
+    """A release out of its plain fields and its groups of tensors."""
+    values: dict[str, Any] = {}
+    hints = get_type_hints(kind)
+    for field in fields(kind):
+        if is_tensors(kind, field.name):
+            group = tensor_file.group(tensors, field.name)
+            values[field.name] = {name: tensor for name, tensor in group.items()} or None
+        elif field.name in settings:
+            what = f"{path} has impossible provenance: {field.name}"
+            values[field.name] = checked(settings[field.name], hints[field.name], what)
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise BadInput(f"{path} has impossible provenance: what makes it a release of that kind is missing.") from error
+
+
+def is_tensors(release: Any, name: str) -> bool:
+    """Whether a field of a release holds named tensors."""
+    return get_type_hints(release if isinstance(release, type) else type(release))[name] in (Tensors, Tensors | None)
+
+
+def usable_labels(labels: Any, model: Model[Any], batch_size: int | None, path: Path) -> Any:
+    """The labels of a file; BadInput where they are no class indices of this many inputs."""
+    if labels is None:
+        return None
+    if labels.dtype != torch.int64 or labels.ndim not in (1, 2) or not len(labels):
+        raise BadInput(f"{path} is damaged: its labels are no class indices.")
+    if batch_size is not None and len(labels) != batch_size:
+        raise BadInput(f"{path} is damaged: it has {len(labels)} labels for {batch_size} inputs.")
+    if labels.ndim == 1 and (int(labels.min()) < 0 or int(labels.max()) >= model.architecture.classes):
+        raise BadInput(f"{path} is damaged: a label is beyond the model's {model.architecture.classes} classes.")
+    return labels
+
+
+def named(value: Any, table: dict[str, Any], what: str) -> dict[str, Any]:
+    """A value of a table as {"name": ..., field: ...}; BadInput for one that the table does not hold."""
+    name = next((name for name, kind in table.items() if type(value) is kind), None)
+    if name is None:
+        raise BadInput(f"Files know the {what} {', '.join(table)}, not {type(value).__name__}: keep this one in Python.")
+    return {"name": name, **msgspec.to_builtins(value)}
+
+
+def built(about: dict[str, Any], table: dict[str, Any], what: str) -> Any:
+    """The value that `named` has written."""
+    name = about.get("name")
+    if not isinstance(name, str) or name not in table:
+        raise BadInput(f"{what} ({str(name)[:60]!r} is none of {', '.join(table)}).")
+    return checked({k: v for k, v in about.items() if k != "name"}, table[name], what)
+
+
+def shortest(tensor: torch.Tensor, precision: torch.dtype) -> torch.Tensor:
+    """The tensor in the number format of the release, where that loses nothing: a change may need more digits."""
+    short = tensor.to(precision)
+    return short if torch.equal(short.to(tensor.dtype), tensor) else tensor
 
 
 def has_provenance(path: Path) -> bool:
@@ -221,7 +207,7 @@ def has_provenance(path: Path) -> bool:
     return "schema" in tensor_file.open_tensors(path)[1]
 
 
-def check_provenance(observation: Gradient, *, weights: Path | None = None, mode: str | None = None) -> None:
+def check_provenance(observation: Observation[Any], *, weights: Path | None = None, mode: str | None = None) -> None:
     """BadInput if the weights or the mode that the user believes in are not those the observation was taken at."""
     model = observation.model
     if mode is not None and mode != model.mode:
@@ -236,20 +222,23 @@ def check_provenance(observation: Gradient, *, weights: Path | None = None, mode
                 raise BadInput(f"{weights} is not the state that the observation was taken at: {name} {what}.")
 
 
-def load_state(module: nn.Module, tensors: Tensors, *, partial: bool = False) -> None:
+def load_state(module: torch.nn.Module, tensors: Tensors, *, partial: bool = False) -> None:
     """Load parameters and buffers into a module; BadInput names the first tensor that does not fit.
 
     partial: buffers may be missing.
     """
-    own = module.state_dict()
+    own = {name: tensor for name, tensor in module.state_dict().items() if name in dict(module.named_parameters())}
+    own |= {name: tensor for name, tensor in module.state_dict().items() if name in dict(module.named_buffers())}
     for name, tensor in tensors.items():
         if name not in own:
             raise BadInput(
-                f"The weights hold {name}, which the model does not have: they belong to another architecture."
+                f"The weights hold {name[:120]}, which the model does not have: they belong to another architecture."
             )
         if tensor.shape != own[name].shape:
             shapes = f"{tuple(tensor.shape)} in the weights and {tuple(own[name].shape)} in the model"
             raise BadInput(f"Tensor {name} is {shapes}: the weights belong to another architecture.")
+        if tensor.is_floating_point() != own[name].is_floating_point():
+            raise BadInput(f"Tensor {name} holds {tensor.dtype} numbers: the weights belong to another architecture.")
     needed = dict(module.named_parameters()) if partial else own
     for name in needed:
         if name not in tensors:
@@ -260,27 +249,3 @@ def load_state(module: nn.Module, tensors: Tensors, *, partial: bool = False) ->
 def load_tensors(path: Path) -> Tensors:
     """Any safetensors file as {name: tensor}; BadInput for a pickle, a truncated file, or entries that are not finite."""
     return tensor_file.open_tensors(path)[0]
-
-
-def save_secret(secret: Secret, path: Path) -> None:
-    """Write what only the audit may open."""
-    tensor_file.write({"images": secret.images, "labels": secret.labels}, SECRET, {"source": secret.source}, path)
-
-
-def load_secret(path: Path) -> Secret:
-    """Read a secret back; BadInput if the file is something else."""
-    tensors, about = tensor_file.read(path, SECRET, "images", "labels")
-    return Secret(tensors["images"], tensors["labels"], about.get("source", ""))
-
-
-def save_reconstruction(reconstruction: Reconstruction, path: Path) -> None:
-    """Write what an attack returned."""
-    about = {key: getattr(reconstruction, key) for key in ("residual", "status", "iterations", "trace")}
-    tensor_file.write({"images": reconstruction.images, "labels": reconstruction.labels}, RECONSTRUCTION, about, path)
-
-
-def load_reconstruction(path: Path) -> Reconstruction:
-    """Read a reconstruction back; BadInput if the file is something else."""
-    tensors, about = tensor_file.read(path, RECONSTRUCTION, "images", "labels")
-    about["trace"] = [(int(step), float(value)) for step, value in about["trace"]]
-    return Reconstruction(images=tensors["images"], labels=tensors["labels"], **about)

@@ -10,17 +10,20 @@ from collections.abc import Mapping
 from dataclasses import replace
 from math import sqrt
 from pathlib import Path
-from typing import Literal, NotRequired, TypedDict, cast
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 import torch
-from torch import Tensor, nn
+from msgspec import Meta
+from torch import Tensor
 
-from gradleak.errors import BadInput
-from gradleak.formats.json_types import misfit, read_json
+from gradleak.errors import BadInput, checked, read_json, shortened
 from gradleak.formats.observation_file import load_tensors
-from gradleak.observations.observation import Adapter, Model
+from gradleak.observations.layers import is_adaptable, is_transposed, oriented
+from gradleak.observations.model import Model
+from gradleak.observations.observation import Observation
+from gradleak.observations.releases import Adapter, decay, product
 from gradleak.observations.tensors import Tensors
-from gradleak.observations.training import WEIGHT_DECAY, Recipe, product
+from gradleak.observations.training import Recipe
 
 Start = Literal["B=0", "A=0"]
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -51,7 +54,7 @@ class Config(TypedDict):
     """What matters in adapter_config.json."""
 
     peft_type: str
-    r: int
+    r: Annotated[int, Meta(le=1_000_000)]
     lora_alpha: float
     init_lora_weights: NotRequired[bool | str]
     use_rslora: NotRequired[bool]
@@ -62,14 +65,14 @@ class Config(TypedDict):
 
 def read_adapter(
     folder: Path,
-    model: Model,
+    model: Model[Any],
     *,
     recipe: Recipe | None = None,
     batch_size: int | None = None,
     labels: Tensor | None = None,
     start: Start | None = None,
     initial: Path | None = None,
-) -> Adapter:
+) -> Observation[Any]:
     """The adapter in a PEFT folder, as an observation of the base model that it was trained on.
 
     start    which factor began at zero; None: what the config says. The other factor is taken to have begun where it
@@ -90,23 +93,14 @@ def read_adapter(
             model = _subtracted(model, before, scaling)
     else:
         zero = "lora_B" if zero_at_start(config, folder, start) == "B=0" else "lora_A"
-        decay = (
-            (1 - recipe.learning_rate * WEIGHT_DECAY) ** recipe.steps if recipe and recipe.optimizer == "adamw" else 1
-        )
-        before = {k: torch.zeros_like(v) if k.endswith(zero) else v / decay for k, v in factors.items()}
+        left = decay(recipe)
+        before = {k: torch.zeros_like(v) if k.endswith(zero) else v / left for k, v in factors.items()}
         changed = {k: v for k, v in factors.items() if k.endswith(zero)}
     if not any(bool(change.any()) for change in changed.values()):
         raise BadInput(f"The adapter in {folder} has learnt nothing: no factor has left its start.")
-    return Adapter(
-        model=model,
-        released=changed,
-        start=before,
-        scaling=scaling,
-        recipe=recipe,
-        batch_size=batch_size,
-        labels=labels,
-        precision=precision,
-        dropout=config.get("lora_dropout", 0.0),
+    release = Adapter(start=before, scaling=scaling, recipe=recipe, dropout=config.get("lora_dropout", 0.0))
+    return Observation(
+        model=model, release=release, released=changed, batch_size=batch_size, labels=labels, precision=precision
     )
 
 
@@ -115,17 +109,7 @@ def is_adapter(path: Path) -> bool:
     return (path / CONFIG).is_file()
 
 
-def adaptable(layer: nn.Module) -> bool:
-    """Whether an adapter of this layer can be read: it is linear or convolutional."""
-    return isinstance(layer, (nn.Linear, nn.Conv2d)) or is_transposed(layer)
-
-
-def is_transposed(layer: nn.Module) -> bool:
-    """Whether this is the linear layer of GPT-2, Conv1D of transformers, whose weight is (in, out)."""
-    return type(layer).__name__ == "Conv1D"
-
-
-def read_factors(folder: Path, model: Model, recipe: Recipe | None) -> tuple[Tensors, dict[str, float], Config, str]:
+def read_factors(folder: Path, model: Model[Any], recipe: Recipe | None) -> tuple[Tensors, dict[str, float], Config, str]:
     """{module.lora_A and module.lora_B}, {module: s}, the config and the number format of an adapter."""
     config = _config(folder)
     if not (folder / WEIGHTS).is_file() and (folder / PICKLE).is_file():
@@ -134,7 +118,7 @@ def read_factors(folder: Path, model: Model, recipe: Recipe | None) -> tuple[Ten
             "PEFT's save_pretrained(..., safe_serialization=True)."
         )
     tensors = load_tensors(folder / WEIGHTS)
-    targets = [name for name, layer in model.module.named_modules() if adaptable(layer)]
+    targets = [name for name, layer in model.module.named_modules() if is_adaptable(layer)]
     if config.get("fan_in_fan_out") and not any(is_transposed(layer) for layer in model.module.modules()):
         raise BadInput(
             f"The adapter in {folder} is of transposed layers (fan_in_fan_out is set), and the model has none."
@@ -166,12 +150,12 @@ def _config(folder: Path) -> Config:
         raise BadInput(f"{folder} is no PEFT folder: it has no {CONFIG}.")
     config = read_json(folder / CONFIG)
     if isinstance(config, dict) and config.get("peft_type") not in (None, "LORA"):
-        raise BadInput(f"The adapter in {folder} is of the type {str(config['peft_type'])[:60]!r}: only LORA is read.")
-    if wrong := misfit(config, Config, ""):
-        raise BadInput(f"{folder / CONFIG} is not the config of an adapter ({wrong}).")
+        kind = shortened(str(config["peft_type"]))[:60]
+        raise BadInput(f"The adapter in {folder} is of the type {kind!r}: only LORA is read.")
+    known = checked(config, Config, f"{folder / CONFIG} is not the config of an adapter")
     if unusual := [key for key in UNUSUAL if config.get(key)]:
         raise BadInput(f"The adapter in {folder} is a variant of LoRA that is not read: {unusual[0]} is set.")
-    return cast(Config, config)
+    return known
 
 
 def zero_at_start(config: Config, folder: Path, asked: Start | None = None) -> Start:
@@ -213,10 +197,9 @@ def _module(name: str, targets: list[str], folder: Path) -> str:
     )
 
 
-def _checked_scaling(module: str, name: str, factors: Tensors, config: Config, model: Model, folder: Path) -> float:
+def _checked_scaling(module: str, name: str, factors: Tensors, config: Config, model: Model[Any], folder: Path) -> float:
     """s of a module: alpha / r, or alpha / sqrt(r) for rslora; BadInput when its factors contradict config or model."""
-    weight = model.parameters[f"{module}.weight"]
-    weight = weight.T if is_transposed(model.module.get_submodule(module)) else weight
+    weight = oriented(model, module, model.parameters[f"{module}.weight"])
     rank = _by_pattern(name, config.get("rank_pattern"), folder) or config["r"]
     alpha = _by_pattern(name, config.get("alpha_pattern"), folder)
     alpha = config["lora_alpha"] if alpha is None else alpha
@@ -250,7 +233,7 @@ def _by_pattern(name: str, patterns: Mapping[str, float] | None, folder: Path) -
     return None
 
 
-def _check_other(key: str, tensor: Tensor, model: Model, recipe: Recipe | None, folder: Path) -> None:
+def _check_other(key: str, tensor: Tensor, model: Model[Any], recipe: Recipe | None, folder: Path) -> None:
     """BadInput for a tensor that is neither a factor nor, in a single step, of no consequence."""
     plain = key.removeprefix(PREFIXES[0])
     whole = [name for name in model.parameters if name == plain or name.endswith(f".{plain}")]
@@ -266,11 +249,11 @@ def _check_other(key: str, tensor: Tensor, model: Model, recipe: Recipe | None, 
         )
 
 
-def _subtracted(model: Model, start: Tensors, scaling: dict[str, float]) -> Model:
+def _subtracted(model: Model[Any], start: Tensors, scaling: dict[str, float]) -> Model[Any]:
     """The base model as those initialisations leave it: W - s B A of the start."""
     weights = {
         f"{module}.weight": model.parameters[f"{module}.weight"]
-        - s * product(start[f"{module}.lora_A"], start[f"{module}.lora_B"])
+        - oriented(model, module, s * product(start[f"{module}.lora_A"], start[f"{module}.lora_B"]))
         for module, s in scaling.items()
     }
     return replace(model, parameters={**model.parameters, **weights})

@@ -9,11 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from gradleak.errors import BadInput
+from gradleak.modalities.modality import Fact, by, fact
+from gradleak.modalities.pictures import Pictures, png
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 MNIST_MEAN, MNIST_STD = (0.1307,), (0.3081,)
@@ -230,10 +233,14 @@ BINARY = ("mlp1000",)  # these tell two classes apart: labels are taken modulo 2
 
 @dataclass(frozen=True)
 class Architecture:
-    """How to build a model: a name from `MODELS`, a folder of transformers (its config.json), or "package.module:factory".
+    """The blueprint of an image classifier: a name from `MODELS`, a folder of transformers (its config.json), or
+    "package.module:factory".
 
     A factory is called with (input_shape, classes) and returns an nn.Module that maps pixels in [0, 1] to logits.
     """
+
+    modality: ClassVar[str] = "pictures"
+    secret: ClassVar[str] = "images"
 
     name: str
     input_shape: tuple[int, int, int]  # channel, height, width
@@ -248,6 +255,50 @@ class Architecture:
         if not isinstance(model, nn.Module):
             raise BadInput(f"{self.name} returned a {type(model).__name__}, not an nn.Module.")
         return model
+
+    def arguments(self, inputs: Tensor, like: Tensor) -> tuple[tuple[Tensor], dict[str, Tensor]]:
+        """The pictures themselves."""
+        return (inputs,), {}
+
+    def logits(self, output: Tensor) -> Tensor:
+        """The output itself: (batch, classes)."""
+        return output
+
+    def compared(self, logits: Tensor, inputs: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """One row per picture; labels are (batch,) class indices or (batch, classes) probabilities."""
+        if labels is None:
+            raise BadInput("A classifier needs labels.")
+        return logits, labels
+
+    def feed(self, data: Pictures, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """The pictures and their labels; BadInput when sizes or labels are not what the model was built for."""
+        shape = tuple(data.images.shape[1:])
+        if shape != self.input_shape:
+            sizes = f"{by(shape)}, the model takes {by(self.input_shape)}"
+            raise BadInput(f"The pictures are {sizes} (channel x height x width): choose other data, or resize them.")
+        if int(data.labels.max()) >= self.classes:
+            raise BadInput(f"Label {int(data.labels.max())} is beyond the model's {self.classes} classes.")
+        return data.images, data.labels
+
+    def original(self, inputs: Tensor, labels: Tensor | None) -> Tensor:
+        """The pictures as they are: nothing is masked."""
+        return inputs
+
+    def blank(self, count: int) -> Tensor:
+        """Grey pictures."""
+        return torch.full((count, *self.input_shape), 0.5)
+
+    def show(self, inputs: Tensor) -> list[str]:
+        """(n, 1 or 3, height, width) in [0, 1] -> one PNG data URI each."""
+        return [png(image) for image in inputs]
+
+    def facts(self, labels: Tensor | None) -> list[Fact]:
+        """The architecture."""
+        return [fact("architecture", True, f"{self.name}, {by(self.input_shape)}")]
+
+    def labels_detail(self) -> str:
+        """Labels are read off the release."""
+        return "recovered by the attack"
 
 
 def find_factory(name: str) -> Callable[[tuple[int, int, int], int], nn.Module]:

@@ -12,6 +12,7 @@ A *source* is one of
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -127,6 +128,14 @@ def with_channels(image: Tensor, channel: int) -> Tensor:
     if channel == 1:
         return (image * image.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0, keepdim=True)
     return image.expand(channel, -1, -1)
+
+
+def png(image: Tensor) -> str:
+    """(1 or 3, height, width) in [0, 1] -> a PNG as a data URI."""
+    buffer = io.BytesIO()
+    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+    Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy()).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _pictures(rows: _Rows, chosen: Sequence[int], images: Sequence[Tensor], source: str | Path, split: str) -> Pictures:

@@ -12,8 +12,7 @@ from typing import Any, TypedDict, cast
 
 import torch
 
-from gradleak.errors import BadInput
-from gradleak.formats.json_types import misfit, read_json
+from gradleak.errors import BadInput, checked, read_json
 from gradleak.modalities.networks import Architecture, ImageTransformer, Normalise
 
 NOT_OF_THE_MODEL = ("architectures", "dtype", "id2label", "label2id", "transformers_version", "_name_or_path")
@@ -71,12 +70,11 @@ def _normalise(folder: Path, channels: int) -> Normalise:
     layer, path = Normalise(channels), folder / "preprocessor_config.json"
     if not path.is_file():
         return layer
-    about = read_json(path)
-    if wrong := misfit(about, Preprocessor, ""):
-        raise BadInput(f"{path} does not describe a normalisation ({wrong}).")
+    about = checked(read_json(path), Preprocessor, f"{path} does not describe a normalisation")
     constants = {"image_mean": [0.0] * channels, "image_std": [1.0] * channels}
     if about.get("do_normalize", True):
-        constants |= {key: about[key] for key in constants if key in about}
+        constants |= {"image_mean": about["image_mean"]} if "image_mean" in about else {}
+        constants |= {"image_std": about["image_std"]} if "image_std" in about else {}
     mean, std = constants["image_mean"], constants["image_std"]
     if len(mean) != channels or len(std) != channels or min(std) <= 0:
         raise BadInput(f"{path} needs a mean and a standard deviation above zero for each of {channels} channels.")

@@ -1,10 +1,12 @@
 """What a victim may do to a gradient before it is shared: frozen values with one method, apply(released, generator).
 
-`released` is {name: (n, ...)}: n gradients, each of which is treated by itself, over all its tensors together.
+`released` is {name: (n, ...)}: n gradients, each of which is treated by itself, over all its tensors together. A defense of
+your own needs `apply`, `random` and a str() for the threat model; DEFENSES lists those that files and flags know by name.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +16,9 @@ from gradleak.observations.tensors import Tensors
 
 
 class Defense(Protocol):
-    """What every defense is."""
+    """What every defense is; random: whether it gives something else each time."""
+
+    random: ClassVar[bool]
 
     def apply(self, released: Tensors, generator: torch.Generator) -> Tensors: ...
 
@@ -22,6 +26,8 @@ class Defense(Protocol):
 @dataclass(frozen=True)
 class GaussianNoise:
     """Add N(0, std^2) to every entry; std in units of the gradient."""
+
+    random: ClassVar[bool] = True
 
     std: float
 
@@ -36,19 +42,29 @@ class GaussianNoise:
             for name, tensor in released.items()
         }
 
+    def __str__(self) -> str:
+        return f"Gaussian noise of deviation {self.std:g}"
+
 
 @dataclass(frozen=True)
 class Sign:
     """Share the signs only (signSGD; Bernstein et al., ICML 2018): -1, 0 or 1 in every entry."""
 
+    random: ClassVar[bool] = False
+
     def apply(self, released: Tensors, generator: torch.Generator) -> Tensors:
         """The signs."""
         return {name: tensor.sign() for name, tensor in released.items()}
+
+    def __str__(self) -> str:
+        return "signs only"
 
 
 @dataclass(frozen=True)
 class TopK:
     """Keep the given share of the entries, those of largest magnitude over all tensors; the rest become 0."""
+
+    random: ClassVar[bool] = False
 
     share: float
 
@@ -66,5 +82,20 @@ class TopK:
             for name, tensor in released.items()
         }
 
+    def __str__(self) -> str:
+        return f"the largest {100 * self.share:g} % of the entries"
 
-LEAKS = {"none": None, "sign": Sign(), "top-k": TopK(0.01)}  # what learned attacks are tried on, beside noise
+
+DEFENSES: dict[str, type[GaussianNoise] | type[Sign] | type[TopK]] = {
+    "gaussian-noise": GaussianNoise,
+    "sign": Sign,
+    "top-k": TopK,
+}
+
+
+def defended(released: Tensors, defenses: Sequence[Defense], generator: torch.Generator) -> Tensors:
+    """One release {name: tensor} after these defenses, one after the other."""
+    one = {name: tensor[None] for name, tensor in released.items()}
+    for defense in defenses:
+        one = defense.apply(one, generator)
+    return {name: tensor[0] for name, tensor in one.items()}

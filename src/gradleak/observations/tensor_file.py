@@ -8,17 +8,25 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from gradleak.errors import BadInput
+from gradleak.errors import BadInput, parsed, shortened
 from gradleak.observations.tensors import Tensors
 
 
-def write(tensors: Tensors, schema: str, about: dict[str, Any], path: Path) -> None:
-    """Write tensors and a header of plain data, under the name of a schema: gradleak/KIND/VERSION."""
+def write(tensors: Tensors, schema: str, about: dict[str, Any], path: Path, *, private: bool = False) -> None:
+    """Write tensors and a header of plain data, under the name of a schema: gradleak/KIND/VERSION.
+
+    private: only its owner may read the file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
     header = {"schema": schema, "gradleak": json.dumps(about)}
-    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, unfinished, metadata=header)
-    os.replace(unfinished, path)
+    try:
+        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, unfinished, metadata=header)
+        if private:
+            unfinished.chmod(0o600)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def read(path: Path, schema: str, *needed: str) -> tuple[Tensors, dict[str, Any]]:
@@ -26,15 +34,12 @@ def read(path: Path, schema: str, *needed: str) -> tuple[Tensors, dict[str, Any]
     needed tensor."""
     tensors, header = open_tensors(path)
     if header.get("schema") != schema:
-        found = header.get("schema", "no gradleak header")
+        found = shortened(header.get("schema", "no gradleak header"))
         raise BadInput(f"{path} is not a {schema.split('/')[1]} file of this version ({found}, not {schema}).")
     for name in needed:
         if name not in tensors:
             raise BadInput(f"{path} lacks {name}: it is damaged.")
-    try:
-        about = json.loads(header.get("gradleak", ""))
-    except ValueError as error:
-        raise BadInput(f"{path} has a damaged header ({error}).") from error
+    about = parsed(header.get("gradleak", ""), f"{path} has a damaged header")
     if not isinstance(about, dict):
         raise BadInput(f"{path} has a damaged header: {type(about).__name__} in place of an object.")
     return tensors, about

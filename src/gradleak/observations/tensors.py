@@ -29,3 +29,8 @@ def rounding(rows: Tensor, precision: torch.dtype) -> Tensor:
     format_ = torch.finfo(precision)
     apart = format_.eps * torch.exp2(rows.double().abs().clamp_min(format_.tiny).log2().floor())
     return (apart.square().mean(1) / 12).sqrt()
+
+
+def moved(tensor: Tensor, where: torch.device | torch.dtype) -> Tensor:
+    """On another device; or, where it holds floating-point numbers, in another precision."""
+    return tensor.to(where) if isinstance(where, torch.device) or tensor.is_floating_point() else tensor

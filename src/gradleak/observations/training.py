@@ -1,9 +1,4 @@
-"""Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685) as pure functions: the weight that an adapter makes, and the
-training that makes the adapter.
-
-A layer computes (W + s B A) x. Its factors are named `MODULE.lora_A` (r, in) and `MODULE.lora_B` (out, r); those of a
-convolution are (r, in, k, k) and (out, r, 1, 1), as PEFT stores them.
-"""
+"""How something was trained: a recipe, and the training itself as a pure function, of pictures as of texts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +9,7 @@ from torch import Tensor
 from torch.func import grad
 
 from gradleak.errors import BadInput
+from gradleak.modalities.modality import Inputs
 from gradleak.observations.tensors import Tensors
 
 Optimizer = Literal["sgd", "momentum", "adam", "adamw"]
@@ -51,11 +47,11 @@ OPTIMISERS: dict[Optimizer, Callable[[list[Any], float], torch.optim.Optimizer]]
     "adamw": lambda parameters, rate: torch.optim.AdamW(parameters, rate),
 }
 
-Loss = Callable[[Tensors, Tensor, Tensor], Tensor]  # (parameters, inputs, labels) -> scalar
+Objective = Callable[[Tensors, Any, Any], Tensor]  # (parameters, inputs, labels or None) -> scalar
 
 
-def train(loss: Loss, parameters: Tensors, inputs: Tensor, labels: Tensor, recipe: Recipe) -> Tensors:
-    """The parameters after training, unrolled: differentiable with respect to the inputs."""
+def train(loss: Objective, parameters: Tensors, inputs: Inputs, labels: Tensor | None, recipe: Recipe) -> Tensors:
+    """The parameters after training, unrolled: differentiable with respect to the inputs where these are tensors."""
     size = recipe.batch_size or len(inputs)
     starts = range(0, len(inputs), size)
     first = {name: torch.zeros_like(p) for name, p in parameters.items()}
@@ -63,7 +59,8 @@ def train(loss: Loss, parameters: Tensors, inputs: Tensor, labels: Tensor, recip
     (b1, b2), rate = BETAS, recipe.learning_rate
     for step in range(1, recipe.steps + 1):
         start = starts[(step - 1) % len(starts)]
-        g = grad(loss)(parameters, inputs[start : start + size], labels[start : start + size])
+        part = slice(start, start + size)
+        g = grad(loss)(parameters, inputs[part], None if labels is None else labels[part])
         match recipe.optimizer:
             case "sgd":
                 change = g
@@ -79,8 +76,3 @@ def train(loss: Loss, parameters: Tensors, inputs: Tensor, labels: Tensor, recip
             parameters = {k: (1 - rate * WEIGHT_DECAY) * p for k, p in parameters.items()}
         parameters = {k: p - rate * change[k] for k, p in parameters.items()}
     return parameters
-
-
-def product(A: Tensor, B: Tensor) -> Tensor:
-    """B A in the shape of the layer's weight: (out, in) or (out, in, k, k)."""
-    return (B.flatten(1) @ A.flatten(1)).view(len(B), *A.shape[1:])

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from gradleak.attacks.search.descend import OnStep
-from gradleak.observations.text import Task
+from gradleak.modalities.language_models import Task
 from gradleak.studies.findings import Findings
 from gradleak.studies.text_victims import BATCHES, Sources, cell, findings, small
 from gradleak.victims.small_language import Kind

@@ -9,8 +9,8 @@ import torch
 from gradleak.attacks.search.descend import OnStep
 from gradleak.formats.secret_file import TextSecret
 from gradleak.observations.defenses import GaussianNoise, TopK
+from gradleak.observations.observation import TextObservation
 from gradleak.observations.tensors import flatten
-from gradleak.observations.text import TextGradient
 from gradleak.studies.findings import Findings
 from gradleak.studies.text_victims import BATCHES, Sources, Victim, cell, encoder, findings
 
@@ -18,7 +18,7 @@ from gradleak.studies.text_victims import BATCHES, Sources, Victim, cell, encode
 def noise(relative: float, seed: int) -> Victim:
     """White noise with `relative` times the norm of the release."""
 
-    def share(seen: TextGradient, secret: TextSecret) -> TextGradient:
+    def share(seen: TextObservation, secret: TextSecret) -> TextObservation:
         flat = flatten(seen.released)
         std = relative * float(flat.norm()) / len(flat) ** 0.5
         return _through(GaussianNoise(std), seen, seed)
@@ -31,7 +31,7 @@ def largest(share_of: float, seed: int) -> Victim:
     return lambda seen, secret: _through(TopK(share_of), seen, seed)
 
 
-def _through(defense: GaussianNoise | TopK, seen: TextGradient, seed: int) -> TextGradient:
+def _through(defense: GaussianNoise | TopK, seen: TextObservation, seed: int) -> TextObservation:
     stacked = {name: tensor[None] for name, tensor in seen.released.items()}
     shared = defense.apply(stacked, torch.Generator().manual_seed(seed))
     return replace(seen, released={name: tensor[0] for name, tensor in shared.items()})

@@ -25,7 +25,8 @@ from gradleak.attacks.dataset_size import DatasetSize, Estimate
 from gradleak.attacks.search.descend import OnStep
 from gradleak.modalities.networks import BINARY, Architecture
 from gradleak.modalities.pictures import Pictures, load, public_pool
-from gradleak.observations.observation import Adapter, Model
+from gradleak.observations.model import Model
+from gradleak.observations.releases import Adapter
 from gradleak.observations.tensors import Tensors
 from gradleak.observations.training import Recipe, train
 from gradleak.studies.findings import Findings, interval, plot

@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+# TODO Loss
 from gradleak.modalities.pictures import Pictures
-from gradleak.observations.observation import Adapter, Model, Update
+from gradleak.observations.model import PictureModel
+from gradleak.observations.releases import Adapter, Release, Update
 from gradleak.observations.tensors import Tensors
-from gradleak.observations.training import Loss, Recipe, train
+from gradleak.observations.training import Recipe, train
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ ALL = All()
 
 
 def fine_tuned(
-    model: Model, batch: Pictures, release: Release, rate: float, steps: int, seed: int
+    model: PictureModel, batch: Pictures, release: Release, rate: float, steps: int, seed: int
 ) -> tuple[Update, Tensor]:
     """The change of weights in so many full-batch steps of gradient descent, labels known; and lambda (n, classes).
 
@@ -86,7 +88,7 @@ def path(
     loss: Loss,
     own: Tensors,
     weights: Callable[[Tensors], Tensors],
-    model: Model,
+    model: PictureModel,
     batch: Pictures,
     rate: float,
     steps: int,
@@ -108,7 +110,7 @@ def truncated(weight: Tensor, rank: int) -> Tensor:
     return kept
 
 
-def blank(model: Model, rank: int, seed: int) -> Adapter:
+def blank(model: PictureModel, rank: int, seed: int) -> Adapter:
     """An adapter before its training: on every linear layer, scaling 1."""
     generator = torch.Generator().manual_seed(seed)
     modules = [name.removesuffix(".weight") for name, tensor in model.parameters.items() if tensor.dim() == 2]

@@ -29,7 +29,8 @@ from gradleak.audit import metrics
 from gradleak.audit.checks import replay_error
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures, load, public_pool
-from gradleak.observations.observation import Gradient, Mode, Model
+from gradleak.observations.model import Mode, Model
+from gradleak.observations.releases import Gradient
 from gradleak.studies.findings import Findings, interval, plot
 from gradleak.victims.gradient import capture_gradient
 

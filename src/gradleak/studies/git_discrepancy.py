@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from gradleak.attacks.search.descend import OnStep
 from gradleak.modalities.pictures import public_pool
-from gradleak.observations.observation import Model
+from gradleak.observations.model import Model
 from gradleak.observations.tensors import flatten
 from gradleak.studies.findings import Findings, plot
 from gradleak.studies.learned_victims import fit, found_for, prepare, scores

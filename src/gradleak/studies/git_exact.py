@@ -20,7 +20,7 @@ from gradleak.attacks.learned.pairs import Pairs, stream
 from gradleak.attacks.search.descend import OnStep
 from gradleak.modalities.networks import Architecture, Normalise
 from gradleak.modalities.pictures import load, public_pool
-from gradleak.observations.observation import Model
+from gradleak.observations.model import Model
 from gradleak.observations.tensors import Tensors
 from gradleak.studies.findings import Findings
 from gradleak.studies.learned_victims import Field, fit, found_for, scores

@@ -15,7 +15,7 @@ from gradleak.attacks.learned.git import Transcript, units
 from gradleak.attacks.search.descend import OnStep
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures, public_pool
-from gradleak.observations.observation import Model
+from gradleak.observations.model import Model
 from gradleak.studies.findings import Findings
 from gradleak.studies.learned_victims import Field, equal_size, fit, found_for, prepare, scores
 

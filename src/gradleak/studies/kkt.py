@@ -23,8 +23,8 @@ from gradleak.attacks.weights.kkt_search import KKTSearch, correlation
 from gradleak.audit.metrics import ssim
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures
-from gradleak.observations.observation import Gradient
-from gradleak.observations.trained_weights import Weights
+from gradleak.observations.observation import PictureObservation
+from gradleak.observations.releases import Weights
 from gradleak.studies.findings import Findings, plot
 from gradleak.victims.weights import FullBatch, first_of_each, publish_weights
 
@@ -99,7 +99,7 @@ def trained(
     return seen.to(torch.device(device))
 
 
-def extracted(attack: Any, seen: Gradient, seed: int, on_step: OnStep) -> Reconstruction:
+def extracted(attack: Any, seen: PictureObservation, seed: int, on_step: OnStep) -> Reconstruction:
     """One extraction."""
     found: Reconstruction = attack(seen, generator=torch.Generator().manual_seed(seed), on_step=on_step)
     return found

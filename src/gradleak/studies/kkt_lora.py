@@ -20,9 +20,8 @@ from gradleak.audit.metrics import ssim
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures
 from gradleak.observations.fully_connected import FullyConnected, Target, cone, explained
-from gradleak.observations.observation import Adapter
-from gradleak.observations.trained_weights import Weights
-from gradleak.observations.training import Recipe, product
+from gradleak.observations.releases import Adapter, Weights, product
+from gradleak.observations.training import Recipe
 from gradleak.studies.findings import Findings
 from gradleak.studies.kkt import extracted, halves, mean_of, nearest, scores
 from gradleak.victims.adapter import fine_tune

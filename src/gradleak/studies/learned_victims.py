@@ -18,7 +18,7 @@ from gradleak.audit import metrics
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures, load, public_pool
 from gradleak.observations.defenses import Defense
-from gradleak.observations.observation import Model
+from gradleak.observations.model import Model, PictureModel
 from gradleak.observations.tensors import Tensors
 
 BUILD: dict[str, Callable[..., nn.Module]] = {"git": Transcript, "lti": Perceptron}
@@ -28,7 +28,7 @@ BUILD: dict[str, Callable[..., nn.Module]] = {"git": Transcript, "lti": Perceptr
 class Field:
     """An untrained victim, public pictures for pairs, and unseen private ones."""
 
-    model: Model
+    model: PictureModel
     public: Pictures
     private: Pictures
 

@@ -18,7 +18,7 @@ def adapter(rank: int, steps: int | None, optimizer: Optimizer, seed: int) -> Vi
     recipe = None if steps is None else Recipe(optimizer=optimizer, learning_rate=RATE, steps=steps)
 
     def share(seen: Any, secret: Any) -> Any:
-        family, config = seen.model.family, seen.model.config
+        family, config = seen.model.architecture.family, seen.model.architecture.config
         modules = [name for block in range(config.num_hidden_layers) for name in family.queries(block)]
         return share_adapter(seen.model, secret, modules=modules, rank=rank, recipe=recipe, seed=seed)
 

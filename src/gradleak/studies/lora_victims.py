@@ -15,7 +15,9 @@ from gradleak.attacks.search.descend import OnStep
 from gradleak.audit import metrics
 from gradleak.modalities.networks import BINARY, Architecture
 from gradleak.modalities.pictures import Pictures, load, public_pool
-from gradleak.observations.observation import Adapter, Gradient, Model
+from gradleak.observations.model import Model, PictureModel
+from gradleak.observations.observation import PictureObservation
+from gradleak.observations.releases import Adapter, Gradient
 from gradleak.observations.training import Recipe
 from gradleak.priors.gaussian import GaussianPrior
 from gradleak.victims.training import prepare_model
@@ -28,7 +30,7 @@ ONE_STEP = Recipe(learning_rate=0.01, steps=1)
 class Base:
     """A pre-trained model, and the pictures around it: decoys, public and private ones have none in common."""
 
-    model: Model
+    model: PictureModel
     public: Pictures
     decoys: Tensor
     private: Pictures
@@ -90,7 +92,7 @@ def trained(adapter: Adapter, images: Tensor, labels: Tensor) -> Adapter:
     return replace(adapter, released={k: v.detach() for k, v in adapter.simulate(images, labels).items()})
 
 
-def full_gradient(base: Base, images: Tensor, labels: Tensor) -> Gradient:
+def full_gradient(base: Base, images: Tensor, labels: Tensor) -> PictureObservation:
     """The whole gradient of the adapted weights at the start of training, which the adapter is a sketch of."""
     names = [f"{module}.weight" for module in base.modules]
     frozen = tuple(name for name in base.model.parameters if name not in names)

@@ -18,7 +18,8 @@ from gradleak.audit.metrics import ssim
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures, load, public_pool
 from gradleak.observations.fully_connected import FullyConnected
-from gradleak.observations.observation import Model, Update
+from gradleak.observations.model import Model
+from gradleak.observations.releases import Release, Update
 from gradleak.observations.tensors import Tensors, flatten
 from gradleak.studies.findings import Findings
 from gradleak.studies.fine_tuning import ALL, LowRank, Release, Truncated, fine_tuned

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from gradleak.attacks.map_inversion import MapInversion
 from gradleak.attacks.search.descend import OnStep
 from gradleak.attacks.token_span import TokenSpan
-from gradleak.observations.observation import Gradient
+from gradleak.observations.observation import PictureObservation
 from gradleak.observations.tensors import flatten
 from gradleak.studies.findings import Findings, plot
 from gradleak.studies.lora_victims import Base, full_gradient, prepare, scores
@@ -78,7 +78,7 @@ def measured(
     return {**about, **scores(base, found, [x for x, _ in chunks]), "seconds": round(seconds / len(seen), 2)}
 
 
-def perturbed(gradient: Gradient, cosine: float, generator: torch.Generator) -> Gradient:
+def perturbed(gradient: PictureObservation, cosine: float, generator: torch.Generator) -> PictureObservation:
     """The gradient plus Gaussian noise orthogonal to it, so that their cosine is exactly this, and its length the same."""
     true = flatten(gradient.released)
     noise = torch.randn(true.shape, generator=generator)

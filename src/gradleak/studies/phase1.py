@@ -18,7 +18,7 @@ from gradleak.attacks.decoders.unet import UNet
 from gradleak.attacks.search.descend import OnStep
 from gradleak.modalities.pictures import Pictures, load, public_pool
 from gradleak.observations.distances import cosine
-from gradleak.observations.observation import Adapter
+from gradleak.observations.releases import Adapter
 from gradleak.observations.tensors import Tensors
 from gradleak.observations.training import Recipe
 from gradleak.studies.findings import Findings, plot

@@ -24,8 +24,9 @@ from gradleak.attacks.reconstruction import Reconstruction
 from gradleak.attacks.search.descend import OnStep
 from gradleak.audit.bound import identifiability
 from gradleak.errors import NotObserved
-from gradleak.observations.observation import Adapter, Gradient
-from gradleak.observations.training import Recipe, product
+from gradleak.observations.observation import PictureObservation
+from gradleak.observations.releases import Adapter, product
+from gradleak.observations.training import Recipe
 from gradleak.studies.findings import Findings, plot
 from gradleak.studies.lora_victims import ONE_STEP, Base, blank, full_gradient, prepare, scores, trained
 
@@ -77,7 +78,7 @@ def one_step(base: Base, name: str, rank: int, evaluations: int, seed: int, star
     plain, learned = (MapInversion(prior=base.prior, evaluations=evaluations, pairs=n) for n in (0, 1_000))
     wrong = [trained(a, base.public.images[i : i + 1], base.public.labels[i : i + 1]) for i, a in enumerate(adapters)]
     few = len(adapters) if name == "convnet" else FEW  # the others take up to half a minute a picture
-    runs: dict[str, tuple[Any, Sequence[Gradient]]] = {
+    runs: dict[str, tuple[Any, Sequence[PictureObservation]]] = {
         "(a) decoded, then inverted": (plain, [labelled(decoder(a), a) for a in adapters[:few]]),
         "(b) adapter matched": (plain, adapters[:few]),
         "(c) adapter matched, start (a)": (replace(plain, start=Decoded(decoder, plain)), adapters[:few]),
@@ -107,13 +108,13 @@ class Decoded:
     decoder: Ridge
     attack: MapInversion
 
-    def __call__(self, observation: Gradient, *, generator: torch.Generator) -> Reconstruction:
+    def __call__(self, observation: PictureObservation, *, generator: torch.Generator) -> Reconstruction:
         assert isinstance(observation, Adapter)
         return self.attack(labelled(self.decoder(observation), observation), generator=generator)
 
 
 def attacked(
-    base: Base, attack: Any, seen: Sequence[Gradient], seed: int, on_step: OnStep | None = None
+    base: Base, attack: Any, seen: Sequence[PictureObservation], seed: int, on_step: OnStep | None = None
 ) -> tuple[list[Tensor], float]:
     """The pictures, one batch per observation, the mean image where an attack refuses; and CPU seconds."""
     began, generator = time.process_time(), torch.Generator().manual_seed(seed)
@@ -131,12 +132,12 @@ def attacked(
     return found, time.process_time() - began
 
 
-def known(observation: Gradient) -> bool:
+def known(observation: PictureObservation) -> bool:
     """Whether its scale is known, so that it can be attacked beside others."""
     return not isinstance(observation, Adapter) or observation.recipe is not None
 
 
-def labelled(gradient: Gradient, adapter: Adapter) -> Gradient:
+def labelled(gradient: PictureObservation, adapter: Adapter) -> PictureObservation:
     """The gradient with the label that the adapter's last layer tells, where it does."""
     try:
         return replace(gradient, labels=known_or_recovered(adapter))
@@ -144,7 +145,7 @@ def labelled(gradient: Gradient, adapter: Adapter) -> Gradient:
         return gradient
 
 
-def raw(adapter: Adapter) -> Gradient:
+def raw(adapter: Adapter) -> PictureObservation:
     """B A taken for the gradient, as if nothing had to be decoded."""
     factors = {name: adapter.start[name] + change for name, change in adapter.released.items()}
     own = {**adapter.start, **factors}

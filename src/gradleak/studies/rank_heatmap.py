@@ -20,7 +20,7 @@ from gradleak.attacks.weights.ntk import NTK
 from gradleak.audit.metrics import ssim
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import load, public_pool
-from gradleak.observations.observation import Model
+from gradleak.observations.model import Model
 from gradleak.report.record import Plot
 from gradleak.studies.findings import Findings, plot
 from gradleak.studies.fine_tuning import Truncated, fine_tuned

@@ -16,13 +16,15 @@ from gradleak.audit.text_audit import plain, scores
 from gradleak.errors import NotObserved
 from gradleak.formats.language_folder import read_language_model
 from gradleak.formats.secret_file import TextSecret
+from gradleak.modalities.language_models import Task
 from gradleak.modalities.texts import load_texts, test_split
-from gradleak.observations.text import LanguageModel, Task, TextGradient
+from gradleak.observations.model import LanguageModel
+from gradleak.observations.observation import TextObservation
 from gradleak.studies.findings import Findings, interval
 from gradleak.victims.small_language import Kind, small_model, train_tokenizer, trained
 from gradleak.victims.text import capture_text_gradient
 
-Victim = Callable[[TextGradient, TextSecret], TextGradient]
+Victim = Callable[[TextObservation, TextSecret], TextObservation]
 BATCHES = {"quick": 2, "small": 10, "paper": 100}  # unseen batches per cell
 FIRST = 100  # rows before that were looked at while the attacks were written
 PUBLIC = 2_000
@@ -82,12 +84,12 @@ def cell(
     unseen = load_texts(source, test_split(source))
     chosen = [i for i, text in enumerate(unseen.texts) if words is None or words[0] <= len(text.split()) <= words[1]]
     first = FIRST if len(chosen) > FIRST + batch * count else 0
-    public = [plain(model, tokens) for tokens in model.encode(load_texts(source, "train", limit=PUBLIC).texts)]
+    public = [plain(model, tokens) for tokens in model.architecture.encode(load_texts(source, "train", limit=PUBLIC).texts)]
     found: dict[str, list[float]] = {}
     seconds, refused, proven, tokens = 0.0, 0, 0, 0
     for number in range(count):
         rows = [chosen[(first + number * batch + i) % len(chosen)] for i in range(batch)]
-        labels = unseen.labels[rows] if model.task == "classification" else None
+        labels = unseen.labels[rows] if model.architecture.task == "classification" else None
         seen, secret = capture_text_gradient(model, [unseen.texts[i] for i in rows], labels, precision=precision)
         seen = seen if victim is None else victim(seen, secret)
         began = time.process_time()
@@ -108,7 +110,7 @@ def cell(
     return {
         "model": model.name,
         "data": Path(source).name,
-        "task": model.task,
+        "task": model.architecture.task,
         "batch": batch,
         "batches": count,
         "tokens": round(tokens / count, 1),

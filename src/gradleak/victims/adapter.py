@@ -1,33 +1,36 @@
-"""Somebody who fine-tunes a model on private pictures with the PEFT library, and shares the adapter that it saves."""
+"""Somebody who fine-tunes a model on private data with the PEFT library, and shares the adapter that it saves."""
 
-import copy
 import difflib
 import itertools
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
-import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from gradleak.errors import BadInput
-from gradleak.formats.base_folder import write_base
-from gradleak.formats.peft import SUBTRACTED, adaptable, read_adapter
+from gradleak.formats.model_folder import write_base
+from gradleak.formats.peft import SUBTRACTED, read_adapter
 from gradleak.formats.secret_file import Secret
-from gradleak.modalities.networks import Architecture, ImageTransformer
-from gradleak.modalities.pictures import Pictures
-from gradleak.observations.observation import Adapter, Model
+from gradleak.modalities.modality import Blueprint
+from gradleak.modalities.networks import ImageTransformer
+from gradleak.modalities.transformers_networks import quiet_transformers
+from gradleak.observations.layers import is_adaptable, is_transposed
+from gradleak.observations.model import Model
+from gradleak.observations.observation import Observation
 from gradleak.observations.training import OPTIMISERS, Recipe
-from gradleak.victims.gradient import check_takes
+from gradleak.victims.gradient import keep_secret, told
 
 Init = bool | Literal["gaussian", "pissa", "olora", "lora_ga"]  # of PEFT's init_lora_weights; True is its default
+A = TypeVar("A", bound=Blueprint)
+Batches = list[tuple[Any, Tensor | None]]
 
 
 def fine_tune(
-    module: nn.Module,
-    architecture: Architecture,
-    private: Pictures,
+    model: Model[A],
+    private: Any,
     *,
     rank: int,
     out: Path,
@@ -40,42 +43,57 @@ def fine_tune(
     precision: torch.dtype = torch.float32,
     reveal_labels: bool = False,
     reveal_batch_size: bool = True,
-) -> tuple[Adapter, Secret]:
-    """Train an adapter with PEFT and torch.optim; what is returned is what `read_adapter` finds on disk.
+) -> tuple[Observation[A], Secret]:
+    """Train an adapter with PEFT and torch.optim on `private` (Pictures or Texts); what is returned is what is found on disk.
 
     Writes out/adapter, out/base and, where training does not begin at B = 0, out/initial. BatchNorm uses its running
-    statistics, nothing is dropped out. The module is left as it was.
+    statistics, nothing is dropped out.
 
     alpha           scaling is alpha / rank; default: the rank, so that it is 1, as with PEFT's defaults
     target_modules  "all-linear" (of transformers: as PEFT means it), "all" for convolutions too, or ends of names
     rslora          scaling is alpha / sqrt(rank)
     precision       number format of the saved adapter
 
-    Raises BadInput when the model cannot take these pictures, has no such modules, or the training diverges.
+    Raises BadInput when the model cannot take these data, has no such modules, or the training diverges.
     """
-    model = Model.of(module, architecture)
-    check_takes(model, private)
-    trained, module = module, copy.deepcopy(module).eval()
+    secret = keep_secret(model, private, seed=seed)
+    labels = told(secret) if reveal_labels else None
+    module = model.solid().eval()
     network = module.network if isinstance(module, ImageTransformer) else module
     # What "all-linear" means for a network of transformers is left to PEFT, but its LoRA-GA wants names.
-    as_peft = target_modules == "all-linear" and network is not module and init != "lora_ga"
+    as_peft = target_modules == "all-linear" and hasattr(network, "config") and init != "lora_ga"
     targets = "all-linear" if as_peft else module_names(network, target_modules)
     check_rank(network, targets, rank, init)
-    batches = _batches(private, recipe)
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+    size = recipe.batch_size or len(secret)
+    parts = [slice(start, start + size) for start in range(0, len(secret), size)]
+    batches = [(secret.inputs[part], None if secret.labels is None else secret.labels[part]) for part in parts]
+
+    def loss(inputs: Any, labels: Tensor | None) -> Tensor:
+        positional, named = model.architecture.arguments(inputs, next(iter(model.parameters.values())))
+        logits = model.architecture.logits(module(*positional, **named))
+        return model.criterion(*model.architecture.compared(logits, inputs, labels))
+
+    with warnings.catch_warnings(), quiet_transformers(), torch.random.fork_rng(devices=[]):
         # transformers deprecates a property that PEFT reads
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         torch.manual_seed(seed)
         settings = {"r": rank, "lora_alpha": rank if alpha is None else alpha, "use_rslora": rslora}
+        settings |= {"fan_in_fan_out": any(map(is_transposed, network.modules()))}
         adapted = _adapted(
-            network, {**settings, "init_lora_weights": init, "target_modules": targets}, module, batches[0]
+            network, {**settings, "init_lora_weights": init, "target_modules": targets}, module, loss, batches[0]
         )
+        module = adapted if module is network else module
+        module.eval()
         factors = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
         initial = [factor.detach().clone() for factor in factors] if init in SUBTRACTED else None
-        _train(module, factors, batches, recipe)
+        optimiser = OPTIMISERS[recipe.optimizer](factors, recipe.learning_rate)
+        for inputs, targets_ in itertools.islice(itertools.cycle(batches), recipe.steps):
+            optimiser.zero_grad()
+            loss(inputs, targets_).backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
         if not all(bool(factor.isfinite().all()) for factor in factors):
             raise BadInput(f"The fine-tuning diverged at learning rate {recipe.learning_rate:g}: choose a smaller one.")
-        write_base(trained, architecture, out / "base")
+        write_base(model, out / "base")
         save_adapter(adapted, factors, [factor.data for factor in factors], precision, out / "adapter")
         if initial:
             save_adapter(adapted, factors, initial, precision, out / "initial")
@@ -83,20 +101,16 @@ def fine_tune(
         out / "adapter",
         model,
         recipe=recipe,
-        batch_size=len(private.labels) if reveal_batch_size else None,
-        labels=private.labels if reveal_labels else None,
+        batch_size=len(secret) if reveal_batch_size else None,
+        labels=labels,
         initial=out / "initial" if initial else None,
     )
-    return adapter, Secret(private.images, private.labels, f"{private.source} {private.split}")
+    return adapter, secret
 
 
-def _batches(private: Pictures, recipe: Recipe) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    size = recipe.batch_size or len(private.labels)
-    starts = range(0, len(private.labels), size)
-    return [(private.images[i : i + size], private.labels[i : i + size]) for i in starts]
-
-
-def _adapted(network: nn.Module, settings: dict[str, Any], module: nn.Module, batch: tuple[torch.Tensor, ...]) -> Any:
+def _adapted(
+    network: nn.Module, settings: dict[str, Any], module: nn.Module, loss: Callable[..., Tensor], batch: tuple[Any, Tensor | None]
+) -> Any:
     """The network with PEFT's layers in place; LoRA-GA first takes the gradient of the first private batch."""
     from peft import LoraConfig, LoraGAConfig, get_peft_model
     from peft.tuners.lora import preprocess_loraga
@@ -107,22 +121,13 @@ def _adapted(network: nn.Module, settings: dict[str, Any], module: nn.Module, ba
 
     def estimate() -> None:
         module.eval()  # PEFT has just put the network into train mode
-        images = batch[0].clone().requires_grad_()  # else the hooks by which PEFT counts warn that no input needs one
-        F.cross_entropy(module(images), batch[1]).backward()  # type: ignore[no-untyped-call]
+        inputs = batch[0]
+        if isinstance(inputs, Tensor):
+            inputs = inputs.clone().requires_grad_()  # else the hooks by which PEFT counts warn that no input needs one
+        loss(inputs, batch[1]).backward()  # type: ignore[no-untyped-call]
 
     preprocess_loraga(network, config, estimate)
     return get_peft_model(network, config)
-
-
-def _train(
-    module: nn.Module, factors: list[nn.Parameter], batches: list[tuple[torch.Tensor, torch.Tensor]], recipe: Recipe
-) -> None:
-    module.eval()
-    optimiser = OPTIMISERS[recipe.optimizer](factors, recipe.learning_rate)
-    for images, labels in itertools.islice(itertools.cycle(batches), recipe.steps):
-        optimiser.zero_grad()
-        F.cross_entropy(module(images), labels).backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
 
 
 def save_adapter(
@@ -136,7 +141,7 @@ def save_adapter(
 
 def module_names(network: nn.Module, wanted: tuple[str, ...] | str) -> list[str]:
     """The full names of the modules to adapt, matched as PEFT matches them: by their end."""
-    able = [name for name, layer in network.named_modules() if adaptable(layer)]
+    able = [name for name, layer in network.named_modules() if is_adaptable(layer)]
     if wanted == "all-linear":
         return [name for name in able if not isinstance(network.get_submodule(name), nn.Conv2d)]
     if wanted == "all":

@@ -1,63 +1,98 @@
-"""A client that shares the gradient of one private batch."""
+"""A client that shares what one private batch makes of its model: the gradient, or the change by local training."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
 
 from gradleak.errors import BadInput
 from gradleak.formats.secret_file import Secret
-from gradleak.modalities.networks import Architecture
-from gradleak.modalities.pictures import Pictures
-from gradleak.observations.observation import Gradient, Mode, Model
+from gradleak.modalities.modality import Blueprint
+from gradleak.observations.defenses import Defense, defended
+from gradleak.observations.model import Model
+from gradleak.observations.observation import Observation
+from gradleak.observations.releases import Gradient, Release, Update
+from gradleak.observations.tensors import Tensors
+from gradleak.observations.training import Recipe
+
+A = TypeVar("A", bound=Blueprint)
 
 
 def capture_gradient(
-    module: nn.Module,
-    architecture: Architecture,
-    private: Pictures,
+    model: Model[A],
+    private: Any,
     *,
-    mode: Mode = "eval",
     precision: torch.dtype = torch.float32,
+    defenses: Sequence[Defense] = (),
     reveal_labels: bool = False,
     reveal_buffers: bool = True,
     reveal_batch_size: bool = True,
-) -> tuple[Gradient, Secret]:
-    """The gradient of the mean cross entropy over `private`, and the secret behind it.
+    seed: int = 0,
+) -> tuple[Observation[A], Secret]:
+    """The gradient of the loss over `private` (Pictures or Texts), and the secret behind it.
 
-    The state is recorded before the forward pass, so that train mode's update of BatchNorm's buffers is not in it.
-    precision: the number format of the release. Raises BadInput when the model cannot take these pictures.
+    The model is a snapshot from before the forward pass, so that train mode's update of BatchNorm's buffers is not in it.
+    precision: the number format of the release. defenses: applied before that, with noise from the seed, which also chooses
+    what is masked. Raises BadInput when the model cannot take these data.
     """
-    model = Model.of(module, architecture, mode=mode)
-    check_takes(model, private)
-    blank = {name: torch.zeros_like(p) for name, p in model.parameters.items() if name not in model.frozen}
-    full = Gradient(
-        model=model,
-        released=blank,
-        batch_size=len(private.labels) if reveal_batch_size else None,
-        labels=private.labels if reveal_labels else None,
+    secret = keep_secret(model, private, seed=seed)
+    revealed = model if reveal_buffers else model.without_buffers()
+    seen = Observation(
+        model=revealed,
+        released=share(model, Gradient(), model.trained, secret, precision, defenses, seed),
+        batch_size=len(secret) if reveal_batch_size else None,
+        labels=told(secret) if reveal_labels else None,
         precision=str(precision).removeprefix("torch."),
+        defenses=tuple(defenses),
     )
-    released = {k: v.detach().to(precision).float() for k, v in full.simulate(private.images, private.labels).items()}
-    seen = replace(full, released=released)
-    if not reveal_buffers:
-        seen = replace(seen, model=Model.of(module, architecture, mode=mode, reveal_buffers=False))
-    return seen, Secret(private.images, private.labels, f"{private.source} {private.split}")
+    return seen, secret
 
 
-def check_takes(model: Model, pictures: Pictures) -> None:
-    """BadInput when the size of the pictures, or their labels, are not what the model was built for."""
-    shape, wanted = tuple(pictures.images.shape[1:]), model.architecture.input_shape
-    if shape != wanted:
-        sizes = f"{'x'.join(map(str, shape))}, the model takes {'x'.join(map(str, wanted))}"
-        raise BadInput(f"The pictures are {sizes} (channel x height x width): choose other data, or resize them.")
-    try:
-        logits = model.logits({}, pictures.images)
-    except (RuntimeError, ValueError) as error:
-        raise BadInput(f"The model {model.architecture.name} fails on these pictures: {error}") from error
-    if logits.shape != (len(pictures.images), model.architecture.classes):
-        raise BadInput(f"The model returned {tuple(logits.shape)}, not (batch, {model.architecture.classes}) logits.")
-    if int(pictures.labels.max()) >= model.architecture.classes:
-        raise BadInput(
-            f"Label {int(pictures.labels.max())} is beyond the model's {model.architecture.classes} classes."
-        )
+def share_update(
+    gradient: Observation[A], secret: Secret, recipe: Recipe, *, model: Model[A] | None = None, seed: int = 0
+) -> Observation[A]:
+    """What the client of `gradient` would have shared after local training by this recipe.
+
+    model: the client's own, where the observation withholds its buffers. Everything that `gradient` withholds stays withheld.
+    Raises BadInput when the training diverges.
+    """
+    precision, release = getattr(torch, gradient.precision), Update(recipe=recipe)
+    own, defenses = model or gradient.model, gradient.defenses or ()
+    released = share(own, release, gradient.released, secret, precision, defenses, seed)
+    if not all(bool(tensor.isfinite().all()) for tensor in released.values()):
+        raise BadInput(f"Local training diverged at learning rate {recipe.learning_rate:g}: choose a smaller one.")
+    return replace(gradient, release=release, released=released)
+
+
+def share(
+    model: Model[Any],
+    release: Release,
+    names: Tensors,
+    secret: Secret,
+    precision: torch.dtype,
+    defenses: Sequence[Defense],
+    seed: int,
+) -> Tensors:
+    """What leaves the client: computed, defended, and rounded to the number format, in float32 again where it is shorter."""
+    exact = {k: t.detach() for k, t in release.simulate(model, names, secret.inputs, secret.labels).items()}
+    return rounded(defended(exact, defenses, torch.Generator().manual_seed(seed)), precision)
+
+
+def keep_secret(model: Model[Any], private: Any, *, seed: int = 0) -> Secret:
+    """Private data as the model is fed with them; BadInput for data or labels that it cannot take."""
+    inputs, labels = model.architecture.feed(private, seed=seed)
+    model.check_takes(inputs)
+    return Secret(inputs, labels, f"{private.source} {private.split}")
+
+
+def told(secret: Secret) -> torch.Tensor | None:
+    """The labels as they may be revealed; BadInput where they are the private data themselves."""
+    if secret.labels is not None and secret.labels.ndim > 1:
+        raise BadInput("The labels of a masked language model are its text: they cannot be revealed.")
+    return secret.labels
+
+
+def rounded(tensors: Tensors, precision: torch.dtype) -> Tensors:
+    """The tensors as a number format keeps them, in float32 again where it is a shorter one."""
+    return {name: t.to(precision).to(torch.promote_types(precision, torch.float32)) for name, t in tensors.items()}

@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 import torch
 
-from gradleak.formats.language_folder import build, model_of
-from gradleak.observations.text import LanguageModel, Task, adam_steps
+from gradleak.modalities.language_models import LanguageArchitecture, Task, build
+from gradleak.observations.model import LanguageModel, Model
+from gradleak.victims.training import adam_steps
 
 Kind = Literal["bert", "gpt2", "llama"]
 SPECIAL = {"unk_token": "[UNK]", "pad_token": "[PAD]"}
@@ -85,7 +86,7 @@ def small_model(
                 **special,
             )
     module, config = build(config, task, classes=classes, tokenizer=tokenizer, seed=seed)
-    return model_of(f"small {kind}", module, config, task, tokenizer)
+    return Model.of(module, LanguageArchitecture(f"small {kind}", config, task, tokenizer))
 
 
 def trained(
@@ -100,7 +101,7 @@ def trained(
 ) -> LanguageModel:
     """The model after so many Adam steps on random batches of public texts."""
     generator = torch.Generator().manual_seed(seed)
-    tokens = model.encode(texts)
+    tokens = model.architecture.encode(texts)
 
     def batches() -> Any:
         for _ in range(steps):

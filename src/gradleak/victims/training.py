@@ -2,18 +2,20 @@
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from gradleak.formats.observation_file import load_state, load_tensors
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures
-from gradleak.observations.tensors import fingerprint
+from gradleak.observations.model import Model
+from gradleak.observations.tensors import Tensors, fingerprint
 
 
 def cache_folder() -> Path:
@@ -74,3 +76,14 @@ def train(
         if on_step is not None:
             on_step(epoch + 1, epochs, float(loss.detach()))
     module.eval()
+
+
+def adam_steps(model: Model[Any], batches: Iterable[tuple[Any, Tensor | None]], rate: float) -> Tensors:
+    """The parameters of any model after one Adam step on each of these batches (inputs, labels)."""
+    leaves = {name: p.detach().clone().requires_grad_() for name, p in model.parameters.items()}
+    optimiser = torch.optim.Adam(list(leaves.values()), lr=rate)
+    for inputs, labels in batches:
+        optimiser.zero_grad()
+        model.loss(leaves, inputs, labels).backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+    return {name: p.detach() for name, p in leaves.items()}

@@ -12,18 +12,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradleak.errors import BadInput
 from gradleak.formats.secret_file import Secret
-from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures, load
 from gradleak.observations import tensor_file
 from gradleak.observations.fully_connected import FullyConnected, Target, explained
-from gradleak.observations.observation import Model
+from gradleak.observations.model import PictureModel
+from gradleak.observations.observation import Observation, PictureObservation
+from gradleak.observations.releases import Stationarity, Weights
 from gradleak.observations.tensors import fingerprint
-from gradleak.observations.trained_weights import Stationarity, Weights
-from gradleak.victims.gradient import check_takes
+from gradleak.victims.gradient import keep_secret
 
 PROGRESS = "gradleak/training/1"
 VEHICLES = ("airplane", "automobile", "ship", "truck")
@@ -80,8 +80,7 @@ def two_classes(pictures: Pictures) -> Tensor:
 
 
 def publish_weights(
-    module: nn.Module,
-    architecture: Architecture,
+    start: PictureModel,
     private: Pictures,
     recipe: FullBatch,
     *,
@@ -90,33 +89,33 @@ def publish_weights(
     reveal_batch_size: bool = True,
     resume: Path | None = None,
     on_step: OnStep | None = None,
-) -> tuple[Weights, Secret]:
-    """Train the module's network on all of `private` at once, in the module's precision, and release the parameters.
+) -> tuple[PictureObservation, Secret]:
+    """Train the model on all of `private` at once, in the precision of its parameters, and release them.
 
-    resume: a file that holds unfinished training; written about every 20 seconds, read if it is there. The module is left
-    as it was. Raises BadInput when the model cannot take the pictures or is not fully connected, or the training diverges.
+    resume: a file that holds unfinished training; written about every 20 seconds, read if it is there. Raises BadInput when
+    the model cannot take the pictures or is not fully connected, or the training diverges.
     """
-    start = Model.of(module, architecture)
-    precision = next(iter(start.parameters.values())).dtype
-    private_inputs = Pictures(
-        private.images.to(precision), private.labels, private.classes, private.source, private.split
-    )
-    check_takes(start, private_inputs)
-    before = FullyConnected.of(start.module, start.parameters, architecture.input_shape)
-    x = before.inputs(private_inputs.images)
-    after, epochs = train(before, x, private.labels, recipe, resume=resume, on_step=on_step)
+    precision, shape = next(iter(start.parameters.values())).dtype, start.architecture.input_shape
+    secret = keep_secret(start, replace(private, images=private.images.to(precision)))
+    labels = private.labels
+    before = FullyConnected.of(start.module, start.parameters, shape)
+    x = before.inputs(secret.inputs)
+    after, epochs = train(before, x, labels, recipe, resume=resume, on_step=on_step)
     model = replace(start, parameters=after.parameters())
-    observation = Weights(
-        model=model,
-        released=model.parameters,
-        batch_size=len(private.labels) if reveal_batch_size else None,
-        labels=private.labels if reveal_labels else None,
-        precision=str(precision).removeprefix("torch."),
+    release = Weights(
         initial=start.parameters if reveal_initial else None,
         weight_decay=recipe.weight_decay,
-        stationarity=stationarity(after, x, private.labels, epochs, recipe.weight_decay),
+        stationarity=stationarity(after, x, labels, epochs, recipe.weight_decay),
     )
-    return observation, Secret(private.images, private.labels, f"{private.source} {private.split}")
+    observation = Observation(
+        model=model,
+        release=release,
+        released=model.parameters,
+        batch_size=len(labels) if reveal_batch_size else None,
+        labels=labels if reveal_labels else None,
+        precision=str(precision).removeprefix("torch."),
+    )
+    return observation, replace(secret, inputs=private.images)
 
 
 def train(

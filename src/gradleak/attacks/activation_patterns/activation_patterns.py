@@ -16,18 +16,21 @@ Differs   no published attack to differ from
 """
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from gradleak.attacks.activation_patterns.half_spaces import Gaussian, Sites, cut, nearest_in_box
 from gradleak.attacks.analytic import first_layer
-from gradleak.attacks.reconstruction import Reconstruction
+from gradleak.attacks.attack import check_sees
+from gradleak.attacks.reconstruction import Reconstruction, outcome_of
 from gradleak.attacks.search.descend import OnStep
 from gradleak.errors import BadInput, NotObserved
-from gradleak.modalities.networks import AgainstZero, Normalise
+from gradleak.modalities.networks import AgainstZero, Architecture, Normalise
 from gradleak.observations.distances import relative_residual
-from gradleak.observations.observation import Adapter, Gradient
+from gradleak.observations.observation import PictureObservation
+from gradleak.observations.releases import Adapter, Release
 from gradleak.observations.tensors import flatten
 from gradleak.priors.gaussian import GaussianPrior
 
@@ -71,21 +74,23 @@ class ActivationPatterns:
     tolerance   a sweep that changes no pixel by more is the last
     """
 
+    sees: ClassVar[tuple[type[Release], ...]] = (Adapter,)
+    modality: ClassVar[str] = Architecture.modality
+
     prior: GaussianPrior | None = field(default=None, repr=False)
     rounds: int = 1
     sweeps: int = 30
     tolerance: float = 2e-3
 
     def __call__(
-        self, observation: Gradient, *, generator: torch.Generator, on_step: OnStep | None = None
+        self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
     ) -> Reconstruction:
         """Raises NotObserved where the model is no such chain, a B factor is missing or zero, or more than one picture
         took part. The half-spaces alone are used after training with Adam, which keeps the zeros only."""
-        if not isinstance(observation, Adapter):
-            raise NotObserved("No LoRA adapter was observed: of a whole gradient, analytic reads the picture exactly.")
+        check_sees(self, observation)
         observation = observation.to(torch.device("cpu"))
         seen = read(observation.to(torch.float64))
-        shape, recipe = observation.model.architecture.input_shape, observation.recipe
+        shape, recipe = observation.model.architecture.input_shape, observation.adapter.recipe
         prior = self.prior or GaussianPrior.smooth(shape)
         if prior.mean.shape != shape:
             raise BadInput(f"The prior is one of {tuple(prior.mean.shape)} pictures, the model takes {tuple(shape)}.")
@@ -113,12 +118,12 @@ class ActivationPatterns:
         )
         if trace[-1][1] > self.tolerance:
             status += f"; not settled, the last one changed a pixel by {trace[-1][1]:.2g}: take more sweeps"
-        return Reconstruction(
-            images, labels, residual, f"{status}; relative residual {residual:.2g}.", len(trace), trace
-        )
+        status = f"{status}; relative residual {residual:.2g}."
+        outcome = outcome_of(residual)
+        return Reconstruction(images, labels, residual, status, outcome, iterations=len(trace), trace=trace)
 
 
-def read(observation: Adapter) -> Evidence:
+def read(observation: PictureObservation) -> Evidence:
     """The evidence in an adapter, or NotObserved with what is missing. The observation is in float64."""
     if observation.batch_size not in (None, 1):
         raise NotObserved(f"The batch has {observation.batch_size} images: their patterns overlap in one B.")
@@ -129,7 +134,8 @@ def read(observation: Adapter) -> Evidence:
         raise NotObserved(
             f"No change of lora_B of {missing[0]} was released: the pattern is read from every linear layer."
         )
-    signs_only = observation.recipe is not None and observation.recipe.optimizer in ("adam", "adamw")
+    recipe = observation.adapter.recipe
+    signs_only = recipe is not None and recipe.optimizer in ("adam", "adamw")
     # From the last layer to the first: delta_l in units of 1 / t, who is active, A_l h_l in units of t.
     last = delta = torch.zeros(0)
     active, decided, scales, noise = list[Tensor](), list[Tensor](), list[Tensor](), ROUNDING
@@ -148,7 +154,7 @@ def read(observation: Adapter) -> Evidence:
     M, m = torch.diag(scale), shift
     sides, rows = list[Tensor](), list[Tensor]()  # matrices with the offsets as their last column
     for index, (name, W, b) in enumerate(layers):
-        rows.append(sketches[name].factor @ torch.cat([M, m[:, None]], dim=1))
+        rows.append(sketches[name].through @ torch.cat([M, m[:, None]], dim=1))
         M, m = W @ M, W @ m + b
         if index < len(active):
             sign = torch.where(active[index], 1.0, -1.0).double()[:, None]
@@ -196,11 +202,11 @@ def pattern(direction: Tensor, rest: float, expected: Tensor, signs_only: bool) 
     return on, expected.abs() > max(error, ROUNDING * float(expected.abs().max()))
 
 
-def chain(observation: Adapter) -> tuple[list[tuple[str, Tensor, Tensor]], Tensor]:
+def chain(observation: PictureObservation) -> tuple[list[tuple[str, Tensor, Tensor]], Tensor]:
     """[(name, weight, bias)] of the linear layers as they were trained from, and the matrix from the last one's outputs
     to the logits: the identity, or (0, 1) for `AgainstZero`. NotObserved if the model is anything else than that."""
     model = observation.model
-    merged, last = {**model.parameters, **observation.merged({})}, nn.Module()
+    merged, last = {**model.parameters, **observation.adapter.merged(observation.model, {})}, nn.Module()
     layers, refused = list[tuple[str, Tensor, Tensor]](), "has no hidden layer"
     for name, part in model.module.named_modules():
         if type(part) is nn.Sequential:  # a subclass may call its parts in another order
@@ -250,7 +256,7 @@ def loss_equations(seen: Evidence, t: Tensor, units_known: bool) -> tuple[Tensor
     return rows, values, noise.clamp(max=1.0).expand(len(others))
 
 
-def explain(observation: Adapter, images: Tensor) -> tuple[float, Tensor]:
+def explain(observation: PictureObservation, images: Tensor) -> tuple[float, Tensor]:
     """The relative residual and the label (1,) under which these images explain the release best.
 
     Without a recipe the learning rate is unknown, and the simulation is taken in the positive multiple that fits best.
@@ -259,7 +265,7 @@ def explain(observation: Adapter, images: Tensor) -> tuple[float, Tensor]:
     residuals = []
     for y in guesses if observation.labels is None else observation.labels[None]:
         simulated = observation.simulate(images, y)
-        if observation.recipe is None:
+        if observation.adapter.recipe is None:
             a, b = flatten(simulated), flatten(observation.released)
             fit = (a @ b / a.square().sum().clamp_min(torch.finfo(a.dtype).tiny)).clamp_min(0)
             simulated = {name: fit * tensor for name, tensor in simulated.items()}

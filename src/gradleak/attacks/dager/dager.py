@@ -1,6 +1,6 @@
 """DAGER: exact text from the gradients of a transformer (Petrov et al., NeurIPS 2024, arXiv:2405.15586).
 
-Sees      TextGradient, TextUpdate or TextAdapter: of the first block query, key and value (any of them); behind its attention
+Sees      Gradient, Update or Adapter of a language model: of the first block query, key and value (any of them); behind its attention
           the output projection, the perceptron's first layer, and query, key and value of the second block, for the order of
           a decoder's tokens and as the judge of an encoder's sentences; for batches of an encoder all linear layers of the
           first block. Neither labels nor embeddings' gradients are used
@@ -19,10 +19,12 @@ Differs   the end of the span and the tolerance of each check come from the gap 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from gradleak.attacks.attack import check_sees
 from gradleak.attacks.dager.decoder import Prefix, grow, likely
 from gradleak.attacks.dager.encoder import assemble, by_place, unambiguous
 from gradleak.attacks.dager.judge import Found, Judge
@@ -32,11 +34,16 @@ from gradleak.attacks.dager.ordering import ordered
 from gradleak.attacks.dager.outputs import Path
 from gradleak.attacks.dager.spans import Span, excess, spans
 from gradleak.attacks.dager.vocabulary import CHUNK, Embeddings, candidates
-from gradleak.attacks.reconstruction import TextReconstruction
+from gradleak.attacks.reconstruction import Outcome, Reconstruction
 from gradleak.attacks.search.descend import OnStep
 from gradleak.errors import NotObserved
+from gradleak.modalities.language_models import LanguageArchitecture
+from gradleak.modalities.modality import Tokens
+from gradleak.observations.layers import layer_inputs
+from gradleak.observations.model import LanguageModel
+from gradleak.observations.observation import TextObservation
+from gradleak.observations.releases import Adapter, Gradient, Release, Update
 from gradleak.observations.tensors import Tensors
-from gradleak.observations.text import LanguageModel, TextAdapter, TextGradient, Tokens
 
 MARGIN = 10.0  # random tokens have to be refused by this factor, or passing proves nothing
 BY_CHANCE = 2  # of 256 of these that may be true: a decoder's first token is right whatever follows
@@ -58,6 +65,9 @@ class Dager:
     orders  gradients computed to put an order to tokens that nothing else orders
     """
 
+    sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update, Adapter)
+    modality: ClassVar[str] = LanguageArchitecture.modality
+
     most: int = 2_000
     pairs: int = 12_000
     beam: int = 256
@@ -65,12 +75,13 @@ class Dager:
     orders: int = 600
 
     def __call__(
-        self, observation: TextGradient, *, generator: torch.Generator, on_step: OnStep | None = None
-    ) -> TextReconstruction:
+        self, observation: TextObservation, *, generator: torch.Generator, on_step: OnStep | None = None
+    ) -> Reconstruction:
         """Raises NotObserved where the first block's projections are missing, or the tokens fill the space in which they
         were seen."""
-        model, views = observation.model, observation.views()
-        family = model.family
+        check_sees(self, observation)
+        model, family = observation.model, observation.model.architecture.family
+        views = observation.sketches(family.linear(model.architecture.config))
         first = spans(views, family.queries(0), observation.precision, causal=family.causal)
         if not first:
             names = ", ".join(family.queries(0))
@@ -99,12 +110,12 @@ class Dager:
             passed = self._encoder(observation, embeddings, allowed, first, judge, generator, on_step)
         if not sure:
             passed = [replace(entry, proven=False) for entry in passed]
-        told = _told(observation, passed, fitting, bag, first[0])
-        return unmask(observation, told) if model.task == "masked-lm" else told
+        found = _result(observation, passed, fitting, bag, first[0])
+        return unmask(observation, found) if model.architecture.task == "masked-lm" else found
 
     def _encoder(
         self,
-        observation: TextGradient,
+        observation: TextObservation,
         embeddings: Embeddings,
         allowed: list[Tensor],
         first: list[Span],
@@ -112,7 +123,7 @@ class Dager:
         generator: torch.Generator,
         on_step: OnStep | None,
     ) -> list[Found]:
-        model, views, family = observation.model, observation.views(), observation.model.family
+        model, views, family = observation.model, observation.sketches(), observation.model.architecture.family
         pairs = self._likeliest(observation, embeddings, allowed, first)
         block = family.block(0)
         parts = ((family.output,), family.hidden, family.passed)
@@ -121,13 +132,13 @@ class Dager:
         if path is not None and bool(path.outputs(embeddings.inputs(*_decoys(model, generator)))[1].any()):
             path = None  # too blurred to tell anything
         found = assemble(judge, pairs, path, batch_size=observation.batch_size, budget=self.budget, on_step=on_step)
-        if found or not observation.replayable or isinstance(observation, TextAdapter):
+        if found or not _replayable(observation) or isinstance(observation.release, Adapter):
             return found  # what an adapter leaves open is for past_the_rank.py
         guess = ordered(observation, by_place(pairs), generator=generator, budget=self.orders)
         return [judge.verdict(tokens) for tokens in guess.sentences]
 
     def _decoder(
-        self, observation: TextGradient, allowed: list[Tensor], judge: Judge, sure: bool, generator: torch.Generator
+        self, observation: TextObservation, allowed: list[Tensor], judge: Judge, sure: bool, generator: torch.Generator
     ) -> tuple[list[Found], list[Found]]:
         """(sentences that pass, none); or, where they leave something unexplained, (none, those that fit best as a whole)."""
         model, count = observation.model, observation.batch_size
@@ -136,7 +147,7 @@ class Dager:
             grown = grow(judge, allowed, widest=self.beam)
             passed = _nearest(grown, judge.clearest.rank, count)
         names = _behind(model)[0]
-        seen = [span for span in spans(observation.views(), names, observation.precision, causal=True) if span.rank]
+        seen = [span for span in spans(observation.sketches(), names, observation.precision, causal=True) if span.rank]
         wanted = count or len(passed)
         explained = bool(passed) and all(entry.proven for entry in passed)
         if (
@@ -144,26 +155,26 @@ class Dager:
             or (sure and len(passed) == wanted)
             or not wanted
             or not seen
-            or isinstance(observation, TextAdapter)
+            or isinstance(observation.release, Adapter)
         ):
             return passed, []
         alone = replace(judge, spans={names[0]: seen})
         drawn = [ids[torch.randint(len(ids), (DECOYS,), generator=generator)] for ids in allowed]
-        decoys = torch.stack(drawn if model.family.placed else drawn * LENGTH, dim=1)
+        decoys = torch.stack(drawn if model.architecture.family.placed else drawn * LENGTH, dim=1)
         power = float(alone.rows(decoys)[1].median())
         if power < CLEAR:
             return passed, []
         even = power**0.5 if names[0] in judge.spans else power
         fitting = likely(alone, allowed, count=wanted, widest=WIDEST, limit=power, even=even)
-        return [], [Found(entry.tokens, entry.distance, False) for entry in fitting]
+        return [], [Found(entry.tokens, entry.distance, torch.inf, False) for entry in fitting]
 
     def _likeliest(
-        self, observation: TextGradient, embeddings: Embeddings, allowed: list[Tensor], first: list[Span]
+        self, observation: TextObservation, embeddings: Embeddings, allowed: list[Tensor], first: list[Span]
     ) -> Pairs:
         """Candidates (token, position), likeliest first."""
-        family = observation.model.family
+        family = observation.model.architecture.family
         pairs = pairs_of(embeddings, allowed)
-        whole = [v.measured for v in observation.views() if v.module in family.queries(0) and v.factor is None]
+        whole = [v.measured for v in observation.sketches() if v.module in family.queries(0) and v.factor is None]
         if not family.placed or not whole or len(pairs) <= first[0].rank:
             return pairs
         share = placements(embeddings, pairs, torch.cat(whole))
@@ -172,9 +183,9 @@ class Dager:
 
 def _decoys(model: LanguageModel, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Random tokens at the first positions: they have no reason to pass any check."""
-    count = min(32, model.positions - model.family.offset)
-    ids = torch.randint(model.config.vocab_size, (count,), generator=generator)
-    return ids, torch.arange(count) if model.family.placed else torch.zeros(count, dtype=torch.long)
+    count = min(32, model.architecture.positions - model.architecture.family.offset)
+    ids = torch.randint(model.architecture.config.vocab_size, (count,), generator=generator)
+    return ids, torch.arange(count) if model.architecture.family.placed else torch.zeros(count, dtype=torch.long)
 
 
 def _nearest(grown: list[Prefix], rank: int, batch_size: int | None) -> list[Found]:
@@ -189,7 +200,7 @@ def _nearest(grown: list[Prefix], rank: int, batch_size: int | None) -> list[Fou
         kept.append(entry)
         prefixes |= {entry.tokens[: i + 1] for i in range(len(entry.tokens))}
     whole = len(kept) == len(grown) and len(prefixes) >= rank
-    return [Found(entry.tokens, entry.distance, whole) for entry in kept]
+    return [Found(entry.tokens, entry.distance, 1.0, whole) for entry in kept]
 
 
 def _telling(found: list[Span], decoys: Tensor, rounding: float) -> list[Span]:
@@ -210,39 +221,39 @@ def _drift(
         return 0.0, dict.fromkeys(layers, 0.0)
     moved = replace(model, parameters={**model.parameters, **after})
     later, changes = Embeddings.of(moved), list[Tensor]()
-    for ids in torch.split(torch.arange(model.config.vocab_size), CHUNK):
+    for ids in torch.split(torch.arange(model.architecture.config.vocab_size), CHUNK):
         old, new = (seen.inputs(ids, torch.zeros_like(ids)) for seen in (embeddings, later))
         changes.append((new - old).norm(dim=1) / old.norm(dim=1))
     change = torch.cat(changes)
-    length = min(32, model.positions - model.family.offset, len(change))
+    length = min(32, model.architecture.positions - model.architecture.family.offset, len(change))
     own = change.topk(length).indices
     ids = torch.stack([own, *(own[torch.randperm(length, generator=generator)] for _ in range(7))])
-    before, then = (seen.inputs(layers, ids) for seen in (model, moved))
+    before, then = (layer_inputs(seen, layers, ids) for seen in (model, moved))
     drifts = {n: (then[n] - before[n]).norm(dim=-1) / before[n].norm(dim=-1) for n in layers}
     return float(change.max()), {name: float(drift.max()) for name, drift in drifts.items()}
 
 
 def _behind(model: LanguageModel) -> list[tuple[str, ...]]:
     """Layers behind the first attention whose inputs depend on the sentence: names of modules that share them."""
-    family = model.family
+    family = model.architecture.family
     layers = [tuple(f"{family.block(0)}.{name}" for name in names) for names in ((family.output,), family.hidden)]
-    return layers + ([family.queries(1)] if model.config.num_hidden_layers > 1 else [])
+    return layers + ([family.queries(1)] if model.architecture.config.num_hidden_layers > 1 else [])
 
 
 def _judge(
-    observation: TextGradient, rank: int, rounding: dict[str, float], generator: torch.Generator
+    observation: TextObservation, rank: int, rounding: dict[str, float], generator: torch.Generator
 ) -> tuple[Judge, bool]:
     """The spans behind the first attention that can tell sentences apart, and whether random sentences fail so clearly that
     passing is a proof.
 
     rank: directions that were seen of the first layer's inputs. Where fewer were seen, members are missing.
     """
-    model, views = observation.model, observation.views()
+    model, views = observation.model, observation.sketches()
     judge = Judge(model, _exact(model), {}, rounding)
     decoys = torch.stack([_decoys(model, generator)[0] for _ in range(8)])
-    x = model.inputs(list(rounding), decoys, parameters=judge.exact)
+    x = layer_inputs(model, list(rounding), decoys, parameters=judge.exact)
     for names in _behind(model):
-        seen = spans(views, names, observation.precision, causal=model.family.causal)
+        seen = spans(views, names, observation.precision, causal=model.architecture.family.causal)
         whole = [span for span in seen if span.rank >= min(rank, span.basis.shape[1])]
         if told := _telling(whole, x[names[0]].flatten(0, 1), rounding[names[0]]):
             judge.spans[names[0]] = told
@@ -251,8 +262,8 @@ def _judge(
 
 def _exact(model: LanguageModel) -> Tensors:
     """The parameters up to the second block in float64."""
-    base, blocks = f"{model.family.base}.", f"{model.family.base}.{model.family.layers}."
-    near = (model.family.block(0) + ".", model.family.block(1) + ".")
+    base, blocks = f"{model.architecture.family.base}.", f"{model.architecture.family.base}.{model.architecture.family.layers}."
+    near = (model.architecture.family.block(0) + ".", model.architecture.family.block(1) + ".")
     return {
         name: p.double()
         for name, p in model.parameters.items()
@@ -260,63 +271,79 @@ def _exact(model: LanguageModel) -> Tensors:
     }
 
 
-def _nothing(first: list[Span]) -> TextReconstruction:
+def _replayable(observation: TextObservation) -> bool:
+    """Whether `simulate` can tell what a text would have released: not where what is masked is unknown."""
+    return observation.model.architecture.task != "masked-lm"
+
+
+def _nothing(first: list[Span]) -> Reconstruction:
     status = (
         f"No token passes: the span of {first[0].rank} directions ends in a gap of {first[0].clearance:.2g}, too blurred to hold any "
         "token. A defense, or other parameters than those of the release, would explain that."
     )
-    return TextReconstruction((), (), (), (), 1.0, status)
+    return Reconstruction((), None, 1.0, status, Outcome.NOTHING)
 
 
 def _bag_only(
-    observation: TextGradient, bag: tuple[int, ...], pairs: Pairs, generator: torch.Generator, orders: int
-) -> TextReconstruction:
+    observation: TextObservation, bag: tuple[int, ...], pairs: Pairs, generator: torch.Generator, orders: int
+) -> Reconstruction:
     """The bag, and sentences by gradient distance: for one text, or where positions are seen."""
     model, count, only = observation.model, int(pairs.places.max()) + 1, unambiguous(pairs)
+    placed = model.architecture.family.placed
     status = f"{len(bag)} tokens pass in the first block, in up to {count} positions; nothing behind its attention "
     status += "was released that could tell more"
-    if only is not None and model.family.placed and observation.batch_size == 1:
+    if only is not None and placed and observation.batch_size == 1:
         status += ", but at each position only one passes."
-        return TextReconstruction(_closed(model, (only,)), (model.decode(only),), (False,), bag, 0.0, status)
-    adapter = isinstance(observation, TextAdapter)  # what that leaves open is for past_the_rank.py
-    loose = only is None and not model.family.placed and observation.batch_size != 1
-    if adapter or loose or not observation.replayable:
-        return TextReconstruction((), (), (), bag, 1.0, f"{status}, so they cannot be put together.")
+        return Reconstruction(_closed(model, (only,)), None, 0.0, status, Outcome.GUESSED, (False,), bag)
+    adapter = isinstance(observation.release, Adapter)  # what that leaves open is for past_the_rank.py
+    loose = only is None and not placed and observation.batch_size != 1
+    if adapter or loose or not _replayable(observation):
+        return Reconstruction((), None, 1.0, f"{status}, so they cannot be put together.", Outcome.GUESSED, (), bag)
     found = ordered(observation, by_place(pairs), generator=generator, budget=orders)
     sentences = _closed(model, found.sentences)
     status += f": their order is a guess, whose gradient differs from the released one by {found.distance:.1e}."
-    texts = tuple(model.decode(tokens) for tokens in sentences)
-    return TextReconstruction(sentences, texts, (False,) * len(sentences), bag, found.distance, status)
+    return Reconstruction(sentences, None, found.distance, status, Outcome.GUESSED, (False,) * len(sentences), bag)
 
 
 def _closed(model: LanguageModel, sentences: Sequence[tuple[int, ...]]) -> Tokens:
     """With the end-of-text token behind each, which a causal language model only predicts."""
-    end = model.tokenizer.eos_token_id if model.task == "causal-lm" else None
+    end = model.architecture.tokenizer.eos_token_id if model.architecture.task == "causal-lm" else None
     return tuple(tokens if end is None else (*tokens, end) for tokens in sentences)
 
 
-def _told(
-    observation: TextGradient, passed: list[Found], fitting: list[Found], bag: tuple[int, ...], first: Span
-) -> TextReconstruction:
-    """The result, with what is certain in words."""
+def _result(
+    observation: TextObservation, passed: list[Found], fitting: list[Found], bag: tuple[int, ...], first: Span
+) -> Reconstruction:
+    """The sentences, with what is certain of them in words."""
     model, wanted, found = observation.model, observation.batch_size, passed or fitting
-    sentences, notes = _closed(model, [entry.tokens for entry in found]), list[str]()
+    sentences = _closed(model, [entry.tokens for entry in found])
     proven = sum(entry.proven for entry in found)
-    if fitting:
-        notes.append("noise hides what single tokens would show: these sentences fit best as a whole, and are guesses")
-    elif not found:
-        notes.append(f"{len(bag)} tokens pass, but no sentence of them does")
-    elif wanted is not None and proven < wanted:
-        more = "the others are guesses, identical to these, or their beginnings"
-        notes.append(f"every token passes in all layers; {more if proven else 'the sentences are guesses'}")
-    else:
-        notes.append("every token passes in all layers")
-    if model.task == "causal-lm" and model.tokenizer.eos_token_id is None:
+    notes = [_evidence(found, proven, wanted, len(bag), bool(fitting))]
+    if model.architecture.task == "causal-lm" and model.architecture.tokenizer.eos_token_id is None:
         notes.append("the last token of a text is no input of the loss and cannot be seen")
     status = (
         f"{proven} of {wanted if wanted is not None else 'an unknown number of'} sentences proven; the first layer shows "
         f"{first.rank} directions, {first.clearance:.2g} above the noise; {'; '.join(notes)}."
     )
     residual = max((entry.distance for entry in found), default=1.0)
-    texts = tuple(model.decode(tokens) for tokens in sentences)
-    return TextReconstruction(sentences, texts, tuple(e.proven for e in found), bag, residual, status)
+    whole = proven == (wanted or len(found))
+    outcome = Outcome.NOTHING if not found else Outcome.SOLVED if whole else Outcome.CLOSE if proven else Outcome.GUESSED
+    return Reconstruction(sentences, None, residual, status, outcome, tuple(e.proven for e in found), bag)
+
+
+def _evidence(found: list[Found], proven: int, wanted: int | None, tokens: int, fitting: bool) -> str:
+    """What speaks for the sentences."""
+    passing = [entry.passes for entry in found]
+    if fitting:
+        return "noise hides what single tokens would show: these sentences fit best as a whole, and are guesses"
+    if not found:
+        return f"{tokens} tokens pass, but no sentence of them does"
+    if not all(passing):
+        worst = max(entry.excess for entry in found)
+        passed = f"every token of {sum(passing)} of {len(found)} sentences passes in all layers" if any(passing) else ""
+        outside = f"a row is up to {worst:.2g} times outside what noise allows"
+        return f"{passed}; of the others {outside}: they are guesses" if passed else f"{outside}: the sentences are guesses"
+    if wanted is not None and proven < wanted:
+        more = "the others are guesses, identical to these, or their beginnings"
+        return f"every token passes in all layers; {more if proven else 'the sentences are guesses'}"
+    return "every token passes in all layers"

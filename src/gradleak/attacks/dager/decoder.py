@@ -34,10 +34,10 @@ def grow(judge: Judge, candidates: Sequence[Tensor], *, widest: int, limit: floa
     """
     model = judge.model
     beam, done = [Prefix(())], list[Prefix]()
-    for place in range(model.positions):
-        if model.family.placed and place >= len(candidates):
+    for place in range(model.architecture.positions):
+        if model.architecture.family.placed and place >= len(candidates):
             break
-        ids = candidates[place if model.family.placed else 0].tolist()
+        ids = candidates[place if model.architecture.family.placed else 0].tolist()
         longer = _longer(beam, ids)
         kept, continued = [], set[tuple[int, ...]]()
         passed = judge.ends(torch.tensor([(*prefix.tokens, token) for prefix, token in longer]), limit)
@@ -63,10 +63,10 @@ def likely(
     """
     model = judge.model
     beam, every = [Prefix(())], list[Prefix]()
-    for place in range(model.positions):
-        if model.family.placed and place >= len(candidates):
+    for place in range(model.architecture.positions):
+        if model.architecture.family.placed and place >= len(candidates):
             break
-        longer = _longer(beam, candidates[place if model.family.placed else 0].tolist())
+        longer = _longer(beam, candidates[place if model.architecture.family.placed else 0].tolist())
         passed = judge.ends(torch.tensor([(*prefix.tokens, token) for prefix, token in longer]), limit, quick=True)
         kept = list[Prefix]()
         for i, far, ratio in zip(*(part.tolist() for part in passed), strict=True):

@@ -12,7 +12,7 @@ from gradleak.attacks.dager.judge import Found, Judge
 from gradleak.attacks.dager.memberships import Attention, Pairs, members
 from gradleak.attacks.dager.outputs import Path
 from gradleak.attacks.search.descend import OnStep
-from gradleak.observations.text import LanguageModel
+from gradleak.observations.model import LanguageModel
 
 TWICE = 2  # proposals that hold a token before it is no focus any more, until more outputs are known
 AT_ONCE = 1_024  # candidates whose outputs are sought before sentences are
@@ -98,7 +98,7 @@ def _around(
 ) -> tuple[int, ...] | None:
     """The sentence of the candidate `focus`: its members among those with known outputs, then whoever fills the gaps; None
     where there are more than `most` of these."""
-    close = model.tokenizer.sep_token_id
+    close = model.architecture.tokenizer.sep_token_id
     others = torch.tensor(list(outputs))
     together = [focus]
     for turn in range(TURNS):
@@ -143,7 +143,7 @@ def _unexplained(attention: Attention, o: Tensor, i: int, others: Tensor, w: Ten
 
 def _rounded(model: LanguageModel, pairs: Pairs, likely: Sequence[int], focus: int) -> tuple[int, ...]:
     """The members by position, up to the closing token behind the focus; a position without one takes the likeliest of all."""
-    close, here = model.tokenizer.sep_token_id, int(pairs.places[focus])
+    close, here = model.architecture.tokenizer.sep_token_id, int(pairs.places[focus])
     member = {int(pairs.places[i]): int(pairs.ids[i]) for i in likely}
     tokens = list[int]()
     for place in range(max(member) + 1):

@@ -7,21 +7,33 @@ import torch
 from torch import Tensor
 
 from gradleak.attacks.dager.spans import Span, excess
+from gradleak.observations.layers import layer_inputs
+from gradleak.observations.model import LanguageModel
 from gradleak.observations.tensors import Tensors
-from gradleak.observations.text import LanguageModel
 
 ROWS = 256  # sentences at a time
 
 
 @dataclass(frozen=True)
 class Found:
-    """A sentence, the largest relative distance of its rows to what was seen, whether all are within what noise allows, and
-    the mean of the distances."""
+    """A sentence, and how its rows fit into what was seen.
+
+    distance  the largest relative distance of a row
+    excess    the largest ratio of a row's distance to what noise allows: at most 1 where every token passes in all layers
+    proven    whether it passes, and nothing else could
+    mean      of the distances
+    """
 
     tokens: tuple[int, ...]
     distance: float
+    excess: float
     proven: bool
     mean: float = 0.0
+
+    @property
+    def passes(self) -> bool:
+        """Whether every token passes in all layers."""
+        return self.excess <= 1
 
 
 @dataclass(frozen=True)
@@ -51,7 +63,7 @@ class Judge:
         parameters, names = self.model.parameters if quick else self.exact, list(self.spans)
         distances, ratios = list[Tensor](), list[Tensor]()
         for part in torch.split(sentences, ROWS):
-            seen = self.model.inputs(names, part, parameters=parameters)
+            seen = layer_inputs(self.model, names, part, parameters=parameters)
             told = [excess(self.spans[name], seen[name], self.rounding[name]) for name in names]
             distances.append(torch.stack([distance for distance, _ in told]).amax(0))
             ratios.append(torch.stack([ratio for _, ratio in told]).amax(0))
@@ -68,7 +80,7 @@ class Judge:
         distance, ratio = torch.zeros(2, len(prefixes), dtype=torch.float64)
         for name, found in self.spans.items():
             parts = torch.split(prefixes[kept], ROWS)
-            x = [self.model.inputs([name], part, parameters=parameters)[name][:, -1] for part in parts]
+            x = [layer_inputs(self.model, [name], part, parameters=parameters)[name][:, -1] for part in parts]
             far, times = (told.double() for told in excess(found, torch.cat(x), self.rounding[name]))
             distance[kept] = torch.maximum(distance[kept], far)
             ratio[kept] = torch.maximum(ratio[kept], times)
@@ -80,7 +92,8 @@ class Judge:
     def verdict(self, tokens: tuple[int, ...]) -> Found:
         """The sentence as it stands."""
         distance, ratio = self.rows(torch.tensor([tokens]))
-        return Found(tokens, float(distance.max()), bool(ratio.max() <= 1), float(distance.mean()))
+        most = float(ratio.max())
+        return Found(tokens, float(distance.max()), most, most <= 1, float(distance.mean()))
 
     def corrected(self, tokens: tuple[int, ...], choices: list[list[int]], budget: int) -> Found:
         """The sentence after replacing one token at a time, the worst row's first, as long as that brings the rows nearer.

@@ -15,54 +15,52 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call, vjp, vmap
 
-from gradleak.attacks.reconstruction import TextReconstruction
+from gradleak.attacks.reconstruction import Reconstruction
+from gradleak.modalities.modality import Tokens
+from gradleak.observations.layers import layer_inputs
+from gradleak.observations.model import LanguageModel
+from gradleak.observations.observation import TextObservation
 from gradleak.observations.tensors import Tensors
-from gradleak.observations.text import LanguageModel, TextGradient, TextUpdate, Tokens
 
 PREDICTED = 1e-3  # of the largest d_t: below that, no token was predicted at t
 EXPLAINED = 0.1  # distance between the directions of d_t and of its token; two tokens' own are about 1 apart
 
 
-def unmask(observation: TextGradient, found: TextReconstruction) -> TextReconstruction:
+def unmask(observation: TextObservation, found: Reconstruction) -> Reconstruction:
     """The sentences with the tokens that were predicted in place of those that the model saw; the status says how many.
 
     Unchanged, with a word about the reason, where the head's gradient was not released or the tokens exceed its width.
     """
-    model, family = observation.model, observation.model.family
-    if not found.tokens or family.head is None:
+    model, family = observation.model, observation.model.architecture.family
+    if not found.value or family.head is None:
         return found
     module, dense = family.head
-    measured = observation.released.get(f"{module}.{dense}.weight")
-    if isinstance(observation, TextUpdate) and measured is not None:
-        measured = -measured  # a change goes against the gradient
-    if measured is None:
+    seen = observation.sketches([f"{module}.{dense}"])
+    if not seen:
         return _told(
             found, f"the masked tokens were not sought: the gradient of {module}.{dense}.weight was not released"
         )
-    x = torch.cat([_head_inputs(model, f"{module}.{dense}", tokens) for tokens in found.tokens])  # (n, width)
+    x = torch.cat([_head_inputs(model, f"{module}.{dense}", tokens) for tokens in found.value])  # (n, width)
     if len(x) >= x.shape[1]:
         return _told(found, f"the masked tokens cannot be told: {len(x)} tokens, {x.shape[1]} directions")
-    solved = torch.linalg.lstsq(x.T, measured.double().T, driver="gelsd").solution  # (n, rows): d_t / M
+    solved = torch.linalg.lstsq(x.T, seen[0].measured.double().T, driver="gelsd").solution  # (n, rows): d_t / M
     sizes = solved.norm(dim=1)
     predicted = (sizes > PREDICTED * sizes.max()).nonzero().flatten().tolist()
     best = {t: _target(model, x[t], solved[t]) for t in predicted}
     sure = {t: token for t, (token, rest) in best.items() if rest < EXPLAINED}
-    tokens = _replaced(found.tokens, sure)
-    texts = tuple(model.decode(row) for row in tokens)
-    return _told(
-        replace(found, tokens=tokens, texts=texts), f"{len(sure)} of {len(best)} masked tokens read from the head"
-    )
+    tokens = _replaced(found.value, sure)
+    return _told(replace(found, value=tokens), f"{len(sure)} of {len(best)} masked tokens read from the head")
 
 
 def _head_inputs(model: LanguageModel, name: str, tokens: Sequence[int]) -> Tensor:
     """What goes into the head's first layer: (length, width), in float64."""
     parameters = {key: p.double() for key, p in model.parameters.items()}
-    return model.inputs([name], torch.tensor([list(tokens)]), parameters=parameters)[name][0]
+    return layer_inputs(model, [name], torch.tensor([list(tokens)]), parameters=parameters)[name][0]
 
 
 def _target(model: LanguageModel, x: Tensor, d: Tensor) -> tuple[int, float]:
     """(token, distance of its direction from d's): x (width,) is the layer's input, d (rows,) its output's gradient."""
-    module, dense = model.family.head or ("", "")
+    module, dense = model.architecture.family.head or ("", "")
     head, own = model.module.get_submodule(module), _parameters(model, module)
 
     def logits(bias: Tensor) -> Tensor:
@@ -94,5 +92,5 @@ def _replaced(sentences: Tokens, targets: dict[int, int]) -> Tokens:
     return tuple(made)
 
 
-def _told(found: TextReconstruction, note: str) -> TextReconstruction:
+def _told(found: Reconstruction, note: str) -> Reconstruction:
     return replace(found, status=f"{found.status.removesuffix('.')}; {note}.")

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from gradleak.attacks.dager.vocabulary import Embeddings
+from gradleak.observations.model import LanguageModel
 from gradleak.observations.tensors import Tensors
-from gradleak.observations.text import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class Attention:
     @classmethod
     def of(cls, model: LanguageModel, exact: Tensors, x: Tensor) -> "Attention":
         """x: (m, width), what enters the first layer."""
-        heads = model.config.num_attention_heads
-        made = (x @ exact[f"{name}.weight"].T + exact[f"{name}.bias"] for name in model.family.queries(0))
+        heads = model.architecture.config.num_attention_heads
+        made = (x @ exact[f"{name}.weight"].T + exact[f"{name}.bias"] for name in model.architecture.family.queries(0))
         return cls(*(torch.unflatten(part, 1, (heads, -1)).transpose(0, 1) for part in made))
 
     def system(self, i: int, o: Tensor, others: Tensor) -> Tensor:

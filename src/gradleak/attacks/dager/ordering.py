@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch.func import functional_call
 
+from gradleak.modalities.modality import Tokens
+from gradleak.observations.model import LanguageModel
+from gradleak.observations.observation import TextObservation
 from gradleak.observations.tensors import flatten
-from gradleak.observations.text import LanguageModel, TextGradient, Tokens
 
 BEAM = 64  # orders that are continued
 EXACT = 1e-5  # distance from which on it is rounding
@@ -28,34 +30,34 @@ class Ordered:
     distance: float
 
 
-def ordered(observation: TextGradient, choices: list[list[int]], *, generator: torch.Generator, budget: int) -> Ordered:
+def ordered(observation: TextObservation, choices: list[list[int]], *, generator: torch.Generator, budget: int) -> Ordered:
     """The nearest sentences that were found.
 
     choices: tokens per position, likeliest first; one list of all of them where positions are not seen, for a single text.
     budget: gradients that may be computed.
     """
-    placed, model = observation.model.family.placed, observation.model
-    first = {name: t for name, t in observation.released.items() if name.startswith(f"{model.family.block(0)}.")}
+    placed, model = observation.model.architecture.family.placed, observation.model
+    first = {name: t for name, t in observation.released.items() if name.startswith(f"{model.architecture.family.block(0)}.")}
     observation = replace(observation, released=first)  # the embeddings' gradients would be most of the work
     starts: list[Tokens] = [(tuple(choices[0]),)]
     if placed:
-        starts = [_start(choices, observation.batch_size or 1, model.tokenizer.sep_token_id)]
-    elif model.task == "causal-lm":
+        starts = [_start(choices, observation.batch_size or 1, model.architecture.tokenizer.sep_token_id)]
+    elif model.architecture.task == "causal-lm":
         starts.append((fluent(model, choices[0]),))
     found = [_descended(observation, start, choices, generator, iter(range(budget // len(starts)))) for start in starts]
     return min(found, key=lambda entry: entry.distance)
 
 
 def _descended(
-    observation: TextGradient,
+    observation: TextObservation,
     start: Tokens,
     choices: list[list[int]],
     generator: torch.Generator,
     tries: Iterator[int],
 ) -> Ordered:
     """Moves from there as long as one comes nearer."""
-    placed, model = observation.model.family.placed, observation.model
-    classes = model.config.num_labels if model.task == "classification" else 1
+    placed, model = observation.model.architecture.family.placed, observation.model
+    classes = model.architecture.config.num_labels if model.architecture.task == "classification" else 1
     current = Ordered(start, (0,) * len(start), torch.inf)
     current = _nearest(observation, current, _labellings(current, classes), tries)
     while current.distance > EXACT:
@@ -77,7 +79,7 @@ def _descended(
 def fluent(model: LanguageModel, tokens: Sequence[int]) -> tuple[int, ...]:
     """The order of these tokens that a causal language model itself finds likeliest, by beam search."""
     beam: list[tuple[tuple[int, ...], float]] = [((token,), 0.0) for token in tokens]
-    end = model.tokenizer.eos_token_id
+    end = model.architecture.tokenizer.eos_token_id
     for length in range(1, len(tokens) + 1):
         ids = torch.tensor([prefix for prefix, _ in beam])
         with torch.no_grad():
@@ -100,7 +102,7 @@ def fluent(model: LanguageModel, tokens: Sequence[int]) -> tuple[int, ...]:
 
 
 def _nearest(
-    observation: TextGradient, current: Ordered, moves: Sequence[Ordered], tries: Iterator[int], *, first: bool = False
+    observation: TextObservation, current: Ordered, moves: Sequence[Ordered], tries: Iterator[int], *, first: bool = False
 ) -> Ordered:
     """The best of these, or the first that is better; the current one if none is, or the budget is spent."""
     best = current
@@ -113,13 +115,13 @@ def _nearest(
     return best
 
 
-def _distance(observation: TextGradient, move: Ordered) -> float:
+def _distance(observation: TextObservation, move: Ordered) -> float:
     model = observation.model
-    end = model.tokenizer.eos_token_id if model.task == "causal-lm" else None
+    end = model.architecture.tokenizer.eos_token_id if model.architecture.task == "causal-lm" else None
     tokens = [(*row, end) if end is not None else row for row in move.sentences]
-    if model.task == "causal-lm" and max(map(len, tokens)) < 2:
+    if model.architecture.task == "causal-lm" and max(map(len, tokens)) < 2:
         return torch.inf
-    made = observation.simulate(tokens, torch.tensor(move.labels) if model.task == "classification" else None)
+    made = observation.simulate(tokens, torch.tensor(move.labels) if model.architecture.task == "classification" else None)
     released = flatten(observation.released)
     return float((flatten({name: made[name] for name in observation.released}) - released).norm() / released.norm())
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from gradleak.attacks.dager.spans import Span, excess
+from gradleak.observations.model import LanguageModel
 from gradleak.observations.tensors import Tensors
-from gradleak.observations.text import LanguageModel
 
 ROWS = 64  # candidates at a time
 STEPS = 12
@@ -52,10 +52,10 @@ class Path:
         seen: spans of the attention's outputs, of what the perceptron reads, and of what its first layer passes on.
         rounding: relative precision of the victim's forward pass.
         """
-        if model.family.after is None or any(not s or s[0].full or s[0].factor is not None for s in seen):
+        if model.architecture.family.after is None or any(not s or s[0].full or s[0].factor is not None for s in seen):
             return None
         before, inner, passed = (found[0] for found in seen)
-        norm = f"{model.family.block(0)}.{model.family.after}"
+        norm = f"{model.architecture.family.block(0)}.{model.architecture.family.after}"
         N, beta = inner.outside(), exact[f"{norm}.bias"]
         own = N @ beta
         if bool(own.any()):
@@ -69,7 +69,7 @@ class Path:
 
         x: (m, width) in float64, inputs of the first layer.
         """
-        W, b = self._weights(self.model.family.output)
+        W, b = self._weights(self.model.architecture.family.output)
         V = self.before.basis
         left, s, right = torch.linalg.svd(self.linear @ W @ V.T)
         sure = int((s > s[0] * self.blur**0.5).sum())
@@ -79,16 +79,16 @@ class Path:
         return torch.cat([o for o, _ in made]), torch.cat([near for _, near in made])
 
     def _weights(self, part: str) -> tuple[Tensor, Tensor]:
-        name = f"{self.model.family.block(0)}.{part}"
+        name = f"{self.model.architecture.family.block(0)}.{part}"
         return self.exact[f"{name}.weight"], self.exact[f"{name}.bias"]
 
     def _descend(self, x: Tensor, W: Tensor, b: Tensor, fixed: Tensor, Z: Tensor) -> tuple[Tensor, Tensor]:
         """Gauss-Newton over t with o = V^T (c + Z t)."""
         from transformers.activations import ACT2FN
 
-        activation = ACT2FN[self.model.config.hidden_act]
-        gamma, beta = self._weights(self.model.family.after or "")
-        W1, b1 = self._weights(self.model.family.hidden[0])
+        activation = ACT2FN[self.model.architecture.config.hidden_act]
+        gamma, beta = self._weights(self.model.architecture.family.after or "")
+        W1, b1 = self._weights(self.model.architecture.family.hidden[0])
         V, P = self.before.basis, self.passed.basis
         c = -(x + b) @ self.linear.T @ fixed.T  # (m, n)
         K = W @ V.T @ Z

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradleak.observations.text import View
+from gradleak.observations.releases import Sketch
 
 CLEAR = 2.0  # singular values of rounding that are neighbours do not differ by this factor
 SURE = 5.0  # standard deviations of white noise that are allowed for
@@ -147,14 +147,14 @@ def white(values: Tensor, deviation: float, shape: torch.Size) -> Tensor:
     return blur
 
 
-def spans(views: list[View], modules: tuple[str, ...], precision: str, *, causal: bool = False) -> list[Span]:
+def spans(views: list[Sketch], modules: tuple[str, ...], precision: str, *, causal: bool = False) -> list[Span]:
     """What is known of the common input of some modules (query, key, value): one span for each factor that was looked through.
 
     Views through the same factor are pooled. Alone, keys show differences of inputs only (softmax does not see what all
     keys share: the deltas of a text's keys sum to zero), and queries of a decoder do not show its first token, which has
     nothing else to attend to: both are left out where values, or in an encoder queries, are there.
     """
-    chosen = [view for view in views if view.module in modules and bool(view.measured.any())]
+    chosen = [view for view in views if view.module in modules and view.side == "right" and bool(view.measured.any())]
     whole = [view for view in chosen if view.factor is None]
     found = [_pooled(whole, precision)] if whole else []
     through = [view for view in chosen if view.factor is not None]
@@ -165,7 +165,7 @@ def spans(views: list[View], modules: tuple[str, ...], precision: str, *, causal
     return found + [span_of(view.measured, view.factor, precision) for view in through]
 
 
-def _pooled(whole: list[View], precision: str) -> Span:
+def _pooled(whole: list[Sketch], precision: str) -> Span:
     noise = [view.noise for view in whole if view.noise is not None]
     known = torch.cat(noise) if len(noise) == len(whole) else None
     return span_of(torch.cat([view.measured for view in whole]), None, precision, known)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from gradleak.attacks.dager.spans import Span, excess
 from gradleak.errors import NotObserved
-from gradleak.observations.text import LanguageModel
+from gradleak.observations.layers import layer_inputs
+from gradleak.observations.model import LanguageModel
 
 CHUNK = 4_096  # tokens at a time
 STAND_IN = 10  # tokens for a position where none passes
@@ -42,17 +43,17 @@ class Embeddings:
     @classmethod
     def of(cls, model: LanguageModel) -> "Embeddings":
         """Read off the model by watching what enters its first normalisation; checked against what enters its first layer."""
-        family = model.family
+        family = model.architecture.family
         name = family.first_norm()
         norm = model.module.get_submodule(name)
-        ids = torch.arange(model.config.vocab_size)
+        ids = torch.arange(model.architecture.config.vocab_size)
         first = family.offset
-        chunks = [model.inputs([name], part[:, None], at=first)[name][:, 0] for part in torch.split(ids, CHUNK)]
+        chunks = [layer_inputs(model, [name], part[:, None], at=first)[name][:, 0] for part in torch.split(ids, CHUNK)]
         tokens = torch.cat(chunks)
         places = torch.zeros(1, tokens.shape[1])
         if family.placed:
-            row = torch.zeros(1, model.positions - first, dtype=torch.long)
-            seen = model.inputs([name], row, at=first)[name][0]
+            row = torch.zeros(1, model.architecture.positions - first, dtype=torch.long)
+            seen = layer_inputs(model, [name], row, at=first)[name][0]
             places = seen - seen[0]
         gamma = model.parameters[f"{name}.weight"].detach()
         beta = model.parameters.get(f"{name}.bias")
@@ -72,11 +73,11 @@ class Embeddings:
 
     def _check(self, model: LanguageModel) -> None:
         """NotObserved where this model's first inputs are something else than token plus position, normalised."""
-        name = model.family.queries(0)[0]
-        length = min(8, model.positions - model.family.offset)
-        ids = torch.arange(2, 2 + length) % model.config.vocab_size
-        true = model.inputs([name], ids[None], at=model.family.offset)[name][0].double()
-        places = torch.arange(length) if model.family.placed else torch.zeros(length, dtype=torch.long)
+        name = model.architecture.family.queries(0)[0]
+        length = min(8, model.architecture.positions - model.architecture.family.offset)
+        ids = torch.arange(2, 2 + length) % model.architecture.config.vocab_size
+        true = layer_inputs(model, [name], ids[None], at=model.architecture.family.offset)[name][0].double()
+        places = torch.arange(length) if model.architecture.family.placed else torch.zeros(length, dtype=torch.long)
         own = self.inputs(ids, places)
         if float((own - true).norm() / true.norm()) > 1e-4:
             raise NotObserved(

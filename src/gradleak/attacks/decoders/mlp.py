@@ -16,7 +16,8 @@ from torch import Tensor
 from gradleak.attacks.decoders import storage, training
 from gradleak.attacks.decoders.pairs import as_observation, check_identity, identity, key
 from gradleak.attacks.search.descend import OnStep
-from gradleak.observations.observation import Adapter, Gradient, Sketch
+from gradleak.observations.observation import PictureObservation
+from gradleak.observations.releases import Sketch
 from gradleak.observations.tensors import Tensors
 
 
@@ -30,7 +31,7 @@ class MLP:
     @classmethod
     def fit(
         cls,
-        adapter: Adapter,
+        adapter: PictureObservation,
         images: Tensor,
         labels: Tensor,
         *,
@@ -47,7 +48,7 @@ class MLP:
         """
         start: Tensors = {}
         for sketch in adapter.sketches():
-            rank, columns = sketch.factor.shape
+            rank, columns = sketch.through.shape
             start[f"{key(sketch)}/1"] = training.normal(generator, width, rank + rank**2)
             start[f"{key(sketch)}/2"] = training.normal(generator, width, width)
             start[f"{key(sketch)}/3"] = torch.zeros(columns, width)  # starts as the pseudo-inverse
@@ -66,7 +67,7 @@ class MLP:
         )
         return cls(identity(adapter), weights)
 
-    def __call__(self, adapter: Adapter) -> Gradient:
+    def __call__(self, adapter: PictureObservation) -> PictureObservation:
         """The adapter's gradient, over the adapted weights; BadInput if the decoder was fitted to another adapter."""
         check_identity(self.fitted, adapter)
         return as_observation(adapter, training.decode(_network, self.weights, adapter))

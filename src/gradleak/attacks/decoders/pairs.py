@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradleak.errors import BadInput
-from gradleak.observations.observation import Adapter, Gradient, Sketch
+from gradleak.observations.observation import Observation, PictureObservation
+from gradleak.observations.releases import Sketch
 from gradleak.observations.tensors import Tensors, fingerprint
 
 Factors = tuple[Tensor, Tensor]  # (n, tokens, columns of M) and (n, tokens, rows of M): M = second^T first
 
 
-def factors(adapter: Adapter, images: Tensor, labels: Tensor) -> dict[str, Factors]:
+def factors(adapter: PictureObservation, images: Tensor, labels: Tensor) -> dict[str, Factors]:
     """{module: (X (n, tokens, in), Delta (n, tokens, out))} for each picture alone: G_i = Delta_i^T X_i.
 
     A convolution's tokens are its positions, its X the patches under the kernel (in * k * k). Taken at the adapter's
@@ -31,8 +32,8 @@ def factors(adapter: Adapter, images: Tensor, labels: Tensor) -> dict[str, Facto
         isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in model.module.modules()
     ):
         raise BadInput("BatchNorm in train mode mixes the pictures of a batch: a decoder needs a model in eval mode.")
-    inputs: dict[str, list[Tensor]] = {module: [] for module in adapter.scaling}
-    probes: dict[str, list[Tensor]] = {module: [] for module in adapter.scaling}
+    inputs: dict[str, list[Tensor]] = {module: [] for module in adapter.adapter.scaling}
+    probes: dict[str, list[Tensor]] = {module: [] for module in adapter.adapter.scaling}
 
     def listen(module: str) -> Callable[..., Tensor]:
         def hook(layer: nn.Module, given: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -42,9 +43,9 @@ def factors(adapter: Adapter, images: Tensor, labels: Tensor) -> dict[str, Facto
 
         return hook
 
-    handles = [model.module.get_submodule(module).register_forward_hook(listen(module)) for module in adapter.scaling]
+    handles = [model.module.get_submodule(module).register_forward_hook(listen(module)) for module in adapter.adapter.scaling]
     try:
-        logits = model.logits(adapter.merged({}), images)
+        logits = model.logits(adapter.adapter.merged(adapter.model, {}), images)
     finally:
         for handle in handles:
             handle.remove()
@@ -59,7 +60,7 @@ def factors(adapter: Adapter, images: Tensor, labels: Tensor) -> dict[str, Facto
 
 
 def batches(
-    adapter: Adapter, images: Tensor, labels: Tensor, *, size: int = 50
+    adapter: PictureObservation, images: Tensor, labels: Tensor, *, size: int = 50
 ) -> Iterator[tuple[slice, list[tuple[Sketch, Tensor, Factors]]]]:
     """Rows of the pictures, and for each of the adapter's sketches: itself, what it would measure of these pictures'
     gradients (n, rows of M, rank), and the factors of M."""
@@ -79,7 +80,7 @@ def oriented(sketch: Sketch, found: dict[str, Factors]) -> Factors:
 def measure(sketch: Sketch, pair: Factors) -> Tensor:
     """S = M F^T per picture, without forming M: (n, rows of M, rank)."""
     X, delta = pair
-    return delta.mT @ (X @ sketch.factor.T)
+    return delta.mT @ (X @ sketch.through.T)
 
 
 def sketched_moment(S: Tensor, pair: Factors) -> Tensor:
@@ -93,13 +94,13 @@ def key(sketch: Sketch) -> str:
     return f"{sketch.module}.{sketch.side}"
 
 
-def identity(adapter: Adapter) -> str:
+def identity(adapter: PictureObservation) -> str:
     """Fingerprint of what a decoder is fitted to: the base model, the adapter's start, and which factors are released."""
     released = {f"released {name}": torch.zeros(0) for name in adapter.released}
-    return fingerprint({**adapter.model.parameters, **(adapter.model.buffers or {}), **adapter.start, **released})
+    return fingerprint({**adapter.model.parameters, **(adapter.model.buffers or {}), **adapter.adapter.start, **released})
 
 
-def check_identity(fitted: str, adapter: Adapter) -> None:
+def check_identity(fitted: str, adapter: PictureObservation) -> None:
     """BadInput if a decoder was fitted to another base model or to other factors than this adapter's."""
     if fitted != identity(adapter):
         raise BadInput(
@@ -108,7 +109,7 @@ def check_identity(fitted: str, adapter: Adapter) -> None:
         )
 
 
-def check_pictures(adapter: Adapter, images: Tensor, labels: Tensor) -> None:
+def check_pictures(adapter: PictureObservation, images: Tensor, labels: Tensor) -> None:
     """BadInput unless the adapter has sketches and there are public pictures of its model's size and classes."""
     if not adapter.sketches():
         raise BadInput("The adapter measures no gradient: the other factor of each that is released starts at zero.")
@@ -121,11 +122,11 @@ def check_pictures(adapter: Adapter, images: Tensor, labels: Tensor) -> None:
         )
 
 
-def as_observation(adapter: Adapter, decoded: Tensors) -> Gradient:
+def as_observation(adapter: PictureObservation, decoded: Tensors) -> PictureObservation:
     """{module.weight: gradient} as an observation of the model at the adapter's start, all other parameters frozen."""
-    parameters = {**adapter.model.parameters, **adapter.merged({})}
+    parameters = {**adapter.model.parameters, **adapter.adapter.merged(adapter.model, {})}
     frozen = tuple(name for name in parameters if name not in decoded)
-    return Gradient(
+    return Observation(
         model=replace(adapter.model, parameters=parameters, frozen=frozen),
         released=decoded,
         batch_size=adapter.batch_size,

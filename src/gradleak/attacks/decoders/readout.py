@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from gradleak.observations.layers import calls
-from gradleak.observations.observation import Adapter, Sketch
+from gradleak.observations.observation import PictureObservation
+from gradleak.observations.releases import Sketch
 
 ROUNDING = 1e-7  # the relative error of a released float32
 NOT_ONE_PICTURE = 1e-2  # a second singular value larger than this, relative to the first, is no rank-one sketch
 IMPLAUSIBLE = 25.0  # mean square of the whitened measurements: beyond five standard deviations, p is no softmax
 
 
-def find(adapter: Adapter, images: Tensor) -> str:
+def find(adapter: PictureObservation, images: Tensor) -> str:
     """The adapted linear layer whose outputs are the model's logits, of at least three classes; "" if there is none."""
     logits = adapter.model.logits({}, images)
-    last = [call for call in calls(adapter.model, images) if call.name in adapter.scaling][-1:]
+    last = [call for call in calls(adapter.model, images) if call.name in adapter.adapter.scaling][-1:]
     fits = [c.name for c in last if isinstance(c.layer, nn.Linear) and torch.equal(c.output, logits)]
     return fits[0] if fits and logits.shape[1] > 2 else ""
 
@@ -31,7 +32,7 @@ def decode(sketch: Sketch, W: Tensor, b: Tensor, mean: Tensor, covariance: Tenso
 
     W (classes, features) and b (classes,) are the layer's; mean (features,) and covariance of h. Computed in float64.
     """
-    S, A, W, b, mean, covariance = (t.double() for t in (sketch.measured, sketch.factor, W, b, mean, covariance))
+    S, A, W, b, mean, covariance = (t.double() for t in (sketch.measured, sketch.through, W, b, mean, covariance))
     U, s, Vh = torch.linalg.svd(S, full_matrices=False)
     error = max(float(s[1] / s[0]), ROUNDING) if len(s) > 1 and s[0] > 0 else 1.0
     u = U[:, 0] if int((U[:, 0] < 0).sum()) == 1 else -U[:, 0]  # delta / c: negative at the label only

@@ -27,7 +27,8 @@ from gradleak.attacks.decoders.pairs import (
     sketched_moment,
 )
 from gradleak.attacks.search.descend import OnStep
-from gradleak.observations.observation import Adapter, Gradient, Sketch
+from gradleak.observations.observation import PictureObservation
+from gradleak.observations.releases import Sketch, weight_shaped
 from gradleak.observations.tensors import Tensors
 
 SEEN = 16  # columns of S that enter the grouping
@@ -43,7 +44,7 @@ class PseudoInverse:
     @classmethod
     def fit(
         cls,
-        adapter: Adapter,
+        adapter: PictureObservation,
         images: Tensor,
         labels: Tensor,
         *,
@@ -53,7 +54,7 @@ class PseudoInverse:
         """Nothing to fit."""
         return cls()
 
-    def __call__(self, adapter: Adapter) -> Gradient:
+    def __call__(self, adapter: PictureObservation) -> PictureObservation:
         """The adapter's gradient, over the adapted weights."""
         return as_observation(adapter, adapter.as_gradient())
 
@@ -80,7 +81,7 @@ class Ridge:
     @classmethod
     def fit(
         cls,
-        adapter: Adapter,
+        adapter: PictureObservation,
         images: Tensor,
         labels: Tensor,
         *,
@@ -125,7 +126,7 @@ class Ridge:
             last = {f"{module}/mean": h.mean(0), f"{module}/covariance": torch.cov(h.T.double(), correction=0).to(h)}
         return cls(identity(adapter), moments, whiten, centres, torch.bincount(owner, minlength=groups), last)
 
-    def __call__(self, adapter: Adapter) -> Gradient:
+    def __call__(self, adapter: PictureObservation) -> PictureObservation:
         """The adapter's gradient, over the adapted weights; BadInput if the decoder was fitted to another adapter."""
         check_identity(self.fitted, adapter)
         share = self.nearest(adapter)
@@ -136,14 +137,14 @@ class Ridge:
             known = decoded.get(name, sketch.measured.new_zeros(shape)).flatten(1)
             known = known if sketch.side == "right" else known.T
             # Where both factors are released, the second explains what the first has left: exact for both.
-            S = sketch.measured - known @ sketch.factor.T
+            S = sketch.measured - known @ sketch.through.T
             FC = torch.tensordot(share, self.moments[key(sketch)], 1)  # (rank, columns)
             exact = self._from_softmax(adapter, sketch)
-            M = known + ridge(S, sketch.factor, FC) if exact is None else exact
-            decoded[name] = adapter.weight_shaped(sketch, M)
+            M = known + ridge(S, sketch.through, FC) if exact is None else exact
+            decoded[name] = weight_shaped(adapter.model, sketch, M)
         return as_observation(adapter, decoded)
 
-    def nearest(self, adapter: Adapter) -> Tensor:
+    def nearest(self, adapter: PictureObservation) -> Tensor:
         """(groups,): by how much each group's sum enters C for this observation."""
         seen = {key(s): (s.measured[:, :SEEN].T @ s.measured[:, :SEEN])[None] for s in adapter.sketches()}
         distance = (_features(seen, self.whiten) - self.centres).square().sum(1)
@@ -151,11 +152,11 @@ class Ridge:
         near = torch.exp(-sharpness * (distance - distance.min()))
         return near / (near @ self.sizes.to(near)) + SHARED / self.sizes.sum()
 
-    def _from_softmax(self, adapter: Adapter, sketch: Sketch) -> Tensor | None:
-        module, recipe = sketch.module, adapter.recipe
+    def _from_softmax(self, adapter: PictureObservation, sketch: Sketch) -> Tensor | None:
+        module, recipe = sketch.module, adapter.adapter.recipe
         if f"{module}/mean" not in self.last or sketch.side == "left" or recipe is None or recipe.steps > 1:
             return None
-        W = adapter.merged({})[f"{module}.weight"]
+        W = adapter.adapter.merged(adapter.model, {})[f"{module}.weight"]
         b = adapter.model.parameters.get(f"{module}.bias", W.new_zeros(len(W)))
         return readout.decode(sketch, W, b, self.last[f"{module}/mean"], self.last[f"{module}/covariance"])
 

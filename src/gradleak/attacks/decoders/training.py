@@ -12,7 +12,8 @@ from torch import Tensor
 
 from gradleak.attacks.decoders.pairs import batches, check_pictures, key
 from gradleak.attacks.search.descend import OnStep
-from gradleak.observations.observation import Adapter, Sketch
+from gradleak.observations.observation import PictureObservation
+from gradleak.observations.releases import Sketch, weight_shaped
 from gradleak.observations.tensors import Tensors
 
 # weights, the sketch, S (n, rows, rank) of unit root mean square, S's pseudo-inverse (n, rows, columns) -> M^
@@ -22,7 +23,7 @@ Network = Callable[[Tensors, Sketch, Tensor, Tensor], Tensor]
 def fit(
     network: Network,
     weights: Tensors,
-    adapter: Adapter,
+    adapter: PictureObservation,
     images: Tensor,
     labels: Tensor,
     *,
@@ -39,7 +40,7 @@ def fit(
     check_pictures(adapter, images, labels)
     weights = {name: w.clone().requires_grad_() for name, w in weights.items()}
     adam = torch.optim.Adam(list(weights.values()), lr=learning_rate)
-    inverses = {key(s): torch.linalg.pinv(s.factor).T for s in adapter.sketches()}
+    inverses = {key(s): torch.linalg.pinv(s.through).T for s in adapter.sketches()}
     batch, order = min(batch, len(images)), torch.zeros(0, dtype=torch.int64)
     for step in range(steps):
         adam.param_groups[0]["lr"] = learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
@@ -62,14 +63,14 @@ def fit(
     return {name: w.detach() for name, w in weights.items()}
 
 
-def decode(network: Network, weights: Tensors, adapter: Adapter) -> Tensors:
+def decode(network: Network, weights: Tensors, adapter: PictureObservation) -> Tensors:
     """{module.weight: gradient}; where both factors of a module are released, the mean of their two answers."""
     answers: dict[str, list[Tensor]] = {}
     for sketch in adapter.sketches():
         S = sketch.measured[None]
         unit = _rms(S)
-        M = network(weights, sketch, S / unit, S / unit @ torch.linalg.pinv(sketch.factor).T)[0] * unit[0]
-        answers.setdefault(f"{sketch.module}.weight", []).append(adapter.weight_shaped(sketch, M))
+        M = network(weights, sketch, S / unit, S / unit @ torch.linalg.pinv(sketch.through).T)[0] * unit[0]
+        answers.setdefault(f"{sketch.module}.weight", []).append(weight_shaped(adapter.model, sketch, M))
     return {name: torch.stack(each).mean(0) for name, each in answers.items()}
 
 

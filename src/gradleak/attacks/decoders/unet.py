@@ -16,7 +16,8 @@ from torch import Tensor
 from gradleak.attacks.decoders import storage, training
 from gradleak.attacks.decoders.pairs import as_observation, check_identity, identity, key
 from gradleak.attacks.search.descend import OnStep
-from gradleak.observations.observation import Adapter, Gradient, Sketch
+from gradleak.observations.observation import PictureObservation
+from gradleak.observations.releases import Sketch
 from gradleak.observations.tensors import Tensors
 
 EMBEDDED = 2  # numbers for each row, and for each column
@@ -32,7 +33,7 @@ class UNet:
     @classmethod
     def fit(
         cls,
-        adapter: Adapter,
+        adapter: PictureObservation,
         images: Tensor,
         labels: Tensor,
         *,
@@ -57,8 +58,8 @@ class UNet:
         start["out"] = torch.zeros(1, width, 1, 1)  # starts as the lift alone
         for sketch in adapter.sketches():
             start[f"{key(sketch)}/rows"] = torch.randn(EMBEDDED, sketch.measured.shape[0], generator=generator)
-            start[f"{key(sketch)}/lift"] = torch.zeros(sketch.factor.T.shape)
-            start[f"{key(sketch)}/columns"] = torch.randn(EMBEDDED, sketch.factor.shape[1], generator=generator)
+            start[f"{key(sketch)}/lift"] = torch.zeros(sketch.through.T.shape)
+            start[f"{key(sketch)}/columns"] = torch.randn(EMBEDDED, sketch.through.shape[1], generator=generator)
         weights = training.fit(
             _network,
             {name: w.to(images) for name, w in start.items()},
@@ -73,7 +74,7 @@ class UNet:
         )
         return cls(identity(adapter), weights)
 
-    def __call__(self, adapter: Adapter) -> Gradient:
+    def __call__(self, adapter: PictureObservation) -> PictureObservation:
         """The adapter's gradient, over the adapted weights; BadInput if the decoder was fitted to another adapter."""
         check_identity(self.fitted, adapter)
         return as_observation(adapter, training.decode(_network, self.weights, adapter))

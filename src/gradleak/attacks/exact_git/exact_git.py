@@ -18,22 +18,26 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import jacrev
 
+from gradleak.attacks.attack import check_sees
 from gradleak.attacks.exact_git import leaked_weights
 from gradleak.attacks.exact_git.leaked_weights import ROUNDING, Chain, inverse
 from gradleak.attacks.labels import known_or_recovered
 from gradleak.attacks.learned import generator as learned
 from gradleak.attacks.learned.generator import Shards
-from gradleak.attacks.reconstruction import Reconstruction
+from gradleak.attacks.reconstruction import Reconstruction, outcome_of
 from gradleak.attacks.search.descend import OnStep
 from gradleak.errors import BadInput, NotObserved
-from gradleak.observations.distances import relative_residual
-from gradleak.observations.observation import Adapter, Gradient, Model, Update
+from gradleak.modalities.networks import Architecture
+from gradleak.observations.model import PictureModel
+from gradleak.observations.observation import PictureObservation
+from gradleak.observations.releases import Gradient, Release, Update
 from gradleak.observations.tensors import Tensors
 
 STARTS = 20  # of the fixed point of a batch
@@ -45,7 +49,7 @@ SOLVED = 1e-5  # relative residual of a fixed point that is one
 class Recovered(nn.Module):
     """The recovered weights, and which entries of them the pairs tell: not trained, but solved for by `prepare`."""
 
-    def __init__(self, model: Model, *, batch: int = 1) -> None:
+    def __init__(self, model: PictureModel, *, batch: int = 1) -> None:
         super().__init__()
         if batch != 1:
             raise BadInput(f"The exact form reads weights off gradients of single pictures, not of batches of {batch}.")
@@ -79,19 +83,23 @@ class Recovered(nn.Module):
 class ExactGit:
     """generator: a file of `gradleak train exact-git`."""
 
+    sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update)
+    modality: ClassVar[str] = Architecture.modality
+
     generator: Path | None = None
 
     def __call__(
-        self, observation: Gradient, *, generator: torch.Generator, on_step: OnStep | None = None
+        self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
     ) -> Reconstruction:
         """Raises NotObserved without a file, for adapters, updates of several steps, and batches that are not determined;
         BadInput if the file is of another model."""
+        check_sees(self, observation)
         if self.generator is None:
             raise NotObserved(
                 "It needs recovered weights: `gradleak train exact-git` makes them; give them with --generator."
             )
-        if isinstance(observation, Adapter) or (isinstance(observation, Update) and observation.local_steps > 1):
-            raise NotObserved("The exact form reads one gradient, not an adapter, nor the sum of several local steps.")
+        if reason := observation.release.inexact():
+            raise NotObserved(f"The exact form reads one exact gradient: {reason}.")
         observation = observation.to(torch.device("cpu"))
         trained = learned.load(self.generator, "exact-git", Recovered, observation.model)
         trained.check(observation)
@@ -105,18 +113,18 @@ class ExactGit:
                 f"The batch has {len(labels)} images: the last layer's gradient tells apart fewer than the "
                 f"{model.architecture.classes} classes."
             )
-        share = len(labels) if model.reduction == "mean" else 1
+        share = len(labels) if model.criterion.reduction == "mean" else 1
         gradient = {name: share * g for name, g in blind.as_gradient().items()}
         weights = {name: tensor.double() for name, tensor in weights.items()}
         delta = last_delta(chain, weights, gradient, labels, generator)
         images = invert(chain, weights, gradient, delta).view(-1, *model.architecture.input_shape).clamp(0, 1).float()
-        residual = float(relative_residual(observation.simulate(images, labels), observation.released))
+        residual = observation.residual(images, labels)
         status = f"With weights recovered from {len(trained.pictures):,} pairs; relative residual {residual:.2g}."
         if residual > 0.01:
             status += (
                 " That is no solution: pictures that the model hardly tells apart, or units that no pair activated."
             )
-        return Reconstruction(images, labels, residual, status)
+        return Reconstruction(images, labels, residual, status, outcome_of(residual))
 
 
 def invert(chain: Chain, weights: Tensors, gradient: Tensors, delta: Tensor) -> Tensor:

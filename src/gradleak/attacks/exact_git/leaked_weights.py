@@ -20,7 +20,7 @@ from gradleak.attacks.learned.pairs import Pairs, check
 from gradleak.attacks.recursion.network import unrolled
 from gradleak.errors import BadInput
 from gradleak.modalities.networks import Normalise
-from gradleak.observations.observation import Model
+from gradleak.observations.model import PictureModel
 from gradleak.observations.tensors import Tensors
 
 ROUNDING = 2.0**-24  # of float32, in which pairs are released
@@ -47,7 +47,7 @@ class Chain:
     shift: Tensor
 
     @classmethod
-    def of(cls, model: Model) -> "Chain":
+    def of(cls, model: PictureModel) -> "Chain":
         """The structure of the model; none of its weights is read. Raises BadInput naming the first layer that does not fit."""
         trained = {name for name in model.parameters if name not in model.frozen}
         pixels = torch.stack([f(model.architecture.input_shape).double() for f in (torch.zeros, torch.ones)])

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from gradleak.attacks.labels import known_or_recovered
 from gradleak.attacks.learned.pairs import Pairs
-from gradleak.attacks.reconstruction import Reconstruction
+from gradleak.attacks.reconstruction import Reconstruction, outcome_of
 from gradleak.attacks.search.descend import OnStep
 from gradleak.errors import BadInput, NotObserved
 from gradleak.modalities.networks import Architecture
 from gradleak.observations import tensor_file
-from gradleak.observations.distances import relative_residual
-from gradleak.observations.observation import Adapter, Gradient, Model
+from gradleak.observations.model import PictureModel
+from gradleak.observations.observation import PictureObservation
 from gradleak.observations.tensors import Tensors
 
 SCHEMA = "gradleak/generator/1"
@@ -47,7 +47,7 @@ class Generator:
     pictures: Tensor = field(repr=False)
     trace: list[tuple[int, float]] = field(default_factory=list, repr=False)
 
-    def check(self, observation: Gradient) -> None:
+    def check(self, observation: PictureObservation) -> None:
         """BadInput, with what differs, if the observation is of another model than the generator was trained for."""
         model = observation.model
         if model.architecture != self.architecture:
@@ -80,7 +80,7 @@ class Generator:
         tensor_file.write({**tensors, "pictures": self.pictures}, SCHEMA, about, path)
 
 
-def load(path: Path, kind: str, build: Callable[..., nn.Module], model: Model) -> Generator:
+def load(path: Path, kind: str, build: Callable[..., nn.Module], model: PictureModel) -> Generator:
     """Read a generator of this kind back, for this model.
 
     Raises NotObserved for another kind, BadInput for a file that is no generator or is of another architecture.
@@ -107,14 +107,12 @@ def pictures_behind(path: Path) -> Tensor:
     return tensor_file.read(path, SCHEMA, "pictures")[0]["pictures"]
 
 
-def reconstruct(path: Path | None, kind: str, build: Callable[..., nn.Module], observation: Gradient) -> Reconstruction:
+def reconstruct(path: Path | None, kind: str, build: Callable[..., nn.Module], observation: PictureObservation) -> Reconstruction:
     """One forward pass of the generator in this file. Raises NotObserved and BadInput as `load`, and without a file."""
     if path is None:
         raise NotObserved(
             f"It needs a trained generator: make one with `gradleak train {kind}`, give it with --generator."
         )
-    if isinstance(observation, Adapter):
-        raise NotObserved("Generators are trained on gradients, and this is an adapter: decode it first (bridge).")
     observation = observation.to(torch.device("cpu"))
     trained = load(path, kind, build, observation.model)
     trained.check(observation)
@@ -124,16 +122,17 @@ def reconstruct(path: Path | None, kind: str, build: Callable[..., nn.Module], o
             f"The generator was trained for batches of {len(images)}, the observation is of {observation.batch_size}."
         )
     labels = known_or_recovered(replace(observation, batch_size=len(images)))
-    residual = float(relative_residual(observation.simulate(images, labels), observation.released))
+    residual = observation.residual(images, labels)
     status = f"One forward pass of a generator trained on {len(trained.pictures):,} public pictures"
-    return Reconstruction(images, labels, residual, f"{status}; relative residual {residual:.2g}.")
+    status = f"{status}; relative residual {residual:.2g}."
+    return Reconstruction(images, labels, residual, status, outcome_of(residual))
 
 
 def train(
     kind: str,
     build: Callable[..., nn.Module],
     options: dict[str, Any],
-    model: Model,
+    model: PictureModel,
     shards: Shards,
     *,
     epochs: int,

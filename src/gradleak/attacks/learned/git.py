@@ -14,18 +14,22 @@ Differs   Bootstrap of one picture in closed form: the input of a biased last la
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gradleak.attacks.attack import check_sees
 from gradleak.attacks.learned import generator as learned
 from gradleak.attacks.learned.generator import Shards
 from gradleak.attacks.reconstruction import Reconstruction
 from gradleak.attacks.search.descend import OnStep
 from gradleak.errors import BadInput
-from gradleak.observations.observation import Gradient, Model
+from gradleak.modalities.networks import Architecture
+from gradleak.observations.model import Model, PictureModel
+from gradleak.observations.observation import PictureObservation
+from gradleak.observations.releases import Gradient, Release, Update
 from gradleak.observations.tensors import Tensors
 
 HASHED = 4_096  # numbers of a unit's gradient that are read as they are
@@ -44,7 +48,7 @@ class Unit:
     output: tuple[int, ...]
 
 
-def units(model: Model) -> list[Unit]:
+def units(model: PictureModel) -> list[Unit]:
     """The units in the order in which the model calls them.
 
     A module is one if it has parameters of its own, or is one of several of its class that have children. Raises BadInput for a
@@ -93,7 +97,7 @@ def units(model: Model) -> list[Unit]:
     return found
 
 
-def assumed(model: Model, layout: str) -> list[Unit]:
+def assumed(model: PictureModel, layout: str) -> list[Unit]:
     """The units of another architecture, each with the parameters of the unit of `model` that stands at the same height."""
     true, architecture = units(model), replace(model.architecture, name=layout)
     other = units(Model.of(architecture.build(0), architecture))
@@ -188,7 +192,7 @@ class Transcript(nn.Module):
     mean_image: Tensor
 
     def __init__(
-        self, model: Model, *, batch: int = 1, width: int = 48, hidden: int = 256, layout: str | None = None
+        self, model: PictureModel, *, batch: int = 1, width: int = 48, hidden: int = 256, layout: str | None = None
     ) -> None:
         """width of the estimates, hidden units of a mirror; layout: name of another architecture to be laid out like."""
         super().__init__()
@@ -327,10 +331,14 @@ def inverse_activation(module: nn.Module, last: str) -> Any:
 class Git:
     """generator: a file of `gradleak train git`."""
 
+    sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update)
+    modality: ClassVar[str] = Architecture.modality
+
     generator: Path | None = None
 
     def __call__(
-        self, observation: Gradient, *, generator: torch.Generator, on_step: OnStep | None = None
+        self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
     ) -> Reconstruction:
         """Raises NotObserved without a generator, and for adapters; BadInput if it was trained for another model or batch."""
+        check_sees(self, observation)
         return learned.reconstruct(self.generator, "git", Transcript, observation)

@@ -12,15 +12,20 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from gradleak.attacks.attack import check_sees
 from gradleak.attacks.learned import generator as learned
 from gradleak.attacks.learned.generator import Shards
 from gradleak.attacks.reconstruction import Reconstruction
 from gradleak.attacks.search.descend import OnStep
-from gradleak.observations.observation import Gradient, Model
+from gradleak.modalities.networks import Architecture
+from gradleak.observations.model import PictureModel
+from gradleak.observations.observation import PictureObservation
+from gradleak.observations.releases import Gradient, Release, Update
 from gradleak.observations.tensors import Tensors, flatten
 
 HASHED = 2**16
@@ -35,7 +40,7 @@ class Perceptron(nn.Module):
     bucket: Tensor
     sign: Tensor
 
-    def __init__(self, model: Model, *, batch: int = 1, widths: tuple[int, ...] = (3_000, 3_000)) -> None:
+    def __init__(self, model: PictureModel, *, batch: int = 1, widths: tuple[int, ...] = (3_000, 3_000)) -> None:
         super().__init__()
         trained = {name: p for name, p in model.parameters.items() if name not in model.frozen}
         self.shape, self.total = (batch, *model.architecture.input_shape), len(flatten(trained))
@@ -77,10 +82,14 @@ class Perceptron(nn.Module):
 class LTI:
     """generator: a file of `gradleak train lti`."""
 
+    sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update)
+    modality: ClassVar[str] = Architecture.modality
+
     generator: Path | None = None
 
     def __call__(
-        self, observation: Gradient, *, generator: torch.Generator, on_step: OnStep | None = None
+        self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
     ) -> Reconstruction:
         """Raises NotObserved without a generator, and for adapters; BadInput if it was trained for another model or batch."""
+        check_sees(self, observation)
         return learned.reconstruct(self.generator, "lti", Perceptron, observation)

@@ -18,7 +18,7 @@ from gradleak.errors import BadInput
 from gradleak.modalities.pictures import Pictures
 from gradleak.observations import tensor_file
 from gradleak.observations.defenses import Defense
-from gradleak.observations.observation import Model
+from gradleak.observations.model import PictureModel
 from gradleak.observations.tensors import Tensors
 
 SCHEMA = "gradleak/pairs/1"
@@ -36,7 +36,7 @@ class Pairs:
 
 
 def stream(
-    model: Model,
+    model: PictureModel,
     pictures: Pictures,
     *,
     count: int,
@@ -98,7 +98,7 @@ def chosen(available: int, count: int, batch: int, seed: int) -> Tensor:
 
 def write(
     folder: Path,
-    model: Model,
+    model: PictureModel,
     pictures: Pictures,
     *,
     count: int,
@@ -143,7 +143,7 @@ def write(
         number += 1
 
 
-def read(folder: Path, model: Model) -> Iterator[Pairs]:
+def read(folder: Path, model: PictureModel) -> Iterator[Pairs]:
     """The shards of a folder; BadInput if one is missing, damaged, or was made with another model."""
     plan = folder / "pairs.json"
     if not plan.is_file():

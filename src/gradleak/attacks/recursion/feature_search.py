@@ -14,7 +14,7 @@ from gradleak.attacks.map_inversion import misfit, regress
 from gradleak.attacks.recursion.linear_systems import Belief
 from gradleak.attacks.search.descend import OnStep, rowwise
 from gradleak.attacks.search.lbfgs import Evaluate, lbfgs, unwhiten, whitened
-from gradleak.observations.observation import Gradient
+from gradleak.observations.observation import PictureObservation
 from gradleak.observations.tensors import Tensors
 from gradleak.priors.gaussian import GaussianPrior
 
@@ -33,7 +33,7 @@ def smooth(shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
 
 
 def refine(
-    observation: Gradient,
+    observation: PictureObservation,
     labels: Tensor,
     variance: Tensors,
     start: Tensor,
@@ -61,7 +61,7 @@ def refine(
 
 
 def invert_features(
-    observation: Gradient,
+    observation: PictureObservation,
     labels: Tensor,
     variance: Tensors,
     below: nn.Module,

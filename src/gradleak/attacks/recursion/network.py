@@ -13,7 +13,7 @@ from gradleak.attacks.inverting_gradients import smooth_pictures
 from gradleak.attacks.recursion.inverses import affine, is_affine
 from gradleak.attacks.recursion.linear_systems import DENSE, Belief
 from gradleak.errors import NotObserved
-from gradleak.observations.observation import Adapter, Gradient, Update
+from gradleak.observations.observation import PictureObservation
 from gradleak.observations.tensors import Tensors
 
 RELATIVE = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11}  # half a last place; others: 2^-9
@@ -40,22 +40,17 @@ class Network:
     smallest: float
 
     @classmethod
-    def of(cls, observation: Gradient) -> Self:
+    def of(cls, observation: PictureObservation) -> Self:
         """Raises NotObserved unless it is the gradient of one picture in a sequence that ends in a biased linear layer."""
-        if isinstance(observation, Adapter):
-            raise NotObserved("An adapter holds no whole gradient of any layer: the recursion needs one.")
-        if isinstance(observation, Update) and observation.local_steps > 1:
-            raise NotObserved(
-                f"The update has {observation.local_steps} local steps: the recursion needs one gradient."
-            )
+        if reason := observation.release.inexact():
+            raise NotObserved(f"The recursion needs one exact gradient: {reason}.")
         if observation.batch_size is None:
             raise NotObserved("The batch size was withheld: the recursion has to know that there was one image only.")
         if observation.batch_size != 1:
             raise NotObserved(f"The batch has {observation.batch_size} images: the recursion is for one.")
         observation = observation.to(torch.device("cpu")).to(torch.float64)
         model = observation.model
-        module = copy.deepcopy(model.module).requires_grad_(False)
-        module.load_state_dict({**model.parameters, **(model.buffers or {})}, strict=False)
+        module = model.solid().requires_grad_(False)
         layers = list(unrolled("", module))
         name, last = layers[-1]
         if not isinstance(last, nn.Linear):

@@ -17,11 +17,13 @@ Differs   Every equation is weighted by what is known of its error: of the relea
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from gradleak.attacks.reconstruction import Reconstruction
+from gradleak.attacks.attack import check_sees
+from gradleak.attacks.reconstruction import Reconstruction, outcome_of
 from gradleak.attacks.recursion.feature_search import Found, invert_features, refine, smooth
 from gradleak.attacks.recursion.inverses import EXACT, Signal, before
 from gradleak.attacks.recursion.linear_systems import DENSE, Belief, Equations, linear_map
@@ -29,8 +31,9 @@ from gradleak.attacks.recursion.max_pooling import find_winners
 from gradleak.attacks.recursion.network import Network
 from gradleak.attacks.search.descend import OnStep
 from gradleak.errors import NotObserved
-from gradleak.observations.distances import relative_residual
-from gradleak.observations.observation import Gradient, Update
+from gradleak.modalities.networks import Architecture
+from gradleak.observations.observation import PictureObservation
+from gradleak.observations.releases import Gradient, Release, Update
 
 GUESSES = 4  # how often a layer is solved at most, to choose between two inputs of an activation
 
@@ -58,32 +61,38 @@ class Features:
 class Recursive:
     """evaluations: of the objective in the search after a recursion that noise or a layer stopped; 0 for no search."""
 
+    sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update)
+    modality: ClassVar[str] = Architecture.modality
+
     evaluations: int = 200
 
     def __call__(
-        self, observation: Gradient, *, generator: torch.Generator, on_step: OnStep | None = None
+        self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
     ) -> Reconstruction:
         """Raises NotObserved unless one picture took part and the model is a sequence that ends in a biased linear layer."""
+        check_sees(self, observation)
         network = Network.of(observation)
         observation = observation.to(torch.device("cpu")).to(torch.float64)
         found = recurse(network)
         labels = torch.tensor([found.label]) if observation.labels is None else observation.labels
         images, iterations, trace = self.search(observation, network, found, labels, on_step)
         images = images.clamp(0, 1).float()
-        residual = float(relative_residual(observation.simulate(images.double(), labels), observation.released))
+        residual = observation.residual(images.double(), labels)
         status = f"Closed form down to {found.reason or 'the picture'}; noise of {found.noise:.2g}"
         status += f", {iterations} evaluations of a search, relative residual {residual:.2g}."
         if not (found.layer or network.coarse(found.noise)) and residual > 0.01:
             status += " That is no solution: a layer was too ill-conditioned, or an activation went back the wrong way."
-        return Reconstruction(images, labels, residual, status, iterations, trace)
+        outcome = outcome_of(residual)
+        return Reconstruction(images, labels, residual, status, outcome, iterations=iterations, trace=trace)
 
     def search(
-        self, observation: Gradient, network: Network, found: Features, labels: Tensor, on_step: OnStep | None
+        self, observation: PictureObservation, network: Network, found: Features, labels: Tensor, on_step: OnStep | None
     ) -> Found:
         """From what the recursion found to the picture. None for large pictures, whose prior does not fit into memory."""
         shape = observation.model.architecture.input_shape
         idle = not self.evaluations or math.prod(shape) > DENSE
-        unit = -observation.learning_rate if isinstance(observation, Update) else 1.0  # released / gradient
+        release = observation.release
+        unit = 1 / release.unit if isinstance(release, Update) else 1.0  # released / gradient
         variance = {name: unit**2 * network.variance(g, found.noise) for name, g in network.gradient.items()}
         if found.layer:
             if idle:
@@ -97,7 +106,7 @@ class Recursive:
         return refine(observation, labels, variance, picture, scale[:, None] * found.factor, self.evaluations, on_step)
 
 
-def features(observation: Gradient) -> Features:
+def features(observation: PictureObservation) -> Features:
     """The picture, or else the input of the deepest layer that the recursion reaches. Raises NotObserved as Recursive."""
     return recurse(Network.of(observation))
 

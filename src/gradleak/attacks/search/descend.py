@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 from gradleak.errors import BadInput
-from gradleak.observations.observation import Adapter, Gradient
+from gradleak.observations.observation import PictureObservation
+from gradleak.observations.releases import UNKNOWN
 from gradleak.observations.tensors import Tensors, fingerprint, flatten
 
 Objective = Callable[..., Tensor]
@@ -31,7 +32,7 @@ class Descent:
     trace: list[tuple[int, list[float]]]
 
 
-def stack(observations: Sequence[Gradient], copies: int = 1) -> Tensors:
+def stack(observations: Sequence[PictureObservation], copies: int = 1) -> Tensors:
     """The released tensors of several observations of one model, each `copies` times: {name: (observations * copies, ...)}.
 
     Raises BadInput if they were not taken from the same state, in the same way, from batches of one size.
@@ -45,14 +46,18 @@ def stack(observations: Sequence[Gradient], copies: int = 1) -> Tensors:
     }
 
 
-def _circumstances(o: Gradient) -> dict[str, Any]:
-    own = {
-        field.name: getattr(o, field.name) for field in fields(o) if field.name not in ("model", "released", "labels")
+def _circumstances(o: PictureObservation) -> dict[str, Any]:
+    shared = {
+        field.name: getattr(o, field.name)
+        for field in fields(o)
+        if field.name not in ("model", "release", "released", "labels")
     }
-    shared = {name: fingerprint(value) if name == "start" else value for name, value in own.items()}
-    if isinstance(o, Adapter) and o.recipe is None:
+    settings = {field.name: getattr(o.release, field.name) for field in fields(o.release)}
+    shared |= {name: fingerprint(value) if name == "start" else value for name, value in settings.items()}
+    if settings.get("recipe", UNKNOWN) is None:
         shared["size"] = float(flatten(o.released).norm())  # to which a simulation is scaled
-    return shared | {"kind": type(o), "mode": o.model.mode, "loss": o.model.reduction, "state": o.model.state_hash()}
+    state = {"mode": o.model.mode, "loss": o.model.criterion, "state": o.model.state_hash()}
+    return shared | state | {"kind": o.release.name}
 
 
 def record(function: Callable[..., Any], *example: Any, compiled: bool = False) -> Callable[..., Any]:
@@ -129,8 +134,8 @@ def descend(
 
 
 def best_of_restarts(
-    found: Descent, observations: Sequence[Gradient], labels: Tensor
-) -> Iterator[tuple[Gradient, Tensor, Tensor, float, list[tuple[int, float]]]]:
+    found: Descent, observations: Sequence[PictureObservation], labels: Tensor
+) -> Iterator[tuple[PictureObservation, Tensor, Tensor, float, list[tuple[int, float]]]]:
     """Per observation: itself, the best of its rows, its labels, the objective there, and that row's trace."""
     copies = len(found.x) // len(observations)
     for index, observation in enumerate(observations):

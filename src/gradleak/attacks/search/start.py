@@ -12,13 +12,13 @@ from torch import Tensor
 
 from gradleak.attacks.reconstruction import Reconstruction
 from gradleak.errors import BadInput
-from gradleak.observations.observation import Gradient
+from gradleak.observations.observation import PictureObservation
 
 
 class Start(Protocol):
     """What every attack is, as far as another one needs it."""
 
-    def __call__(self, observation: Gradient, *, generator: torch.Generator) -> Reconstruction: ...
+    def __call__(self, observation: PictureObservation, *, generator: torch.Generator) -> Reconstruction: ...
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class Given:
 
     reconstruction: Reconstruction
 
-    def __call__(self, observation: Gradient, *, generator: torch.Generator) -> Reconstruction:
+    def __call__(self, observation: PictureObservation, *, generator: torch.Generator) -> Reconstruction:
         """The reconstruction."""
         return self.reconstruction
 
 
 def begin(
-    start: Start, observations: Sequence[Gradient], labels: Sequence[Tensor] | None, generator: torch.Generator
+    start: Start, observations: Sequence[PictureObservation], labels: Sequence[Tensor] | None, generator: torch.Generator
 ) -> Tensor:
     """What `start` finds for each observation: (observations, batch, channel, height, width) in [0, 1].
 
@@ -44,12 +44,12 @@ def begin(
     for i, observation in enumerate(observations):
         found, shape = start(observation, generator=generator), observation.model.architecture.input_shape
         batch = observation.batch_size if labels is None else len(labels[i])
-        if tuple(found.images.shape[1:]) != tuple(shape) or batch not in (None, len(found.images)):
+        if found.labels is None or tuple(found.value.shape[1:]) != tuple(shape) or batch not in (None, len(found.value)):
             raise BadInput(
-                f"The search is for {batch} pictures of {tuple(shape)} and cannot start from {len(found.images)} of "
-                f"{tuple(found.images.shape[1:])}: start from a reconstruction of this observation."
+                f"The search is for {batch} pictures of {tuple(shape)} and cannot start from {len(found.value)} of "
+                f"{tuple(found.value.shape[1:])}: start from a reconstruction of this observation."
             )
-        images = found.images
+        images = found.value
         if labels is not None and torch.equal(found.labels.cpu().sort().values, labels[i].cpu().sort().values):
             theirs, ours = found.labels.cpu().argsort(stable=True), labels[i].cpu().argsort(stable=True)
             images = images[theirs[ours.argsort()]]

@@ -19,19 +19,21 @@ Differs   the parameter-sized sum is never formed where its Gram form is shorter
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradleak.attacks.reconstruction import Reconstruction
+from gradleak.attacks.attack import check_sees
+from gradleak.attacks.reconstruction import Reconstruction, outcome_of
 from gradleak.attacks.search.descend import OnStep
 from gradleak.attacks.weights.row_space import Span, rank_of, span_of, unit_inputs
-from gradleak.errors import NotObserved
+from gradleak.modalities.networks import Architecture
 from gradleak.observations.fully_connected import FullyConnected, Target, distance, grams
-from gradleak.observations.observation import Gradient
-from gradleak.observations.trained_weights import STATIONARY, Weights
+from gradleak.observations.observation import PictureObservation
+from gradleak.observations.releases import Release, Weights
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,9 @@ class KKT:
     double            compute in float64, else in float32
     """
 
+    sees: ClassVar[tuple[type[Release], ...]] = (Weights,)
+    modality: ClassVar[str] = Architecture.modality
+
     steps: int = 1_500
     step_size: float = 0.05
     coefficient_step: float = 0.05
@@ -88,37 +93,37 @@ class KKT:
     double: bool = True
 
     def __call__(
-        self, observation: Gradient, *, generator: torch.Generator, on_step: OnStep | None = None
+        self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
     ) -> Reconstruction:
         """NotObserved for anything but the weights of a fully connected ReLU network."""
-        seen = weights_of(observation)
+        seen = trained(self, observation)
         found = self.search(seen, generator=generator, on_step=on_step)
         best = int(found.residuals.argmin())
         order = found.coefficients[best].sum(-1).argsort(descending=True)
-        network = seen.network()
-        shape = seen.model.architecture.input_shape
+        network, shape = seen.network, observation.model.architecture.input_shape
         images = network.images(found.x[best][order].to(network.shift), shape).clamp(0, 1).float()
         residual = float(found.residuals[best])
         return Reconstruction(
-            images=images,
+            value=images,
             labels=found.labels[best][order],
             residual=residual,
             status=f"{len(images)} candidates leave {residual:.2f} of the weights unexplained." + reservations(seen),
+            outcome=outcome_of(residual),
             iterations=self.steps,
             trace=found.trace,
         )
 
-    def search(self, seen: Weights, *, generator: torch.Generator, on_step: OnStep | None = None) -> Search:
+    def search(self, seen: Trained, *, generator: torch.Generator, on_step: OnStep | None = None) -> Search:
         """All restarts, with the evidence for each."""
         dtype = torch.float64 if self.double else torch.float32
-        network = seen.network().to(dtype)
+        network = seen.network.to(dtype)
         factors = (1.0, *[0.0] * (len(network.weights) - 1)) if self.first_layer else ()
-        learned = seen.learned().to(dtype)
+        learned = seen.learned.to(dtype)
         space = span_of(learned) if self.span and learned.biases[0] is not None else None  # else inputs have no scale
         many = self.candidates * (seen.batch_size or max(rank_of(learned), 1))
         x, y = self.starts(network, learned, space, many, seen.labels, generator)
         settings = Settings(self.steps, self.step_size, self.coefficient_step, self.min_lambda, self.sharpness)
-        return search(network, seen.target(factors).to(dtype), x, y, space, settings, generator, on_step)
+        return search(network, replace(seen.target, layers=factors).to(dtype), x, y, space, settings, generator, on_step)
 
     def starts(
         self,
@@ -204,25 +209,48 @@ def search(
     return Search(x.clamp(low, high), unit * share, y, residuals, trace)
 
 
-def weights_of(observation: Gradient) -> Weights:
-    """The observation as weights; NotObserved when it is anything else."""
-    if not isinstance(observation, Weights):
-        raise NotObserved(
-            f"What was released is {type(observation).__name__.lower()}, and this attack reads trained weights "
-            "(`gradleak capture weights`)."
-        )
-    return observation
+@dataclass(frozen=True)
+class Trained:
+    """Observed weights, laid out layer by layer.
+
+    network     the trained network
+    learned     what training made of what it trained
+    target      what the samples have to add up to
+    batch_size  number of private images, or None
+    labels      (batch,), or None
+    doubt       why training may not have come near enough to stationarity, or nothing
+    """
+
+    network: FullyConnected
+    learned: FullyConnected
+    target: Target
+    batch_size: int | None
+    labels: Tensor | None
+    doubt: str
 
 
-def reservations(seen: Weights) -> str:
+def trained(attack: Any, observation: PictureObservation) -> Trained:
+    """NotObserved when it is anything else than the weights of a fully connected ReLU network."""
+    check_sees(attack, observation)
+    weights, seen = observation.expect(Weights), (observation.model, observation.released)
+    return Trained(
+        weights.network(*seen),
+        weights.learned(*seen),
+        weights.target(*seen),
+        observation.batch_size,
+        observation.labels,
+        weights.inexact(),
+    )
+
+
+def reservations(seen: Trained) -> str:
     """What speaks against believing a result, in sentences."""
-    said = ""
-    if not seen.network().homogeneous:
-        said += " The network is not homogeneous (it has biases after its first layer), which the theory asks for."
-    if seen.stationarity is not None and seen.stationarity.kkt_residual > STATIONARY:
-        told = f"{seen.stationarity.kkt_residual:.2f} of the first layer"
-        said += f" The training is not near stationarity: at the true data {told} is unexplained."
-    return said
+    doubts = ""
+    if not seen.network.homogeneous:
+        doubts += " The network is not homogeneous (it has biases after its first layer), which the theory asks for."
+    if seen.doubt:
+        doubts += f" The training is not near stationarity: {seen.doubt}."
+    return doubts
 
 
 def signalling(

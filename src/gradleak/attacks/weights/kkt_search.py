@@ -13,16 +13,19 @@ Differs   Haim et al. swept these by hand against the training data, which no at
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from gradleak.attacks.reconstruction import Reconstruction
+from gradleak.attacks.reconstruction import Reconstruction, outcome_of
 from gradleak.attacks.search.descend import OnStep
-from gradleak.attacks.weights.kkt import KKT, reservations, weights_of
-from gradleak.errors import BadInput
+from gradleak.attacks.weights.kkt import KKT, reservations, trained
+from gradleak.errors import BadInput, checked
+from gradleak.modalities.networks import Architecture
 from gradleak.observations import tensor_file
-from gradleak.observations.observation import Gradient
+from gradleak.observations.observation import PictureObservation
+from gradleak.observations.releases import Release, Weights
 
 TRIAL = "gradleak/trial/1"
 RANGES = {  # drawn log-uniformly
@@ -47,6 +50,9 @@ class KKTSearch:
     folder       keeps finished trials; a search of the same weights goes on from them
     """
 
+    sees: ClassVar[tuple[type[Release], ...]] = (Weights,)
+    modality: ClassVar[str] = Architecture.modality
+
     trials: int = 12
     patience: int = 6
     steps: int = 1_000
@@ -55,14 +61,14 @@ class KKTSearch:
     folder: Path | None = None
 
     def __call__(
-        self, observation: Gradient, *, generator: torch.Generator, on_step: OnStep | None = None
+        self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
     ) -> Reconstruction:
         """NotObserved for anything but the weights of a fully connected ReLU network."""
-        seen = weights_of(observation)
+        seen = trained(self, observation)
         found, since, best = list[Reconstruction](), 0, float("inf")
         seeds = torch.randint(2**31, (self.trials,), generator=generator).tolist()
         for number, seed in enumerate(seeds):
-            found.append(self.trial(observation, seed, seen.model.state_hash()))
+            found.append(self.trial(observation, seed, observation.model.state_hash()))
             since, best = (0, found[-1].residual) if found[-1].residual < best else (since + 1, best)
             if on_step is not None:
                 on_step(number + 1, self.trials, best)
@@ -70,21 +76,21 @@ class KKTSearch:
                 break
         found.sort(key=lambda trial: trial.residual)
         first, others = found[0], found[1:COMPARED]
-        shared = agreement(first.images, [other.images for other in others])
+        shared = agreement(first.value, [other.value for other in others])
         order = shared.argsort(descending=True)
         common = int((shared > 0.9).sum())
-        told = f" {len(found)} trials; {common} candidates are in the other best trials too (correlation above 0.9)."
+        evidence = f" {len(found)} trials; {common} candidates are in the other best trials too (correlation above 0.9)."
         return replace(
             first,
-            images=first.images[order],
-            labels=first.labels[order],
-            status=f"{len(order)} candidates leave {first.residual:.2f} of the weights unexplained.{told}"
+            value=first.value[order],
+            labels=None if first.labels is None else first.labels[order],
+            status=f"{len(order)} candidates leave {first.residual:.2f} of the weights unexplained.{evidence}"
             + reservations(seen),
             iterations=len(found) * self.steps,
             trace=[(k + 1, min(trial.residual for trial in found[: k + 1])) for k in range(len(found))],
         )
 
-    def trial(self, observation: Gradient, seed: int, state: str) -> Reconstruction:
+    def trial(self, observation: PictureObservation, seed: int, state: str) -> Reconstruction:
         """KKT under the settings that this seed draws, or what is kept of it."""
         generator = torch.Generator().manual_seed(seed)
         drawn = {
@@ -98,11 +104,16 @@ class KKTSearch:
             tensors, about = tensor_file.read(kept, TRIAL, "images", "labels")
             if about.get("key") != key:
                 raise BadInput(f"{kept} holds a trial on other weights or settings: choose another folder.")
-            return Reconstruction(tensors["images"], tensors["labels"], about["residual"], "", self.steps)
+            residual = checked(about.get("residual"), float, f"{kept} is damaged")
+            outcome = outcome_of(residual)
+            return Reconstruction(
+                tensors["images"], tensors["labels"], residual, "", outcome, iterations=self.steps
+            )
         found = attack(observation, generator=generator)
         if kept is not None:
             about = {"key": key, "residual": found.residual}
-            tensor_file.write({"images": found.images, "labels": found.labels}, TRIAL, about, kept)
+            assert found.labels is not None
+            tensor_file.write({"images": found.value, "labels": found.labels}, TRIAL, about, kept)
         return found
 
 

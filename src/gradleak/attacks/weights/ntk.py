@@ -14,19 +14,20 @@ Differs   coefficients are solved for together with the images, also where one s
 """
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from gradleak.attacks.reconstruction import Reconstruction
+from gradleak.attacks.attack import check_sees
+from gradleak.attacks.reconstruction import Reconstruction, outcome_of
 from gradleak.attacks.search.descend import OnStep
 from gradleak.attacks.weights.kkt import Settings, search
 from gradleak.attacks.weights.row_space import Span, rank_of, span_of, unit_inputs
-from gradleak.errors import NotObserved
-from gradleak.observations.distances import relative_residual
+from gradleak.modalities.networks import Architecture
 from gradleak.observations.fully_connected import FullyConnected, Target, cone, grams
-from gradleak.observations.observation import Adapter, Gradient, Update
-from gradleak.observations.trained_weights import Weights
+from gradleak.observations.observation import PictureObservation
+from gradleak.observations.releases import Gradient, Release, Update
 
 LARGEST_POOL = 1_200  # inputs with labels of which the best combination is solved for
 COPY = 0.1  # relative distance below which two inputs are the same image
@@ -43,6 +44,9 @@ class NTK:
     restarts          side by side; the best residual wins
     """
 
+    sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update)
+    modality: ClassVar[str] = Architecture.modality
+
     steps: int = 1_000
     step_size: float = 0.05
     coefficient_step: float = 0.05
@@ -50,9 +54,10 @@ class NTK:
     restarts: int = 4
 
     def __call__(
-        self, observation: Gradient, *, generator: torch.Generator, on_step: OnStep | None = None
+        self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
     ) -> Reconstruction:
         """NotObserved for networks that are not fully connected, and for releases that are no change of all weights."""
+        check_sees(self, observation)
         network, change = frozen(observation)
         space = span_of(change)
         many = observation.batch_size or max(rank_of(change), 1)
@@ -65,16 +70,17 @@ class NTK:
         images, labels, residual = min(told, key=lambda one: one[2])
         linear = float(found.residuals[best])
         return Reconstruction(
-            images=images,
+            value=images,
             labels=labels,
             residual=residual,
+            outcome=outcome_of(residual),
             status=f"{len(images)} images; frozen features leave {linear:.2g} of the change unexplained, training on them {residual:.2g}.",
             iterations=self.steps,
             trace=found.trace,
         )
 
     def knowing(
-        self, observation: Gradient, labels: Tensor, coefficients: Tensor, *, generator: torch.Generator
+        self, observation: PictureObservation, labels: Tensor, coefficients: Tensor, *, generator: torch.Generator
     ) -> Tensor:
         """The images (n, channel, height, width) where labels (n,) and lambda (n, classes) are known, n of each.
 
@@ -95,14 +101,13 @@ class NTK:
         return network.images(best, observation.model.architecture.input_shape).clamp(0, 1).float()
 
     def told(
-        self, observation: Gradient, network: FullyConnected, x: Tensor, labels: Tensor
+        self, observation: PictureObservation, network: FullyConnected, x: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor, float]:
         """Images, labels, and the residual that training on them leaves: x (m, in)."""
         images = network.images(x, observation.model.architecture.input_shape).clamp(0, 1).float()
         where = next(iter(observation.released.values())).dtype
         with torch.no_grad():
-            simulated = observation.simulate(images.to(where), labels)
-        return images, labels, float(relative_residual(simulated, observation.released))
+            return images, labels, observation.residual(images.to(where), labels)
 
     def starts(
         self,
@@ -161,12 +166,9 @@ def distinct(pool: Tensor, labels: Tensor, weight: Tensor, many: int) -> Tensor:
     return torch.tensor((chosen * many)[:many])
 
 
-def frozen(observation: Gradient) -> tuple[FullyConnected, FullyConnected]:
+def frozen(observation: PictureObservation) -> tuple[FullyConnected, FullyConnected]:
     """The network at theta_0 and the change of its parameters, laid out alike, in float64."""
-    if isinstance(observation, Adapter | Weights):
-        kind = type(observation).__name__.lower()
-        raise NotObserved(f"What was released is {kind}, and this attack reads a change of all weights.")
-    model, sign = observation.model, 1.0 if isinstance(observation, Update) else -1.0
+    model, sign = observation.model, 1.0 if isinstance(observation.release, Update) else -1.0
     made = [
         FullyConnected.of(model.module, tensors, model.architecture.input_shape).to(torch.float64)
         for tensors in (model.parameters, {name: sign * tensor for name, tensor in observation.released.items()})

@@ -1,0 +1,58 @@
+"""What an attack returned, on disk: safetensors where it is pictures, to start another search from."""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from torch import Tensor
+
+from gradleak.attacks.reconstruction import Outcome, Reconstruction
+from gradleak.errors import BadInput, checked
+from gradleak.observations import tensor_file
+
+SCHEMA, OLD = "gradleak/reconstruction/2", "gradleak/reconstruction/1"
+
+
+class About(msgspec.Struct, frozen=True):
+    """The header of a reconstruction."""
+
+    residual: float | None
+    status: str
+    iterations: int = 0
+    trace: list[tuple[int, float | None]] = []
+    outcome: str = Outcome.CLOSE.name
+    proven: list[bool] = []
+    bag: list[int] = []
+    tokens: list[list[int]] | None = None
+
+
+def save_reconstruction(found: Reconstruction, path: Path) -> None:
+    """Write what an attack returned."""
+    tensors = {} if found.labels is None else {"labels": found.labels}
+    about: dict[str, Any] = {"residual": found.residual, "status": found.status, "iterations": found.iterations}
+    about |= {"trace": found.trace, "outcome": found.outcome.name, "proven": found.proven, "bag": found.bag}
+    if isinstance(found.value, Tensor):
+        tensors["images"] = found.value
+    else:
+        about["tokens"] = found.value
+    tensor_file.write(tensors, SCHEMA, about, path, private=True)
+
+
+def load_reconstruction(path: Path) -> Reconstruction:
+    """Read a reconstruction of pictures back; BadInput if the file is something else."""
+    tensors, header = tensor_file.open_tensors(path)
+    schema = OLD if header.get("schema") == OLD else SCHEMA
+    tensors, plain = tensor_file.read(path, schema, "images", "labels")
+    about = checked(plain, About, f"{path} is damaged")
+    images, labels = tensors["images"], tensors["labels"]
+    if images.ndim != 4 or len(images) != len(labels) or labels.ndim != 1 or not images.is_floating_point():
+        raise BadInput(f"{path} is damaged: it holds no pictures with their labels.")
+    return Reconstruction(
+        value=images,
+        labels=labels,
+        residual=float("nan") if about.residual is None else about.residual,
+        status=about.status,
+        outcome=Outcome.__members__.get(about.outcome, Outcome.CLOSE),
+        iterations=about.iterations,
+        trace=[(step, float("nan") if value is None else value) for step, value in about.trace],
+    )

@@ -1,0 +1,87 @@
+"""What training minimises. A loss is a value that a model carries: any callable (logits, targets) -> scalar with a `reduction`.
+
+One of your own needs these three things and nothing else; the ones below can be written to files.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch.nn.functional as F
+from torch import Tensor
+
+Reduction = Literal["mean", "sum"]
+
+
+class Loss(Protocol):
+    """(logits (n, classes), targets) -> scalar. str() of it stands in the threat model."""
+
+    @property
+    def reduction(self) -> Reduction:
+        """Over what is predicted."""
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Softmax cross entropy; targets are (n,) class indices, -100 to leave one out, or (n, classes) probabilities.
+
+    class_weights    one factor per class, or none
+    label_smoothing  0 to 1
+    """
+
+    reduction: Reduction = "mean"
+    class_weights: tuple[float, ...] | None = None
+    label_smoothing: float = 0.0
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        weights = None if self.class_weights is None else logits.new_tensor(self.class_weights)
+        return F.cross_entropy(logits, targets, weights, reduction=self.reduction, label_smoothing=self.label_smoothing)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the cross entropy whose gradient the closed forms know: neither weights nor smoothing."""
+        return self.class_weights is None and self.label_smoothing == 0
+
+    def __str__(self) -> str:
+        more = "" if self.class_weights is None else ", weighted classes"
+        more += f", label smoothing {self.label_smoothing:g}" if self.label_smoothing else ""
+        return f"cross entropy, {self.reduction} over the batch{more}"
+
+
+@dataclass(frozen=True)
+class BinaryCrossEntropy:
+    """One sigmoid per class; targets are (n,) class indices, or (n, classes) numbers from 0 to 1."""
+
+    reduction: Reduction = "mean"
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        wanted = targets if targets.ndim > 1 else F.one_hot(targets, logits.shape[1])
+        return F.binary_cross_entropy_with_logits(logits, wanted.to(logits), reduction=self.reduction)
+
+    def __str__(self) -> str:
+        return f"binary cross entropy of each class, {self.reduction}"
+
+
+@dataclass(frozen=True)
+class FocalLoss:
+    """(1 - p)^gamma times the cross entropy (Lin et al. 2017, arXiv:1708.02002, equation 4); targets (n,) class indices."""
+
+    reduction: Reduction = "mean"
+    gamma: float = 2.0
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        log_p = -F.cross_entropy(logits, targets, reduction="none")
+        each = -((1 - log_p.exp()) ** self.gamma) * log_p
+        return each.mean() if self.reduction == "mean" else each.sum()
+
+    def __str__(self) -> str:
+        return f"focal loss, gamma {self.gamma:g}, {self.reduction} over the batch"
+
+
+CROSS_ENTROPY = CrossEntropy()
+LOSSES: dict[str, type[CrossEntropy] | type[BinaryCrossEntropy] | type[FocalLoss]] = {
+    "cross-entropy": CrossEntropy,
+    "binary-cross-entropy": BinaryCrossEntropy,
+    "focal": FocalLoss,
+}
