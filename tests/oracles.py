@@ -59,6 +59,11 @@ def shared_labels(a: Sequence[int], b: Sequence[int]) -> int:
     return found
 
 
+def labels_of(*found: Any) -> list[int]:
+    """The labels of some reconstructions, one after the other."""
+    return [int(label) for one in found for label in one.labels]
+
+
 def psnr_db_by_hand(a: Tensor, b: Tensor) -> float:
     """10 log10(1 / mean squared error) of two pictures with pixels in [0, 1]; infinite when they are equal."""
     squares = [(x - y) ** 2 for x, y in zip(a.flatten().tolist(), b.flatten().tolist(), strict=True)]
@@ -67,13 +72,13 @@ def psnr_db_by_hand(a: Tensor, b: Tensor) -> float:
 
 
 def tensors_inside(thing: object, seen: set[int] | None = None) -> list[Tensor]:
-    """Every tensor that can be reached from an object through attributes, mappings and sequences."""
+    """Every tensor with numbers in it that can be reached from an object through attributes, mappings and sequences."""
     seen = set() if seen is None else seen
     if id(thing) in seen or isinstance(thing, str | bytes | int | float | type | None):
         return []
     seen.add(id(thing))
     if isinstance(thing, Tensor):
-        return [thing.detach()]
+        return [] if thing.is_meta else [thing.detach()]
     if isinstance(thing, dict):
         parts = [*thing.values()]
     elif isinstance(thing, list | tuple | set | frozenset):
@@ -123,14 +128,11 @@ def posterior_by_conditioning(J: np.ndarray, noise_std: float, C: np.ndarray) ->
 
 
 def text_gradient_by_autograd(
-    model: object, tokens: Sequence[Sequence[int]], labels: Tensor | None, *, causal: bool
+    module: Any, tokens: Sequence[Sequence[int]], labels: Tensor | None, *, causal: bool
 ) -> Tensors:
     """backward() through the library's own network, one unpadded text at a time: {parameter name: gradient}."""
-    module = copy.deepcopy(model.module).requires_grad_(True)  # type: ignore[attr-defined]
+    module.zero_grad(set_to_none=True)
     own = dict(module.named_parameters())
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(model.parameters[name])  # type: ignore[attr-defined]
     losses = []
     for number, row in enumerate(tokens):
         ids = torch.tensor([row])

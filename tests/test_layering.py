@@ -11,7 +11,7 @@ import gradleak
 
 PACKAGE = Path(gradleak.__file__).parent
 SECRETIVE = ("attacks", "priors")
-FORBIDDEN = {"gradleak.victims", "gradleak.audit.metrics", "gradleak.formats.secret_file", "gradleak.audit.audit"}
+FORBIDDEN = {"gradleak.victims", "gradleak.audit.metrics", "gradleak.formats.secret_file", "gradleak.audit.loop"}
 
 
 def name_of(file: Path) -> str:

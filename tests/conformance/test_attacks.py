@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gradleak.attacks import ATTACKS
 from gradleak.attacks.reconstruction import Reconstruction
-from gradleak.audit.audit import Attack
+from gradleak.audit.loop import Attack
 from gradleak.errors import NotObserved
 from gradleak.formats.observation_file import load_reconstruction, save_reconstruction
 from gradleak.modalities.networks import Architecture

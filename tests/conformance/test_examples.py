@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gradleak import Gradient, NotObserved, Secret
-from gradleak.audit.audit import audit
+from gradleak.audit.loop import audit
 from gradleak.audit.metrics import psnr_db
 from gradleak.cli import app as cli
 from gradleak.modalities.networks import Architecture

@@ -11,7 +11,9 @@ from gradleak.attacks.activation_patterns.activation_patterns import ActivationP
 from gradleak.errors import BadInput, NotObserved
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures, load, public_pool
-from gradleak.observations.observation import Adapter, Gradient, Model
+from gradleak.observations.model import Model
+from gradleak.observations.observation import Observation, PictureObservation
+from gradleak.observations.releases import Adapter, Gradient
 from gradleak.observations.training import Recipe
 from gradleak.priors.gaussian import GaussianPrior
 from gradleak.victims.training import train
@@ -36,7 +38,9 @@ def of_classes(pictures: Pictures, classes: int) -> Pictures:
     return replace(pictures, labels=pictures.labels % classes)
 
 
-def adapter(module: nn.Module, architecture: Architecture, images: Tensor, labels: Tensor, rank: int = 4) -> Adapter:
+def adapter(
+    module: nn.Module, architecture: Architecture, images: Tensor, labels: Tensor, rank: int = 4
+) -> PictureObservation:
     """PEFT's start, B = 0, and one SGD step: B's change is -lr s G A^T (Hu et al. 2021, equation 3, by the chain rule)."""
     G = gradient_by_autograd(module, images, labels, mode="eval")
     generator = torch.Generator().manual_seed(1)
@@ -57,12 +61,12 @@ def adapter(module: nn.Module, architecture: Architecture, images: Tensor, label
     )
 
 
-def observe(rows: list[int], classes: int = 2) -> tuple[Adapter, Tensor, Tensor]:
+def observe(rows: list[int], classes: int = 2) -> tuple[PictureObservation, Tensor, Tensor]:
     images, labels = TEST.images[rows], TEST.labels[rows] % classes
     return adapter(*victim(classes), images, labels), images, labels
 
 
-def attack(observation: Gradient) -> Tensor:
+def attack(observation: PictureObservation) -> Tensor:
     return ActivationPatterns(prior=PRIOR)(observation, generator=torch.Generator()).images[0]
 
 
@@ -108,12 +112,12 @@ def test_better_than_the_mean_image(classes: int) -> None:
     for row in range(10):
         observation, images, labels = observe([row], classes)
         found = ActivationPatterns(prior=PRIOR)(observation, generator=torch.Generator())
-        better += psnr_db_by_hand(found.images[0], images[0]) > psnr_db_by_hand(mean, images[0]) + 3
+        better += psnr_db_by_hand(found.value[0], images[0]) > psnr_db_by_hand(mean, images[0]) + 3
         assert found.labels.tolist() == labels.tolist()
         assert found.residual < 0.1
-        assert found.images.shape == (1, 1, 8, 8)
-        assert found.images.dtype == torch.float32
-        assert 0 <= float(found.images.min()) <= float(found.images.max()) <= 1
+        assert found.value.shape == (1, 1, 8, 8)
+        assert found.value.dtype == torch.float32
+        assert 0 <= float(found.value.min()) <= float(found.value.max()) <= 1
         assert len(found.trace) == found.iterations
     assert better >= 9  # the design's target is 90 %; by 3 dB, half the squared error, so that it is no hair's breadth
 
@@ -124,7 +128,7 @@ def test_without_public_pictures_or_recipe() -> None:
         observation, images, labels = observe([row])
         found = ActivationPatterns()(replace(observation, recipe=None), generator=torch.Generator())
         # 2,000 half-spaces in 64 dimensions say more than the mean of 1,297 digits.
-        assert psnr_db_by_hand(found.images[0], images[0]) > psnr_db_by_hand(mean, images[0])
+        assert psnr_db_by_hand(found.value[0], images[0]) > psnr_db_by_hand(mean, images[0])
         assert found.labels.tolist() == labels.tolist()
         assert found.residual < 0.1  # in the learning rate that fits best
 

@@ -8,12 +8,14 @@ from torch import Tensor, nn
 
 from gradleak.attacks.analytic import Analytic, first_layer, isolated_inputs
 from gradleak.errors import NotObserved
+from gradleak.modalities.losses import CrossEntropy
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures, load
-from gradleak.observations.observation import Gradient, Model
-from gradleak.victims.federated import share_update
-from gradleak.victims.gradient import capture_gradient
-from oracles import psnr_db_by_hand
+from gradleak.observations.model import Model
+from gradleak.observations.observation import PictureObservation
+from gradleak.observations.training import Recipe
+from gradleak.victims.gradient import capture_gradient, share_update
+from oracles import labels_of, psnr_db_by_hand
 
 MLP = Architecture("mlp", (1, 8, 8), 10)
 COLOUR = Architecture("mlp", (3, 32, 32), 10)
@@ -28,11 +30,11 @@ def seed(number: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(number)
 
 
-def observe(private: Pictures, architecture: Architecture = MLP, *, model: int = 0) -> Gradient:
-    return capture_gradient(architecture.build(model), architecture, private)[0]
+def observe(private: Pictures, architecture: Architecture = MLP, *, model: int = 0) -> PictureObservation:
+    return capture_gradient(Model.of(architecture.build(model), architecture), private)[0]
 
 
-def noisy(observation: Gradient, relative: float, number: int = 0) -> Gradient:
+def noisy(observation: PictureObservation, relative: float, number: int = 0) -> PictureObservation:
     """White Gaussian noise on every released number, `relative` times their root mean square."""
     released, generator = observation.released, seed(number)
     rms = torch.cat([t.flatten() for t in released.values()]).square().mean().sqrt()
@@ -45,10 +47,10 @@ def test_one_image_is_exact(row: int) -> None:
     private = some(row)
     found = Analytic()(observe(private, model=row), generator=seed())
     # float32 rounds a gradient to 6e-8; 256 units average that: errors below 1e-5 of the grey range are 100 dB.
-    assert psnr_db_by_hand(found.images[0], private.images[0]) >= 100
-    assert found.labels.tolist() == private.labels.tolist()
+    assert psnr_db_by_hand(found.value[0], private.images[0]) >= 100
+    assert labels_of(found) == private.labels.tolist()
     assert found.residual < 1e-5
-    assert found.images.dtype == torch.float32
+    assert found.value.dtype == torch.float32
     assert "1 of 1 images solved" in found.status
     assert found.iterations == 0
 
@@ -56,30 +58,28 @@ def test_one_image_is_exact(row: int) -> None:
 def test_one_colour_photograph_is_exact() -> None:
     private = load("embedded", indices=[1])
     found = Analytic()(observe(private, COLOUR), generator=seed())
-    assert psnr_db_by_hand(found.images[0], private.images[0]) >= 100
+    assert psnr_db_by_hand(found.value[0], private.images[0]) >= 100
 
 
 def test_sum_and_mean_are_the_same_for_the_ratio() -> None:
     private, mean = some(3, 4), observe(some(3, 4))
-    model = replace(mean.model, reduction="sum")
+    model = mean.model.assume(criterion=CrossEntropy(reduction="sum"))
     summed = replace(mean, model=model, released={k: 2 * t for k, t in mean.released.items()})
     a, b = (Analytic()(o, generator=seed()) for o in (mean, summed))
-    torch.testing.assert_close(a.images, b.images, rtol=0, atol=1e-6)
-    assert a.labels.tolist() == b.labels.tolist()
-    assert sorted(a.labels.tolist()) == sorted(private.labels.tolist())
+    torch.testing.assert_close(a.value, b.value, rtol=0, atol=1e-6)
+    assert labels_of(a) == labels_of(b)
+    assert sorted(labels_of(a)) == sorted(private.labels.tolist())
 
 
 def test_an_update_of_one_step_is_exact_and_more_steps_say_so() -> None:
     private = some(5)
-    gradient, secret = capture_gradient(MLP.build(0), MLP, private)
+    gradient, secret = capture_gradient(Model.of(MLP.build(0), MLP), private)
     for steps in (1, 3):
-        update = share_update(
-            gradient, secret, gradient.model, learning_rate=0.1, local_steps=steps, local_batch_size=1
-        )
+        update = share_update(gradient, secret, Recipe(learning_rate=0.1, steps=steps))
         found = Analytic()(update, generator=seed())
         # A difference of two float32 states of size 0.1 is good to 1e-8, and the update is of size 1e-3: 1e-5.
-        assert psnr_db_by_hand(found.images[0], private.images[0]) >= 80
-        assert ("several local steps" in found.status) == (steps > 1)
+        assert psnr_db_by_hand(found.value[0], private.images[0]) >= 80
+        assert ("3 steps were taken, and their mean stands in" in found.status) == (steps > 1)
 
 
 def test_least_squares_over_the_units_averages_noise_out() -> None:
@@ -93,7 +93,7 @@ def test_least_squares_over_the_units_averages_noise_out() -> None:
         weight, bias = observation.released["2.weight"], observation.released["2.bias"]
         unit = int(bias.abs().argmax())
         single = ((weight[unit] / bias[unit] - shift) / scale).clamp(0, 1).view(1, 8, 8)
-        averaged, alone = (psnr_db_by_hand(x, private.images[0].double()) for x in (found.images[0], single))
+        averaged, alone = (psnr_db_by_hand(x, private.images[0].double()) for x in (found.value[0], single))
         # Some 80 active units of unequal signal carry the least squares: 3 dB, twice the power, is the least to expect.
         assert averaged >= alone + 3
 
@@ -105,17 +105,17 @@ def test_what_is_declared_solved_in_a_batch_is_one_of_its_images(batch: int, wit
         rows = torch.randperm(len(TEST.labels), generator=seed(number))[:batch].tolist()
         private, observation = some(*rows), observe(some(*rows), model=number)
         found = Analytic()(replace(observation, batch_size=None if withheld else batch), generator=seed())
-        solved = [image for image in found.images if image.unique().numel() > 1]  # the rest is filled with grey
-        assert found.status.startswith(f"{len(solved)} of {len(found.images)} images solved")
-        assert len(found.images) == batch or (withheld and len(solved) <= batch)
-        assert len(found.labels) == len(found.images)
+        solved = [image for image in found.value if image.unique().numel() > 1]  # the rest is filled with grey
+        assert found.status.startswith(f"{len(solved)} of {len(found.value)} images solved")
+        assert len(found.value) == batch or (withheld and len(solved) <= batch)
+        assert len(labels_of(found)) == len(found.value)
         nearest = [max(range(batch), key=lambda i: psnr_db_by_hand(image, private.images[i])) for image in solved]
         assert len(set(nearest)) == len(solved)  # each once
         for image, i in zip(solved, nearest, strict=True):
             # Units that see one image alone agree to 1e-5 or so in float32, 100 dB; 60 dB is far beyond coincidence.
             assert psnr_db_by_hand(image, private.images[i]) >= 60
         if len(solved) == batch:
-            assert sorted(found.labels.tolist()) == sorted(private.labels.tolist())
+            assert sorted(labels_of(found)) == sorted(private.labels.tolist())
 
 
 def test_batches_of_four_are_mostly_solved() -> None:
@@ -146,7 +146,7 @@ def test_a_dead_first_layer_gives_no_images_and_no_nan() -> None:
     for batch in (1, 2):
         dead = {k: torch.zeros_like(t) if k.startswith("2.") else t for k, t in observation.released.items()}
         found = Analytic()(replace(observation, released=dead, batch_size=batch), generator=seed())
-        assert found.images.isfinite().all()
+        assert found.value.isfinite().all()
         assert "0 of" in found.status or "no unit" in found.status
 
 
@@ -178,8 +178,8 @@ def test_a_frozen_first_layer_is_not_observed() -> None:
         Analytic()(observe_module(module), generator=seed())
 
 
-def observe_module(module: nn.Module) -> Gradient:
-    return capture_gradient(module, Architecture("own", (1, 8, 8), 10), some(0))[0]
+def observe_module(module: nn.Module) -> PictureObservation:
+    return capture_gradient(Model.of(module, Architecture("own", (1, 8, 8), 10)), some(0))[0]
 
 
 def test_first_layer_undoes_any_normalisation_of_its_own() -> None:

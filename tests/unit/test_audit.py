@@ -15,7 +15,7 @@ from gradleak.attacks.analytic import Analytic
 from gradleak.attacks.inverting_gradients import InvertingGradients
 from gradleak.attacks.reconstruction import Reconstruction
 from gradleak.attacks.search.descend import OnStep
-from gradleak.audit.audit import DECOYS, Attack, Audited, audit, lead_db, pictures, verdict, wrong_observation
+from gradleak.audit.loop import DECOYS, Attack, Audited, audit, lead_db, pictures, verdict, wrong_observation
 from gradleak.errors import BadInput, NotObserved
 from gradleak.formats.secret_file import Secret
 from gradleak.modalities.networks import Architecture

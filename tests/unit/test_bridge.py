@@ -19,7 +19,9 @@ from gradleak.errors import BadInput
 from gradleak.formats.observation_file import save_observation
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures, load
-from gradleak.observations.observation import Adapter, Gradient, Model
+from gradleak.observations.model import Model
+from gradleak.observations.observation import Observation, PictureObservation
+from gradleak.observations.releases import Adapter, Gradient
 from gradleak.observations.tensors import Tensors, flatten
 from gradleak.observations.training import Recipe
 from gradleak.victims.training import train
@@ -33,7 +35,9 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def adapter_of(module: nn.Module, name: str, modules: list[str], rank: int | None, *, seed: int = 0) -> Adapter:
+def adapter_of(
+    module: nn.Module, name: str, modules: list[str], rank: int | None, *, seed: int = 0
+) -> PictureObservation:
     """An adapter at PEFT's start, B = 0; rank None: as many as each layer has inputs, so that nothing is lost."""
     generator, start = seeded(seed), {}
     for layer in modules:
@@ -59,11 +63,11 @@ def small_convnet() -> nn.Module:
         return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), nn.Linear(192, 10))
 
 
-def released_after(adapter: Adapter, images: Tensor, labels: Tensor) -> Adapter:
+def released_after(adapter: PictureObservation, images: Tensor, labels: Tensor) -> PictureObservation:
     return replace(adapter, released={k: v.detach() for k, v in adapter.simulate(images, labels).items()})
 
 
-def true_gradient(module: nn.Module, adapter: Adapter, images: Tensor, labels: Tensor) -> Tensors:
+def true_gradient(module: nn.Module, adapter: PictureObservation, images: Tensor, labels: Tensor) -> Tensors:
     gradient = gradient_by_autograd(module, images, labels)
     return {f"{layer}.weight": gradient[f"{layer}.weight"] for layer in adapter.scaling}
 
@@ -94,17 +98,20 @@ def network(public: Pictures) -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def adapter(network: nn.Module) -> Adapter:
+def adapter(network: nn.Module) -> PictureObservation:
     return adapter_of(network, "mlp", LINEAR, rank=4)
 
 
 @pytest.fixture(scope="module")
-def ridge(adapter: Adapter, public: Pictures) -> Ridge:
+def ridge(adapter: PictureObservation, public: Pictures) -> Ridge:
     return Ridge.fit(adapter, public.images, public.labels, generator=seeded())
 
 
 def mean_cosine(
-    decoder: Callable[[Adapter], Gradient], network: nn.Module, adapter: Adapter, pictures: Pictures
+    decoder: Callable[[PictureObservation], Gradient],
+    network: nn.Module,
+    adapter: PictureObservation,
+    pictures: Pictures,
 ) -> float:
     total = 0.0
     for i in range(len(pictures.images)):
@@ -116,7 +123,9 @@ def mean_cosine(
 # --- pairs ----------------------------------------------------------------------------------------------------------
 
 
-def test_factors_are_those_of_each_picture_alone(network: nn.Module, adapter: Adapter, public: Pictures) -> None:
+def test_factors_are_those_of_each_picture_alone(
+    network: nn.Module, adapter: PictureObservation, public: Pictures
+) -> None:
     convnet = small_convnet()
     convolutional = adapter_of(convnet, "convnet", ["0", "2", "5"], rank=2)
     x, y = public.images[:3], public.labels[:3]
@@ -130,7 +139,7 @@ def test_factors_are_those_of_each_picture_alone(network: nn.Module, adapter: Ad
 
 
 def test_sketches_and_moments_equal_a_loop_over_gradients(
-    network: nn.Module, adapter: Adapter, public: Pictures
+    network: nn.Module, adapter: PictureObservation, public: Pictures
 ) -> None:
     x, y = public.images[:7], public.labels[:7]
     seen = 0
@@ -148,7 +157,7 @@ def test_sketches_and_moments_equal_a_loop_over_gradients(
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.5])
-def test_pairs_are_what_the_adapter_would_release(factor: float, adapter: Adapter, public: Pictures) -> None:
+def test_pairs_are_what_the_adapter_would_release(factor: float, adapter: PictureObservation, public: Pictures) -> None:
     # With B away from zero, the gradient is taken at W + s B A.
     start = {
         k: v if k.endswith("A") else factor * torch.randn(v.shape, generator=seeded()) for k, v in adapter.start.items()
@@ -166,7 +175,7 @@ def test_pairs_are_what_the_adapter_would_release(factor: float, adapter: Adapte
 
 @pytest.mark.parametrize("groups", [1, 64])
 def test_ridge_satisfies_the_sketch_equation(
-    groups: int, adapter: Adapter, public: Pictures, private: Pictures
+    groups: int, adapter: PictureObservation, public: Pictures, private: Pictures
 ) -> None:
     fitted = Ridge.fit(
         adapter, public.images[:300], public.labels[:300], generator=seeded(), groups=groups, softmax=False
@@ -200,7 +209,7 @@ def test_full_rank_adapter_is_decoded_exactly(network: nn.Module, public: Pictur
 
 
 def test_both_factors_are_explained_where_both_are_released(
-    network: nn.Module, adapter: Adapter, public: Pictures, private: Pictures
+    network: nn.Module, adapter: PictureObservation, public: Pictures, private: Pictures
 ) -> None:
     start = {
         k: v if k.endswith("A") else torch.randn(v.shape, generator=seeded()) / 50 for k, v in adapter.start.items()
@@ -222,7 +231,7 @@ def test_both_factors_are_explained_where_both_are_released(
 
 
 def test_ridge_beats_the_pseudo_inverse_on_unseen_digits(
-    network: nn.Module, adapter: Adapter, ridge: Ridge, public: Pictures, private: Pictures
+    network: nn.Module, adapter: PictureObservation, ridge: Ridge, public: Pictures, private: Pictures
 ) -> None:
     # Rank 4 of 64 and 256 inputs: the pseudo-inverse keeps a share r / in of the energy, a cosine of 0.13 to 0.25.
     inverse = mean_cosine(PseudoInverse(), network, adapter, private)
@@ -241,7 +250,9 @@ def test_ridge_beats_the_pseudo_inverse_on_unseen_digits(
     assert mean_cosine(ridge, network, adapter, private) > max(grouped, softmax)
 
 
-def test_trained_decoders_learn(network: nn.Module, adapter: Adapter, public: Pictures, private: Pictures) -> None:
+def test_trained_decoders_learn(
+    network: nn.Module, adapter: PictureObservation, public: Pictures, private: Pictures
+) -> None:
     inverse = mean_cosine(PseudoInverse(), network, adapter, private)
     mlp_losses: list[float] = []
     unet_losses: list[float] = []
@@ -268,7 +279,7 @@ def test_trained_decoders_learn(network: nn.Module, adapter: Adapter, public: Pi
 
 
 def test_softmax_gives_the_residual_and_the_features(
-    network: nn.Module, adapter: Adapter, ridge: Ridge, private: Pictures
+    network: nn.Module, adapter: PictureObservation, ridge: Ridge, private: Pictures
 ) -> None:
     # Ten classes give nine equations beside the four of the sketch. delta = p - onehot is known up to its length, which
     # the features' distribution tells: within 10 % for the median digit.
@@ -287,7 +298,7 @@ def test_softmax_gives_the_residual_and_the_features(
 
 
 def test_softmax_is_left_alone_where_its_equation_does_not_hold(
-    adapter: Adapter, ridge: Ridge, private: Pictures
+    adapter: PictureObservation, ridge: Ridge, private: Pictures
 ) -> None:
     W, b = adapter.model.parameters["6.weight"], adapter.model.parameters["6.bias"]
     mean, covariance = ridge.last["6/mean"], ridge.last["6/covariance"]
@@ -311,7 +322,7 @@ def test_k_means_finds_separate_groups() -> None:
 # --- contract -------------------------------------------------------------------------------------------------------
 
 
-def test_decoded_gradient_is_an_observation(ridge: Ridge, adapter: Adapter, private: Pictures) -> None:
+def test_decoded_gradient_is_an_observation(ridge: Ridge, adapter: PictureObservation, private: Pictures) -> None:
     observed = released_after(adapter, private.images[:1], private.labels[:1])
     before = identity(observed)
     decoded = ridge(observed)
@@ -324,7 +335,7 @@ def test_decoded_gradient_is_an_observation(ridge: Ridge, adapter: Adapter, priv
 
 
 def test_equal_seeds_give_equal_bits_and_survive_the_disk(
-    adapter: Adapter, public: Pictures, private: Pictures, tmp_path: Path
+    adapter: PictureObservation, public: Pictures, private: Pictures, tmp_path: Path
 ) -> None:
     observed = released_after(adapter, private.images[:1], private.labels[:1])
     x, y = public.images[:100], public.labels[:100]
@@ -344,7 +355,7 @@ def test_equal_seeds_give_equal_bits_and_survive_the_disk(
         Ridge.load(tmp_path / "decoder")
 
 
-def test_other_adapters_and_models_are_refused(network: nn.Module, adapter: Adapter, ridge: Ridge) -> None:
+def test_other_adapters_and_models_are_refused(network: nn.Module, adapter: PictureObservation, ridge: Ridge) -> None:
     altered = copy.deepcopy(network)
     altered[0:3][2].bias.data[0] += 1e-3  # type: ignore[index]
     for other in (
@@ -357,7 +368,7 @@ def test_other_adapters_and_models_are_refused(network: nn.Module, adapter: Adap
                 decoder(other)
 
 
-def test_foreign_files_are_refused(adapter: Adapter, private: Pictures, tmp_path: Path) -> None:
+def test_foreign_files_are_refused(adapter: PictureObservation, private: Pictures, tmp_path: Path) -> None:
     released = {name: torch.zeros_like(p) for name, p in adapter.model.parameters.items()}
     observed = Gradient(model=adapter.model, released=released)
     save_observation(observed, tmp_path / "observation")
@@ -368,7 +379,7 @@ def test_foreign_files_are_refused(adapter: Adapter, private: Pictures, tmp_path
                 decoder.load(tmp_path / file)
 
 
-def test_what_cannot_be_decoded_is_refused(adapter: Adapter, public: Pictures) -> None:
+def test_what_cannot_be_decoded_is_refused(adapter: PictureObservation, public: Pictures) -> None:
     x, y = public.images[:4], public.labels[:4]
     for decoder in (Ridge, MLP, UNet):
         with pytest.raises(BadInput, match="labels go from 0 to 10"):

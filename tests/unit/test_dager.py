@@ -8,6 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from ? import TextGradient
+from gradleak.modalities.language_models import Task
+from gradleak.observations.model import LanguageModel
+from gradleak.observations.training import Recipe
 from gradleak.attacks import TEXT_ATTACKS
 from gradleak.attacks.dager.dager import FORWARD, Dager
 from gradleak.attacks.dager.ordering import fluent
@@ -21,8 +25,6 @@ from gradleak.errors import NotObserved
 from gradleak.modalities.texts import load_texts
 from gradleak.observations.defenses import GaussianNoise
 from gradleak.observations.tensors import fingerprint
-from gradleak.observations.text import LanguageModel, Task, TextGradient
-from gradleak.observations.training import Recipe
 from gradleak.victims.small_language import Kind, small_model, train_tokenizer
 from gradleak.victims.text import capture_text_gradient, share_adapter, share_text_update
 

@@ -12,8 +12,10 @@ from gradleak.attacks.dataset_size import DatasetSize, log_spectra, singular_val
 from gradleak.errors import BadInput
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import load
-from gradleak.observations.observation import Adapter, Model
-from gradleak.observations.training import Recipe, product
+from gradleak.observations.model import Model
+from gradleak.observations.observation import Observation, PictureObservation
+from gradleak.observations.releases import Adapter, product
+from gradleak.observations.training import Recipe
 
 SIZES = (1, 2, 3, 4, 5, 6)
 NET = Architecture("own", (1, 8, 8), 10)
@@ -30,7 +32,7 @@ BASE = model()
 MODULES = ("0", "3", "5")
 
 
-def untrained(rank: int, generator: torch.Generator, modules: tuple[str, ...] = MODULES) -> Adapter:
+def untrained(rank: int, generator: torch.Generator, modules: tuple[str, ...] = MODULES) -> PictureObservation:
     """PEFT's default start: A uniform, B zero."""
     start, changes = {}, {}
     for name in modules:
@@ -42,7 +44,7 @@ def untrained(rank: int, generator: torch.Generator, modules: tuple[str, ...] = 
     return Adapter(model=BASE, released=changes, start=start, scaling=dict.fromkeys(modules, 2.0))
 
 
-def both_released(seed: int, zero: str = "") -> Adapter:
+def both_released(seed: int, zero: str = "") -> PictureObservation:
     """Random factors at the start and after; the factor called `zero` starts at zero."""
     generator = torch.Generator().manual_seed(seed)
     blank = untrained(4, generator)
@@ -52,7 +54,7 @@ def both_released(seed: int, zero: str = "") -> Adapter:
     return replace(blank, start=start, released=changes)
 
 
-def synthetic(n: int, generator: torch.Generator, *, noise: float) -> Adapter:
+def synthetic(n: int, generator: torch.Generator, *, noise: float) -> PictureObservation:
     """An adapter with the singular values n e^noise 2^-i in every layer, and random singular vectors."""
     blank = untrained(4, generator)
     changes, start = {}, dict(blank.start)
@@ -67,7 +69,7 @@ def synthetic(n: int, generator: torch.Generator, *, noise: float) -> Adapter:
     return replace(blank, start=start, released=changes)
 
 
-def zoo(count: int, generator: torch.Generator, *, noise: float) -> tuple[list[Adapter], Tensor]:
+def zoo(count: int, generator: torch.Generator, *, noise: float) -> tuple[list[PictureObservation], Tensor]:
     sizes = torch.tensor(SIZES).repeat_interleave(count)
     return [synthetic(int(n), generator, noise=noise) for n in sizes], sizes
 
@@ -192,7 +194,7 @@ def test_without_the_norm_a_longer_step_is_no_stranger() -> None:
 def test_bad_zoos_are_refused() -> None:
     generator = torch.Generator().manual_seed(9)
     adapters, sizes = zoo(6, generator, noise=0.1)
-    cases: list[tuple[list[Adapter], Tensor, dict[str, Any], str]] = [
+    cases: list[tuple[list[PictureObservation], Tensor, dict[str, Any], str]] = [
         ([], sizes[:0], {}, "0 adapters"),
         (adapters[:-1], sizes, {}, "one size per adapter"),
         (adapters, sizes.clamp_max(1), {}, "two sizes"),
@@ -239,7 +241,7 @@ def test_the_size_of_one_step_on_digits_is_read() -> None:
     generator = torch.Generator().manual_seed(12)
     recipe = Recipe(learning_rate=0.05, steps=1)
 
-    def tuned(n: int, first: int) -> Adapter:
+    def tuned(n: int, first: int) -> PictureObservation:
         rows = first + torch.randperm(250, generator=generator)[:n]
         blank = replace(untrained(8, generator), recipe=recipe)
         return replace(blank, released=blank.simulate(digits.images[rows], digits.labels[rows]))

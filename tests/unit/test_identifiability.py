@@ -22,7 +22,9 @@ from gradleak.audit.bound import (
 from gradleak.audit.jacobian import jacobian_gram, jacobian_grams
 from gradleak.errors import BadInput
 from gradleak.modalities.networks import Architecture
-from gradleak.observations.observation import Adapter, Gradient, Model, Update
+from gradleak.observations.model import Model
+from gradleak.observations.observation import Observation, PictureObservation
+from gradleak.observations.releases import Adapter, Gradient, Update
 from gradleak.observations.tensors import flatten
 from gradleak.observations.training import Recipe
 from oracles import dense_jacobian, lora_b_by_autograd, posterior_by_conditioning
@@ -88,7 +90,9 @@ def built(name: str, shape: tuple[int, int, int] = (1, 8, 8)) -> Model:
     return Model.of(architecture.build(0).double(), architecture)
 
 
-def adapter(model: Model, modules: list[str], rank: int, *, recipe: Recipe | None = None, seed: int = 0) -> Adapter:
+def adapter(
+    model: Model, modules: list[str], rank: int, *, recipe: Recipe | None = None, seed: int = 0
+) -> PictureObservation:
     start = {}
     for i, name in enumerate(modules):
         weight = model.parameters[f"{name}.weight"]
@@ -106,11 +110,11 @@ def adapter(model: Model, modules: list[str], rank: int, *, recipe: Recipe | Non
     )
 
 
-def gradient(model: Model) -> Gradient:
+def gradient(model: Model) -> PictureObservation:
     return Gradient(model=model, released=dict(model.parameters))
 
 
-def dense(o: Adapter, images: Tensor, labels: Tensor) -> np.ndarray:
+def dense(o: PictureObservation, images: Tensor, labels: Tensor) -> np.ndarray:
     A = {name: o.start[f"{name}.lora_A"] for name in o.scaling}
     rate = o.recipe.learning_rate if o.recipe else 1.0
     return dense_jacobian(

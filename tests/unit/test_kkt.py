@@ -14,7 +14,7 @@ from gradleak.attacks.weights.kkt import KKT
 from gradleak.attacks.weights.kkt_search import KKTSearch
 from gradleak.attacks.weights.ntk import NTK
 from gradleak.attacks.weights.row_space import rank_of, span_of
-from gradleak.audit.audit import audit
+from gradleak.audit.loop import audit
 from gradleak.audit.metrics import ssim
 from gradleak.cli.app import main
 from gradleak.errors import BadInput, NotObserved
@@ -24,8 +24,9 @@ from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import load, public_pool
 from gradleak.observations.distances import relative_residual
 from gradleak.observations.fully_connected import FullyConnected, Target, cone, distance, explained, grams
-from gradleak.observations.observation import Gradient, Model
-from gradleak.observations.trained_weights import Weights
+from gradleak.observations.model import Model
+from gradleak.observations.observation import PictureObservation
+from gradleak.observations.releases import Gradient, Weights
 from gradleak.studies.fine_tuning import ALL, All, LowRank, Release, Truncated, fine_tuned
 from gradleak.studies.kkt_lora import sides
 from gradleak.studies.rank_heatmap import CHANGE, cell, drawn
@@ -196,9 +197,9 @@ def test_two_images_come_back_without_a_private_statistic() -> None:
         hidden, generator=torch.Generator().manual_seed(0), on_step=lambda step, *_: reports.append(step)
     )
     assert reports[-1] == 200
-    assert found.images.shape == (4, 1, 8, 8)
+    assert found.value.shape == (4, 1, 8, 8)
     for truth, label in zip(secret.images, secret.labels, strict=True):
-        scores = ssim(found.images, truth[None].expand_as(found.images))
+        scores = ssim(found.value, truth[None].expand_as(found.value))
         assert float(scores.max()) >= 0.9
         assert int(found.labels[int(scores.argmax())]) == int(label)
 
@@ -211,10 +212,10 @@ def test_the_search_over_settings_goes_on_where_it_was_interrupted(tmp_path: Pat
     assert len(kept) == 2
     kept[0].unlink()  # as if it had not been finished
     again = search(hidden, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(found.images, again.images)
+    assert torch.equal(found.value, again.images)
     assert found.status == again.status
     assert "2 trials" in found.status
-    scores = [float(ssim(found.images, t[None].expand_as(found.images)).max()) for t in secret.images]
+    scores = [float(ssim(found.value, t[None].expand_as(found.value)).max()) for t in secret.images]
     assert min(scores) >= 0.8  # a few steps; the whole search is in the recipe
     other = replace(hidden, released={name: 2 * tensor for name, tensor in hidden.released.items()})
     changed = replace(other, model=replace(other.model, parameters=other.released))
@@ -222,7 +223,7 @@ def test_the_search_over_settings_goes_on_where_it_was_interrupted(tmp_path: Pat
         search(changed, generator=torch.Generator().manual_seed(0))
 
 
-def probabilities(gradient: Gradient, images: Tensor) -> Tensor:
+def probabilities(gradient: PictureObservation, images: Tensor) -> Tensor:
     """The softmax of the model where the gradient was taken."""
     return gradient.model.logits(gradient.model.parameters, images).softmax(1)
 
@@ -230,9 +231,9 @@ def probabilities(gradient: Gradient, images: Tensor) -> Tensor:
 def test_one_step_on_two_images_gives_both() -> None:
     architecture = Architecture("mlp", (1, 8, 8), 10)
     pictures = load("digits", "test", indices=[0, 1])
-    gradient, _ = capture_gradient(architecture.build(0), architecture, pictures)
+    gradient, _ = capture_gradient(Model.of(architecture.build(0), architecture), pictures)
     found = NTK(steps=20)(gradient, generator=torch.Generator().manual_seed(0))
-    scores = [ssim(found.images, truth[None].expand_as(found.images)) for truth in pictures.images]
+    scores = [ssim(found.value, truth[None].expand_as(found.value)) for truth in pictures.images]
     assert min(float(score.max()) for score in scores) >= 0.99
     assert sorted(found.labels.tolist()) == sorted(pictures.labels.tolist())
     known = NTK(steps=20).knowing(
@@ -264,13 +265,13 @@ def test_several_outputs_and_noise_as_starts() -> None:
     observation, _ = publish_weights(architecture.build(0), architecture, pictures, recipe, reveal_labels=True)
     for attack in (KKT(steps=40), KKT(steps=40, units=False, span=False, double=False, restarts=2)):
         found = attack(observation, generator=torch.Generator().manual_seed(0))
-        assert found.images.shape == (8, 1, 8, 8)
+        assert found.value.shape == (8, 1, 8, 8)
         assert found.residual < found.trace[0][1]
         assert set(found.labels.tolist()) <= {0, 1, 2}
 
 
 def test_what_the_attack_cannot_read_is_said() -> None:
-    gradient, _ = capture_gradient(BINARY.build(0), BINARY, first_of_each("digits", "train", 1))
+    gradient, _ = capture_gradient(Model.of(BINARY.build(0), BINARY), first_of_each("digits", "train", 1))
     with pytest.raises(NotObserved, match="capture weights"):
         KKT()(gradient, generator=torch.Generator())
     lenet = Architecture("lenet", (1, 8, 8), 2)
@@ -327,7 +328,7 @@ def test_a_fine_tuning_releases_what_it_says(release: Release) -> None:
     update, shares = fine_tuned(model, pictures, release, 0.1, 1, seed=0)
     probability = model.logits(model.parameters, pictures.images).softmax(1)
     assert torch.allclose(shares, 0.05 * probability)  # one step of 0.1 on two pictures
-    gradient, _ = capture_gradient(architecture.build(0), architecture, pictures)
+    gradient, _ = capture_gradient(Model.of(architecture.build(0), architecture), pictures)
     for name, change in update.released.items():
         step = -0.1 * gradient.released[name]
         if isinstance(release, All) or change.dim() < 2:

@@ -15,13 +15,13 @@ from gradleak.attacks.learned import generator as learned
 from gradleak.attacks.learned.git import Git, Transcript, units
 from gradleak.attacks.learned.lti import LTI, Perceptron
 from gradleak.attacks.learned.pairs import Pairs, stream
-from gradleak.audit.audit import audit
+from gradleak.audit.loop import audit
 from gradleak.audit.metrics import psnr_db
 from gradleak.errors import BadInput, NotObserved
 from gradleak.formats.secret_file import Secret
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures, load, public_pool
-from gradleak.observations.observation import Model
+from gradleak.observations.model import Model
 from gradleak.observations.tensors import fingerprint
 from gradleak.victims.gradient import capture_gradient
 
@@ -78,7 +78,7 @@ def test_no_weight_of_the_leaked_model_enters(generator: learned.Generator, publ
 
 def test_the_same_bits_after_the_disk_and_as_an_attack(generator: learned.Generator, tmp_path: Path) -> None:
     private = load("digits", indices=[5])
-    observation, _ = capture_gradient(LENET.build(0), LENET, private)
+    observation, _ = capture_gradient(Model.of(LENET.build(0), LENET), private)
     generator.save(tmp_path / "generator")
     attack = ATTACK[generator.kind](generator=tmp_path / "generator")
     state = torch.get_rng_state()
@@ -87,9 +87,9 @@ def test_the_same_bits_after_the_disk_and_as_an_attack(generator: learned.Genera
     assert torch.equal(state, torch.get_rng_state())
     assert fingerprint(observation.released) == before
     direct = generator({name: tensor[None] for name, tensor in observation.released.items()})[0]
-    assert torch.equal(found.images, direct)
+    assert torch.equal(found.value, direct)
     assert found.labels.tolist() == private.labels.tolist()
-    assert float(psnr_db(found.images, private.images)) > 12
+    assert float(psnr_db(found.value, private.images)) > 12
 
 
 def test_generators_of_something_else_are_refused(generator: learned.Generator, tmp_path: Path) -> None:
@@ -100,7 +100,9 @@ def test_generators_of_something_else_are_refused(generator: learned.Generator, 
 
     def asked(name: str = "lenet", seed: int = 0, rows: tuple[int, ...] = (5,)) -> None:
         architecture = Architecture(name, SHAPE, 10)
-        gradient, _ = capture_gradient(architecture.build(seed).eval(), architecture, load("digits", indices=rows))
+        gradient, _ = capture_gradient(
+            Model.of(architecture.build(seed).eval(), architecture), load("digits", indices=rows)
+        )
         attack(gradient, generator=torch.Generator())
 
     with pytest.raises(BadInput, match=r"trained for .*lenet.* the observation is of .*mlp"):
@@ -109,7 +111,7 @@ def test_generators_of_something_else_are_refused(generator: learned.Generator, 
         asked(seed=1)
     with pytest.raises(BadInput, match="batches of 1, the observation is of 2"):
         asked(rows=(5, 6))
-    gradient, _ = capture_gradient(LENET.build(0), LENET, private)
+    gradient, _ = capture_gradient(Model.of(LENET.build(0), LENET), private)
     with pytest.raises(NotObserved, match="gradleak train"):
         replace(attack, generator=None)(gradient, generator=torch.Generator())
     with pytest.raises(NotObserved, match="of the kind"):
@@ -126,7 +128,7 @@ def test_a_secret_among_the_training_pictures_is_flagged(
     attack = {generator.kind: ATTACK[generator.kind](generator=tmp_path / "generator")}
     for pictures, seen in ((public, True), (load("digits", indices=[5]), False)):
         one = replace(pictures, images=pictures.images[:1], labels=pictures.labels[:1])
-        observation, secret = capture_gradient(LENET.build(0), LENET, one)
+        observation, secret = capture_gradient(Model.of(LENET.build(0), LENET), one)
         [row] = list(audit(observation, attack, public, secret=Secret(secret.images, secret.labels, "")))
         assert ("secret_in_training" in {flag["name"] for flag in row.result["flags"]}) == seen
 

@@ -10,36 +10,27 @@ from gradleak.audit.metrics import psnr_db
 from gradleak.errors import BadInput, NotObserved
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import load, public_pool
-from gradleak.observations.observation import Adapter, Model
+from gradleak.observations.model import Model
+from gradleak.observations.observation import PictureObservation
 from gradleak.observations.training import Recipe
 from gradleak.priors.gaussian import GaussianPrior
+from gradleak.victims.adapter import share_adapter
+from gradleak.victims.gradient import keep_secret
+from oracles import labels_of
 
 ARCHITECTURE = Architecture("convnet", (1, 8, 8), 10)
 
 
-def adapter(rows: list[int], rank: int = 8, recipe: Recipe | None = None) -> Adapter:
-    """One SGD step of LoRA on an untrained convnet, from PEFT's start, on digits."""
+KNOWN = Recipe(learning_rate=0.1, steps=1)
+
+
+def adapter(rows: list[int], recipe: Recipe | None = None) -> PictureObservation:
+    """One SGD step of LoRA on an untrained convnet, from PEFT's start, on digits. recipe: as it was, or withheld."""
     model = Model.of(ARCHITECTURE.build(0), ARCHITECTURE)
-    generator, start = torch.Generator().manual_seed(0), {}
     modules = [name.removesuffix(".weight") for name in model.parameters if name.endswith("weight")]
-    for module in modules:
-        weight = model.parameters[f"{module}.weight"]
-        A = torch.rand(rank, *weight.shape[1:], generator=generator) - 0.5
-        start[f"{module}.lora_A"] = A / weight[0].numel() ** 0.5
-        start[f"{module}.lora_B"] = torch.zeros(len(weight), rank, *[1] * (weight.dim() - 2))
-    private = load("digits", indices=rows)
-    known = Recipe(learning_rate=0.1, steps=1)
-    released = {name: tensor for name, tensor in start.items() if name.endswith("lora_B")}
-    blank = Adapter(
-        model=model,
-        released=released,
-        start=start,
-        scaling=dict.fromkeys(modules, 1.0),
-        recipe=known,
-        batch_size=len(rows),
-    )
-    made = {name: tensor.detach() for name, tensor in blank.simulate(private.images, private.labels).items()}
-    return replace(blank, released=made, recipe=recipe)
+    secret = keep_secret(model, load("digits", indices=rows))
+    shared = share_adapter(model, secret, modules=modules, rank=8, recipe=KNOWN)
+    return replace(shared, release=replace(shared.adapter, recipe=recipe))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +38,7 @@ def prior() -> GaussianPrior:
     return GaussianPrior.fit(public_pool("digits", "train", shape=(1, 8, 8), limit=500).images)
 
 
-@pytest.mark.parametrize("recipe", [Recipe(learning_rate=0.1, steps=1), None], ids=["recipe known", "unknown"])
+@pytest.mark.parametrize("recipe", [KNOWN, None], ids=["recipe known", "unknown"])
 def test_a_digit_comes_back_from_its_adapter(prior: GaussianPrior, recipe: Recipe | None) -> None:
     for row in (0, 1):
         truth = load("digits", indices=[row])
@@ -56,18 +47,18 @@ def test_a_digit_comes_back_from_its_adapter(prior: GaussianPrior, recipe: Recip
         )
         blind = psnr_db(prior.mean[None].float(), truth.images)
         # 64 unknowns against thousands of equations: 6 dB, half the blind error's amplitude, is the least.
-        assert float(psnr_db(found.images, truth.images)) > float(blind) + 6
-        assert found.labels.tolist() == truth.labels.tolist()
+        assert float(psnr_db(found.value, truth.images)) > float(blind) + 6
+        assert labels_of(found) == truth.labels.tolist()
         assert found.residual < 0.1
 
 
 def test_side_by_side_is_one_by_one(prior: GaussianPrior) -> None:
-    both = [adapter([row], recipe=Recipe(learning_rate=0.1, steps=1)) for row in (0, 1)]
+    both = [adapter([row], recipe=KNOWN) for row in (0, 1)]
     attack = MapInversion(prior=prior, pairs=0, evaluations=5)
     together = attack.many(both, generator=torch.Generator())
     for one, found in zip(both, together, strict=True):
         alone = attack(one, generator=torch.Generator())
-        assert torch.allclose(alone.images, found.images, atol=1e-3)  # float32, other summation orders, 30 steps
+        assert torch.allclose(alone.value, found.value, atol=1e-3)  # float32, other summation orders, 30 steps
 
 
 def test_adapters_of_unknown_scale_are_not_mixed(prior: GaussianPrior) -> None:
@@ -80,7 +71,7 @@ def test_a_batch_needs_labels(prior: GaussianPrior) -> None:
         MapInversion(prior=prior)(adapter([0, 1]), generator=torch.Generator())
     given = replace(adapter([0, 1]), labels=load("digits", indices=[0, 1]).labels)
     found = MapInversion(prior=prior, evaluations=2)(given, generator=torch.Generator())
-    assert found.images.shape == (2, 1, 8, 8)
+    assert found.value.shape == (2, 1, 8, 8)
 
 
 def test_a_prior_of_another_shape_is_refused() -> None:

@@ -1,25 +1,31 @@
 """What the attacker sees, against plain autograd and a plain torch.optim.SGD loop."""
 
+import copy
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from gradleak.errors import BadInput
+from gradleak.modalities.losses import CROSS_ENTROPY, BinaryCrossEntropy, CrossEntropy, FocalLoss, Loss, Reduction
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures
-from gradleak.observations.observation import Gradient, Model, Update
+from gradleak.observations.model import Mode, Model
+from gradleak.observations.observation import Observation, PictureObservation
+from gradleak.observations.releases import GRADIENT, Release, Update
 from gradleak.observations.tensors import fingerprint
-from gradleak.victims.federated import share_update
-from gradleak.victims.gradient import capture_gradient
+from gradleak.observations.training import Recipe
+from gradleak.victims.gradient import capture_gradient, share_update
 from oracles import gradient_by_autograd, tensors_inside, update_by_sgd
 
 SMALL = [
     Architecture("lenet", (1, 8, 8), 10),
     Architecture("mlp", (1, 8, 8), 10),
     Architecture("resnet20", (1, 8, 8), 10),
-    Architecture("convnet64", (3, 16, 16), 7),
+    Architecture("convnet64", (3, 9, 9), 7),
 ]
 LENET, MLP, RESNET = SMALL[:3]
 
@@ -39,9 +45,18 @@ def victim(architecture: Architecture) -> nn.Module:
     return module
 
 
-def observation_of(module: nn.Module, architecture: Architecture, **beliefs: str) -> Gradient:
-    model = Model.of(module, architecture, **beliefs)  # type: ignore[arg-type]
-    return Gradient(model=model, released={k: torch.zeros_like(p) for k, p in model.parameters.items()}, batch_size=4)
+def observation_of(
+    module: nn.Module,
+    architecture: Architecture,
+    *,
+    mode: Mode = "eval",
+    criterion: Loss = CROSS_ENTROPY,
+    release: Release = GRADIENT,
+) -> PictureObservation:
+    """An observation of nothing yet: zeros under the names of the parameters."""
+    model = Model.of(module, architecture, mode=mode, criterion=criterion)
+    blank = {k: torch.zeros_like(p) for k, p in model.parameters.items()}
+    return Observation(model=model, release=release, released=blank, batch_size=4)
 
 
 def equal(a: dict[str, Tensor], b: dict[str, Tensor], *, relative: float) -> None:
@@ -56,22 +71,19 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor], *, relative: float) -> Non
 
 
 @pytest.mark.parametrize("architecture", SMALL, ids=lambda a: a.name)
-@pytest.mark.parametrize("mode", ["eval", "train"])
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_simulate_is_what_autograd_gives(architecture: Architecture, mode: str, reduction: str) -> None:
+@pytest.mark.parametrize(("mode", "reduction"), [("eval", "sum"), ("train", "mean")])
+def test_simulate_is_what_autograd_gives(architecture: Architecture, mode: Mode, reduction: Reduction) -> None:
     module, data = victim(architecture), pictures(architecture, 4)
-    images = data.images.double()
-    simulated = observation_of(module, architecture, mode=mode, reduction=reduction).simulate(images, data.labels)
+    images, criterion = data.images.double(), CrossEntropy(reduction=reduction)
+    simulated = observation_of(module, architecture, mode=mode, criterion=criterion).simulate(images, data.labels)
     expected = gradient_by_autograd(module, images, data.labels, mode=mode, reduction=reduction)
     equal(simulated, expected, relative=1e-9)  # float64 has 16 digits; BatchNorm's divisions cost some of them
 
 
 def test_the_two_modes_differ_where_there_is_batch_norm() -> None:
     module, data = victim(RESNET), pictures(RESNET, 4)
-    by_mode = [
-        observation_of(module, RESNET, mode=mode).simulate(data.images.double(), data.labels)
-        for mode in ("eval", "train")
-    ]
+    modes: tuple[Mode, ...] = ("eval", "train")
+    by_mode = [observation_of(module, RESNET, mode=m).simulate(data.images.double(), data.labels) for m in modes]
     name = "1.weight"
     assert (by_mode[0][name] - by_mode[1][name]).norm() > 0.1 * by_mode[0][name].norm()
 
@@ -84,13 +96,14 @@ def test_probabilities_serve_as_labels() -> None:
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
-def test_simulate_leaves_no_trace(mode: str) -> None:
+def test_simulate_leaves_no_trace(mode: Mode) -> None:
     module, data = victim(RESNET), pictures(RESNET, 4)
     observation = observation_of(module, RESNET, mode=mode)
     model = observation.model
 
     def states() -> list[str]:
-        inside = [module.state_dict(), model.module.state_dict(), model.parameters, model.buffers or {}]
+        structure = dict(model.module.named_buffers())
+        inside = [module.state_dict(), structure, model.parameters, model.buffers or {}]
         return [fingerprint(tensors) for tensors in (*inside, observation.released)]
 
     before = states()
@@ -111,10 +124,25 @@ def test_the_snapshot_does_not_follow_the_module() -> None:
     assert model.parameters["2.weight"].data_ptr() != dict(module.named_parameters())["2.weight"].data_ptr()
 
 
+def test_the_numbers_are_there_once() -> None:
+    """A model is its parameters: what it is called with is a structure, and a module to train is a copy."""
+    module, data = victim(RESNET), pictures(RESNET, 2)
+    model = Model.of(module, RESNET)
+    assert all(p.is_meta for p in model.module.parameters())
+    solid = model.solid().eval()
+    assert fingerprint(solid.state_dict()) == fingerprint(module.state_dict())
+    with torch.no_grad():
+        expected = module.eval()(data.images.double())
+        torch.testing.assert_close(model.logits({}, data.images.double()), expected, rtol=1e-12, atol=1e-12)
+        for p in solid.parameters():
+            p.zero_()
+        torch.testing.assert_close(model.logits({}, data.images.double()), expected, rtol=1e-12, atol=1e-12)
+
+
 def test_frozen_parameters_have_no_gradient() -> None:
     module, data = victim(MLP), pictures(MLP, 2)
     module.get_parameter("2.weight").requires_grad_(False)
-    captured, _ = capture_gradient(module.float(), MLP, data)
+    captured, _ = capture_gradient(Model.of(module.float(), MLP), data)
     assert captured.model.frozen == ("2.weight",)
     assert "2.weight" not in captured.released
     expected = gradient_by_autograd(module, data.images, data.labels)
@@ -131,19 +159,60 @@ def test_dropout_is_left_out() -> None:
     equal(simulated, expected, relative=1e-12)
 
 
+# --- Losses ---
+
+
+def by_hand(logits: Tensor, labels: Tensor, name: str) -> Tensor:
+    """The loss of each sample, from its definition, in loops."""
+    losses = []
+    for row, label in zip(logits, labels.tolist(), strict=True):
+        p = (row - row.max()).exp() / (row - row.max()).exp().sum()
+        match name:
+            case "weighted":
+                losses.append(-WEIGHTS[label] * p[label].log())
+            case "smoothed":  # (Szegedy et al. 2016, section 7): a tenth of the mass goes to all classes alike
+                losses.append(-0.9 * p[label].log() - 0.1 * p.log().mean())
+            case "focal":
+                losses.append(-((1 - p[label]) ** 3) * p[label].log())
+            case "binary":
+                sigmoid = 1 / (1 + (-row).exp())
+                each = [-(s if k == label else 1 - s).log() for k, s in enumerate(sigmoid)]
+                losses.append(torch.stack(each))
+    return torch.stack(losses)
+
+
+WEIGHTS = tuple(0.5 + 0.1 * k for k in range(10))
+KINDS: dict[str, Callable[[Reduction], Loss]] = {
+    "weighted": lambda reduction: CrossEntropy(reduction=reduction, class_weights=WEIGHTS),
+    "smoothed": lambda reduction: CrossEntropy(reduction=reduction, label_smoothing=0.1),
+    "focal": lambda reduction: FocalLoss(reduction=reduction, gamma=3.0),
+    "binary": lambda reduction: BinaryCrossEntropy(reduction=reduction),
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("name", KINDS)
+def test_other_losses_are_what_they_are_defined_as(name: str, reduction: Reduction) -> None:
+    """The gradient under a loss of another kind is that of its definition, differentiated by autograd."""
+    module, data = victim(MLP), pictures(MLP, 3)
+    observation = observation_of(module, MLP, criterion=KINDS[name](reduction))
+    each = by_hand(module(data.images.double()), data.labels, name)
+    # torch means by the weights of the samples: sum w_y loss / sum w_y
+    count = sum(WEIGHTS[y] for y in data.labels.tolist()) if name == "weighted" else each.numel()
+    (each.sum() / (count if reduction == "mean" else 1)).backward()  # type: ignore[no-untyped-call]
+    expected = {k: p.grad for k, p in module.named_parameters() if p.grad is not None}
+    equal(observation.simulate(data.images.double(), data.labels), expected, relative=1e-9)
+    assert reduction in str(observation.model.criterion)
+
+
 # --- Update ---
 
 
-def update_of(module: nn.Module, architecture: Architecture, *, steps: int, batch: int, mode: str = "eval") -> Update:
-    gradient = observation_of(module, architecture, mode=mode)
-    return Update(
-        model=gradient.model,
-        released=gradient.released,
-        batch_size=4,
-        learning_rate=0.07,
-        local_steps=steps,
-        local_batch_size=batch,
-    )
+def update_of(
+    module: nn.Module, architecture: Architecture, *, steps: int, batch: int, mode: Mode = "eval"
+) -> PictureObservation:
+    recipe = Recipe(learning_rate=0.07, steps=steps, batch_size=batch)
+    return observation_of(module, architecture, mode=mode, release=Update(recipe=recipe))
 
 
 @pytest.mark.parametrize("architecture", [LENET, RESNET], ids=lambda a: a.name)
@@ -157,13 +226,50 @@ def test_one_local_step_is_minus_the_learning_rate_times_the_gradient(architectu
     equal(replace(update, released=simulated).as_gradient(), gradient, relative=1e-6)
 
 
+def test_an_update_of_several_steps_holds_the_mean_of_their_gradients() -> None:
+    """Of plain SGD exactly so: theta_k - theta_0 = -rate * the sum of the gradients along the way."""
+    module, data = victim(MLP), pictures(MLP, 4)
+    images = data.images.double()
+    update = update_of(module, MLP, steps=3, batch=2)
+    update = replace(update, released=update.simulate(images, data.labels))
+    walked, sums = copy.deepcopy(module), dict[str, Tensor]()
+    for rows in (slice(0, 2), slice(2, 4), slice(0, 2)):
+        g = gradient_by_autograd(walked, images[rows], data.labels[rows])
+        sums = {name: sums.get(name, 0) + tensor for name, tensor in g.items()}
+        with torch.no_grad():
+            for name, p in walked.named_parameters():
+                p.sub_(0.07 * g[name])
+    mean = {name: tensor / 3 for name, tensor in sums.items()}
+    equal(update.as_gradient(), mean, relative=1e-9)
+    sketches = update.sketches()
+    assert [s.module for s in sketches] == ["2", "4", "6"]
+    equal(
+        {f"{s.module}.weight": s.measured for s in sketches},
+        {k: v for k, v in mean.items() if v.ndim == 2},
+        relative=1e-9,
+    )
+    assert update.release.inexact() == "3 steps were taken, and their mean stands in"
+
+
+def test_an_update_says_how_far_the_parameters_were_rounded() -> None:
+    """float32 parameters near 1 lie 2^-23 apart; k steps round k times; the gradient is rate * k times smaller."""
+    module = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    nn.init.constant_(module.get_parameter("1.weight"), 1.5)
+    for steps in (1, 4):
+        update = update_of(module, Architecture("own", (1, 8, 8), 10), steps=steps, batch=4)
+        [sketch] = update.sketches()
+        expected = 2.0**-23 / 12**0.5 * steps**0.5 / (0.07 * steps)
+        assert sketch.noise is not None
+        torch.testing.assert_close(sketch.noise, torch.full((10,), expected).to(sketch.noise), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize(
     ("n", "steps", "batch"),
     [(4, 2, 2), (5, 3, 2), (5, 7, 2), (4, 3, 9)],
     ids=["one pass", "short last chunk", "two passes, chunks that do not divide", "a chunk larger than the data"],
 )
-def test_local_steps_are_those_of_torch_sgd(n: int, steps: int, batch: int, mode: str) -> None:
+def test_local_steps_are_those_of_torch_sgd(n: int, steps: int, batch: int, mode: Mode) -> None:
     architecture = LENET if mode == "eval" else RESNET
     module, data = victim(architecture), pictures(architecture, n)
     images = data.images.double()
@@ -191,9 +297,9 @@ def test_an_update_can_be_differentiated_with_respect_to_the_images() -> None:
 
 def test_a_shared_update_withholds_what_the_gradient_withheld() -> None:
     module, data = victim(RESNET).float(), pictures(RESNET, 4)
-    gradient, secret = capture_gradient(module, RESNET, data, reveal_buffers=False, reveal_batch_size=False)
-    recipe = {"learning_rate": 0.05, "local_steps": 3, "local_batch_size": 2}
-    update = share_update(gradient, secret, Model.of(module, RESNET), **recipe)  # type: ignore[arg-type]
+    own = Model.of(module, RESNET)
+    gradient, secret = capture_gradient(own, data, reveal_buffers=False, reveal_batch_size=False)
+    update = share_update(gradient, secret, Recipe(learning_rate=0.05, steps=3, batch_size=2), model=own)
     assert update.model.buffers is None
     assert update.batch_size is None
     assert update.labels is None
@@ -202,31 +308,30 @@ def test_a_shared_update_withholds_what_the_gradient_withheld() -> None:
     equal(update.released, expected, relative=1e-3)
 
 
-@pytest.mark.parametrize("wrong", [{"learning_rate": 0.0}, {"local_steps": 0}, {"local_batch_size": -1}])
-def test_a_recipe_of_nothing_is_refused(wrong: dict[str, float]) -> None:
-    update = update_of(victim(MLP), MLP, steps=1, batch=1)
+@pytest.mark.parametrize("wrong", [{"learning_rate": 0.0}, {"steps": 0}, {"batch_size": -1}])
+def test_a_recipe_of_nothing_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(BadInput, match="above zero"):
-        replace(update, **wrong)  # type: ignore[arg-type]
+        replace(Recipe(learning_rate=0.07, steps=1, batch_size=1), **wrong)
 
 
 def test_diverging_local_training_is_refused() -> None:
     module, data = MLP.build(0), pictures(MLP, 4)
-    gradient, secret = capture_gradient(module, MLP, data)
+    gradient, secret = capture_gradient(Model.of(module, MLP), data)
     with pytest.raises(BadInput, match="diverged at learning rate 1e\\+30"):
-        share_update(gradient, secret, Model.of(module, MLP), learning_rate=1e30, local_steps=4, local_batch_size=4)
+        share_update(gradient, secret, Recipe(learning_rate=1e30, steps=4, batch_size=4))
 
 
 # --- What was revealed ---
 
 
-def revealed(observation: Gradient) -> dict[str, bool]:
+def revealed(observation: PictureObservation) -> dict[str, bool]:
     return {str(row["item"]): bool(row["revealed"]) for row in observation.threat_model()}
 
 
 def test_the_threat_model_follows_the_fields() -> None:
     module, data = victim(RESNET).float(), pictures(RESNET, 4)
-    everything, _ = capture_gradient(module, RESNET, data, reveal_labels=True)
-    nothing, _ = capture_gradient(module, RESNET, data, reveal_buffers=False, reveal_batch_size=False)
+    everything, _ = capture_gradient(Model.of(module, RESNET), data, reveal_labels=True)
+    nothing, _ = capture_gradient(Model.of(module, RESNET), data, reveal_buffers=False, reveal_batch_size=False)
     rows = revealed(everything)
     assert {item for item, seen in rows.items() if not seen} == {"images"}
     hidden = {item for item, seen in revealed(nothing).items() if not seen}
@@ -236,7 +341,7 @@ def test_the_threat_model_follows_the_fields() -> None:
 
 def test_the_threat_model_says_how() -> None:
     module, data = victim(RESNET).float(), pictures(RESNET, 4)
-    observation, _ = capture_gradient(module, RESNET, data, mode="train", precision=torch.float16)
+    observation, _ = capture_gradient(Model.of(module, RESNET, mode="train"), data, precision=torch.float16)
     rows = {row["item"]: str(row["detail"]) for row in observation.threat_model()}
     assert "float16" in rows["released"]
     assert f"{len(list(module.parameters()))} tensors" in rows["released"]
@@ -247,19 +352,20 @@ def test_the_threat_model_says_how() -> None:
     assert rows["batch size"] == "4"
     update = update_of(victim(MLP), MLP, steps=3, batch=2)
     training = {row["item"]: str(row["detail"]) for row in update.threat_model()}["local training"]
-    assert all(part in training for part in ("3 SGD steps", "0.07", "local batch 2"))
+    assert all(part in training for part in ("3 sgd steps", "0.07", "2 samples"))
     assert [row["item"] for row in update.threat_model()][-1] == "images"
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
-def test_withheld_buffers_are_nowhere_in_the_observation(mode: str) -> None:
+def test_withheld_buffers_are_nowhere_in_the_observation(mode: Mode) -> None:
     module, data = victim(RESNET).float(), pictures(RESNET, 4)
     truth = {k: v.clone() for k, v in module.state_dict().items() if k.rpartition(".")[2].startswith("running")}
     assert len(truth) > 30
-    open_, _ = capture_gradient(module, RESNET, data, mode=mode)  # type: ignore[arg-type]
-    closed, _ = capture_gradient(module, RESNET, data, mode=mode, reveal_buffers=False)  # type: ignore[arg-type]
+    model = Model.of(module, RESNET, mode=mode)
+    open_, _ = capture_gradient(model, data)
+    closed, _ = capture_gradient(model, data, reveal_buffers=False)
 
-    def leaks(observation: Gradient) -> set[str]:
+    def leaks(observation: PictureObservation) -> set[str]:
         inside = tensors_inside(observation)
         return {
             name for name, true in truth.items() if any(t.shape == true.shape and torch.equal(t, true) for t in inside)
@@ -273,7 +379,7 @@ def test_withheld_buffers_are_nowhere_in_the_observation(mode: str) -> None:
 
 def test_withheld_buffers_are_replaced_by_the_initial_ones() -> None:
     module, data = victim(RESNET).float(), pictures(RESNET, 4)
-    closed, _ = capture_gradient(module, RESNET, data, reveal_buffers=False)
+    closed, _ = capture_gradient(Model.of(module, RESNET), data, reveal_buffers=False)
     for layer in module.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.reset_running_stats()
@@ -299,12 +405,23 @@ def test_the_state_hash_sees_a_single_bit() -> None:
 # --- Refusals ---
 
 
-def test_check_fits_names_the_first_tensor_that_differs() -> None:
+def test_a_release_may_lack_parameters() -> None:
+    """What is there is the gradient of those: nothing else is simulated, or asked for."""
+    module, data = victim(MLP), pictures(MLP, 2)
+    whole = observation_of(module, MLP)
+    for release in (GRADIENT, Update(recipe=Recipe(learning_rate=0.1, steps=1))):
+        part = {name: tensor for name, tensor in whole.released.items() if name in ("4.weight", "6.bias")}
+        observation = replace(whole, release=release, released=part)
+        expected = gradient_by_autograd(module, data.images.double(), data.labels)
+        simulated = replace(observation, released=observation.simulate(data.images.double(), data.labels))
+        equal(simulated.as_gradient(), {name: expected[name] for name in part}, relative=1e-9)
+    with pytest.raises(BadInput, match="Nothing was released"):
+        replace(whole, released={})
+
+
+def test_the_first_tensor_that_differs_is_named() -> None:
     observation = observation_of(MLP.build(0), MLP)
     released = observation.released
-    without = {name: tensor for name, tensor in released.items() if name not in ("4.weight", "6.bias")}
-    with pytest.raises(BadInput, match=r"parameter 4\.weight 256x256, but no gradient"):
-        replace(observation, released=without)
     with pytest.raises(BadInput, match=r"2\.weight is 256x63 in the release and 256x64 in the model"):
         replace(observation, released={**released, "2.weight": torch.zeros(256, 63), "4.bias": torch.zeros(1)})
     with pytest.raises(BadInput, match=r"Released tensor extra 2x3 is not a trained parameter"):
@@ -323,6 +440,6 @@ def test_numbers_that_are_not_finite_are_refused(value: float) -> None:
 def test_pictures_that_the_model_cannot_take_are_refused() -> None:
     data = pictures(MLP, 2)
     with pytest.raises(BadInput, match="1x8x8, the model takes 3x8x8"):
-        capture_gradient(MLP.build(0), Architecture("mlp", (3, 8, 8), 10), data)
+        capture_gradient(Model.of(MLP.build(0), Architecture("mlp", (3, 8, 8), 10)), data)
     with pytest.raises(BadInput, match="beyond the model's 10 classes"):
-        capture_gradient(MLP.build(0), MLP, replace(data, labels=torch.tensor([1, 10])))
+        capture_gradient(Model.of(MLP.build(0), MLP), replace(data, labels=torch.tensor([1, 10])))

@@ -10,12 +10,15 @@ from torch import Tensor
 
 from gradleak.attacks.search.descend import best_of_restarts, descend, record, rowwise, stack
 from gradleak.errors import BadInput
+from gradleak.modalities.losses import CROSS_ENTROPY, CrossEntropy, FocalLoss, Loss
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import load
-from gradleak.observations.observation import Gradient, Update
+from gradleak.observations.defenses import Sign
+from gradleak.observations.model import Mode, Model
+from gradleak.observations.observation import PictureObservation
 from gradleak.observations.tensors import Tensors
-from gradleak.victims.federated import share_update
-from gradleak.victims.gradient import capture_gradient
+from gradleak.observations.training import Recipe
+from gradleak.victims.gradient import capture_gradient, share_update
 
 MLP = Architecture("mlp", (1, 8, 8), 10)
 
@@ -108,21 +111,14 @@ def test_best_of_restarts_takes_the_best_row_of_each_observation() -> None:
 # --- stack ---
 
 
-def observe(row: int, *, model: int = 0, **arguments: Any) -> Gradient:
-    private = load("digits", indices=[row])
-    return capture_gradient(MLP.build(model), MLP, private, **arguments)[0]
+def observe(row: int, *, model: int = 0, mode: Mode = "eval", criterion: Loss = CROSS_ENTROPY) -> PictureObservation:
+    known = Model.of(MLP.build(model), MLP, mode=mode, criterion=criterion)
+    return capture_gradient(known, load("digits", indices=[row]))[0]
 
 
-def update(row: int, *, learning_rate: float = 0.1, steps: int = 2, batch: int = 1) -> Update:
-    gradient, secret = capture_gradient(MLP.build(0), MLP, load("digits", indices=[row]))
-    return share_update(
-        gradient,
-        secret,
-        gradient.model,
-        learning_rate=learning_rate,
-        local_steps=steps,
-        local_batch_size=batch,
-    )
+def update(row: int, *, learning_rate: float = 0.1, steps: int = 2, batch: int = 1) -> PictureObservation:
+    gradient, secret = capture_gradient(Model.of(MLP.build(0), MLP), load("digits", indices=[row]))
+    return share_update(gradient, secret, Recipe(learning_rate=learning_rate, steps=steps, batch_size=batch))
 
 
 def test_stack_repeats_each_observation() -> None:
@@ -139,9 +135,11 @@ def test_stack_repeats_each_observation() -> None:
         lambda: observe(1, mode="train"),
         lambda: replace(observe(1), batch_size=2),
         lambda: update(1),
-        lambda: replace(observe(1), model=observe(1).model.assume(reduction="sum")),
+        lambda: observe(1, criterion=CrossEntropy(reduction="sum")),
+        lambda: observe(1, criterion=FocalLoss()),
+        lambda: replace(observe(1), defenses=(Sign(),)),
     ],
-    ids=["state", "mode", "batch size", "kind", "reduction"],
+    ids=["state", "mode", "batch size", "kind", "reduction", "loss", "defenses"],
 )
 def test_stack_refuses_what_does_not_belong_together(other: Any) -> None:
     with pytest.raises(BadInput, match="side by side"):

@@ -13,7 +13,7 @@ from gradleak.errors import BadInput
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures, public_pool
 from gradleak.observations.defenses import GaussianNoise, Sign, TopK
-from gradleak.observations.observation import Model
+from gradleak.observations.model import Model
 
 SHAPE = (1, 8, 8)
 

@@ -6,14 +6,16 @@ from functools import cache
 import pytest
 import torch
 
+from ? import TextAdapter
+from gradleak.modalities.language_models import Task
+from gradleak.observations.model import LanguageModel
+from gradleak.observations.training import Recipe
 from gradleak.attacks.dager.vocabulary import Embeddings
 from gradleak.attacks.past_the_rank import PastTheRank, Searched, _moved, _sweep, _Target, ranked
 from gradleak.audit.text_audit import audit_text
 from gradleak.errors import NotObserved
 from gradleak.formats.secret_file import TextSecret
 from gradleak.modalities.texts import load_texts
-from gradleak.observations.text import LanguageModel, Task, TextAdapter
-from gradleak.observations.training import Recipe
 from gradleak.victims.small_language import Kind, small_model, train_tokenizer
 from gradleak.victims.text import capture_text_gradient, keep_secret, share_adapter
 

@@ -18,7 +18,9 @@ from gradleak.attacks.recursion.recursive import Recursive, features
 from gradleak.errors import NotObserved
 from gradleak.modalities.networks import Architecture, Normalise, ResidualBlock
 from gradleak.modalities.pictures import load
-from gradleak.observations.observation import Adapter, Gradient, Mode, Model, Update
+from gradleak.observations.model import Mode, Model
+from gradleak.observations.observation import Observation, PictureObservation
+from gradleak.observations.releases import Adapter, Gradient, Update
 from gradleak.victims.gradient import capture_gradient
 from oracles import gradient_by_autograd, psnr_db_by_hand
 
@@ -53,7 +55,7 @@ def network(*layers: nn.Module, number: int = 0) -> nn.Sequential:
     return module
 
 
-def observed(module: nn.Module, image: Tensor, label: int = 3, mode: Mode = "eval") -> Gradient:
+def observed(module: nn.Module, image: Tensor, label: int = 3, mode: Mode = "eval") -> PictureObservation:
     """By backward() in float64, nothing rounded."""
     released = gradient_by_autograd(module, image, torch.tensor([label]), mode=mode)
     return Gradient(model=Model.of(module, TINY, mode=mode), released=released, batch_size=1, precision="float64")
@@ -112,7 +114,7 @@ def test_it_is_exact_in_float64(name: str) -> None:
     for number in range(2):
         found = Recursive()(observed(module, picture(number)), generator=seed())
         assert found.status.startswith("Closed form down to the picture; noise of 0, 0 evaluations"), found.status
-        assert psnr_db_by_hand(found.images[0], picture(number)[0]) > 100
+        assert psnr_db_by_hand(found.value[0], picture(number)[0]) > 100
         assert found.labels.tolist() == [3]
         assert found.residual < 1e-6  # the picture is rounded to float32
 
@@ -191,7 +193,7 @@ def test_max_pooling_is_undone_in_the_convnet_of_inverting_gradients() -> None:
     """The features below the second pooling are exact; those below the first give the picture in a search."""
     architecture, private = Architecture("convnet64", (3, 32, 32), 10), load("embedded", indices=[0])
     module = architecture.build(0).eval()
-    observation, _ = capture_gradient(module, architecture, private)
+    observation, _ = capture_gradient(Model.of(module, architecture), private)
     found = features(observation)
     assert (found.layer, found.reason.split(",")[0]) == (20, "layer 19 (MaxPool2d)")
     assert isinstance(module, nn.Sequential)
@@ -202,10 +204,10 @@ def test_max_pooling_is_undone_in_the_convnet_of_inverting_gradients() -> None:
 # --- Rounding and noise ---
 
 
-def lenet(row: int, noise: float = 0.0, size: int = 16) -> tuple[Gradient, Tensor]:
+def lenet(row: int, noise: float = 0.0, size: int = 16) -> tuple[PictureObservation, Tensor]:
     architecture = Architecture("lenet", (3, size, size), 10)
     private = load("embedded", indices=[row], resize=(size, size))
-    observation, _ = capture_gradient(architecture.build(row), architecture, private)
+    observation, _ = capture_gradient(Model.of(architecture.build(row), architecture), private)
     generator = seed(row)
     released = {k: g + noise * torch.randn(g.shape, generator=generator) for k, g in observation.released.items()}
     return replace(observation, released=released), private.images[0]
@@ -249,7 +251,7 @@ def test_a_release_in_half_precision_is_refined() -> None:
     halved = {name: g.half().float() for name, g in observation.released.items()}
     found = Recursive(evaluations=30)(replace(observation, released=halved, precision="float16"), generator=seed())
     assert found.iterations == 30
-    assert psnr_db_by_hand(found.images[0], truth) > 30
+    assert psnr_db_by_hand(found.value[0], truth) > 30
 
 
 # --- What it takes and what it refuses ---
@@ -268,7 +270,7 @@ def test_an_update_of_one_step_is_a_gradient() -> None:
         local_batch_size=1,
     )
     found = Recursive()(update, generator=seed())
-    assert psnr_db_by_hand(found.images[0], picture()[0]) > 100
+    assert psnr_db_by_hand(found.value[0], picture()[0]) > 100
     with pytest.raises(NotObserved, match="2 local steps"):
         Recursive()(replace(update, local_steps=2), generator=seed())
 
@@ -278,7 +280,7 @@ def test_a_frozen_layer_gives_its_output_only() -> None:
     module = network(conv(3, 16, stride=2), nn.Tanh(), nn.Flatten(), nn.Linear(256, 10))
     module[1].requires_grad_(False)
     found = Recursive()(observed(module, picture()), generator=seed())
-    assert psnr_db_by_hand(found.images[0], picture()[0]) > 100
+    assert psnr_db_by_hand(found.value[0], picture()[0]) > 100
 
 
 def test_what_it_refuses() -> None:

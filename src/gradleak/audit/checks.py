@@ -1,26 +1,32 @@
-"""Can this number be trusted? Every check returns flags; the report always prints them.
+"""Can this number be trusted? Every check returns flags; the report always prints them, and an error voids the verdict.
 
 A flag is {"name", "level": "info" | "warning" | "error", "sentence"}.
 """
 
 import typing
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradleak.attacks.reconstruction import Reconstruction
+from gradleak.audit.bound import identifiability
+from gradleak.audit.jacobian import MOST_UNKNOWNS
+from gradleak.audit.scoring.scoring import Scoring
+from gradleak.errors import BadInput, NotObserved
 from gradleak.formats.secret_file import Secret
-from gradleak.modalities.losses import Reduction
+from gradleak.modalities.losses import CrossEntropy
 from gradleak.observations.distances import relative_residual
-from gradleak.observations.model import Mode, PictureModel
-from gradleak.observations.observation import PictureObservation
-from gradleak.observations.releases import STATIONARY, Adapter, Weights
+from gradleak.observations.model import Mode, Model
+from gradleak.observations.observation import Observation
 from gradleak.observations.tensors import Tensors, flatten
 from gradleak.report.record import Flag
 
 # Relative rounding error of a release in each format, with room for another summation order.
 REPLAY_TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2}
+UNRELATED = 1.0  # relative error that unrelated data of the same size leave: above it, not even the direction is right
+WEAK = 0.5  # of the observation: a reconstruction that leaves more unexplained explains little
 
 
 def flag(name: str, level: typing.Literal["info", "warning", "error"], sentence: str) -> Flag:
@@ -28,19 +34,36 @@ def flag(name: str, level: typing.Literal["info", "warning", "error"], sentence:
     return {"name": name, "level": level, "sentence": sentence}
 
 
-def check_observation(observation: PictureObservation) -> list[Flag]:
-    """What can be said before any attack, without the secret: vanishing or contradictory gradients, dropout."""
-    if isinstance(observation, Weights):
-        return check_weights(observation)
+def check_observation(observation: Observation[Any]) -> list[Flag]:
+    """What can be said before any attack, without the secret: vanishing or contradictory gradients, dropout, a defense."""
     flags = []
-    gradient = observation.as_gradient()
+    if observation.defenses is None:
+        flags.append(flag("defense_unknown", "warning", "A defense may stand between, and nobody says which."))
+    elif observation.defenses:
+        names = ", ".join(map(str, observation.defenses))
+        flags.append(flag("defense", "info", f"The release was defended: {names}."))
+    if observation.model.mode == "train" and any(
+        isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in observation.model.module.modules()
+    ):
+        flags.append(
+            flag(
+                "dropout",
+                "warning",
+                "The model was training with dropout, whose masks were not observed: attacks assume none.",
+            )
+        )
+    flags += [flag(*reservation) for reservation in observation.reservations()]
+    try:
+        gradient = observation.as_gradient()
+    except NotObserved:
+        return flags
     size = float(flatten(gradient).norm())
     if size < 1e-6:
         flags.append(
             flag(
                 "vanishing_gradient",
                 "warning",
-                f"The gradient's norm is {size:.1e}: the model has already fitted these images, and little is left to invert.",
+                f"The gradient's norm is {size:.1e}: the model has already fitted these data, and little is left to invert.",
             )
         )
     zero = [name for name, tensor in gradient.items() if not bool(tensor.any())]
@@ -52,20 +75,9 @@ def check_observation(observation: PictureObservation) -> list[Flag]:
                 f"{len(zero)} of {len(gradient)} released tensors are zero throughout, first {zero[0]}.",
             )
         )
-    if observation.model.mode == "train" and any(
-        isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in observation.model.module.modules()
-    ):
-        flags.append(
-            flag(
-                "dropout",
-                "warning",
-                "The model was training with dropout, whose masks were not observed: attacks assume none.",
-            )
-        )
-    if isinstance(observation, Adapter) and (reason := inexact(observation)):
-        flags.append(flag("not_exact", "warning", f"The adapter is no exact linear sketch of one gradient: {reason}."))
-    bias = _last_bias(observation)
-    if bias is not None and float(bias.sum().abs()) > 1e-2 * float(bias.abs().sum()) + 1e-12:
+    bias, criterion = _last_bias(observation, gradient), observation.model.criterion
+    known = isinstance(criterion, CrossEntropy) and criterion.plain
+    if known and bias is not None and float(bias.sum().abs()) > 1e-2 * float(bias.abs().sum()) + 1e-12:
         flags.append(
             flag(
                 "not_cross_entropy",
@@ -76,103 +88,116 @@ def check_observation(observation: PictureObservation) -> list[Flag]:
     return flags
 
 
-def check_weights(weights: Weights) -> list[Flag]:
-    """Whether the theory of trained weights applies: a homogeneous network, near stationarity."""
-    flags, done = [], weights.stationarity
-    if not weights.network().homogeneous:
-        sentence = "The network has biases after its first layer: it is not homogeneous, as the theory asks for."
-        flags.append(flag("not_homogeneous", "warning", sentence))
-    if done is not None and done.kkt_residual > STATIONARY:
-        sentence = f"The training is not near stationarity: at the true data {done.kkt_residual:.2f} of the first layer is unexplained."
-        flags.append(flag("not_stationary", "warning", sentence))
-    return flags
-
-
-def inexact(adapter: Adapter) -> str:
-    """Why what is read off an adapter's factors is not exact; nothing for one step of SGD from a known start."""
-    if adapter.dropout > 0:
-        return f"it may have been trained with dropout {adapter.dropout:g}, whose masks nobody knows"
-    if adapter.recipe is None:
-        return "its recipe is unknown, one step of SGD is assumed"
-    if adapter.recipe.optimizer in ("adam", "adamw"):
-        return f"{adapter.recipe.optimizer} keeps little of a gradient but its signs"
-    return f"{adapter.recipe.steps} steps were taken, and their mean stands in" if adapter.recipe.steps > 1 else ""
-
-
-def replay(observation: PictureObservation, images: Tensor, labels: Tensor, *, buffers: Tensors | None = None) -> list[Flag]:
-    """Does the model give this release for these images? To be asked before an attack, of data that you know.
+def replay(
+    observation: Observation[Any], inputs: Any, labels: Tensor | None, *, buffers: Tensors | None = None
+) -> list[Flag]:
+    """Does the model give this release for these data? To be asked before an attack, of data that you know.
 
     If it does not, the other mode, the other reduction and the other `buffers` (for example those saved after the
-    forward pass) are tried, and the sentence names what fits. One flag: level "info" if all is well, else "error".
+    forward pass) are tried, and the sentence names what fits. One flag: level "info" if all is well, "error" if it is not;
+    "warning" where training or a defense leaves room for the difference. None where a release cannot be replayed.
     """
-    tolerance = REPLAY_TOLERANCE[observation.precision]
-    error = replay_error(observation, observation.model, images, labels)
+    if not observation.release.replays:
+        return []
+    tolerance, error = REPLAY_TOLERANCE[observation.precision], replay_error(observation, inputs, labels)
     if error <= tolerance:
-        sentence = f"The model reproduces the release from the true images (relative error {error:.1e})."
+        sentence = f"The model reproduces the release from the truth (relative error {error:.1e})."
         return [flag("replay", "info", sentence)]
-    beliefs: list[tuple[str, PictureModel]] = []
+    doubts = [observation.release.inexact()] if observation.release.inexact() else []
+    if observation.defenses is None or any(defense.random for defense in observation.defenses):
+        doubts.append("a defense stands between")
+    if doubts and error <= UNRELATED:
+        sentence = f"The model reproduces the release from the truth up to {error:.2g} of its size: {', and '.join(doubts)}."
+        return [flag("replay", "warning", sentence)]
+    beliefs: list[tuple[str, Model[Any]]] = []
+    criterion = observation.model.criterion
     for mode in typing.get_args(Mode):
-        for reduction in typing.get_args(Reduction):
-            other = observation.model.assume(mode=mode, reduction=reduction)
+        for reduction in ("mean", "sum"):
+            other_loss = replace(criterion, reduction=reduction) if isinstance(criterion, CrossEntropy) else criterion
+            other = observation.model.assume(mode=mode, criterion=other_loss)
             beliefs.append((f"{mode} mode, {reduction} reduction", other))
             if buffers is not None and mode == "eval":
                 beliefs.append(
                     (f"{mode} mode, {reduction} reduction, the other buffers", other.assume(buffers=buffers))
                 )
-    fits = [name for name, other in beliefs if replay_error(observation, other, images, labels) <= tolerance]
+    fits = [
+        name
+        for name, other in beliefs
+        if replay_error(replace(observation, model=other), inputs, labels) <= tolerance
+    ]
     advice = (
         f"but it does in {' or '.join(fits)}"
         if fits
-        else "in either mode: weights, buffers, loss or preprocessing differ"
+        else "in either mode: it is another secret, or weights, buffers, loss or preprocessing differ"
     )
-    sentence = f"The model does not reproduce the release from the true images (relative error {error:.2g}), {advice}."
+    sentence = f"The model does not reproduce the release from the truth (relative error {error:.2g}), {advice}."
     return [flag("replay", "error", sentence)]
 
 
-def replay_error(observation: PictureObservation, model: PictureModel, images: Tensor, labels: Tensor) -> float:
-    """||simulate(images, labels) - released|| / ||released||, had the model been `model`."""
-    with torch.no_grad():
-        simulated = replace(observation, model=model).simulate(images, labels)
+def replay_error(observation: Observation[Any], inputs: Any, labels: Tensor | None) -> float:
+    """||simulate(inputs, labels) - released|| / ||released||, after the defenses where these are certain; infinite where the
+    model cannot take the data."""
+    try:
+        with torch.no_grad():
+            return _relative_error(observation, inputs, labels)
+    except (BadInput, RuntimeError, ValueError, IndexError):
+        return float("inf")
+
+
+def _relative_error(observation: Observation[Any], inputs: Any, labels: Tensor | None) -> float:
+    certain = observation.defenses and not any(defense.random for defense in observation.defenses)
+    simulated = observation.of_others(inputs, labels).released if certain else observation.simulate(inputs, labels)
     return float(relative_residual(simulated, observation.released))
 
 
 def check_result(
-    observation: PictureObservation,
+    observation: Observation[Any],
+    scoring: Scoring,
     result: Reconstruction,
     secret: Secret,
     *,
-    psnr_db: Tensor,
-    blind_psnr_db: Tensor,
-    public: Tensor,
+    leads: list[float],
+    public: Any,
 ) -> list[Flag]:
-    """What the secret says about a result: both PSNR are (batch,), of the attack and of the best blind control."""
+    """What the secret says about a result; leads: over the best blind control, per sample."""
     flags = []
-    truth = replay_error(observation, observation.model, secret.images, secret.labels)
-    # Weights have more candidates than there were images, and a residual for the layers that the attack explains.
-    if (
-        not isinstance(observation, Weights)
-        and result.residual < 0.9 * truth
-        and truth > REPLAY_TOLERANCE[observation.precision]
-    ):
-        sentence = f"The reconstruction explains the observation better ({result.residual:.2g}) than the truth does ({truth:.2g}): the model in use is not the victim's, or a defense stands between."
-        flags.append(flag("better_than_truth", "error", sentence))
-    ahead = int((psnr_db > blind_psnr_db).sum())
-    if ahead < len(psnr_db):
-        sentence = f"{len(psnr_db) - ahead} of {len(psnr_db)} images are no closer to the truth than a control that never saw the observation."
+    if observation.release.replays and observation.defenses == () and not observation.release.inexact():
+        truth = replay_error(observation, secret.inputs, secret.labels)
+        if result.residual < 0.9 * truth and truth > REPLAY_TOLERANCE[observation.precision]:
+            sentence = f"The reconstruction explains the observation better ({result.residual:.2g}) than the truth does ({truth:.2g}): the model in use is not the victim's, or a defense stands between."
+            flags.append(flag("better_than_truth", "error", sentence))
+    ahead = sum(lead > 0 for lead in leads)
+    if ahead < len(leads):
+        sentence = f"{len(leads) - ahead} of {len(leads)} {observation.model.architecture.secret} are no closer to the truth than a control that never saw the observation."
         flags.append(flag("no_better_than_blind", "warning", sentence))
-    known = (torch.cdist(secret.images.flatten(1), public.flatten(1)) < 1e-3).any(dim=1)
-    if bool(known.any()):
-        sentence = (
-            f"{int(known.sum())} private images are in the public pool: priors and controls have seen the secret."
-        )
+    known = sum(scoring.is_public(secret.inputs, public, observation.model))
+    if known:
+        sentence = f"{known} private {observation.model.architecture.secret} are in the public pool: priors and controls have seen the secret."
         flags.append(flag("secret_is_public", "error", sentence))
-    if not result.residual <= 0.5:  # NaN too
+    if not result.residual <= WEAK:  # NaN too
         sentence = f"The reconstruction explains little of what was observed (relative residual {result.residual:.2f})."
         flags.append(flag("unexplained", "warning", sentence))
     return flags
 
 
-def _last_bias(observation: PictureObservation) -> Tensor | None:
-    gradient, classes = observation.as_gradient(), observation.model.architecture.classes
-    name = list(observation.model.parameters)[-1]
-    return gradient[name] if name in gradient and gradient[name].shape == (classes,) else None
+def information(observation: Observation[Any], inputs: Any, labels: Tensor | None, where: str) -> list[Flag]:
+    """What a low-rank release determines, whether or not an attack finds it (bound.py), as a flag; of others, nothing is asked."""
+    if not observation.release.sketched or not isinstance(inputs, Tensor) or labels is None or not len(inputs):
+        return []
+    if inputs.numel() > MOST_UNKNOWNS:
+        sentence = f"{inputs.numel():,} unknown pixels: too many to ask here what the release determines."
+        return [flag("information_unknown", "info", sentence)]
+    known = identifiability(observation, inputs, labels)
+    return [flag(f"information_{known.information()}", "info", f"{known.sentence()} (Linear regime, {where}.)")]
+
+
+def trained_on_secret(attack: Any, secret: Secret) -> list[Flag]:
+    """An error if what the attack was trained on holds private data."""
+    seen = attack.trained_on(secret.inputs) if hasattr(attack, "trained_on") else 0
+    sentence = f"{seen} private samples are among those that the attack was trained on: it has seen the secret."
+    return [flag("secret_in_training", "error", sentence)] if seen else []
+
+
+def _last_bias(observation: Observation[Any], gradient: Tensors) -> Tensor | None:
+    name, classes = list(observation.model.parameters)[-1], observation.model.architecture.classes
+    return gradient[name] if classes > 1 and name in gradient and gradient[name].shape == (classes,) else None

@@ -1,37 +1,35 @@
-"""The command line: `gradleak COMMAND ...`. Bad input ends in one sentence and exit code 2, with nothing overwritten."""
+"""The command line: `gradleak COMMAND ...`. Bad input ends in one sentence and exit code 2, with nothing overwritten.
 
-import dataclasses
+Nothing heavy is imported before a command needs it: help, versions and typing errors cost a tenth of a second.
+"""
+
 import difflib
+import importlib
+import inspect
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from importlib import metadata
+from typing import Any, get_type_hints
 
-import torch
-import tyro
+from gradleak.errors import BadInput, shortened
+from gradleak.victims import VICTIMS
 
-from gradleak.attacks import ALL_ATTACKS, ATTACKS
-from gradleak.cli import capture as capture_commands
-from gradleak.cli import commands
-from gradleak.cli import flags as arguments
-from gradleak.errors import BadInput
-
-COMMANDS: dict[str, tuple[type, Any]] = {
-    "demo": (arguments.Demo, commands.demo),
-    "capture gradient": (arguments.Capture, capture_commands.capture),
-    "capture update": (arguments.CaptureUpdate, capture_commands.capture),
-    "capture adapter": (arguments.CaptureAdapter, capture_commands.capture_adapter),
-    "capture weights": (arguments.CaptureWeights, capture_commands.capture_weights),
-    "capture pairs": (arguments.CapturePairs, capture_commands.capture_pairs),
-    "train git": (arguments.Train, capture_commands.train),
-    "train exact-git": (arguments.Train, capture_commands.train),
-    "train lti": (arguments.Train, capture_commands.train),
-    "attack": (arguments.Attack, commands.attack),
-    "audit": (arguments.Audit, commands.audit),
-    "reproduce": (arguments.Reproduce, commands.reproduce),
-    "report": (arguments.Report, commands.report),
-    "rerun": (arguments.Rerun, commands.rerun),
-    "list": (arguments.List, commands.list_all),
+COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("gradleak.cli.commands:demo", "The main job on embedded pictures: capture, attack, write the report."),
+    **{f"capture {name}": ("gradleak.cli.capture:capture", summary) for name, (_, summary) in VICTIMS.items()},
+    "capture pairs": ("gradleak.cli.capture:capture_pairs", "Make pairs of public data and gradients, for learned attacks."),
+    "train git": ("gradleak.cli.capture:train_by_descent", "Train the generator of git for the observed model."),
+    "train exact-git": ("gradleak.cli.capture:train_exactly", "Recover the weights of the observed model, for exact-git."),
+    "train lti": ("gradleak.cli.capture:train_by_descent", "Train the generator of lti for the observed model."),
+    "attack": ("gradleak.cli.commands:attack", "Reconstruct the private data with one attack. Sees no secret."),
+    "audit": ("gradleak.cli.commands:audit", "Run every applicable attack, score it if the secret is given, write a report."),
+    "reproduce": ("gradleak.cli.commands:reproduce", "Run a published experiment: record.json, table and plots."),
+    "report": ("gradleak.cli.commands:report", "Render a record again."),
+    "rerun": ("gradleak.cli.commands:rerun", "Run the command of a record again, with the same seed and parameters."),
+    "list": ("gradleak.cli.commands:list_all", "Attacks, what each needs and recovers; studies; models."),
 }
+GROUPS = ("capture", "train")  # whose commands have two words
+LONGEST = 2_000  # characters of a sentence on the terminal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,96 +38,107 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(argv)
     except BadInput as error:
-        print(f"gradleak: {error}", file=sys.stderr)
-        return 2
+        return complain(str(error))
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            return 0
+        return complain(f"{error.strerror or error}: {error.filename or ''}".rstrip(": ") + ".")
     except KeyboardInterrupt:
         print("gradleak: interrupted; what was finished is on disk.", file=sys.stderr)
         return 130
     return 0
 
 
+def complain(sentence: str) -> int:
+    """One printable line on stderr, whatever a file may have put into it; returns the exit code of bad input."""
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(sentence.split()))
+    print(f"gradleak: {line[:LONGEST]}", file=sys.stderr)
+    return 2
+
+
 def run(argv: list[str]) -> None:
     """Find the command, parse its flags, set threads, do it. Raises BadInput with a sentence."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(usage())
+        print(usage(COMMANDS))
         return
-    name = " ".join(argv[:2]) if argv[0] in ("capture", "train") else argv[0]
+    if argv[0] in ("-V", "--version"):
+        print(f"gradleak {metadata.version('gradleak')}")
+        return
+    words = 2 if argv[0] in GROUPS else 1
+    name = " ".join(argv[:words])
+    if argv[0] in GROUPS and (len(argv) == 1 or argv[1] in ("-h", "--help")):
+        print(usage(known for known in COMMANDS if known.startswith(f"{argv[0]} ")))
+        return
     if name not in COMMANDS:
-        raise BadInput(f"Unknown command {name!r}{near(name, COMMANDS)} (commands: {', '.join(COMMANDS)}).")
-    kind, command = COMMANDS[name]
-    flags = argv[len(name.split()) :]
-    attacks = selected_attacks(name, flags)
-    kind = with_attack_flags(kind, attacks, optional=name == "audit")
-    parsed: Any = tyro.cli(kind, args=flags, prog=f"gradleak {name}", description=kind.__doc__)
-    if getattr(parsed, "threads", None):
-        torch.set_num_threads(parsed.threads)
-    if attacks:
-        command(parsed, {attack: configured(attack, parsed) for attack in attacks}, argv)
-    elif name in ("report", "list"):
-        command(parsed)
-    else:
-        command(parsed, argv)
+        raise BadInput(
+            f"Unknown command {shortened(name)!r}{near(name, COMMANDS)} (commands: {', '.join(COMMANDS)})."
+        )
+    start(name, argv[words:])
 
 
-def selected_attacks(command: str, flags: list[str]) -> list[str]:
-    """The attacks named by --attack NAME or --attacks NAME ...; all of them for a bare audit; none for other commands."""
-    if command not in ("attack", "audit"):
-        return []
-    flags = [part for flag in flags for part in flag.split("=", 1)]
-    option = "--attack" if command == "attack" else "--attacks"
-    if option not in flags:
-        return list(ATTACKS) if command == "audit" else []
-    names = []
-    for value in flags[flags.index(option) + 1 :]:
-        if value.startswith("-"):
-            break
-        names.append(value)
-        if command == "attack":
-            break
-    for name in names:
-        if name not in ALL_ATTACKS:
-            raise BadInput(f"Unknown attack {name!r}{near(name, ALL_ATTACKS)} (`gradleak list` shows all).")
-    return names
+def start(name: str, given: list[str]) -> None:
+    """Parse the flags of a command of this name, and do it."""
+    import tyro
+
+    from gradleak.cli import attack_flags
+
+    place, summary = COMMANDS[name]
+    command = located(place)
+    kind = kind_of(name, command)
+    attacks = attack_flags.selected(name, given)
+    parsed: Any = tyro.cli(
+        attack_flags.extended(kind, attacks), args=given, prog=f"gradleak {name}", description=kind.__doc__ or summary
+    )
+    perform(name, parsed, attack_flags.options(parsed, attacks))
 
 
-def with_attack_flags(kind: type, attacks: list[str], *, optional: bool) -> type:
-    """The arguments of a command, extended by the fields of the chosen attacks; None means the attack's default."""
-    fields: dict[str, Any] = {}
-    for name in attacks:
-        for field in hyperparameters(name):
-            if optional:
-                fields[field.name] = (field.name, field.type | None, None)
-            else:
-                fields[field.name] = (field.name, field.type, field.default)
-    if not fields:
-        return kind
-    made = dataclasses.make_dataclass(kind.__name__, fields.values(), bases=(kind,), kw_only=True, frozen=True)
-    made.__doc__ = kind.__doc__
-    return made
+def perform(name: str, parsed: Any, options: dict[str, dict[str, Any]]) -> None:
+    """Do a command with its arguments, and the parameters of attacks."""
+    if threads := getattr(parsed, "threads", None):
+        set_threads(threads)
+    command = located(COMMANDS[name][0])
+    takes = inspect.signature(command).parameters
+    more: dict[str, Any] = {"name": name} if "name" in takes else {}
+    command(parsed, **more, **({"options": options} if "options" in takes else {}))
 
 
-def hyperparameters(attack: str) -> list[Any]:
-    """The fields of an attack that are flags: not its prior, which is made of public pictures, nor its start, a file."""
-    return [field for field in dataclasses.fields(ALL_ATTACKS[attack]) if field.name not in ("prior", "start")]
+def set_threads(count: int) -> None:
+    """CPU threads of torch; BadInput for a number that makes no sense."""
+    import torch
+
+    if not 1 <= count <= 1_024:
+        raise BadInput(f"The number of threads lies between 1 and 1,024, not at {count}.")
+    torch.set_num_threads(count)
 
 
-def configured(attack: str, parsed: Any) -> Any:
-    """The attack with the flags that were given for it."""
-    names = [field.name for field in hyperparameters(attack)]
-    given = {name: getattr(parsed, name) for name in names if getattr(parsed, name) is not None}
-    return ALL_ATTACKS[attack](**given)
+def located(place: str) -> Any:
+    """What "module:name" names."""
+    module, _, attribute = place.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
-def near(name: str, known: Any) -> str:
+def kind_of(name: str, command: Callable[..., Any]) -> type:
+    """The dataclass of a command's arguments: a victim's settings, or what its function takes."""
+    group, _, victim = name.partition(" ")
+    if group == "capture" and victim in VICTIMS:
+        from gradleak.cli.capture import with_common
+
+        return with_common(located(VICTIMS[victim][0]))
+    hints = get_type_hints(command)
+    kind: type = hints[next(iter(inspect.signature(command).parameters))]
+    return kind
+
+
+def near(name: str, known: Iterable[str]) -> str:
     """ ", did you mean ...?" when something similar is known."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    close = difflib.get_close_matches(name.lower(), list(known), n=3, cutoff=0.4)
     return f": did you mean {' or '.join(close)}?" if close else ""
 
 
-def usage() -> str:
+def usage(names: Iterable[str]) -> str:
     """One line per command."""
-    lines = [f"  {name:17} {(kind.__doc__ or '').splitlines()[0]}" for name, (kind, _) in COMMANDS.items()]
-    return "usage: gradleak COMMAND [--help] ...\n\n" + "\n".join(lines)
+    lines = [f"  {name:17} {COMMANDS[name][1]}" for name in names]
+    return "usage: gradleak COMMAND [--help] ...\n\n" + "\n".join(lines) + "\n\nStart with: gradleak demo"
 
 
 if __name__ == "__main__":

@@ -3,121 +3,142 @@
 import base64
 import csv
 import inspect
-import io
-import itertools
+import json
 import re
 import sys
 import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+import msgspec
 
-from gradleak.attacks import ALL_ATTACKS, ATTACKS, TEXT_ATTACKS, WEIGHTS_ATTACKS
+from gradleak.attacks import ATTACKS
+from gradleak.attacks.attack import refusal
 from gradleak.attacks.search.start import Given
-from gradleak.audit import audit as auditing
-from gradleak.cli import flags as arguments
-from gradleak.cli import text_commands
-from gradleak.cli.capture import capture, capture_adapter
+from gradleak.audit.loop import Audited
+from gradleak.audit.loop import audit as run_audit
+from gradleak.audit.scoring import SCORING
+from gradleak.audit.scoring.scoring import legend
+from gradleak.audit.verdict import judged
+from gradleak.cli import flags
+from gradleak.cli.attack_flags import built
 from gradleak.cli.inputs import check_device, file_hash, fresh_folder, observed, observed_files
 from gradleak.cli.progress import progress
-from gradleak.errors import BadInput
-from gradleak.formats import observation_file as files
+from gradleak.errors import BadInput, shortened
+from gradleak.formats.observation_file import load_observation
+from gradleak.formats.reconstruction_file import load_reconstruction, save_reconstruction
+from gradleak.formats.secret_file import Secret, load_secret
 from gradleak.modalities.networks import MODELS
-from gradleak.modalities.pictures import Pictures, public_pool
-from gradleak.observations.observation import PictureObservation, TextObservation
-from gradleak.observations.releases import Weights
+from gradleak.observations.observation import Observation
 from gradleak.report import html, record
 from gradleak.report.sheet import save_sheet
 
-PUBLIC_POOL = 2_000  # pictures that priors, controls and decoys are made of
-RERUNNABLE = ("demo", "attack", "audit", "reproduce")  # the commands that leave a record
-DEMO_ATTACKS = ("map-inversion",)  # on the adapter
-DEMO_ROWS = (0,)  # of the embedded pictures: an astronaut's face
+DEMO = {  # what is captured, with which settings, and what attacks it
+    "adapter": ({"model": "convnet", "target_modules": "all"}, ("map-inversion",)),
+    "gradient": ({}, ("dlg", "idlg", "inverting-gradients")),
+}
 
 
-def attack(args: arguments.Attack, attacks: dict[str, Any], argv: list[str]) -> None:
-    """Write reconstruction.safetensors, its pictures and record.json, from the observation alone."""
+def attack(args: flags.Attack, options: dict[str, dict[str, Any]]) -> None:
+    """Write reconstruction.safetensors, what it shows, and record.json, from the observation alone."""
     check_device(args.device)
-    if (text := text_commands.observed_text(args)) is not None:
-        return examine_text(text, args, attacks, argv, None)
     out, observation = fresh_folder(args.out), observed(args)
-    public = public_pictures(args, observation)
-    attacks = {name: auditing.with_prior(attack, public) for name, attack in attacks.items()}
+    [(name, chosen)] = built(options).items()
+    if reason := refusal(chosen, observation):
+        raise BadInput(f"{name} cannot run here. {reason} {reading(observation)}")
+    public = public_data(args, observation)
     inputs = observed_files(args)
     if args.start is not None:
-        attacks = {name: started(name, attack, args.start) for name, attack in attacks.items()}
-        inputs = [*inputs, args.start]
-    written = new_record(argv, args.seed, observation, inputs)
+        chosen, inputs = started(name, chosen, args.start), [*inputs, args.start]
+    written = new_record("attack", args, options, inputs)
+    describe(written, observation, "")
     with progress() as start:
-        for done in auditing.audit(observation, attacks, None, seed=args.seed, device=args.device, on_step=start):
+        for done in run_audit(
+            observation, {name: chosen}, public, seed=args.seed, device=args.device, on_step=start
+        ):
             if done.reconstruction is None:
                 raise BadInput(done.result["status"].removeprefix("Not run: "))
             written["results"].append(done.result)
-            files.save_reconstruction(done.reconstruction, out / "reconstruction.safetensors")
-            save_pictures(done, out)
-            print(f"{done.result['status']} See {out}.")
-    finish(written, out, report=False)
+            save_reconstruction(done.reconstruction, out / "reconstruction.safetensors")
+            save_shown(done, out)
+            judged(written, {})
+            finish(written, out)
+            print(said(done), f"See {out / 'report.html'}.", sep="\n")
 
 
-def audit(args: arguments.Audit, attacks: dict[str, Any], argv: list[str]) -> None:
-    """Write record.json, report.html and the pictures; after each attack, so that an interrupt loses one at most."""
+def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> None:
+    """Write record.json, report.html and what was recovered; after each attack, so that an interrupt loses one at most."""
     check_device(args.device)
-    if (text := text_commands.observed_text(args)) is not None:
-        return examine_text(text, args, attacks, argv, args.secret)
     out, observation = fresh_folder(args.out), observed(args)
-    if isinstance(observation, Weights):  # a bare audit asks for every attack on gradients
-        named = {name: attack for name, attack in attacks.items() if name in WEIGHTS_ATTACKS}
-        attacks = named or {name: kind() for name, kind in WEIGHTS_ATTACKS.items()}
-    secret = files.load_secret(args.secret) if args.secret else None
-    public = public_pictures(args, observation)
+    attacks = built(options)
+    if args.attacks is None:
+        attacks = {n: a for n, a in attacks.items() if a.modality == observation.model.architecture.modality}
+    secret = load_secret(args.secret) if args.secret else None
     inputs = [*observed_files(args), *([args.secret] if args.secret else [])]
-    run_audit(
-        observation,
-        attacks,
-        public,
-        secret,
-        new_record(argv, args.seed, observation, inputs),
-        out,
-        args.seed,
-        args.device,
-    )
+    written = new_record("audit", args, {name: options[name] for name in attacks}, inputs)
+    audit_one(observation, attacks, public_data(args, observation), secret, written, out, args.seed, args.device)
+    print(written["verdict"]["sentence"], f"See {out / 'report.html'}.", sep="\n")
 
 
-def examine_text(
-    observation: TextObservation, args: arguments.Observed, attacks: dict[str, Any], argv: list[str], secret: Path | None
-) -> None:
-    """Attack or audit an observation of text: record.json, report.html and NAME-texts.json."""
-    out = fresh_folder(args.out)
-    chosen = {name: attack for name, attack in attacks.items() if name in TEXT_ATTACKS}
-    if not chosen and argv[0] == "attack":
-        raise BadInput(f"{args.observation} is of texts: choose among {', '.join(TEXT_ATTACKS)}.")
-    chosen = chosen or {name: kind() for name, kind in TEXT_ATTACKS.items()}
-    hashes = {str(path): file_hash(path) for path in (*observed_files(args), *([secret] if secret else []))}
-    command: record.Command = {"name": argv[0], "arguments": {"argv": argv, "inputs": hashes}}
-    threats: Any = observation.threat_model()
-    written = record.new_record(command, args.seed, threats)
-    finish(text_commands.attack_text(observation, args, chosen, written, out, secret), out)
-
-
-def demo(args: arguments.Demo, argv: list[str]) -> None:
+def demo(args: flags.Demo) -> None:
     """One embedded photograph, a LoRA adapter and a gradient made of it, attacks on both, one report."""
+    from gradleak.cli.app import located
+    from gradleak.victims import VICTIMS
+
     check_device(args.device)
     out = fresh_folder(args.out)
-    common: dict[str, Any] = {"seed": args.seed, "indices": DEMO_ROWS}
-    adapter, gradient = out / "adapter", out / "gradient"
-    capture_adapter(arguments.CaptureAdapter(out=adapter, model="convnet", target_modules="all", **common), argv)
-    capture(arguments.Capture(out=gradient, **common), argv)
-    written = None
-    for folder, names in ((adapter, DEMO_ATTACKS), (gradient, ("dlg", "idlg", "inverting-gradients"))):
-        observation = files.load_observation(folder / "observation.safetensors")
-        secret = files.load_secret(folder / "secret.safetensors")
-        public = public_pool("embedded", "train", shape=observation.model.architecture.input_shape, limit=PUBLIC_POOL)
-        written = written or new_record(argv, args.seed, observation, [])
-        attacks = {name: ATTACKS[name]() for name in names}
-        run_audit(observation, attacks, public, secret, written, out, args.seed, args.device)
-    print(f"Open {out / 'report.html'} in a browser.")
+    from gradleak.cli.capture import capture, with_common
+
+    written = new_record("demo", args, {}, [])
+    for name, (settings, names) in DEMO.items():
+        kind = with_common(located(VICTIMS[name][0]))
+        capture(kind(out=out / name, seed=args.seed, threads=args.threads, **settings))
+        observation = load_observation(out / name / "observation.safetensors")
+        secret = load_secret(out / name / "secret.safetensors")
+        scoring = SCORING[observation.model.architecture.modality]
+        public = scoring.public("embedded", "train", observation.model)
+        attacks = {attack: ATTACKS[attack]() for attack in names}
+        audit_one(observation, attacks, public, secret, written, out, args.seed, args.device, name)
+    print(written["verdict"]["sentence"], f"Open {out / 'report.html'} in a browser.", sep="\n")
+
+
+def audit_one(
+    observation: Observation[Any],
+    attacks: dict[str, Any],
+    public: Any,
+    secret: Secret | None,
+    written: record.Record,
+    out: Path,
+    seed: int,
+    device: str,
+    name: str = "",
+) -> None:
+    """Audit one observation into a record that may hold others, with progress, writing after each attack."""
+    describe(written, observation, name)
+    title = name or observation.release.name
+    with progress() as start:
+        for done in run_audit(
+            observation, attacks, public, secret=secret, seed=seed, device=device, name=name, on_step=start
+        ):
+            written["results"].append(done.result)
+            judged(written, {title: untried(observation, attacks)})
+            save_shown(done, out)
+            finish(written, out)
+            save_sheet(written, out / "pictures.png")
+            if done.reconstruction is not None:
+                print(said(done))
+
+
+def untried(observation: Observation[Any], attacks: Mapping[str, Any]) -> list[str]:
+    """The attacks that read such an observation and were not asked for."""
+    return [name for name, kind in ATTACKS.items() if name not in attacks and not refusal(kind, observation)]
+
+
+def reading(observation: Observation[Any]) -> str:
+    """Which attacks read such an observation, as a sentence."""
+    return f"Attacks that do: {', '.join(untried(observation, {}))}."
 
 
 def started(name: str, attack: Any, path: Path) -> Any:
@@ -125,127 +146,178 @@ def started(name: str, attack: Any, path: Path) -> Any:
     if "start" not in {field.name for field in fields(attack)}:
         able = [other for other, kind in ATTACKS.items() if "start" in {field.name for field in fields(kind)}]
         raise BadInput(f"{name} is no search and has no start: --start goes with {', '.join(able)}.")
-    return replace(attack, start=Given(files.load_reconstruction(path)))
+    return replace(attack, start=Given(load_reconstruction(path)))
 
 
-def public_pictures(args: arguments.Observed, observation: PictureObservation) -> Pictures:
-    """What everybody may know, in the shape that the model takes."""
-    shape = observation.model.architecture.input_shape
-    return public_pool(args.data, args.public_split, shape=shape, limit=PUBLIC_POOL)
+def public_data(args: flags.Observed, observation: Observation[Any]) -> Any:
+    """What everybody may know, as the model takes it."""
+    model = observation.model
+    return SCORING[model.architecture.modality].public(args.data, args.public_split, model)
 
 
-def run_audit(
-    observation: PictureObservation,
-    attacks: dict[str, Any],
-    public: Pictures,
-    secret: Any,
-    written: record.Record,
-    out: Path,
-    seed: int,
-    device: str,
-) -> None:
-    """The audit loop with progress, writing after each attack."""
-    attacks = {name: auditing.with_prior(attack, public) for name, attack in attacks.items()}
-    with progress() as start:
-        for done in auditing.audit(
-            observation, attacks, public, secret=secret, seed=seed, device=device, on_step=start
-        ):
-            written["results"].append(done.result)
-            written["verdict"] = auditing.verdict(written["results"])
-            save_pictures(done, out)
-            finish(written, out)
-            save_sheet(written["results"], out / "pictures.png")
-    print(written["verdict"]["sentence"])
-
-
-def reproduce(args: arguments.Reproduce, argv: list[str]) -> None:
-    """Run a recipe; record.json, report.html, table.csv and the plots are written again after every finished piece."""
+def reproduce(args: flags.Reproduce) -> None:
+    """Run a study; record.json, report.html, table.csv and the plots are written again after every finished piece."""
     from gradleak.studies import RECIPES
 
     if args.name not in RECIPES:
-        raise BadInput(f"Unknown recipe {args.name!r}. Recipes: {', '.join(RECIPES)}.")
-    check_device(args.device)
+        from gradleak.cli.app import near
+
+        raise BadInput(f"Unknown study {shortened(args.name)!r}{near(args.name, RECIPES)}. Studies: {', '.join(RECIPES)}.")
+    study: Any = RECIPES[args.name]
+    more: dict[str, Any] = {}
+    if args.device is not None:
+        if "device" not in inspect.signature(study).parameters:
+            raise BadInput(f"{args.name} computes on the CPU only: leave --device out.")
+        check_device(args.device)
+        more["device"] = args.device
     out = fresh_folder(args.out)
-    written = record.new_record({"name": "reproduce", "arguments": {"argv": argv, "inputs": {}}}, args.seed, [])
+    written = new_record("reproduce", args, {}, [])
     with progress() as start:
-        for found in RECIPES[args.name](args.data, args.size, seed=args.seed, device=args.device, start=start):
-            written["table"], written["plots"], written["results"] = found.table, found.plots, found.results
-            written["verdict"] = {"level": "unscored", "sentence": found.sentence}
+        for findings in study(args.data, args.size, seed=args.seed, start=start, **more):
+            written["table"], written["plots"], written["results"] = findings.table, findings.plots, findings.results
+            written["verdict"] = {"level": "unscored", "sentence": findings.sentence}
             finish(written, out)
-            save_table(found.table, out / "table.csv")
-            for number, plot in enumerate(found.plots):
+            save_table(findings.table, out / "table.csv")
+            for number, plot in enumerate(findings.plots):
                 (out / f"plot-{number}.png").write_bytes(base64.b64decode(plot["image"].partition(",")[2]))
     print(written["verdict"]["sentence"])
 
 
-def report(args: arguments.Report) -> None:
+def report(args: flags.Report) -> None:
     """Render record.json again."""
+    page = html.render(record.read(args.record))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(html.render(record.read(args.record)), encoding="utf-8")
+    args.out.write_text(page, encoding="utf-8")
     print(args.out)
 
 
-def rerun(args: arguments.Rerun, argv: list[str]) -> None:
-    """The command of a record, again: same input files (by hash), seed and parameters, results to another folder."""
-    from gradleak.cli.app import run
+def rerun(args: flags.Rerun) -> None:
+    """The command of a record, again: same input files (by hash), seed and parameters, results to another folder.
 
-    stored = record.read(args.record)["command"]["arguments"]
-    again = stored.get("argv")
-    if not isinstance(again, list) or not all(isinstance(part, str) for part in again):
-        raise BadInput(f"{args.record} does not say how it was made.")
+    It is rebuilt from the record's fields, each checked against the type that the command has for it. Nothing that a record says
+    is parsed as a command line, and it can neither name code to import nor a place to write to.
+    """
+    from gradleak.cli.app import perform
+
+    stored = record.read(args.record)["command"]
+    name, values = stored["name"], dict(stored["arguments"])
+    if name not in RERUNNABLE:
+        kinds = ", ".join(RERUNNABLE)
+        raise BadInput(f"{args.record} was made by {shortened(name)!r}, not by one of {kinds}: it cannot be run again.")
+    if "argv" in values:
+        raise BadInput(f"{args.record} was written by an older gradleak, which kept a command line only: run it by hand.")
     for path, digest in stored.get("inputs", {}).items():
         if file_hash(Path(path)) != digest:
-            raise BadInput(f"{path} is no longer the file that the record was made from.")
-    if again[:1] not in [[name] for name in RERUNNABLE]:
-        raise BadInput(f"{args.record} was made by {again[:1]}, not by one of {', '.join(RERUNNABLE)}.")
-    flags = [part for flag in again for part in flag.split("=", 1)]
-    for code in (value for flag, value in itertools.pairwise(flags) if flag == "--model"):
-        if ":" in code and code != args.model:
-            raise BadInput(f"The record would import the code {code!r}: if you trust it, allow it with --model {code}.")
-    if "--out" in again:
-        where = again.index("--out")
-        again = again[:where] + again[where + 2 :]
-    run([*again, "--out", str(args.out)])
+            raise BadInput(f"{shortened(path)} is no longer the file that the record was made from.")
+    code = values.get("model")
+    if isinstance(code, str) and ":" in code and code != args.model:
+        raise BadInput(f"The record would import the code {shortened(code)!r}: if you trust it, allow it with --model.")
+    options = {attack: dict(given) for attack, given in stored.get("attacks", {}).items()}
+    for attack, given in options.items():
+        if given.get("folder") is not None:
+            raise BadInput(f"The record would let {shortened(attack)} write to a folder: run it by hand.")
+    values["out"] = str(args.out)
+    kind = RERUNNABLE[name]
+    if unknown := [key for key in values if key not in {field.name for field in fields(kind)}]:
+        raise BadInput(f"{args.record} does not say how it was made: {name} has no argument {shortened(unknown[0])!r}.")
+    try:
+        parsed: Any = msgspec.convert(values, kind, dec_hook=lambda kind, value: kind(value))
+    except (msgspec.ValidationError, TypeError) as error:
+        raise BadInput(f"{args.record} does not say how it was made ({shortened(str(error))}).") from error
+    perform(name, parsed, options)
 
 
-def list_all(args: arguments.List) -> None:
-    """Attacks with what their files say they see and recover; recipes; models."""
+RERUNNABLE: dict[str, type] = {
+    "demo": flags.Demo,
+    "attack": flags.Attack,
+    "audit": flags.Audit,
+    "reproduce": flags.Reproduce,
+}
+
+
+def list_all(args: flags.List) -> None:
+    """Attacks with what their files say they see and recover; studies; models."""
     from gradleak.studies import RECIPES
 
     print("Attacks")
-    for name, kind in ALL_ATTACKS.items():
+    for name, kind in ATTACKS.items():
         print(f"  {name}")
         header = inspect.getdoc(sys.modules[kind.__module__]) or ""
         for section in re.findall(r"^(?:Sees|Recovers) .*(?:\n +.*)*", header, re.MULTILINE):
             print(textwrap.indent(section, "      "))
-    print(f"Recipes\n  {', '.join(RECIPES)}\nModels\n  {', '.join(MODELS)}, or package.module:factory of your own")
+    print(f"Studies\n  {', '.join(RECIPES)}\nModels\n  {', '.join(MODELS)}, or package.module:factory of your own")
 
 
-def new_record(argv: list[str], seed: int, observation: PictureObservation, inputs: list[Path]) -> record.Record:
-    """A record that knows its command, its input files by hash, and the threat model."""
-    hashes = {str(path): file_hash(path) for path in inputs}
-    command: record.Command = {"name": argv[0], "arguments": {"argv": argv, "inputs": hashes}}
-    return record.new_record(command, seed, observation.threat_model())  # type: ignore[arg-type]
+def new_record(
+    name: str, args: flags.Common, options: Mapping[str, Mapping[str, Any]], inputs: Sequence[Path]
+) -> record.Record:
+    """A record that knows its command, with the value of every argument, and its input files by hash."""
+    given = {field.name: getattr(args, field.name) for field in fields(RERUNNABLE[name])}
+    attacks = plain({attack: dict(values) for attack, values in options.items()})
+    files = [*inputs, *(value for o in options.values() for value in o.values() if isinstance(value, Path))]
+    hashes = {str(path): file_hash(path) for path in files if not path.is_dir()}
+    command: record.Command = {"name": name, "arguments": plain(given), "attacks": attacks, "inputs": hashes}
+    return record.new_record(command, args.seed, [])
 
 
-def finish(written: record.Record, out: Path, *, report: bool = True) -> None:
+def plain(value: Any) -> Any:
+    """Arguments as JSON has them: paths are text."""
+    return msgspec.to_builtins(value, enc_hook=str)
+
+
+def describe(written: record.Record, observation: Observation[Any], name: str) -> None:
+    """Put an observation's threat model into the record, and how its metrics and controls are called."""
+    title = name or observation.release.name
+    rows = [{"observation": title, **row} for row in observation.threat_model()]
+    metrics, controls = legend(SCORING[observation.model.architecture.modality])
+    written["threat_model"] = [*written["threat_model"], *rows]  # type: ignore[list-item]
+    written["metrics"] = {**written.get("metrics", {}), **metrics}
+    written["controls"] = {**written.get("controls", {}), **controls}
+
+
+def said(done: Audited) -> str:
+    """An attack's status for the terminal, and the texts that came out."""
+    row = done.result
+    texts = row["shown"]["reconstruction"] if row.get("media") == "text/plain" and "shown" in row else []
+    lines = [f"{row['attack']}: {row['status']}", *(f"  {shortened(text)}" for text in texts)]
+    return "\n".join(lines)
+
+
+def finish(written: record.Record, out: Path) -> None:
     """record.json, and report.html from it."""
     record.write(written, out / "record.json")
-    if report:
-        (out / "report.html").write_text(html.render(written), encoding="utf-8")
+    (out / "report.html").write_text(html.render(written), encoding="utf-8")
 
 
-def save_pictures(done: auditing.Audited, out: Path) -> None:
-    """ATTACK-0.png, ATTACK-1.png, ...: the reconstructions, each eight times as large as its pixels."""
+def save_shown(done: Audited, out: Path) -> None:
+    """What an attack returned, to look at: ATTACK-0.png, ... eight times as large as its pixels, or ATTACK-texts.json."""
+    row, found = done.result, done.reconstruction
+    if found is None or "shown" not in row:
+        return
     out.mkdir(parents=True, exist_ok=True)
-    for number, uri in enumerate(done.result.get("pictures", {}).get("reconstruction", [])):
-        picture = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
-        large = picture.resize((picture.width * 8, picture.height * 8), Image.Resampling.NEAREST)
-        large.save(out / f"{done.result['attack']}-{number}.png")
+    shown = row["shown"]["reconstruction"]
+    if row["media"] == "text/plain":
+        about = {"texts": shown, "tokens": found.value, "proven": found.proven, "bag": found.bag}
+        about |= {"residual": found.residual, "status": found.status}
+        text = json.dumps(about, ensure_ascii=False, indent=1)
+        (out / f"{row['attack']}-texts.json").write_text(text, encoding="utf-8", errors="replace")
+        return
+    for number, uri in enumerate(shown):
+        enlarge(uri, out / f"{row['attack']}-{number}.png")
+
+
+def enlarge(uri: str, path: Path) -> None:
+    """A picture out of its data URI, each pixel eight times as large."""
+    import io
+
+    from PIL import Image
+
+    picture = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+    picture.resize((picture.width * 8, picture.height * 8), Image.Resampling.NEAREST).save(path)
 
 
 def save_table(rows: list[dict[str, Any]], path: Path) -> None:
-    """The recipe's table for a spreadsheet."""
+    """A study's table for a spreadsheet."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()

@@ -1,73 +1,86 @@
-"""What a command is given: an observation in either form, a folder to write to, a device."""
+"""What a command is given: an observation in any form, a folder to write to, a device, input files with their hashes."""
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from gradleak.cli import flags as arguments
-from gradleak.errors import BadInput
-from gradleak.formats import observation_file as files
-from gradleak.formats.base_folder import read_base
+from gradleak.cli import flags
+from gradleak.errors import BadInput, shortened
+from gradleak.formats.model_folder import is_language_model, read_model
+from gradleak.formats.observation_file import check_provenance, has_provenance, load_observation
 from gradleak.formats.peft import is_adapter, read_adapter
+from gradleak.formats.plain_file import published, read_gradient
 from gradleak.modalities.networks import Architecture
 from gradleak.observations.model import Model
-from gradleak.observations.observation import PictureObservation
-from gradleak.observations.releases import Gradient, Weights
+from gradleak.observations.observation import Observation
 from gradleak.observations.training import Recipe
 from gradleak.victims.training import prepare_model
 
+OF_ADAPTERS = ("base", "lr", "steps", "optimizer", "initial")
+OF_FILES = ("weights", "mode")
+OF_PLAIN_FILES = ("input_shape", "classes")
+EVERY = (*OF_ADAPTERS, *OF_FILES, *OF_PLAIN_FILES, "model", "task", "batch_size")
 
-def observed(args: arguments.Observed) -> PictureObservation:
+
+def observed(args: flags.Observed) -> Observation[Any]:
     """The observation of a file, with provenance checked, of an adapter's folder, or of a plain file of tensors.
 
-    A plain file is a gradient at --weights, or where none are given the weights of a trained network.
+    A plain file is a gradient at --weights, or of the language model in the folder --model; where neither is given, it holds the
+    weights of a trained network. Raises BadInput for flags that say nothing about such an observation.
     """
     if args.observation.is_dir():
+        refuse_others(args, "the folder of an adapter", (*OF_ADAPTERS, "model", "task", "batch_size"))
         return observed_adapter(args)
-    if files.has_provenance(args.observation):
-        observation = files.load_observation(args.observation, factory=args.model)
-        files.check_provenance(observation, weights=args.weights, mode=args.mode)
+    if has_provenance(args.observation):
+        refuse_others(args, "a file that says itself how it was taken", (*OF_FILES, "model"))
+        observation = load_observation(args.observation, factory=args.model)
+        check_provenance(observation, weights=args.weights, mode=args.mode)
         return observation
     if args.model is None:
         raise BadInput(
             f"{args.observation} carries no provenance: say with --model and --weights what this gradient was taken from, "
             "or with --model alone whose trained weights these are."
         )
-    architecture = Architecture(args.model, args.input_shape, args.classes)
+    if is_language_model(Path(args.model)):
+        refuse_others(args, "a plain gradient of a language model", ("model", "task", "batch_size"))
+        model = read_model(args.model, task=args.task or "classification")
+        return read_gradient(args.observation, model, args.batch_size or 1)
+    used = ("model", "weights", "batch_size", *OF_PLAIN_FILES, *(("mode",) if args.weights else ()))
+    refuse_others(args, "a plain file", used)
+    architecture = Architecture(args.model, args.input_shape or (3, 32, 32), args.classes or 10)
     if args.weights is None:
         trained = Model.of(prepare_model(architecture, weights=args.observation), architecture)
-        return Weights(model=trained, released=trained.parameters, batch_size=args.batch_size)
+        return published(trained, args.batch_size or 1)
     module = prepare_model(architecture, weights=args.weights)
     model = Model.of(module, architecture, mode=args.mode or "eval")
-    released = files.load_tensors(args.observation)
-    precision = min(
-        (tensor.dtype for tensor in released.values()), key=lambda dtype: dtype.itemsize, default=torch.float32
-    )
-    if not precision.is_floating_point:
-        raise BadInput(f"{args.observation} holds {precision} numbers, which are no gradient.")
-    return Gradient(
-        model=model,
-        released={name: tensor.float() for name, tensor in released.items()},
-        batch_size=args.batch_size,
-        precision=str(precision).removeprefix("torch."),
-    )
+    return read_gradient(args.observation, model, args.batch_size or 1)
 
 
-def observed_adapter(args: arguments.Observed) -> PictureObservation:
+def observed_adapter(args: flags.Observed) -> Observation[Any]:
     """The adapter in a PEFT folder, on its base model."""
     if not is_adapter(args.observation):
         raise BadInput(f"{args.observation} is no folder of a LoRA adapter: it has no adapter_config.json.")
     if args.base is None:
         raise BadInput(f"{args.observation} holds an adapter: say with --base which model it belongs to.")
-    model = Model.of(*read_base(args.base, factory=args.model))
+    model = read_model(args.base, factory=args.model, task=args.task or "classification")
     recipe = None
     if args.lr is not None:
-        recipe = Recipe(optimizer=args.optimizer, learning_rate=args.lr, steps=args.steps)
-    return read_adapter(args.observation, model, recipe=recipe, batch_size=args.batch_size, initial=args.initial)
+        recipe = Recipe(optimizer=args.optimizer or "sgd", learning_rate=args.lr, steps=args.steps or 1)
+    elif args.steps is not None or args.optimizer is not None:
+        raise BadInput("--steps and --optimizer say how the adapter was trained, which needs its --lr too.")
+    return read_adapter(args.observation, model, recipe=recipe, batch_size=args.batch_size or 1, initial=args.initial)
 
 
-def observed_files(args: arguments.Observed) -> list[Path]:
+def refuse_others(args: flags.Observed, what: str, read: tuple[str, ...]) -> None:
+    """BadInput for the first flag that was given and says nothing about such an observation."""
+    for name in EVERY:
+        if name not in read and getattr(args, name) is not None:
+            raise BadInput(f"--{name.replace('_', '-')} says nothing about {what}: leave it out.")
+
+
+def observed_files(args: flags.Observed) -> list[Path]:
     """The files that the observation was read from; of an adapter, those of its folder."""
     if not args.observation.is_dir():
         return [args.observation]
@@ -84,14 +97,23 @@ def fresh_folder(path: Path) -> Path:
 def check_device(name: str) -> None:
     """BadInput if torch cannot compute there, before anything runs."""
     try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=name).sum().item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise BadInput(f"Device {name!r} is not to be had here: {reason}.") from error
+        raise BadInput(f"Device {shortened(name)!r} cannot be used here: {shortened(reason)}.") from error
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file; BadInput when it is not there."""
-    if not path.is_file():
-        raise BadInput(f"There is no file {path}.")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """SHA-256 of a file; BadInput when it is not there, or cannot be read."""
+    try:
+        if not path.is_file():
+            raise BadInput(f"There is no file {shortened(str(path))}.")
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while part := file.read(2**20):
+                digest.update(part)
+        return digest.hexdigest()
+    except (OSError, ValueError) as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(f"Cannot read {shortened(str(path))}: {shortened(str(error))}.") from error

@@ -6,7 +6,7 @@ your own needs `apply`, `random` and a str() for the threat model; DEFENSES list
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -91,6 +91,18 @@ DEFENSES: dict[str, type[GaussianNoise] | type[Sign] | type[TopK]] = {
     "sign": Sign,
     "top-k": TopK,
 }
+
+Leak = Literal["none", "sign", "top-k"]  # what flags call the defenses without a number
+SHARED = 0.01  # of the entries, by "top-k"
+
+
+def chosen(leak: Leak, noise: float) -> tuple[Defense, ...]:
+    """The defense that flags ask for; BadInput for two at once."""
+    if noise and leak != "none":
+        raise BadInput("Give --noise or --leak, not both.")
+    if noise:
+        return (GaussianNoise(noise),)
+    return {"none": (), "sign": (Sign(),), "top-k": (TopK(SHARED),)}[leak]
 
 
 def defended(released: Tensors, defenses: Sequence[Defense], generator: torch.Generator) -> Tensors:

@@ -18,7 +18,7 @@ from gradleak.modalities.networks import Architecture
 from gradleak.observations.defenses import Defense, defended
 from gradleak.observations.distances import relative_residual
 from gradleak.observations.model import A, Model
-from gradleak.observations.releases import GRADIENT, Adapter, Release, Sketch, check_finite
+from gradleak.observations.releases import GRADIENT, Adapter, Release, Reservation, Sketch, check_finite
 from gradleak.observations.tensors import Tensors
 
 R = TypeVar("R", bound=Release)
@@ -81,6 +81,10 @@ class Observation(Generic[A]):
     def after(self) -> Tensors | None:
         """The parameters of the model that training changed, as it left them; None where nothing was trained."""
         return self.release.after(self.model, self.released)
+
+    def reservations(self) -> list[Reservation]:
+        """What speaks against relying on the release, as (name, level, sentence)."""
+        return self.release.reservations(self.model, self.released)
 
     def of_others(self, inputs: Any, labels: Tensor | None) -> Self:
         """The same release, made of somebody else's data, under the same defenses: it says nothing of the secret."""

@@ -24,6 +24,9 @@ from gradleak.observations.training import WEIGHT_DECAY, Recipe, train
 UNEVEN = 2.0  # the rounding of a gradient follows its columns: such noise ends later than white noise
 
 
+Reservation = tuple[str, Literal["info", "warning", "error"], str]  # name, level, sentence
+
+
 @dataclass(frozen=True)
 class Sketch:
     """What a release tells of the gradient of one layer's weight: the linear equation S = M F^T.
@@ -54,6 +57,8 @@ class Release(Protocol):
     """What every kind of release answers."""
 
     name: ClassVar[str]  # "gradient": for files, records and sentences
+    replays: ClassVar[bool]  # whether `simulate` gives of the secret what was released, and not only up to unknown numbers
+    sketched: ClassVar[bool]  # whether less than the whole gradient is seen, so that one may ask what is left
     __dataclass_fields__: ClassVar[dict[str, Any]]  # every release is a dataclass
 
     def check(self, model: Model[Any], released: Tensors) -> None:
@@ -76,6 +81,9 @@ class Release(Protocol):
     def inexact(self) -> str:
         """Why what is read off as a gradient is not exactly one, or nothing."""
 
+    def reservations(self, model: Model[Any], released: Tensors) -> list[Reservation]:
+        """What speaks against relying on it, as (name, level, sentence)."""
+
     def facts(self) -> list[Fact]:
         """Rows of the threat model."""
 
@@ -91,6 +99,8 @@ class Gradient:
     """
 
     name: ClassVar[str] = "gradient"
+    replays: ClassVar[bool] = True
+    sketched: ClassVar[bool] = False
 
     def check(self, model: Model[Any], released: Tensors) -> None:
         """BadInput naming the first tensor that is no gradient of a parameter of this model."""
@@ -123,6 +133,10 @@ class Gradient:
         """It is exact."""
         return ""
 
+    def reservations(self, model: Model[Any], released: Tensors) -> list[Reservation]:
+        """None."""
+        return []
+
     def facts(self) -> list[Fact]:
         """Nothing more."""
         return []
@@ -141,6 +155,8 @@ class Update:
     """
 
     name: ClassVar[str] = "update"
+    replays: ClassVar[bool] = True
+    sketched: ClassVar[bool] = False
 
     recipe: Recipe
 
@@ -183,6 +199,10 @@ class Update:
         """More than one step, or Adam."""
         return inexact(self.recipe)
 
+    def reservations(self, model: Model[Any], released: Tensors) -> list[Reservation]:
+        """None."""
+        return []
+
     def facts(self) -> list[Fact]:
         """The recipe of the local training."""
         return [fact("local training", True, str(self.recipe))]
@@ -211,6 +231,8 @@ class Adapter:
     """
 
     name: ClassVar[str] = "adapter"
+    replays: ClassVar[bool] = True
+    sketched: ClassVar[bool] = True
 
     start: Tensors = field(repr=False)
     scaling: dict[str, float] = field(repr=False)
@@ -312,6 +334,12 @@ class Adapter:
             return ""
         return "its recipe is unknown, one step of SGD is assumed" if self.recipe is None else inexact(self.recipe)
 
+    def reservations(self, model: Model[Any], released: Tensors) -> list[Reservation]:
+        """Where it is no exact linear sketch of one gradient."""
+        if not (reason := self.inexact()):
+            return []
+        return [("not_exact", "warning", f"The adapter is no exact linear sketch of one gradient: {reason}.")]
+
     def facts(self) -> list[Fact]:
         """The ranks and the recipe."""
         ranks = sorted({tensor.shape[0] for name, tensor in self.start.items() if name.endswith("lora_A")})
@@ -355,6 +383,8 @@ class Weights:
     """
 
     name: ClassVar[str] = "weights"
+    replays: ClassVar[bool] = False
+    sketched: ClassVar[bool] = False
 
     initial: Tensors | None = field(default=None, repr=False)
     weight_decay: float | None = None
@@ -420,6 +450,20 @@ class Weights:
         if done is None or done.kkt_residual <= STATIONARY:
             return ""
         return f"at the true data {done.kkt_residual:.2f} of the first layer is unexplained"
+
+    def reservations(self, model: Model[Any], released: Tensors) -> list[Reservation]:
+        """Whether the theory of trained weights applies: a homogeneous network, near stationarity."""
+        reasons: list[Reservation] = []
+        try:
+            homogeneous = self.network(model, released).homogeneous
+        except NotObserved:  # no attack reads these weights, and each says so
+            return []
+        if not homogeneous:
+            sentence = "The network has biases after its first layer: it is not homogeneous, as the theory asks for."
+            reasons.append(("not_homogeneous", "warning", sentence))
+        if reason := self.inexact():
+            reasons.append(("not_stationary", "warning", f"The training is not near stationarity: {reason}."))
+        return reasons
 
     def facts(self) -> list[Fact]:
         """What training started from, and what is known of it."""

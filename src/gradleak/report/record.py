@@ -13,44 +13,61 @@ import math
 import os
 import platform
 import re
+import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict, cast
+from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
 
-from gradleak.errors import BadInput
-from gradleak.formats.json_types import misfit
+from msgspec import Meta
 
-FAMILY, VERSION = "gradleak/record/", 1
+from gradleak.errors import BadInput, checked, shortened
+from gradleak.report.old_record import OLD, modern
+
+FAMILY, VERSION = "gradleak/record/", 2
 SCHEMA = f"{FAMILY}{VERSION}"
 CORE = ["torch", "numpy", "scipy", "safetensors", "datasets", "scikit-image", "scikit-learn", "pillow"]
 EXTRA = ["transformers", "peft", "diffusers", "opacus", "flwr", "ray"]
+LARGEST = 2**30  # bytes of a record that are read
 
-Numbers = Sequence[float | None]  # one number per image or text; null where there is none
+Numbers = Sequence[float | None]  # one number per sample; null where there is none
 Scores = Mapping[str, Numbers]  # metric -> one number per sample: {"psnr_db": [31.2, null], "ssim": [0.94, 0.11]}
+Level = Literal["recovered", "partial", "nothing", "absent", "unscored", "void"]
 
 
 class Command(TypedDict):
-    """The command line, as data: `gradleak NAME` and the value of every argument."""
+    """The command, as data: its name, the value of every argument, the parameters of every attack, and the SHA-256 of every
+    file that it read."""
 
     name: str
     arguments: Mapping[str, Any]
+    attacks: NotRequired[Mapping[str, Mapping[str, Any]]]
+    inputs: NotRequired[Mapping[str, str]]
 
 
 class Revealed(TypedDict):
-    """One row of the threat model: an item that the attacker saw, or did not see."""
+    """One row of the threat model: an item that the attacker of one observation saw, or did not see."""
 
+    observation: NotRequired[str]
     item: str
     revealed: bool
     detail: str
 
 
 class Verdict(TypedDict):
-    """What a reader in a hurry takes home; `unscored` when there was no secret to compare with."""
+    """What a reader in a hurry takes home.
 
-    level: Literal["recovered", "partial", "nothing", "unscored"]
+    recovered  private samples came back, each of them; partial: some, or parts
+    nothing    none did, which proves nothing
+    absent     none did, and the release does not hold the information
+    unscored   there was no secret to compare with, and nothing is proven
+    void       a check says that the numbers mean nothing
+    """
+
+    level: Level
     sentence: str
+    observation: NotRequired[str]
 
 
 class Flag(TypedDict):
@@ -68,11 +85,27 @@ class Labels(TypedDict):
     true: NotRequired[Sequence[int | str]]
 
 
-class Texts(TypedDict):
-    """Recovered texts, matched to the true ones (absent without a secret)."""
+class Count(TypedDict):
+    """A number of samples; `true` when the secret was given."""
 
-    truth: NotRequired[Sequence[str]]
-    reconstruction: Sequence[str]
+    recovered: int
+    true: NotRequired[int]
+
+
+class Metric(TypedDict):
+    """How a metric is written; better says whether more or less of it is."""
+
+    label: str
+    unit: str
+    better: Literal["higher", "lower", "unknown"]
+    decimals: Annotated[int, Meta(ge=0, le=12)]
+
+
+class Control(TypedDict):
+    """How a control is called; blind: it has seen neither observation nor truth."""
+
+    label: str
+    blind: bool
 
 
 class Plot(TypedDict):
@@ -85,14 +118,14 @@ class Plot(TypedDict):
 class Result(TypedDict):
     """One attack run. Every list that is "per sample" is in matched order: entry i is about true sample i.
 
-    `identification_rank` counts from 1: 1 says that the true sample was the nearest of all candidates. `controls` and
-    `pictures` use the same names: mean_image, nearest_public, wrong_observation; `pictures` has truth and
-    reconstruction besides, each a list of `data:image/png;base64,` URIs.
+    `identification_rank` counts from 1: 1 says that the true sample was the nearest of all candidates. `controls` and `shown`
+    use the same names; `shown` has truth and reconstruction besides, each a list of `data:image/png;base64,` URIs or of
+    texts, as `media` says. `leads`: by how much the attack is ahead of the best blind control, by the first metric.
     """
 
     attack: str
     parameters: Mapping[str, Any]
-    observation: Mapping[str, Any]  # {"kind": "Gradient", ...}
+    observation: Mapping[str, Any]  # {"name": ..., "kind": ..., ...}
     defense: Mapping[str, Any] | None
     status: str
     residual: float | None  # distance between the observation and the re-simulated one
@@ -101,15 +134,25 @@ class Result(TypedDict):
     scores: Scores  # empty without a secret
     controls: Mapping[str, Scores]
     flags: Sequence[Flag]
+    ran: NotRequired[bool]
+    outcome: NotRequired[str]
+    leads: NotRequired[Numbers]
+    recovered: NotRequired[Sequence[bool]]
+    partly: NotRequired[Sequence[bool]]
+    proven: NotRequired[Sequence[bool]]
     trace: NotRequired[Sequence[tuple[int, float | None]]]  # (iteration, objective)
-    pictures: NotRequired[Mapping[str, Sequence[str]]]
-    decoys: NotRequired[int]  # public pictures in the identification line-up, beside the truth
+    media: NotRequired[Literal["image/png", "text/plain"]]
+    shown: NotRequired[Mapping[str, Sequence[str]]]
+    decoys: NotRequired[int]  # public samples in the identification line-up, beside the truth
     labels: NotRequired[Labels]
-    texts: NotRequired[Texts]
+    count: NotRequired[Count]
 
 
 class Record(TypedDict):
-    """Everything about one run of a command; `table` and `plots` come from the recipes."""
+    """Everything about one run of a command; `table` and `plots` come from the studies.
+
+    `verdict` is about all of it; `verdicts` has one for each observation, where there are several.
+    """
 
     schema: str
     gradleak: str
@@ -120,6 +163,9 @@ class Record(TypedDict):
     threat_model: Sequence[Revealed]
     verdict: Verdict
     results: list[Result]
+    verdicts: NotRequired[Sequence[Verdict]]
+    metrics: NotRequired[Mapping[str, Metric]]
+    controls: NotRequired[Mapping[str, Control]]
     table: NotRequired[Sequence[Mapping[str, Any]]]
     plots: NotRequired[Sequence[Plot]]
 
@@ -156,6 +202,7 @@ def new_record(command: Command, seed: int | None, threat_model: Sequence[Reveal
             "platform": platform.platform(),
             "cpus": os.cpu_count(),
             "packages": {name: version for name in CORE + EXTRA if (version := _version(name))},
+            "revision": revision(),
         },
         "threat_model": threat_model,
         "verdict": {"level": "unscored", "sentence": "No reconstruction has been scored."},
@@ -173,8 +220,7 @@ def write(record: Record, path: Path) -> None:
         TypeError: the record holds something that JSON has no word for, such as a tensor.
     """
     plain = _finite(record)
-    if wrong := misfit(plain, Record, ""):
-        raise BadInput(f"This record cannot be written: {wrong}.")
+    checked(plain, Record, "This record cannot be written")
     text = json.dumps(plain, indent=1, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -193,21 +239,40 @@ def read(path: Path) -> Record:
             lacks a key or has a value of the wrong type; the sentence names which.
     """
     try:
+        if path.stat().st_size > LARGEST:
+            raise BadInput(f"{path} is too large for a record.")
         value = _finite(json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant))
     except OSError as error:
-        raise BadInput(f"Cannot read the record {path}: {error.strerror}.") from error
+        raise BadInput(f"Cannot read the record {shortened(str(path))}: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:  # ValueError: bad JSON, bad UTF-8, a number of thousands of digits
-        raise BadInput(f"{path} is not JSON ({error}); give a record.json that gradleak wrote.") from error
+        if isinstance(error, BadInput):
+            raise
+        reason = shortened(str(error))
+        raise BadInput(f"{shortened(str(path))} is not JSON ({reason}); give a record.json that gradleak wrote.") from error
     if not isinstance(value, dict) or not isinstance(schema := value.get("schema"), str):
         raise BadInput(f"{path} is not a gradleak record: it has no schema; give a record.json that gradleak wrote.")
-    if schema != SCHEMA:
+    if schema == OLD:
+        value = modern(value, path)
+    elif schema != SCHEMA:
         version = re.fullmatch(re.escape(FAMILY) + "([1-9][0-9]{0,8})", schema)
         if version and int(version[1]) > VERSION:
             raise BadInput(f"{path} was written by a newer gradleak: upgrade, for this one reads only {SCHEMA!r}.")
-        raise BadInput(f"{path} has the unknown schema {schema[:60]!r}; this gradleak reads {SCHEMA!r}.")
-    if wrong := misfit(value, Record, ""):
-        raise BadInput(f"{path} is not a valid {SCHEMA!r}: {wrong}.")
+        raise BadInput(f"{path} has the unknown schema {shortened(schema)[:60]!r}; this gradleak reads {SCHEMA!r}.")
+    checked(value, Record, f"{path} is not a valid {SCHEMA!r}")
     return cast(Record, value)
+
+
+def revision() -> str | None:
+    """The commit that this gradleak was checked out at, "dirty" where files have changed since; None outside a checkout."""
+    here = Path(__file__).resolve().parents[3]
+    if not (here / ".git").exists():
+        return None
+    try:
+        ask = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        done = subprocess.run(ask, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
 
 
 def _version(package: str) -> str | None:

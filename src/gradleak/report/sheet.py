@@ -5,34 +5,37 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-from PIL import Image
+from gradleak.report.record import Numbers, Record, Result
 
-from gradleak.report.record import Numbers, Result
-
-CONTROLS = ("mean_image", "nearest_public", "wrong_observation")
 MOST_ROWS = 8
 
 
-def save_sheet(results: list[Result], path: Path) -> None:
-    """A PNG with one row per private image (the first eight); nothing is written when no result was scored."""
-    scored = [row for row in results if row["scores"]]
-    if not scored:
+def save_sheet(record: Record, path: Path) -> None:
+    """A PNG with one row per private image of the last observation (the first eight); nothing is written when no pictures
+    were scored."""
+    rows = [row for row in record["results"] if row["scores"] and row.get("media") == "image/png"]
+    if not rows:
         return
-    columns: list[tuple[str, Sequence[str], Numbers | None]] = [("truth", scored[0]["pictures"]["truth"], None)]
-    columns += [(row["attack"], row["pictures"]["reconstruction"], row["scores"]["psnr_db"]) for row in scored]
-    last = scored[-1]
-    columns += [(name, last["pictures"][name], last["controls"][name]["psnr_db"]) for name in CONTROLS]
-    rows = min(len(columns[0][1]), MOST_ROWS)
-    figure = Figure(figsize=(1.6 * len(columns), 1.9 * rows), layout="constrained")
-    grid = figure.subplots(rows, len(columns), squeeze=False)
-    for column, (name, pictures, psnr_db) in enumerate(columns):
-        for row in range(rows):
+    from matplotlib.figure import Figure  # a third of a second, on every command that writes no picture
+    from PIL import Image
+
+    last = rows[-1]
+    scored: list[Result] = [row for row in rows if row["observation"] == last["observation"]]
+    metric = next(iter(record.get("metrics", {"psnr_db": None})))
+    unit = record.get("metrics", {}).get(metric, {}).get("unit", "")  # type: ignore[call-overload]
+    columns: list[tuple[str, Sequence[str], Numbers | None]] = [("truth", last["shown"]["truth"], None)]
+    columns += [(row["attack"], row["shown"]["reconstruction"], row["scores"].get(metric)) for row in scored]
+    columns += [(name, last["shown"][name], scores.get(metric)) for name, scores in last["controls"].items()]
+    count = min(len(columns[0][1]), MOST_ROWS)
+    figure = Figure(figsize=(1.6 * len(columns), 1.9 * count), layout="constrained")
+    grid = figure.subplots(count, len(columns), squeeze=False)
+    for column, (name, pictures, values) in enumerate(columns):
+        for row in range(count):
             axes = grid[row, column]
             picture = Image.open(io.BytesIO(base64.b64decode(pictures[row].partition(",")[2])))
             axes.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
             axes.set(xticks=[], yticks=[], title=name.replace("_", " ") if row == 0 else "")
             axes.title.set_fontsize(8)
-            if psnr_db is not None:
-                axes.set_xlabel(f"{psnr_db[row]:.1f} dB", fontsize=8)
+            if values is not None and values[row] is not None:
+                axes.set_xlabel(f"{values[row]:.1f} {unit}".rstrip(), fontsize=8)
     figure.savefig(path, dpi=130)

@@ -1,32 +1,27 @@
 """Decoders: GPT-2 and Llama architectures, small and trained here, as classifiers and as causal language models."""
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
-from gradleak.attacks.search.descend import OnStep
 from gradleak.modalities.language_models import Task
-from gradleak.studies.findings import Findings
+from gradleak.studies.findings import Findings, Row, Size, Start
 from gradleak.studies.text_victims import BATCHES, Sources, cell, findings, small
 from gradleak.victims.small_language import Kind
 
 WORDS = (6, 14)  # of a text: then sixteen texts have fewer tokens than the width
+DECODER: dict[Size, tuple[int, int]] = {"smoke": (64, 5), "small": (384, 60), "paper": (384, 60)}  # width, steps of training
+BATCH_SIZES: dict[Size, tuple[int, ...]] = {"smoke": (1, 2), "small": (1, 2, 4, 8, 16), "paper": (1, 2, 4, 8, 16)}
 KINDS: tuple[Kind, ...] = ("gpt2", "llama")
 TASKS: tuple[Task, ...] = ("classification", "causal-lm")
 
 
-def run(data: str, size: str, *, seed: int, device: str, start: Callable[[str], OnStep]) -> Iterator[Findings]:
+def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]:
     """Yields after every architecture, task and batch size; the findings so far."""
-    sources, rows = Sources.of(data).folders, list[dict[str, Any]]()
-    quick = "embedded" in sources
-    count = BATCHES["quick" if quick else size]
-    folder = next(iter(sources.values()))
+    source, rows, (width, steps) = Sources.of(data).first, list[Row](), DECODER[size]
     for kind in KINDS:
         for task in TASKS:
-            width, steps = (64, 5) if quick else (384, 60)
-            model = small(kind, folder, task, seed=seed, width=width, steps=steps)
-            for batch in (1, 2) if quick else (1, 2, 4, 8, 16):
-                told = start(f"{kind}, {task}, batch {batch}")
-                words = None if quick else WORDS
-                row = cell(model, folder, batch, count=count, seed=seed, on_step=told, words=words)
+            model = small(kind, source, task, seed=seed, width=width, steps=steps)
+            for batch in BATCH_SIZES[size]:
+                on_step = start(f"{kind}, {task}, batch {batch}")
+                row = cell(model, source, batch, count=BATCHES[size], seed=seed, on_step=on_step, words=WORDS)
                 rows.append({**row, "width": width})
-                yield findings(rows, ("model", "task", "batch"))
+                yield findings(rows, ("model", "task", "batch"), data, size)

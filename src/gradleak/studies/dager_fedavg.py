@@ -1,34 +1,39 @@
 """DAGER on the update of a client of federated averaging: several local steps and mini-batches."""
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
-from gradleak.attacks.search.descend import OnStep
-from gradleak.studies.dager_decoder import WORDS
-from gradleak.studies.findings import Findings
+from gradleak.observations.training import Recipe
+from gradleak.studies.dager_decoder import DECODER, WORDS
+from gradleak.studies.findings import Findings, Row, Size, Start
 from gradleak.studies.text_victims import BATCHES, Sources, Victim, cell, findings, small
-from gradleak.victims.text import share_text_update
+from gradleak.victims.gradient import share_update
+
+FULL = ((4, 1, 4), (4, 4, 4), (4, 8, 2), (16, 8, 4))  # texts, local steps, texts per step
+SIZES: dict[Size, tuple[tuple[int, int, int], ...]] = {"smoke": ((2, 1, 2), (2, 4, 1)), "small": FULL, "paper": FULL}
+RATES = (1e-4, 1e-3, 1e-2)
 
 
-def client(steps: int, size: int, rate: float) -> Victim:
-    """Plain SGD over the texts in chunks of `size`."""
-    return lambda seen, secret: share_text_update(
-        seen, secret, learning_rate=rate, local_steps=steps, local_batch_size=size
-    )
+def client(recipe: Recipe) -> Victim:
+    """Sends its update."""
+    return lambda seen, secret: share_update(seen, secret, recipe)
 
 
-def run(data: str, size: str, *, seed: int, device: str, start: Callable[[str], OnStep]) -> Iterator[Findings]:
+def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]:
     """Yields after every setting; the findings so far."""
-    sources, rows = Sources.of(data).folders, list[dict[str, Any]]()
-    quick = "embedded" in sources
-    count = BATCHES["quick" if quick else size]
-    folder = next(iter(sources.values()))
-    width = 64 if quick else 384
-    model = small("gpt2", folder, "classification", seed=seed, width=width, steps=5 if quick else 60)
-    for batch, steps, chunk in ((2, 1, 2), (2, 4, 1)) if quick else ((4, 1, 4), (4, 4, 4), (4, 8, 2), (16, 8, 4)):
-        for rate in (1e-4, 1e-3, 1e-2):
-            told = start(f"batch {batch}, {steps} steps of {chunk}, rate {rate:g}")
-            victim, words = client(steps, chunk, rate), None if quick else WORDS
-            row = cell(model, folder, batch, count=count, seed=seed, on_step=told, victim=victim, words=words)
+    source, rows, (width, training) = Sources.of(data).first, list[Row](), DECODER[size]
+    model = small("gpt2", source, "classification", seed=seed, width=width, steps=training)
+    for batch, steps, chunk in SIZES[size]:
+        for rate in RATES:
+            recipe = Recipe(learning_rate=rate, steps=steps, batch_size=chunk)
+            row = cell(
+                model,
+                source,
+                batch,
+                count=BATCHES[size],
+                seed=seed,
+                on_step=start(f"batch {batch}, {recipe}"),
+                victim=client(recipe),
+                words=WORDS,
+            )
             rows.append({"steps": steps, "local_batch": chunk, "rate": rate, **row})
-            yield findings(rows, ("batch", "steps", "local_batch", "rate"))
+            yield findings(rows, ("batch", "steps", "local_batch", "rate"), data, size)

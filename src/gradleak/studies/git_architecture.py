@@ -3,14 +3,18 @@
 An open question of the GIT paper (its second). The gradients are the true model's; only the generator's layout is wrong.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from gradleak.attacks.search.descend import OnStep
-from gradleak.studies.findings import Findings
+from gradleak.studies.findings import Findings, Row, Size, Start, opening
 from gradleak.studies.learned_victims import fit, found_for, prepare, scores
 
-SIZES = {"quick": (300, 2, 40), "small": (10_000, 2, 1_000), "paper": (10_000, 30, 1_000)}  # pairs, epochs, unseen
+# pairs, epochs, unseen pictures
+SIZES: dict[Size, tuple[int, int, int]] = {
+    "smoke": (300, 2, 40),
+    "small": (10_000, 2, 1_000),
+    "paper": (10_000, 30, 1_000),
+}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "the true one": {},
     "a perceptron": {"layout": "mlp"},
@@ -19,20 +23,21 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 LAYOUTS |= {"a residual network": {"layout": "resnet20"}, "half as wide": {"width": 24}, "twice as wide": {"width": 96}}
 
 
-def run(data: str, size: str, *, seed: int, device: str, start: Callable[[str], OnStep]) -> Iterator[Findings]:
+def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]:
     """Yields after every layout; the findings so far."""
-    pairs, epochs, private = SIZES["quick" if data in ("embedded", "digits") else size]
-    field, rows = prepare("lenet", data, seed, pairs, private), list[dict[str, Any]]()
+    pairs, epochs, private = SIZES[size]
+    field, rows = prepare("lenet", data, seed, pairs, private), list[Row]()
+    before = opening(data, size, *field.short_of(pairs, private))
     true = field.private.images
     rows.append({"layout": "control: mean image", **scores(field.public.images.mean(0).expand_as(true), true)})
     alone, seconds = fit(field, "git", {"hidden": 64}, pairs=pairs, epochs=0, seed=seed)
-    told = {**scores(found_for(alone, field, field.private), true), "seconds": round(seconds, 1)}
-    rows.append({"layout": "none: regression alone", **told})
+    measured = {**scores(found_for(alone, field, field.private), true), "seconds": round(seconds, 1)}
+    rows.append({"layout": "none: regression alone", **measured})
     for layout, options in LAYOUTS.items():
         git, seconds = fit(
             field, "git", {"hidden": 64, **options}, pairs=pairs, epochs=epochs, seed=seed, on_step=start(layout)
         )
-        told = {**scores(found_for(git, field, field.private), true), "seconds": round(seconds, 1)}
-        rows.append({"layout": layout, **told})
+        measured = {**scores(found_for(git, field, field.private), true), "seconds": round(seconds, 1)}
+        rows.append({"layout": layout, **measured})
         parts = [f"{row['layout']} {row['mse']:.4f}" for row in rows]
-        yield Findings(rows, f"Mean squared error by the layout of the generator: {', '.join(parts)}.")
+        yield Findings(rows, f"{before}Mean squared error by the layout of the generator: {', '.join(parts)}.")

@@ -4,59 +4,64 @@ The generator learns from pairs of the initial LeNet. The victim then trains on 
 and releases gradients of other pictures. The paper: discrepancy roughly doubles the error.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 from matplotlib.figure import Figure
 
-from gradleak.attacks.search.descend import OnStep
 from gradleak.modalities.pictures import public_pool
 from gradleak.observations.model import Model
 from gradleak.observations.tensors import flatten
-from gradleak.studies.findings import Findings, plot
+from gradleak.studies.data_sets import rows_of
+from gradleak.studies.findings import Findings, Row, Size, Start, opening, plot, shortage
 from gradleak.studies.learned_victims import fit, found_for, prepare, scores
 from gradleak.victims.training import train
 
 # pairs, epochs of the generator, unseen pictures, pictures of the victim
-SIZES = {"quick": (300, 3, 40, 200), "small": (10_000, 3, 1_000, 2_000), "paper": (10_000, 30, 1_000, 10_000)}
+SIZES: dict[Size, tuple[int, int, int, int]] = {
+    "smoke": (300, 3, 40, 200),
+    "small": (10_000, 3, 1_000, 2_000),
+    "paper": (10_000, 30, 1_000, 10_000),
+}
 SHARES = (0.01, 0.1, 1.0)
 EPOCHS = (1, 10, 50)
 
 
-def run(data: str, size: str, *, seed: int, device: str, start: Callable[[str], OnStep]) -> Iterator[Findings]:
+def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]:
     """Yields after every state of the victim; the findings so far."""
-    pairs, epochs, private, local = SIZES["quick" if data in ("embedded", "digits") else size]
+    pairs, epochs, private, local = SIZES[size]
     field = prepare("lenet", data, seed, pairs, private)
     git, _ = fit(field, "git", {"hidden": 64}, pairs=pairs, epochs=epochs, seed=seed, on_step=start("git"))
     same = scores(found_for(git, field, field.private), field.private.images)
-    rows = [{"share": 0.0, "epochs": 0, "weights_moved": 0.0, **same, "growth": 0.0}]
+    rows: list[Row] = [{"share": 0.0, "epochs": 0, "weights_moved": 0.0, **same, "growth": 0.0}]
     architecture = field.model.architecture
     own = public_pool(data, "train", shape=architecture.input_shape, limit=local, seed=2)
+    own = replace(own, labels=own.labels % architecture.classes)
+    short = (*field.short_of(pairs, private), shortage("pictures of the victim", local, len(own.images)))
+    start_of_sentence = opening(data, size, *short)
     before = flatten(field.model.parameters)
     for share in SHARES:
-        count = max(round(share * len(own.images)), 2)
-        pictures = replace(own, images=own.images[:count], labels=own.labels[:count] % architecture.classes)
+        pictures = rows_of(own, 0, max(round(share * len(own.images)), 2))
         for many in EPOCHS:
             module = architecture.build(seed)
             train(module, pictures, epochs=many, seed=seed, on_step=start(f"victim, {share:.0%}, {many} epochs"))
             moved = replace(field, model=Model.of(module.eval(), architecture))
-            told = scores(found_for(git, moved, field.private), field.private.images)
+            measured = scores(found_for(git, moved, field.private), field.private.images)
             distance = float((flatten(moved.model.parameters) - before).norm() / before.norm())
-            growth = told["mse"] / same["mse"] - 1
+            growth = measured["mse"] / same["mse"] - 1
             rows.append(
                 {
                     "share": share,
                     "epochs": many,
                     "weights_moved": round(distance, 4),
-                    **told,
+                    **measured,
                     "growth": round(growth, 3),
                 }
             )
-            yield findings(rows)
+            yield findings(rows).after(start_of_sentence)
 
 
-def findings(rows: list[dict[str, Any]]) -> Findings:
+def findings(rows: list[Row]) -> Findings:
     """The table, and the error's growth against how far the weights moved."""
     over = sorted(row["weights_moved"] for row in rows if row["growth"] > 0.5)
     under = sorted(row["weights_moved"] for row in rows if row["growth"] <= 0.5)

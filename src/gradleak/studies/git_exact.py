@@ -8,7 +8,6 @@ diverged if a layer's cosine is below 0.99 or not a number.
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,20 +16,20 @@ from torch import Tensor, nn
 from gradleak.attacks.exact_git.exact_git import Recovered, invert
 from gradleak.attacks.learned import generator as learned
 from gradleak.attacks.learned.pairs import Pairs, stream
-from gradleak.attacks.search.descend import OnStep
 from gradleak.modalities.networks import Architecture, Normalise
 from gradleak.modalities.pictures import load, public_pool
 from gradleak.observations.model import Model
 from gradleak.observations.tensors import Tensors
-from gradleak.studies.findings import Findings
+from gradleak.studies.findings import Findings, Row, Size, Start, opening
 from gradleak.studies.learned_victims import Field, fit, found_for, scores
 
 WIDTH = 64
-SIZES = {
-    "quick": (8, 1_200, 3, 50, 4),
+# height and width of the pictures, pairs, seeds, unseen pictures, epochs of coarse GIT
+SIZES: dict[Size, tuple[int, int, int, int, int]] = {
+    "smoke": (8, 1_200, 3, 50, 4),
     "small": (16, 3_000, 10, 100, 4),
     "paper": (32, 10_000, 10, 1_000, 30),
-}  # height and width of the pictures, pairs, seeds, unseen pictures, epochs of coarse GIT
+}
 
 
 def perceptron(
@@ -48,30 +47,29 @@ sigmoid3, sigmoid5 = partial(perceptron, 3, nn.Sigmoid), partial(perceptron, 5, 
 VICTIMS = ("relu3", "relu5", "sigmoid3", "sigmoid5")
 
 
-def run(data: str, size: str, *, seed: int, device: str, start: Callable[[str], OnStep]) -> Iterator[Findings]:
+def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]:
     """Yields after every victim; the findings so far."""
-    side, pairs, seeds, private, epochs = SIZES["quick" if data in ("embedded", "digits") else size]
-    rows, shape = list[dict[str, Any]](), (load(data, "test", indices=[0]).images.shape[1], side, side)
+    side, pairs, seeds, private, epochs = SIZES[size]
+    rows, shape = list[Row](), (load(data, "test", indices=[0]).images.shape[1], side, side)
     public = public_pool(data, "train", shape=shape, limit=pairs)
     held = public_pool(data, "test", shape=shape, limit=private, seed=1)
     for name in VICTIMS:
-        on_step, found = start(name), list[dict[str, Any]]()
+        on_step, leaked = start(name), list[Row]()
         for number in range(seeds):
             architecture = Architecture(f"{__name__}:{name}", shape, max(len(public.classes), 2))
             model = Model.of(architecture.build(seed + number).eval(), architecture)
             field = Field(model, public, held)
-            found.append(recovered(field, pairs, seed + number))
-            on_step(number + 1, seeds, min(found[-1]["cosines"]))
+            leaked.append(recovered(field, pairs, seed + number))
+            on_step(number + 1, seeds, min(leaked[-1]["cosines"]))
         made, _ = fit(field, "git", {"hidden": 64}, pairs=pairs, epochs=epochs, seed=seed, on_step=start("coarse GIT"))
         coarse = scores(found_for(made, field, held), held.images)
         blind = scores(public.images.mean(0).expand_as(held.images), held.images)
-        rows.append(
-            row(name, pairs, found) | {"git_psnr_db": coarse["psnr_db"], "mean_image_psnr_db": blind["psnr_db"]}
-        )
-        yield findings(rows)
+        controls = {"git_psnr_db": coarse["psnr_db"], "mean_image_psnr_db": blind["psnr_db"]}
+        rows.append(row(name, pairs, leaked) | controls)
+        yield findings(rows).after(opening(data, size, *field.short_of(pairs, private)))
 
 
-def recovered(field: Field, pairs: int, seed: int) -> dict[str, Any]:
+def recovered(field: Field, pairs: int, seed: int) -> Row:
     """Of one leaked model: the cosine of each layer's weights, the share of their entries that was told, what unseen pictures are
     reconstructed to, CPU seconds of the recovery."""
     began = time.process_time()
@@ -109,23 +107,23 @@ def each(network: Recovered, shape: tuple[int, ...], biases: bool, gradients: Te
     return torch.stack(found).view(-1, 1, *shape).clamp(0, 1).float()
 
 
-def row(name: str, pairs: int, found: list[dict[str, Any]]) -> dict[str, Any]:
+def row(name: str, pairs: int, leaked: list[Row]) -> Row:
     """The worst seed of each column."""
-    least = [min(values) for values in zip(*(one["cosines"] for one in found), strict=True)]
+    least = [min(values) for values in zip(*(one["cosines"] for one in leaked), strict=True)]
     return {
         "model": name,
-        "seeds": len(found),
+        "seeds": len(leaked),
         "pairs": pairs,
         **{f"cosine_{layer}": round(least[layer - 1], 5) if layer <= len(least) else None for layer in range(1, 6)},
-        "diverged": sum(not min(one["cosines"]) >= 0.99 for one in found),
-        "least_share_told": round(min(min(one["shares"]) for one in found), 3),
-        "seconds": round(max(one["seconds"] for one in found), 1),
-        "exact_psnr_db": min(one["exact"]["psnr_db"] for one in found),
-        "weights_alone_psnr_db": min(one["alone"]["psnr_db"] for one in found),
+        "diverged": sum(not min(one["cosines"]) >= 0.99 for one in leaked),
+        "least_share_told": round(min(min(one["shares"]) for one in leaked), 3),
+        "seconds": round(max(one["seconds"] for one in leaked), 1),
+        "exact_psnr_db": min(one["exact"]["psnr_db"] for one in leaked),
+        "weights_alone_psnr_db": min(one["alone"]["psnr_db"] for one in leaked),
     }
 
 
-def findings(rows: list[dict[str, Any]]) -> Findings:
+def findings(rows: list[Row]) -> Findings:
     """The table, and the least cosines in words."""
     parts = []
     for one in rows:

@@ -3,17 +3,15 @@
 The paper claims less than 5 % more error at standard deviations of 0.01 and 0.1.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 from matplotlib.figure import Figure
 
-from gradleak.attacks.search.descend import OnStep
-from gradleak.observations.defenses import GaussianNoise, Sign, TopK
-from gradleak.studies.findings import Findings, plot
+from gradleak.observations.defenses import Defense, GaussianNoise, Sign, TopK
+from gradleak.studies.findings import Findings, Row, Size, Start, opening, plot
 from gradleak.studies.learned_victims import fit, found_for, prepare, scores
 
-LEAKS = {
+DEFENSES: dict[str, Defense | None] = {
     "none": None,
     "noise 0.001": GaussianNoise(0.001),
     "noise 0.01": GaussianNoise(0.01),
@@ -21,34 +19,35 @@ LEAKS = {
     "sign": Sign(),
     "top 1 %": TopK(0.01),
 }
-SIZES = {
-    "quick": (300, 2, 40),
+# pairs, epochs, unseen pictures
+SIZES: dict[Size, tuple[int, int, int]] = {
+    "smoke": (300, 2, 40),
     "small": (10_000, 2, 1_000),
     "paper": (10_000, 30, 1_000),
-}  # pairs, epochs, unseen pictures
+}
 
 
-def run(data: str, size: str, *, seed: int, device: str, start: Callable[[str], OnStep]) -> Iterator[Findings]:
-    """Yields after every leak; the findings so far."""
-    pairs, epochs, private = SIZES["quick" if data in ("embedded", "digits") else size]
-    field, rows = prepare("lenet", data, seed, pairs, private), list[dict[str, Any]]()
-    clean, _ = fit(field, "git", {"hidden": 64}, pairs=pairs, epochs=epochs, seed=seed, on_step=start("no leak"))
+def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]:
+    """Yields after every defense; the findings so far."""
+    pairs, epochs, private = SIZES[size]
+    field, rows = prepare("lenet", data, seed, pairs, private), list[Row]()
+    clean, _ = fit(field, "git", {"hidden": 64}, pairs=pairs, epochs=epochs, seed=seed, on_step=start("no defense"))
     mean = field.public.images.mean(0).expand_as(field.private.images)
     rows.append({"shared": "nothing (mean image)", "trained_on": "", **scores(mean, field.private.images)})
-    for name, leak in LEAKS.items():
-        told = scores(found_for(clean, field, field.private, leak), field.private.images)
-        rows.append({"shared": name, "trained_on": "whole gradients", **told})
-        if leak is not None:
+    for name, defense in DEFENSES.items():
+        measured = scores(found_for(clean, field, field.private, defense), field.private.images)
+        rows.append({"shared": name, "trained_on": "whole gradients", **measured})
+        if defense is not None:
             on_step = start(name)
             own, _ = fit(
-                field, "git", {"hidden": 64}, pairs=pairs, epochs=epochs, seed=seed, on_step=on_step, defense=leak
+                field, "git", {"hidden": 64}, pairs=pairs, epochs=epochs, seed=seed, on_step=on_step, defense=defense
             )
-            told = scores(found_for(own, field, field.private, leak), field.private.images)
-            rows.append({"shared": name, "trained_on": "the same leak", **told})
-        yield findings(rows)
+            measured = scores(found_for(own, field, field.private, defense), field.private.images)
+            rows.append({"shared": name, "trained_on": "the same defense", **measured})
+        yield findings(rows).after(opening(data, size, *field.short_of(pairs, private)))
 
 
-def findings(rows: list[dict[str, Any]]) -> Findings:
+def findings(rows: list[Row]) -> Findings:
     """The table, the growth of the error in words, and both curves."""
     best = next((row["mse"] for row in rows if row["shared"] == "none"), None)
     parts = []
@@ -57,7 +56,7 @@ def findings(rows: list[dict[str, Any]]) -> Findings:
             parts.append(f"{row['shared']}, trained on {row['trained_on']}: {row['mse'] / best - 1:+.0%}")
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.subplots()
-    for trained in ("whole gradients", "the same leak"):
+    for trained in ("whole gradients", "the same defense"):
         own = [row for row in rows if row["trained_on"] == trained]
         axes.plot([row["shared"] for row in own], [row["mse"] for row in own], "o-", label=f"trained on {trained}")
     axes.axhline(rows[0]["mse"], color="black", linestyle="--", label="mean image")

@@ -5,7 +5,6 @@ The GIT paper claims two to three times the PSNR for Inverting Gradients that st
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,34 +12,34 @@ from matplotlib.figure import Figure
 
 from gradleak.attacks.dlg import DLG
 from gradleak.attacks.inverting_gradients import InvertingGradients
-from gradleak.attacks.reconstruction import Reconstruction
+from gradleak.attacks.reconstruction import Outcome, Reconstruction
 from gradleak.attacks.search.descend import OnStep
 from gradleak.attacks.search.start import Given
 from gradleak.audit.metrics import psnr_db
-from gradleak.studies.findings import Findings, interval, plot
+from gradleak.studies.data_sets import rows_of
+from gradleak.studies.findings import Findings, Row, Size, Start, interval, opening, plot
 from gradleak.studies.learned_victims import Field, fit, found_for, prepare, scores
 from gradleak.victims.gradient import capture_gradient
 
 # pairs, epochs, private pictures, steps of a search
-SIZES = {
-    "quick": (300, 2, 2, (10, 30)),
+SIZES: dict[Size, tuple[int, int, int, tuple[int, ...]]] = {
+    "smoke": (300, 2, 2, (10, 30)),
     "small": (10_000, 3, 8, (100, 300, 1_000)),
     "paper": (10_000, 30, 20, (300, 4_000)),
 }
 
 
-def run(data: str, size: str, *, seed: int, device: str, start: Callable[[str], OnStep]) -> Iterator[Findings]:
+def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]:
     """Yields after every search; the findings so far."""
-    pairs, epochs, private, budgets = SIZES["quick" if data in ("embedded", "digits") else size]
+    pairs, epochs, private, budgets = SIZES[size]
     field = prepare("lenet", data, seed, pairs, private)
     git, _ = fit(field, "git", {"hidden": 64}, pairs=pairs, epochs=epochs, seed=seed, on_step=start("git"))
-    found, true = found_for(git, field, field.private), field.private.images
-    rows: list[dict[str, Any]] = [{"search": "none", "start": "git", "steps": 0, **scores(found, true), "seconds": 0.0}]
-    starts: dict[str, list[Any]] = {
-        "noise": [None] * private,
-        "git": [
-            Given(Reconstruction(x[None], y[None], 0.0, "")) for x, y in zip(found, field.private.labels, strict=True)
-        ],
+    images, true = found_for(git, field, field.private), field.private.images
+    rows: list[Row] = [{"search": "none", "start": "git", "steps": 0, **scores(images, true), "seconds": 0.0}]
+    guesses = zip(images, field.private.labels, strict=True)
+    starts: dict[str, list[Given | None]] = {
+        "noise": [None] * len(true),
+        "git": [Given(Reconstruction(x[None], y[None], 0.0, "", Outcome.GUESSED)) for x, y in guesses],
     }
     for steps in budgets:
         searches = {
@@ -56,25 +55,24 @@ def run(data: str, size: str, *, seed: int, device: str, start: Callable[[str], 
                 rows.append(
                     {"search": name, "start": origin, "steps": steps, **row(field, search, given, seed, on_step)}
                 )
-                yield findings(rows)
+                yield findings(rows).after(opening(data, size, *field.short_of(pairs, private)))
 
 
-def row(field: Field, search: Callable[[Any], Any], given: list[Any], seed: int, on_step: OnStep) -> dict[str, Any]:
+def row(field: Field, search: Callable[[Any], Any], given: list[Given | None], seed: int, on_step: OnStep) -> Row:
     """The search on every private picture, one after another, each from its own start."""
-    found, began = [], time.process_time()
+    recovered, began = [], time.process_time()
     for i, origin in enumerate(given):
-        one = replace(field.private, images=field.private.images[i : i + 1], labels=field.private.labels[i : i + 1])
-        module = field.model.architecture.build(seed)
-        observation, _ = capture_gradient(module, field.model.architecture, one)
-        found.append(search(origin)(observation, generator=torch.Generator().manual_seed(seed)).images)
-        on_step(i + 1, len(given), float(psnr_db(found[-1], one.images)))
-    images = torch.cat(found)
+        one = rows_of(field.private, i, 1)
+        observation, _ = capture_gradient(field.model, one)
+        recovered.append(search(origin)(observation, generator=torch.Generator().manual_seed(seed)).value)
+        on_step(i + 1, len(given), float(psnr_db(recovered[-1], one.images)))
+    images = torch.cat(recovered)
     seconds = round((time.process_time() - began) / len(given), 1)
     each = psnr_db(images, field.private.images).tolist()
     return {**scores(images, field.private.images), "seconds": seconds, "psnr_each": [round(v, 1) for v in each]}
 
 
-def findings(rows: list[dict[str, Any]]) -> Findings:
+def findings(rows: list[Row]) -> Findings:
     """The table, what the start is worth in decibels, and PSNR against steps."""
     parts = []
     for a in rows:

@@ -20,6 +20,8 @@ from gradleak.modalities.pictures import Pictures, load, public_pool
 from gradleak.observations.defenses import Defense
 from gradleak.observations.model import Model, PictureModel
 from gradleak.observations.tensors import Tensors
+from gradleak.studies.data_sets import shape_of
+from gradleak.studies.findings import Row, shortage
 
 BUILD: dict[str, Callable[..., nn.Module]] = {"git": Transcript, "lti": Perceptron}
 
@@ -32,11 +34,18 @@ class Field:
     public: Pictures
     private: Pictures
 
+    def short_of(self, pairs: int, private: int) -> tuple[str, str]:
+        """Notes on what there is less of than asked for; a picture then serves in several pairs."""
+        return (
+            shortage("public pictures", pairs, len(self.public.images)),
+            shortage("unseen pictures", private, len(self.private.images)),
+        )
+
 
 def prepare(name: str, data: str, seed: int, pairs: int, private: int) -> Field:
-    """The model initialised from `seed`; the pool has up to `pairs` pictures, the private ones are the first test rows."""
+    """The model initialised from `seed`; the pool has up to `pairs` pictures, the private ones are a random sample of test rows."""
     first = load(data, "test", indices=[0])
-    shape = (first.images.shape[1], first.images.shape[2], first.images.shape[3])
+    shape = shape_of(first)
     architecture = Architecture(name, shape, max(len(first.classes), 2))
     public = public_pool(data, "train", shape=shape, limit=pairs)
     held = public_pool(data, "test", shape=shape, limit=private, seed=1)
@@ -105,7 +114,7 @@ def found_for(
     return torch.cat([images for images, _ in parts])[where]
 
 
-def scores(images: Tensor, true: Tensor) -> dict[str, Any]:
+def scores(images: Tensor, true: Tensor) -> Row:
     """Means over the pictures; of the mean squared error also half the 95 % interval of the mean."""
     error = (images - true).square().flatten(1).mean(1)
     return {

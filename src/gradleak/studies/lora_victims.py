@@ -3,38 +3,44 @@
 The adapters are those of one PEFT fine-tuning, computed by `Adapter.simulate`: the tests show that the two are equal.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gradleak.attacks.search.descend import OnStep
 from gradleak.audit import metrics
 from gradleak.modalities.networks import BINARY, Architecture
 from gradleak.modalities.pictures import Pictures, load, public_pool
 from gradleak.observations.model import Model, PictureModel
-from gradleak.observations.observation import PictureObservation
+from gradleak.observations.observation import Observation, PictureObservation
 from gradleak.observations.releases import Adapter, Gradient
 from gradleak.observations.training import Recipe
 from gradleak.priors.gaussian import GaussianPrior
+from gradleak.studies.data_sets import beside, rows_of, shape_of, unseen
+from gradleak.studies.findings import Row, Size, Start, name_of, opening, shortage
+from gradleak.victims.adapter import lora_start
 from gradleak.victims.training import prepare_model
 
-EPOCHS, TRAINING, POOL, DECOYS = 5, 5_000, 7_000, 99
+EPOCHS: dict[Size, int] = {"smoke": 5, "small": 5, "paper": 5}  # of the base models
+TRAINING, POOL, DECOYS = 5_000, 7_000, 99
+FIRST = 100  # test rows before that were looked at while the attacks were written
 ONE_STEP = Recipe(learning_rate=0.01, steps=1)
 
 
 @dataclass(frozen=True)
 class Base:
-    """A pre-trained model, and the pictures around it: decoys, public and private ones have none in common."""
+    """A pre-trained model, and the pictures around it: decoys, public and private ones have none in common.
+
+    wanted: how many private pictures were asked for; there may be fewer.
+    """
 
     model: PictureModel
     public: Pictures
     decoys: Tensor
     private: Pictures
     prior: GaussianPrior | None
+    wanted: int = 0
 
     @property
     def modules(self) -> list[str]:
@@ -42,68 +48,71 @@ class Base:
         kinds = (nn.Linear,) if self.model.architecture.name == "vit" else (nn.Linear, nn.Conv2d)
         return [name for name, layer in self.model.module.named_modules() if isinstance(layer, kinds)]
 
+    def batches(self, size: int, count: int) -> list[Pictures]:
+        """The private pictures in batches of `size`, at most `count` of them."""
+        return [rows_of(self.private, i * size, size) for i in range(min(count, len(self.private.labels) // size))]
+
 
 def source_for(name: str, data: str) -> str:
     """Digits for the models of digits: the data set beside `data`, or scikit-learn's."""
-    if name not in BINARY:
-        return data
-    beside = Path(data).parent / "mnist"
-    return str(beside) if beside.is_dir() else "digits"
+    return data if name not in BINARY else str(beside(data, "mnist") or "digits")
 
 
-def prepare(name: str, data: str, private: int, start: Callable[[str], OnStep]) -> Base:
-    """The model of that name, trained for five epochs on at most 5,000 public pictures; cached."""
+def prepare(name: str, data: str, private: int, size: Size, start: Start) -> Base:
+    """The model of that name, trained on at most 5,000 public pictures; cached. There may be fewer private pictures."""
     source = source_for(name, data)
     first = load(source, "test", indices=[0])
-    shape = (first.images.shape[1], first.images.shape[2], first.images.shape[3])
-    classes = 2 if name in BINARY else max(len(first.classes), 2)
+    shape, classes = shape_of(first), 2 if name in BINARY else max(len(first.classes), 2)
     architecture = Architecture(name, shape, classes)
     pool = public_pool(source, "train", shape=shape, limit=POOL)
     pool = replace(pool, labels=pool.labels % classes)
-    training = replace(pool, images=pool.images[:TRAINING], labels=pool.labels[:TRAINING])
-    module = prepare_model(architecture, train_on=training, epochs=EPOCHS, on_step=start(f"training {name}"))
+    training = rows_of(pool, 0, TRAINING)
+    module = prepare_model(architecture, train_on=training, epochs=EPOCHS[size], on_step=start(f"training {name}"))
     # Pairs and priors come from pictures that the model was not trained on, where there are enough.
-    rest = pool.images[TRAINING:] if len(pool.images) > TRAINING + 1_000 else pool.images
-    labels = pool.labels[TRAINING:] if len(pool.images) > TRAINING + 1_000 else pool.labels
-    public = replace(pool, images=rest[DECOYS:], labels=labels[DECOYS:])
-    rows = range(10) if source == "embedded" else range(100, 100 + private)
-    held = load(source, "test", indices=list(rows)[:private])
+    rest = rows_of(pool, TRAINING, POOL) if len(pool.images) > TRAINING + 1_000 else pool
+    public = rows_of(rest, DECOYS, POOL)
+    # Of the embedded pictures the first ten show a photograph's whole square.
+    held = load(source, "test", limit=min(private, 10)) if source == "embedded" else unseen(source, FIRST, private)
     enough = len(public.images) >= public.images[0].numel() / 2
     prior = GaussianPrior.fit(public.images) if enough else None
     model = Model.of(module, architecture)
-    return Base(model, public, rest[:DECOYS], replace(held, labels=held.labels % classes), prior)
+    return Base(model, public, rest.images[:DECOYS], replace(held, labels=held.labels % classes), prior, private)
 
 
-def blank(base: Base, rank: int, recipe: Recipe | None = ONE_STEP, *, batch: int = 1, seed: int = 0) -> Adapter:
-    """An adapter that has learnt nothing yet, started as PEFT does: A uniform (Kaiming), B = 0, s = 1."""
-    generator, start = torch.Generator().manual_seed(seed), {}
-    for module in base.modules:
-        weight = base.model.parameters[f"{module}.weight"]
-        A = 2 * torch.rand(rank, *weight.shape[1:], generator=generator) - 1
-        start[f"{module}.lora_A"] = A / weight[0].numel() ** 0.5
-        start[f"{module}.lora_B"] = torch.zeros(len(weight), rank, *[1] * (weight.dim() - 2))
+def before(data: str, size: Size, bases: Iterable[Base]) -> str:
+    """How a sentence about these models begins."""
+    notes = list[str]()
+    for base in bases:
+        name, source = base.model.architecture.name, base.private.source
+        notes += [f"{name} on {name_of(source)}"] if source != data else []
+        notes.append(shortage(f"private pictures for {name}", base.wanted, len(base.private.labels)))
+    return opening(data, size, *notes)
+
+
+def blank(base: Base, rank: int, recipe: Recipe | None = ONE_STEP, *, batch: int = 1, seed: int = 0) -> PictureObservation:
+    """An adapter that has learnt nothing yet, with s = 1."""
+    start = lora_start(base.model, base.modules, rank, torch.Generator().manual_seed(seed))
+    release = Adapter(start=start, scaling=dict.fromkeys(base.modules, 1.0), recipe=recipe)
     released = {name: tensor for name, tensor in start.items() if name.endswith("lora_B")}
-    scaling = dict.fromkeys(base.modules, 1.0)
-    return Adapter(model=base.model, released=released, start=start, scaling=scaling, recipe=recipe, batch_size=batch)
+    return Observation(model=base.model, release=release, released=released, batch_size=batch)
 
 
-def trained(adapter: Adapter, images: Tensor, labels: Tensor) -> Adapter:
-    """The adapter after its recipe on these pictures."""
+def trained(adapter: PictureObservation, images: Tensor, labels: Tensor) -> PictureObservation:
+    """The adapter after its recipe on these pictures, beside the A that it started from."""
     return replace(adapter, released={k: v.detach() for k, v in adapter.simulate(images, labels).items()})
 
 
 def full_gradient(base: Base, images: Tensor, labels: Tensor) -> PictureObservation:
     """The whole gradient of the adapted weights at the start of training, which the adapter is a sketch of."""
-    names = [f"{module}.weight" for module in base.modules]
-    frozen = tuple(name for name in base.model.parameters if name not in names)
-    nothing = {name: torch.zeros_like(base.model.parameters[name]) for name in names}
-    empty = Gradient(model=replace(base.model, frozen=frozen), released=nothing, batch_size=len(labels))
-    return replace(empty, released={k: v.detach() for k, v in empty.simulate(images, labels).items()})
+    weights = {f"{module}.weight": base.model.parameters[f"{module}.weight"] for module in base.modules}
+    model = replace(base.model, frozen=tuple(name for name in base.model.parameters if name not in weights))
+    gradient = Gradient().simulate(model, weights, images, labels)
+    return Observation(model=model, released={k: v.detach() for k, v in gradient.items()}, batch_size=len(labels))
 
 
-def scores(base: Base, found: Sequence[Tensor], truth: Sequence[Tensor]) -> dict[str, Any]:
-    """One row: means over all pictures; found and truth are batches, matched within each."""
-    pairs = [(images[metrics.match(images, true)], true) for images, true in zip(found, truth, strict=True)]
+def scores(base: Base, recovered: Sequence[Tensor], truth: Sequence[Tensor]) -> Row:
+    """One row: means over all pictures; both are batches, matched within each."""
+    pairs = [(images[metrics.match(images, true)], true) for images, true in zip(recovered, truth, strict=True)]
     images, true = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     blind = metrics.mean_image(base.public.images).expand_as(true)
     psnr_db, mean_psnr_db = metrics.psnr_db(images, true), metrics.psnr_db(blind, true)

@@ -3,7 +3,7 @@ the start of a LoRA fine-tuning, inverted; the same when it is known to a cosine
 what a decoder's fidelity is worth); batches.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,47 +11,50 @@ import torch
 from matplotlib.figure import Figure
 
 from gradleak.attacks.map_inversion import MapInversion
-from gradleak.attacks.search.descend import OnStep
 from gradleak.attacks.token_span import TokenSpan
 from gradleak.observations.observation import PictureObservation
 from gradleak.observations.tensors import flatten
-from gradleak.studies.findings import Findings, plot
-from gradleak.studies.lora_victims import Base, full_gradient, prepare, scores
+from gradleak.report.record import Plot
+from gradleak.studies.findings import Findings, Row, Size, Start, name_of, plot
+from gradleak.studies.lora_victims import Base, before, full_gradient, prepare, scores
 from gradleak.studies.phase2 import attacked
 
-Start = Callable[[str], OnStep]
 COSINES, BATCHES = (1.0, 0.99, 0.95, 0.9, 0.85, 0.8), (1, 2, 4, 8, 16)
-# pictures for (mlp1000, convnet, vit), for the curve, batches; evaluations per prior weight
-SIZES = {"quick": (2, 2, 1, 1, 1, 15), "small": (8, 12, 4, 6, 1, 60), "paper": (50, 50, 20, 20, 5, 150)}
+# pictures for (mlp1000, convnet, vit), for the curve, batches; evaluations per prior weight; cosines of the curve, batch sizes
+SIZES: dict[Size, tuple[tuple[int, int, int], int, int, int, tuple[float, ...], tuple[int, ...]]] = {
+    "smoke": ((2, 2, 1), 1, 1, 15, COSINES, BATCHES),
+    "small": ((8, 12, 4), 6, 1, 60, COSINES, BATCHES),
+    "paper": ((50, 50, 20), 20, 5, 150, COSINES, BATCHES),
+}
 VICTIMS = ("mlp1000", "convnet", "vit")
 
 
-def run(data: str, size: str, *, seed: int, device: str, start: Start) -> Iterator[Findings]:
+def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]:
     """Yields after every attack; the findings so far."""
-    *counts, curve, batches, evaluations = SIZES["quick" if data in ("embedded", "digits") else size]
-    rows: list[dict[str, Any]] = []
-    bases = {}
+    counts, curve, batches, evaluations, cosines, batch_sizes = SIZES[size]
+    rows: list[Row] = []
+    bases = dict[str, Base]()
     for name, count in zip(VICTIMS, counts, strict=True):
-        bases[name] = base = prepare(name, data, max(count, curve, max(BATCHES)), start)
+        bases[name] = base = prepare(name, data, max(count, curve, *batch_sizes), size, start)
         attack = MapInversion(prior=base.prior, evaluations=evaluations)
         rows.append(measured(base, name, "map-inversion", attack, count, 1.0, 1, seed, start))
         if name == "vit":
             rows.append(measured(base, name, "token-span", TokenSpan(), count, 1.0, 1, seed, start))
-        yield findings(rows)
-    for value in COSINES:
+        yield findings(rows).after(before(data, size, bases.values()))
+    for value in cosines:
         for name, label in (("convnet", "map-inversion"), ("vit", "token-span")):
             base = bases[name]
             other = TokenSpan() if name == "vit" else MapInversion(prior=base.prior, evaluations=evaluations)
             rows.append({**measured(base, name, label, other, curve, value, 1, seed, start), "curve": True})
-        yield findings(rows)
-    for batch in BATCHES:
+        yield findings(rows).after(before(data, size, bases.values()))
+    for batch in batch_sizes:
         base = bases["convnet"]
         if batch * batches <= len(base.private.labels):
             attack = MapInversion(prior=base.prior, evaluations=evaluations)
             rows.append(
                 measured(base, "convnet", "map-inversion, labels known", attack, batches, 1.0, batch, seed, start)
             )
-            yield findings(rows)
+            yield findings(rows).after(before(data, size, bases.values()))
 
 
 def measured(
@@ -64,18 +67,17 @@ def measured(
     batch: int,
     seed: int,
     start: Start,
-) -> dict[str, Any]:
+) -> Row:
     """One row: `count` batches, whose gradients are known to the cosine `value`."""
     generator = torch.Generator().manual_seed(seed)
-    chunks = [
-        (base.private.images[i * batch : (i + 1) * batch], base.private.labels[i * batch : (i + 1) * batch])
-        for i in range(min(count, len(base.private.labels) // batch))
-    ]
+    private = base.batches(batch, count)
     # The label is taken as known here: the question is what the gradient says of the picture.
-    seen = [replace(perturbed(full_gradient(base, x, y), value, generator), labels=y) for x, y in chunks]
-    found, seconds = attacked(base, attack, seen, seed, start(f"{name}, cosine {value}, batch {batch}"))
-    about = {"victim": name, "attack": label, "cosine": value, "batch": batch}
-    return {**about, **scores(base, found, [x for x, _ in chunks]), "seconds": round(seconds / len(seen), 2)}
+    seen = [
+        replace(perturbed(full_gradient(base, p.images, p.labels), value, generator), labels=p.labels) for p in private
+    ]
+    images, seconds = attacked(base, attack, seen, seed, start(f"{name}, cosine {value}, batch {batch}"))
+    about = {"victim": name, "data": name_of(base.private.source), "attack": label, "cosine": value, "batch": batch}
+    return {**about, **scores(base, images, [p.images for p in private]), "seconds": round(seconds / len(seen), 2)}
 
 
 def perturbed(gradient: PictureObservation, cosine: float, generator: torch.Generator) -> PictureObservation:
@@ -90,7 +92,7 @@ def perturbed(gradient: PictureObservation, cosine: float, generator: torch.Gene
     return replace(gradient, released=shaped)
 
 
-def findings(rows: list[dict[str, Any]]) -> Findings:
+def findings(rows: list[Row]) -> Findings:
     """The table, the transfer curve, and what the perfect gradient gives in words."""
     table = [{key: value for key, value in row.items() if key != "curve"} for row in rows]
     parts = [
@@ -102,7 +104,7 @@ def findings(rows: list[dict[str, Any]]) -> Findings:
     return Findings(table, "From the perfect gradient: " + "; ".join(dict.fromkeys(parts)) + ".", plots)
 
 
-def transfer(rows: list[dict[str, Any]]) -> Any:
+def transfer(rows: list[Row]) -> Plot:
     """PSNR against the cosine at which the gradient is known, and against the batch size."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)

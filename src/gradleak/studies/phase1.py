@@ -5,8 +5,7 @@ on adapters of one picture and one step.
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,29 +14,50 @@ from matplotlib.figure import Figure
 from gradleak.attacks.decoders.mlp import MLP
 from gradleak.attacks.decoders.ridge import PseudoInverse, Ridge
 from gradleak.attacks.decoders.unet import UNet
-from gradleak.attacks.search.descend import OnStep
+from gradleak.errors import BadInput
 from gradleak.modalities.pictures import Pictures, load, public_pool
 from gradleak.observations.distances import cosine
-from gradleak.observations.releases import Adapter
+from gradleak.observations.observation import PictureObservation
 from gradleak.observations.tensors import Tensors
 from gradleak.observations.training import Recipe
-from gradleak.studies.findings import Findings, plot
-from gradleak.studies.lora_victims import Base, blank, full_gradient, prepare, trained
+from gradleak.report.record import Plot
+from gradleak.studies.data_sets import beside, rows_of
+from gradleak.studies.findings import Findings, Row, Size, Start, plot, rectangular
+from gradleak.studies.lora_victims import Base, before, blank, full_gradient, prepare, trained
 from gradleak.studies.phase2 import raw
 
-Start = Callable[[str], OnStep]
-RANKS, BATCHES, STEPS, PAIRS = (2, 4, 8, 16, 32), (1, 2, 4), (2, 5, 10, 50), (250, 500, 1_000)
-# held-out pictures, public pairs, whether the trained decoders are fitted too
-SIZES = {"quick": (8, 250, False), "small": (60, 1_800, True), "paper": (500, 2_000, True)}
+Decoder = Callable[[PictureObservation], PictureObservation]
+FIRST_RANK = 8  # of the rows that are not about ranks
 
 
-def plain_ridge(blank: Adapter, public: Pictures, generator: torch.Generator) -> Any:
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """held_out, pairs: pictures; the ranks, batch sizes, steps and numbers of pairs that are compared; the decoders that are
+    trained by gradient descent."""
+
+    held_out: int
+    pairs: int
+    ranks: tuple[int, ...] = (2, 4, 8, 16, 32)
+    batches: tuple[int, ...] = (2, 4)
+    steps: tuple[int, ...] = (2, 5, 10, 50)
+    fewer: tuple[int, ...] = (250, 500, 1_000)
+    descent: tuple[str, ...] = ("mlp", "unet")
+
+
+SIZES: dict[Size, Effort] = {
+    "smoke": Effort(held_out=8, pairs=250, descent=()),
+    "small": Effort(held_out=60, pairs=1_800),
+    "paper": Effort(held_out=500, pairs=2_000),
+}
+
+
+def plain_ridge(blank: PictureObservation, public: Pictures, generator: torch.Generator) -> Decoder:
     """Ridge regression with one second moment a layer, and without the softmax equations."""
     return Ridge.fit(blank, public.images, public.labels, generator=generator, groups=1, softmax=False)
 
 
-FITS: dict[str, Callable[[Adapter, Pictures, torch.Generator], Any]] = {
-    "B A as gradient": lambda a, p, g: lambda adapter: raw(adapter),
+FITS: dict[str, Callable[[PictureObservation, Pictures, torch.Generator], Decoder]] = {
+    "B A as gradient": lambda a, p, g: raw,
     "pseudo-inverse": lambda a, p, g: PseudoInverse(),
     "plain ridge": plain_ridge,
     "ridge": lambda a, p, g: Ridge.fit(a, p.images, p.labels, generator=g),
@@ -46,59 +66,61 @@ FITS: dict[str, Callable[[Adapter, Pictures, torch.Generator], Any]] = {
 }
 
 
-def run(data: str, size: str, *, seed: int, device: str, start: Start) -> Iterator[Findings]:
+def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]:
     """Yields after every decoder that was fitted and measured; the findings so far."""
-    held_out, pairs, with_trained = SIZES["quick" if data in ("embedded", "digits") else size]
-    base = prepare("vit", data, held_out, start)
-    rows: list[dict[str, Any]] = []
+    effort = SIZES[size]
+    base = prepare("vit", data, effort.held_out, size, start)
+    rows, opening = list[Row](), before(data, size, [base])
 
-    def measure(decoder: str, public: Pictures, told: str, rank: int = 8, private: Pictures = base.private) -> Any:
-        generator = torch.Generator().manual_seed(seed)
-        chosen = replace(public, images=public.images[:pairs], labels=public.labels[:pairs])
+    def measure(name: str, public: Pictures, kind: str, rank: int = FIRST_RANK, private: Pictures | None = None) -> Decoder:
+        generator, chosen = torch.Generator().manual_seed(seed), rows_of(public, 0, effort.pairs)
         began = time.process_time()
-        fitted = FITS[decoder](blank(base, rank, seed=seed), chosen, generator)
+        decoder = FITS[name](blank(base, rank, seed=seed), chosen, generator)
         seconds = round(time.process_time() - began, 1)
-        about = {"decoder": decoder, "rank": rank, "batch": 1, "steps": 1, "pairs": len(chosen.labels), "public": told}
-        rows.append({**about, **fidelity(base, fitted, rank, 1, 1, seed, private), "fit_seconds": seconds})
-        return fitted
+        about = {"decoder": name, "rank": rank, "batch": 1, "steps": 1, "pairs": len(chosen.labels), "public": kind}
+        rows.append({**about, **fidelity(base, decoder, rank, 1, 1, seed, private or base.private), "fit_seconds": seconds})
+        return decoder
 
-    for rank in RANKS:
-        for decoder in ("B A as gradient", "pseudo-inverse", "plain ridge", "ridge"):
-            fitted = measure(decoder, base.public, "same", rank)
-            yield findings(rows)
-        for batch in BATCHES[1:]:
-            about = {"decoder": "ridge", "rank": rank, "batch": batch, "steps": 1, "pairs": pairs, "public": "same"}
-            rows.append({**about, **fidelity(base, fitted, rank, batch, 1, seed, base.private)})
-        if rank == 8:
-            for steps in STEPS:
-                about = {"decoder": "ridge", "rank": 8, "batch": 1, "steps": steps, "pairs": pairs, "public": "same"}
-                rows.append({**about, **fidelity(base, fitted, 8, 1, steps, seed, base.private)})
-            rows += by_layer(base, fitted, seed, pairs)
-        yield findings(rows)
-    for count in PAIRS:
-        few = replace(base.public, images=base.public.images[:count], labels=base.public.labels[:count])
+    pairs = min(effort.pairs, len(base.public.labels))
+    for rank in effort.ranks:
+        for name in ("B A as gradient", "pseudo-inverse", "plain ridge", "ridge"):
+            decoder = measure(name, base.public, "same", rank)
+            yield findings(rows).after(opening)
+        about: Row = {"decoder": "ridge", "rank": rank, "batch": 1, "steps": 1, "pairs": pairs, "public": "same"}
+        for batch in effort.batches:
+            rows.append({**about, "batch": batch, **fidelity(base, decoder, rank, batch, 1, seed, base.private)})
+        if rank == FIRST_RANK:
+            for steps in effort.steps:
+                rows.append({**about, "steps": steps, **fidelity(base, decoder, rank, 1, steps, seed, base.private)})
+            rows += [{**about, **row} for row in by_layer(base, decoder, seed)]
+        yield findings(rows).after(opening)
+    for count in effort.fewer:
         if count < pairs:
-            measure("ridge", few, "same")
-            yield findings(rows)
-    for told, public, private in proxies(base, data, held_out):
-        measure("ridge", public, told, private=private)
-        measure("plain ridge", public, told, private=private)
-        yield findings(rows)
-    for decoder in ("mlp", "unet") if with_trained else ():
-        measure(decoder, base.public, "same")
-        yield findings(rows)
+            measure("ridge", rows_of(base.public, 0, count), "same")
+            yield findings(rows).after(opening)
+    for kind, public, private in proxies(base, data, effort.held_out):
+        measure("ridge", public, kind, private=private)
+        measure("plain ridge", public, kind, private=private)
+        yield findings(rows).after(opening)
+    for name in effort.descent:
+        measure(name, base.public, "same")
+        yield findings(rows).after(opening)
 
 
-def fidelity(
-    base: Base, decoder: Any, rank: int, batch: int, steps: int, seed: int, private: Pictures
-) -> dict[str, Any]:
-    """Mean cosine to the gradient at the start of training: of the whole, and mean over layers but the last."""
+def fidelity(base: Base, decoder: Decoder, rank: int, batch: int, steps: int, seed: int, private: Pictures) -> Row:
+    """Mean cosine to the gradient at the start of training: of the whole, and mean over layers but the last.
+
+    Where training diverges, its reason as `note`.
+    """
     whole, layers = [], []
     for i in range(len(private.labels) // batch if steps == 1 else min(len(private.labels), 20)):
-        images, labels = (t[i * batch : (i + 1) * batch] for t in (private.images, private.labels))
+        some = rows_of(private, i * batch, batch)
         recipe = Recipe(learning_rate=0.01, steps=steps)
-        decoded = decoder(trained(blank(base, rank, recipe, batch=batch, seed=seed), images, labels)).released
-        true = full_gradient(base, images, labels).released
+        try:
+            adapter = trained(blank(base, rank, recipe, batch=batch, seed=seed), some.images, some.labels)
+        except BadInput as reason:
+            return {"cosine": None, "cosine_layers": None, "tested": i, "note": str(reason)}
+        decoded, true = decoder(adapter).released, full_gradient(base, some.images, some.labels).released
         whole.append(similarity(decoded, true))
         layers.append([similarity({k: decoded[k]}, {k: true[k]}) for k in list(true)[:-1]])
     mean = torch.tensor(layers).mean()
@@ -110,44 +132,40 @@ def similarity(a: Tensors, b: Tensors) -> float:
     return 1 - float(cosine(a, {name: b[name] for name in a}))
 
 
-def by_layer(base: Base, decoder: Any, seed: int, pairs: int) -> list[dict[str, Any]]:
-    """One row per kind of layer, mean over blocks and pictures, at rank 8."""
-    found: dict[str, list[float]] = {}
-    for image, label in list(zip(base.private.images.split(1), base.private.labels.split(1), strict=True))[:20]:  # type: ignore[no-untyped-call]
-        decoded = decoder(trained(blank(base, 8, seed=seed), image, label)).released
-        true = full_gradient(base, image, label).released
+def by_layer(base: Base, decoder: Decoder, seed: int) -> list[Row]:
+    """One row per kind of layer, mean over blocks and pictures, at the first rank."""
+    cosines: dict[str, list[float]] = {}
+    for one in base.batches(1, 20):
+        decoded = decoder(trained(blank(base, FIRST_RANK, seed=seed), one.images, one.labels)).released
+        true = full_gradient(base, one.images, one.labels).released
         for name in true:
             kind = name.removesuffix(".weight").rpartition(".")[2]
-            found.setdefault(kind, []).append(similarity({name: decoded[name]}, {name: true[name]}))
-    about = {"decoder": "ridge", "rank": 8, "batch": 1, "steps": 1, "pairs": pairs, "public": "same"}
-    return [{**about, "layer": k, "cosine": round(sum(v) / len(v), 4), "tested": len(v)} for k, v in found.items()]
+            cosines.setdefault(kind, []).append(similarity({name: decoded[name]}, {name: true[name]}))
+    return [{"layer": k, "cosine": round(sum(v) / len(v), 4), "tested": len(v)} for k, v in cosines.items()]
 
 
 def proxies(base: Base, data: str, held_out: int) -> Iterator[tuple[str, Pictures, Pictures]]:
     """(description, public, private) where the two are of different kinds: the data sets beside `data`, if there."""
     shape = base.model.architecture.input_shape
-    beside = Path(data).parent
-    if (beside / "imagenet_sample").is_dir():
-        public = public_pool(beside / "imagenet_sample", "train", shape=shape, limit=2_000)
+    if (folder := beside(data, "imagenet_sample")) is not None:
+        public = public_pool(folder, "train", shape=shape, limit=2_000)
         yield "imagenet_sample -> same", replace(public, labels=public.labels % 10), base.private
-    if (beside / "orl_faces").is_dir():
-        faces = load(beside / "orl_faces", "train", limit=held_out, resize=shape[1:])
+    if (folder := beside(data, "orl_faces")) is not None:
+        faces = load(folder, "train", limit=held_out, resize=shape[1:])
         private = replace(faces, images=faces.images.expand(-1, shape[0], -1, -1), labels=faces.labels % 10)
         yield "same -> orl_faces", base.public, private
 
 
-def findings(rows: list[dict[str, Any]]) -> Findings:
+def findings(rows: list[Row]) -> Findings:
     """The table, the curves by rank and by steps, and the ridge decoder in words."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    table = [{key: row.get(key) for key in columns} for row in rows]
     own = [row for row in rows if row["decoder"] == "ridge" and "fit_seconds" in row and row["public"] == "same"]
-    best = {row["rank"]: row["cosine"] for row in reversed(own)}
+    best = {row["rank"]: row["cosine"] for row in reversed(own) if row["cosine"] is not None}
     words = ", ".join(f"{value:.3f} at r = {rank}" for rank, value in sorted(best.items()))
     sentence = f"Cosine of the gradient decoded by ridge to the true one, one picture, one step: {words}."
-    return Findings(table, sentence, [curves(rows)] if len(best) > 1 else [])
+    return Findings(rectangular(rows), sentence, [curves(rows)] if len(best) > 1 else [])
 
 
-def curves(rows: list[dict[str, Any]]) -> Any:
+def curves(rows: list[Row]) -> Plot:
     """The cosine by rank for every decoder, and by steps for ridge."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -160,7 +178,8 @@ def curves(rows: list[dict[str, Any]]) -> Any:
         }
         left.plot(sorted(points), [points[rank] for rank in sorted(points)], marker="o", label=decoder)
     left.set(xscale="log", xlabel="rank", ylabel="cosine to the true gradient", title="one picture, one step")
-    left.set_xticks(RANKS, map(str, RANKS))
+    ranks = sorted({row["rank"] for row in rows})
+    left.set_xticks(ranks, map(str, ranks))
     left.minorticks_off()
     left.legend(fontsize=7)
     steps = {

@@ -23,59 +23,74 @@ from gradleak.attacks.map_inversion import MapInversion
 from gradleak.attacks.reconstruction import Reconstruction
 from gradleak.attacks.search.descend import OnStep
 from gradleak.audit.bound import identifiability
-from gradleak.errors import NotObserved
+from gradleak.errors import BadInput, NotObserved
 from gradleak.observations.observation import PictureObservation
 from gradleak.observations.releases import Adapter, product
 from gradleak.observations.training import Recipe
-from gradleak.studies.findings import Findings, plot
-from gradleak.studies.lora_victims import ONE_STEP, Base, blank, full_gradient, prepare, scores, trained
+from gradleak.report.record import Plot
+from gradleak.studies.data_sets import rows_of
+from gradleak.studies.findings import Findings, Row, Size, Start, name_of, plot, rectangular
+from gradleak.studies.lora_victims import ONE_STEP, Base, before, blank, full_gradient, prepare, scores, trained
 
-Start = Callable[[str], OnStep]
-RANKS, BATCHES, FEW, PAIRS = (2, 4, 8, 16), (1, 2, 4), 4, 1_000
-# pictures for (convnet, vit, mlp1000), for the ablations, per cell of the map; evaluations per prior weight
-SIZES = {"quick": (4, 2, 4, 2, 1, 20), "small": (16, 16, 50, 4, 2, 60), "paper": (200, 50, 200, 20, 10, 150)}
+FEW, PAIRS = 4, 1_000
 VICTIMS = (("convnet", 8), ("vit", 16), ("mlp1000", 8))
 
 
-def run(data: str, size: str, *, seed: int, device: str, start: Start) -> Iterator[Findings]:
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """pictures for each of VICTIMS, for the ablations, batches per cell of the map; evaluations per prior weight; the public
+    pictures that decoders and starts learn from; ranks and batch sizes of the map."""
+
+    pictures: tuple[int, int, int]
+    ablation: int
+    per_cell: int
+    evaluations: int
+    pairs: int = PAIRS
+    ranks: tuple[int, ...] = (2, 4, 8, 16)
+    batches: tuple[int, ...] = (1, 2, 4)
+
+
+SIZES: dict[Size, Effort] = {
+    "smoke": Effort(pictures=(4, 2, 4), ablation=2, per_cell=1, evaluations=20),
+    "small": Effort(pictures=(16, 16, 50), ablation=4, per_cell=2, evaluations=60),
+    "paper": Effort(pictures=(200, 50, 200), ablation=20, per_cell=10, evaluations=150),
+}
+
+
+def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]:
     """Yields after every attack; the findings so far."""
-    *counts, ablation, per_cell, evaluations = SIZES["quick" if data in ("embedded", "digits") else size]
-    rows: list[dict[str, Any]] = []
-    bases = {}
-    for (name, rank), count in zip(VICTIMS, counts, strict=True):
-        bases[name] = base = prepare(name, data, count, start)
-        for row in one_step(base, name, rank, evaluations, seed, start):
+    effort = SIZES[size]
+    rows: list[Row] = []
+    bases = dict[str, Base]()
+    for (name, rank), count in zip(VICTIMS, effort.pictures, strict=True):
+        bases[name] = base = prepare(name, data, count, size, start)
+        for row in one_step(base, name, rank, effort, seed, start):
             rows.append(row)
-            yield findings(rows)
+            yield findings(rows).after(before(data, size, bases.values()))
     base = bases["convnet"]
     for recipe, known in (
         *[(Recipe(learning_rate=0.01, steps=steps), True) for steps in (2, 5, 10)],
         (ONE_STEP, False),
         (Recipe(optimizer="adam", learning_rate=1e-3, steps=1), False),
     ):
-        rows.append(recipes(base, recipe, known, ablation, evaluations, seed))
-        yield findings(rows)
-    for batch in BATCHES:
-        for rank in RANKS:
-            rows.append(cell(base, rank, batch, per_cell, evaluations, seed, start))
-            yield findings(rows)
+        rows.append(recipes(base, recipe, known, effort.ablation, effort.evaluations, seed))
+        yield findings(rows).after(before(data, size, bases.values()))
+    for batch in effort.batches:
+        for rank in effort.ranks:
+            rows.append(cell(base, rank, batch, effort.per_cell, effort.evaluations, seed, start))
+            yield findings(rows).after(before(data, size, bases.values()))
 
 
-def one_step(base: Base, name: str, rank: int, evaluations: int, seed: int, start: Start) -> Iterator[dict[str, Any]]:
+def one_step(base: Base, name: str, rank: int, effort: Effort, seed: int, start: Start) -> Iterator[Row]:
     """The attacks and controls on adapters of one picture after one SGD step."""
-    private = base.private
-    adapters = [
-        trained(blank(base, rank, seed=seed), private.images[i : i + 1], private.labels[i : i + 1])
-        for i in range(len(private.labels))
-    ]
+    private, public = base.batches(1, len(base.private.labels)), rows_of(base.public, 0, effort.pairs)
+    adapters = [trained(blank(base, rank, seed=seed), one.images, one.labels) for one in private]
     empty = [not any(bool(t.any()) for t in adapter.released.values()) for adapter in adapters]
-    decoder = Ridge.fit(
-        blank(base, rank, seed=seed),
-        base.public.images[:PAIRS],
-        base.public.labels[:PAIRS],
-        generator=torch.Generator().manual_seed(seed),
+    generator = torch.Generator().manual_seed(seed)
+    decoder = Ridge.fit(blank(base, rank, seed=seed), public.images, public.labels, generator=generator)
+    plain, learned = (
+        MapInversion(prior=base.prior, evaluations=effort.evaluations, pairs=n) for n in (0, effort.pairs)
     )
-    plain, learned = (MapInversion(prior=base.prior, evaluations=evaluations, pairs=n) for n in (0, 1_000))
     wrong = [trained(a, base.public.images[i : i + 1], base.public.labels[i : i + 1]) for i, a in enumerate(adapters)]
     few = len(adapters) if name == "convnet" else FEW  # the others take up to half a minute a picture
     runs: dict[str, tuple[Any, Sequence[PictureObservation]]] = {
@@ -87,18 +102,17 @@ def one_step(base: Base, name: str, rank: int, evaluations: int, seed: int, star
         "control: B A as gradient": (plain, [labelled(raw(a), a) for a in adapters[:few]]),
     }
     if name == "vit":
-        whole = [
-            full_gradient(base, private.images[i : i + 1], private.labels[i : i + 1]) for i in range(len(adapters))
-        ]
+        whole = [full_gradient(base, one.images, one.labels) for one in private]
         runs["full gradient, learned start"] = (learned, [labelled(g, a) for g, a in zip(whole, adapters, strict=True)])
     if name == "mlp1000":
         runs["activation patterns"] = (ActivationPatterns(prior=base.prior), adapters)
         runs["control: another's adapter"] = (ActivationPatterns(prior=base.prior), wrong[:few])
     for label, (attack, seen) in runs.items():
-        found, seconds = attacked(base, attack, seen, seed, start(f"{name}: {label}"))
-        truth = [private.images[i : i + 1] for i in range(len(seen))]
-        about = {"victim": name, "attack": label, "rank": rank, "batch": 1, "steps": 1, "optimizer": "sgd"}
-        yield {**about, "empty": sum(empty), **scores(base, found, truth), "seconds": round(seconds / len(seen), 2)}
+        images, seconds = attacked(base, attack, seen, seed, start(f"{name}: {label}"))
+        truth = [one.images for one in private[: len(seen)]]
+        about = {"victim": name, "data": name_of(base.private.source), "attack": label, "rank": rank, "batch": 1}
+        about |= {"steps": 1, "optimizer": "sgd", "empty": sum(empty)}
+        yield {**about, **scores(base, images, truth), "seconds": round(seconds / len(seen), 2)}
 
 
 @dataclass(frozen=True)
@@ -109,7 +123,6 @@ class Decoded:
     attack: MapInversion
 
     def __call__(self, observation: PictureObservation, *, generator: torch.Generator) -> Reconstruction:
-        assert isinstance(observation, Adapter)
         return self.attack(labelled(self.decoder(observation), observation), generator=generator)
 
 
@@ -119,25 +132,24 @@ def attacked(
     """The pictures, one batch per observation, the mean image where an attack refuses; and CPU seconds."""
     began, generator = time.process_time(), torch.Generator().manual_seed(seed)
     mean = base.public.images.mean(0, keepdim=True)
-    if isinstance(attack, MapInversion) and all(known(o) for o in seen):
-        found = [o.images for o in attack.many(seen, generator=generator, on_step=on_step)]
-        return [torch.where(i.isfinite().all(), i, mean) for i in found], time.process_time() - began
-    found = []
+    if isinstance(attack, MapInversion) and all(scale_known(o) for o in seen):
+        images = [o.value for o in attack.many(seen, generator=generator, on_step=on_step)]
+        return [torch.where(i.isfinite().all(), i, mean) for i in images], time.process_time() - began
+    images = []
     for observation in seen:
         try:
-            images = attack(observation, generator=generator, on_step=on_step).images
+            images.append(attack(observation, generator=generator, on_step=on_step).value)
         except NotObserved:
-            images = mean.expand(observation.batch_size or 1, -1, -1, -1)
-        found.append(images)
-    return found, time.process_time() - began
+            images.append(mean.expand(observation.batch_size or 1, -1, -1, -1))
+    return images, time.process_time() - began
 
 
-def known(observation: PictureObservation) -> bool:
-    """Whether its scale is known, so that it can be attacked beside others."""
-    return not isinstance(observation, Adapter) or observation.recipe is not None
+def scale_known(observation: PictureObservation) -> bool:
+    """Whether it can be attacked beside others."""
+    return not isinstance(observation.release, Adapter) or observation.release.recipe is not None
 
 
-def labelled(gradient: PictureObservation, adapter: Adapter) -> PictureObservation:
+def labelled(gradient: PictureObservation, adapter: PictureObservation) -> PictureObservation:
     """The gradient with the label that the adapter's last layer tells, where it does."""
     try:
         return replace(gradient, labels=known_or_recovered(adapter))
@@ -145,51 +157,51 @@ def labelled(gradient: PictureObservation, adapter: Adapter) -> PictureObservati
         return gradient
 
 
-def raw(adapter: Adapter) -> PictureObservation:
+def raw(adapter: PictureObservation) -> PictureObservation:
     """B A taken for the gradient, as if nothing had to be decoded."""
-    factors = {name: adapter.start[name] + change for name, change in adapter.released.items()}
-    own = {**adapter.start, **factors}
-    made = {f"{m}.weight": -product(own[f"{m}.lora_A"], own[f"{m}.lora_B"]) for m in adapter.scaling}
+    start, scaling = adapter.adapter.start, adapter.adapter.scaling
+    own = {**start, **{name: start[name] + change for name, change in adapter.released.items()}}
+    made = {f"{m}.weight": -product(own[f"{m}.lora_A"], own[f"{m}.lora_B"]) for m in scaling}
     return as_observation(adapter, made)
 
 
-def recipes(base: Base, recipe: Recipe, told: bool, count: int, evaluations: int, seed: int) -> dict[str, Any]:
-    """More steps, or a recipe that the attacker is not told."""
-    private, attack = base.private, MapInversion(prior=base.prior, evaluations=evaluations, pairs=500)
-    seen = []
-    for i in range(min(count, len(private.labels))):
-        made = trained(blank(base, 8, recipe, seed=seed), private.images[i : i + 1], private.labels[i : i + 1])
-        # A is released as it ended; the attacker takes it for where it began.
-        seen.append(made if told else replace(made, recipe=None))
-    found, seconds = attacked(base, attack, seen, seed)
-    truth = [private.images[i : i + 1] for i in range(len(seen))]
-    about = {"victim": "convnet", "attack": "recipe known" if told else "recipe unknown", "rank": 8, "batch": 1}
+def recipes(base: Base, recipe: Recipe, known: bool, count: int, evaluations: int, seed: int) -> Row:
+    """More steps, or a recipe that the attacker does not know; where training diverges, its reason as `note`."""
+    private, attack = base.batches(1, count), MapInversion(prior=base.prior, evaluations=evaluations, pairs=500)
+    about = {"victim": "convnet", "data": name_of(base.private.source)}
+    about |= {"attack": "recipe known" if known else "recipe unknown", "rank": 8, "batch": 1}
     about |= {"steps": recipe.steps, "optimizer": recipe.optimizer, "empty": 0}
-    return {**about, **scores(base, found, truth), "seconds": round(seconds / len(seen), 2)}
+    try:
+        seen = [trained(blank(base, 8, recipe, seed=seed), one.images, one.labels) for one in private]
+    except BadInput as reason:
+        return {**about, "note": str(reason)}
+    if not known:  # A is released as it ended; the attacker takes it for where it began
+        seen = [replace(adapter, release=replace(adapter.adapter, recipe=None)) for adapter in seen]
+    images, seconds = attacked(base, attack, seen, seed)
+    return {**about, **scores(base, images, [one.images for one in private]), "seconds": round(seconds / len(seen), 2)}
 
 
-def cell(base: Base, rank: int, batch: int, count: int, evaluations: int, seed: int, start: Start) -> dict[str, Any]:
+def cell(base: Base, rank: int, batch: int, count: int, evaluations: int, seed: int, start: Start) -> Row:
     """One cell of the map: rank against batch size, labels known, and what is identifiable at noise 1e-3."""
     attack = MapInversion(prior=base.prior, evaluations=evaluations, pairs=500)
-    chunks = [
-        (base.private.images[i * batch : (i + 1) * batch], base.private.labels[i * batch : (i + 1) * batch])
-        for i in range(min(count, len(base.private.labels) // batch))
+    private = base.batches(batch, count)
+    seen = [
+        replace(trained(blank(base, rank, batch=batch, seed=seed), some.images, some.labels), labels=some.labels)
+        for some in private
     ]
-    seen = [replace(trained(blank(base, rank, batch=batch, seed=seed), x, y), labels=y) for x, y in chunks]
-    found, seconds = attacked(base, attack, seen, seed, start(f"rank {rank}, batch {batch}"))
-    about = {"victim": "convnet", "attack": "map", "rank": rank, "batch": batch, "steps": 1, "optimizer": "sgd"}
-    row = {**about, "empty": 0, **scores(base, found, [x for x, _ in chunks]), "seconds": round(seconds / len(seen), 2)}
+    images, seconds = attacked(base, attack, seen, seed, start(f"rank {rank}, batch {batch}"))
+    about = {"victim": "convnet", "data": name_of(base.private.source), "attack": "map", "rank": rank, "batch": batch}
+    about |= {"steps": 1, "optimizer": "sgd", "empty": 0}
+    row = {**about, **scores(base, images, [some.images for some in private]), "seconds": round(seconds / len(seen), 2)}
     if batch <= 2:
-        told = identifiability(seen[0], *chunks[0])
-        level = told.noise_levels.index(1e-3)
-        row |= {"determined": told.determined[level], "explained": round(told.explained[level], 3)}
+        known = identifiability(seen[0], private[0].images, private[0].labels)
+        level = known.noise_levels.index(1e-3)
+        row |= {"determined": known.determined[level], "explained": round(known.explained[level], 3)}
     return row
 
 
-def findings(rows: list[dict[str, Any]]) -> Findings:
+def findings(rows: list[Row]) -> Findings:
     """The table, both maps, and the best attack per model in words."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    table = [{key: row.get(key) for key in columns} for row in rows]
     parts = []
     for name, _ in VICTIMS:
         own = [row for row in rows if row["victim"] == name and row["attack"][0] in "(a"]
@@ -200,27 +212,28 @@ def findings(rows: list[dict[str, Any]]) -> Findings:
                 f"dB of the mean image, better on {best['beats_mean_psnr']:.0%}, top-1 of 100 {best['top1_of_100']:.0%}"
             )
     sentence = "From the adapter of one step alone. " + "; ".join(parts) + "."
-    return Findings(table, sentence, [maps(rows)] if any(row["attack"] == "map" for row in rows) else [])
+    return Findings(rectangular(rows), sentence, [maps(rows)] if any(row["attack"] == "map" for row in rows) else [])
 
 
-def maps(rows: list[dict[str, Any]]) -> Any:
+def maps(rows: list[Row]) -> Plot:
     """Rank against batch size: decibels above the mean image, and the share of the pixels' variance that is determined."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     cells = [row for row in rows if row["attack"] == "map"]
-    panels: tuple[tuple[str, Callable[[dict[str, Any]], float]], ...] = (
+    ranks, batches = (sorted({row[key] for row in cells}) for key in ("rank", "batch"))
+    panels: tuple[tuple[str, Callable[[Row], float]], ...] = (
         ("PSNR above the mean image, dB", lambda row: row["psnr_db"] - row["mean_image_psnr_db"]),
         ("variance explained at noise 1e-3", lambda row: row.get("explained", float("nan"))),
     )
     for axes, (title, value) in zip(figure.subplots(1, 2), panels, strict=True):
-        grid = torch.full((len(BATCHES), len(RANKS)), torch.nan)
+        grid = torch.full((len(batches), len(ranks)), torch.nan)
         for row in cells:
-            grid[BATCHES.index(row["batch"]), RANKS.index(row["rank"])] = value(row)
+            grid[batches.index(row["batch"]), ranks.index(row["rank"])] = value(row)
         image = axes.imshow(grid.numpy(), cmap="viridis", aspect="auto")
         axes.set(title=title, xlabel="rank", ylabel="batch size")
-        axes.set_xticks(range(len(RANKS)), map(str, RANKS))
-        axes.set_yticks(range(len(BATCHES)), map(str, BATCHES))
-        for y in range(len(BATCHES)):
-            for x in range(len(RANKS)):
+        axes.set_xticks(range(len(ranks)), map(str, ranks))
+        axes.set_yticks(range(len(batches)), map(str, batches))
+        for y in range(len(batches)):
+            for x in range(len(ranks)):
                 axes.text(x, y, f"{float(grid[y, x]):.2g}", ha="center", va="center", color="white")
         figure.colorbar(image, ax=axes)
     return plot("When a convnet's adapter gives its pictures away", figure)

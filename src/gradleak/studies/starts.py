@@ -6,31 +6,31 @@ starts are random, or computed from the public base model (PiSSA, OLoRA): equal 
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from gradleak.attacks.search.descend import OnStep
 from gradleak.audit import metrics
 from gradleak.formats.observation_file import load_tensors
 from gradleak.observations.training import Recipe
-from gradleak.studies.findings import Findings
+from gradleak.studies.data_sets import rows_of
+from gradleak.studies.findings import Findings, Row, Size, Start, opening, shortage
 from gradleak.studies.lora_victims import Base, prepare
 from gradleak.victims.adapter import Init, fine_tune
 
 STARTS: tuple[Init, ...] = (True, "gaussian", "pissa", "olora", "lora_ga")
-RANK, FIRST = 8, "2"  # the first linear layer of mlp1000, after Normalise and Flatten
-SIZES = {"quick": 3, "small": 10, "paper": 50}
+MODEL, FIRST, RANK = "mlp1000", "2", 8  # FIRST is the model's first linear layer, after Normalise and Flatten
+SIZES: dict[Size, int] = {"smoke": 3, "small": 10, "paper": 50}  # private pictures
 
 
-def run(data: str, size: str, *, seed: int, device: str, start: Callable[[str], OnStep]) -> Iterator[Findings]:
+def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]:
     """Yields after every start; the findings so far."""
-    count = SIZES["quick" if data in ("embedded", "digits") else size]
-    base, rows = prepare("mlp1000", data, count + 1, start), list[dict[str, Any]]()
+    wanted = SIZES[size]
+    base, rows = prepare(MODEL, data, wanted + 1, size, start), list[Row]()
+    count = len(base.private.labels) - 1  # one more, whose start they are compared with
+    before = opening(data, size, shortage("private pictures", wanted, count), used=base.private.source)
     for init in STARTS:
         on_step = start(f"start {init}")
         cosines, ranks, psnr_db, same = list[float](), list[int](), list[float](), 0
@@ -57,27 +57,15 @@ def run(data: str, size: str, *, seed: int, device: str, start: Callable[[str], 
         )
         leak = [row for row in rows if row["same_for_another_picture"] < 1]
         names = ", ".join(f"{row['start']} (top-1 of 100: {row['top1_of_100']:.0%})" for row in leak) or "none yet"
-        yield Findings(rows, f"Starts that depend on the private picture: {names}.")
+        yield Findings(rows, f"{before}Starts that depend on the private picture: {names}.")
 
 
 def initial(base: Base, row: int, init: Init, seed: int) -> torch.Tensor:
     """lora_A (rank, pixels) of the first layer as PEFT initialises it for this private picture."""
-    one = replace(base.private, images=base.private.images[row : row + 1], labels=base.private.labels[row : row + 1])
-    module, recipe = base.model.module, Recipe(learning_rate=1.0, steps=1)
-    module.load_state_dict({**module.state_dict(), **base.model.parameters})
+    one, recipe = rows_of(base.private, row, 1), Recipe(learning_rate=1.0, steps=1)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
-        fine_tune(
-            module,
-            base.model.architecture,
-            one,
-            rank=RANK,
-            out=out,
-            recipe=recipe,
-            target_modules=(FIRST,),
-            seed=seed,
-            init=init,
-        )
+        fine_tune(base.model, one, rank=RANK, out=out, recipe=recipe, target_modules=(FIRST,), seed=seed, init=init)
         # With B = 0 the released A is the initial one: one step does not move it.
         saved = out / ("initial" if (out / "initial").is_dir() else "adapter") / "adapter_model.safetensors"
         return next(tensor for name, tensor in load_tensors(saved).items() if "lora_A" in name)

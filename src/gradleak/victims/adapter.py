@@ -1,9 +1,13 @@
-"""Somebody who fine-tunes a model on private data with the PEFT library, and shares the adapter that it saves."""
+"""Somebody who fine-tunes a model on private data with the PEFT library, and shares the adapter that it saves.
+
+`share_adapter` computes the same without PEFT, from a start as PEFT's: for experiments, and for gradients of the factors.
+"""
 
 import difflib
 import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -17,9 +21,11 @@ from gradleak.formats.secret_file import Secret
 from gradleak.modalities.modality import Blueprint
 from gradleak.modalities.networks import ImageTransformer
 from gradleak.modalities.transformers_networks import quiet_transformers
-from gradleak.observations.layers import is_adaptable, is_transposed
+from gradleak.observations.layers import is_adaptable, is_transposed, oriented
 from gradleak.observations.model import Model
 from gradleak.observations.observation import Observation
+from gradleak.observations.releases import Adapter
+from gradleak.observations.tensors import Tensors
 from gradleak.observations.training import OPTIMISERS, Recipe
 from gradleak.victims.gradient import keep_secret, told
 
@@ -91,8 +97,7 @@ def fine_tune(
             optimiser.zero_grad()
             loss(inputs, targets_).backward()  # type: ignore[no-untyped-call]
             optimiser.step()
-        if not all(bool(factor.isfinite().all()) for factor in factors):
-            raise BadInput(f"The fine-tuning diverged at learning rate {recipe.learning_rate:g}: choose a smaller one.")
+        check_converged(factors, recipe)
         write_base(model, out / "base")
         save_adapter(adapted, factors, [factor.data for factor in factors], precision, out / "adapter")
         if initial:
@@ -106,6 +111,59 @@ def fine_tune(
         initial=out / "initial" if initial else None,
     )
     return adapter, secret
+
+
+def lora_start(
+    model: Model[Any],
+    modules: Sequence[str],
+    rank: int,
+    generator: torch.Generator,
+    *,
+    copies: int | None = None,
+) -> Tensors:
+    """Where PEFT starts LoRA by default: {MODULE.lora_A: uniform within 1 / sqrt(inputs), MODULE.lora_B: zero}.
+
+    copies: that many starts side by side, each tensor (copies, ...).
+    """
+    start, several = dict[str, Tensor](), () if copies is None else (copies,)
+    for module in modules:
+        weight = oriented(model, module, model.parameters[f"{module}.weight"])
+        uniform = 2 * torch.rand((*several, rank, *weight.shape[1:]), generator=generator) - 1
+        start[f"{module}.lora_A"] = (uniform / weight[0].numel() ** 0.5).to(weight)
+        start[f"{module}.lora_B"] = weight.new_zeros((*several, len(weight), rank, *[1] * (weight.ndim - 2)))
+    return start
+
+
+def share_adapter(
+    model: Model[A],
+    secret: Secret,
+    *,
+    modules: Sequence[str],
+    rank: int,
+    recipe: Recipe | None = None,
+    seed: int = 0,
+) -> Observation[A]:
+    """LoRA from PEFT's usual start with s = 1 on these modules: the gradient of its factors, or their change by a recipe.
+
+    After more than one step A has moved too; what is released is the change of B, beside A as it ended, as in the folder
+    that PEFT saves. Raises BadInput when the training diverges.
+    """
+    start = lora_start(model, modules, rank, torch.Generator().manual_seed(seed))
+    release = Adapter(start=start, scaling=dict.fromkeys(modules, 1.0), recipe=recipe, gradient=recipe is None)
+    factors = {name: tensor for name, tensor in start.items() if recipe is not None or name.endswith("lora_B")}
+    change = {k: t.detach() for k, t in release.simulate(model, factors, secret.inputs, secret.labels).items()}
+    if recipe is not None:
+        check_converged(change.values(), recipe)
+        ended = {name: start[name] + step for name, step in change.items() if name.endswith("lora_A")}
+        release = replace(release, start={**start, **ended})
+    released = {name: step for name, step in change.items() if name.endswith("lora_B")}
+    return Observation(model=model, release=release, released=released, batch_size=len(secret))
+
+
+def check_converged(tensors: Iterable[Tensor], recipe: Recipe) -> None:
+    """BadInput where training has left something that is no finite number."""
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        raise BadInput(f"The fine-tuning diverged at learning rate {recipe.learning_rate:g}: choose a smaller one.")
 
 
 def _adapted(

@@ -107,6 +107,11 @@ def pictures_behind(path: Path) -> Tensor:
     return tensor_file.read(path, SCHEMA, "pictures")[0]["pictures"]
 
 
+def trained_on(path: Path | None, images: Tensor) -> int:
+    """How many of these pictures the generator in this file was trained on; 0 without a file."""
+    return 0 if path is None else int(torch.isin(picture_hashes(images), pictures_behind(path)).sum())
+
+
 def reconstruct(path: Path | None, kind: str, build: Callable[..., nn.Module], observation: PictureObservation) -> Reconstruction:
     """One forward pass of the generator in this file. Raises NotObserved and BadInput as `load`, and without a file."""
     if path is None:

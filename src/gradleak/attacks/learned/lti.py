@@ -87,6 +87,10 @@ class LTI:
 
     generator: Path | None = None
 
+    def trained_on(self, images: Tensor) -> int:
+        """How many of these pictures the generator was trained on."""
+        return learned.trained_on(self.generator, images)
+
     def __call__(
         self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
     ) -> Reconstruction:

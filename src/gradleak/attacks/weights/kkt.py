@@ -58,6 +58,26 @@ class Settings:
     sharpness: float
 
 
+@dataclass(frozen=True)
+class Trained:
+    """Observed weights, laid out layer by layer.
+
+    network     the trained network
+    learned     what training made of what it trained
+    target      what the samples have to add up to
+    batch_size  number of private images, or None
+    labels      (batch,), or None
+    doubt       why training may not have come near enough to stationarity, or nothing
+    """
+
+    network: FullyConnected
+    learned: FullyConnected
+    target: Target
+    batch_size: int | None
+    labels: Tensor | None
+    doubt: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class KKT:
     """The search.
@@ -207,26 +227,6 @@ def search(
                 on_step(step, settings.steps, trace[-1][1])
     residuals = (value / size).clamp_min(0).sqrt()
     return Search(x.clamp(low, high), unit * share, y, residuals, trace)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """Observed weights, laid out layer by layer.
-
-    network     the trained network
-    learned     what training made of what it trained
-    target      what the samples have to add up to
-    batch_size  number of private images, or None
-    labels      (batch,), or None
-    doubt       why training may not have come near enough to stationarity, or nothing
-    """
-
-    network: FullyConnected
-    learned: FullyConnected
-    target: Target
-    batch_size: int | None
-    labels: Tensor | None
-    doubt: str
 
 
 def trained(attack: Any, observation: PictureObservation) -> Trained:

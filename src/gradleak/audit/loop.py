@@ -1,0 +1,198 @@
+"""The one loop: observation -> applicable attacks -> match -> score -> check -> a row of the record each.
+
+It knows neither kinds of release nor kinds of data: attacks say what they read (`sees`), `SCORING` says how what they return is
+compared, and everything else is asked of the observation.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradleak.attacks.attack import Attack, refusal
+from gradleak.attacks.reconstruction import Reconstruction
+from gradleak.attacks.search.descend import OnStep
+from gradleak.audit.checks import check_observation, check_result, information, replay, trained_on_secret
+from gradleak.audit.scoring import SCORING
+from gradleak.audit.scoring.scoring import WRONG_OBSERVATION, Scores, Scoring
+from gradleak.errors import NotObserved
+from gradleak.formats.secret_file import Secret
+from gradleak.observations.observation import Observation
+from gradleak.report.record import Flag, Result, new_result
+
+RANK = "identification_rank"
+
+
+@dataclass(frozen=True)
+class Audited:
+    """One attack's row of the record, and what it returned (None if it could not run)."""
+
+    result: Result
+    reconstruction: Reconstruction | None
+
+
+def audit(
+    observation: Observation[Any],
+    attacks: Mapping[str, Attack],
+    public: Any | None,
+    *,
+    secret: Secret | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    name: str = "",
+    on_step: Callable[[str], OnStep] | None = None,
+) -> Iterator[Audited]:
+    """Run each attack on the observation, and score it against controls if the secret is there; yields as they finish.
+
+    public: data of the observation's kind that everybody may know (`SCORING[...].public`); for priors, controls and decoys.
+    Without them, or without the secret, nothing is scored. name: of the observation, where a record holds several.
+    on_step: called with the attack's name before it runs, returns its progress callback.
+    Raises BadInput for a secret of another kind or size.
+    """
+    model = observation.model
+    scoring = SCORING[model.architecture.modality]
+    if secret is not None:
+        scoring.check(secret.inputs, model)
+    about, where = describe(observation, name), torch.device(device)
+    decoys, rest = (None, None) if public is None else scoring.split(public)
+    general = check_observation(observation)
+    if secret is not None:
+        general += replay(observation, secret.inputs, secret.labels)
+        general += information(observation, secret.inputs, secret.labels, "at the truth")
+    for title, attack in attacks.items():
+        if reason := refusal(attack, observation):
+            yield Audited(not_run(title, attack, about, general, reason), None)
+            continue
+        report, start = on_step(title) if on_step is not None else None, time.perf_counter()
+        try:
+            ready = prepared(attack, observation, rest, seed)
+            found = ready(observation.to(where), generator=torch.Generator().manual_seed(seed), on_step=report)
+        except NotObserved as error:
+            yield Audited(not_run(title, attack, about, general, str(error)), None)
+            continue
+        row = new_result(title, parameters(ready), about, general)
+        row["defense"] = about["defense"]
+        row |= evidence(found, time.perf_counter() - start)
+        if isinstance(found.value, int):
+            row["count"] = {"recovered": found.value} | ({} if secret is None else {"true": len(secret)})  # type: ignore[typeddict-item]
+            yield Audited(row, found)
+            continue
+        row |= {"media": scoring.media, "shown": {"reconstruction": model.architecture.show(found.value)}}  # type: ignore[typeddict-item]
+        if secret is None:
+            count = observation.batch_size or len(found.value)
+            labels = None if found.labels is None else found.labels[:count]
+            row["flags"] = [*general, *information(observation, found.value[:count], labels, "at this reconstruction")]
+        elif public is not None:
+            other = others(observation, scoring, public, max(len(found.value), len(secret)), seed).to(where)
+            try:
+                wrong = ready(other, generator=torch.Generator().manual_seed(seed)).value
+            except NotObserved:
+                wrong = model.architecture.blank(len(secret))
+            score(row, observation, scoring, found, wrong, secret, public, decoys)
+            row["flags"] = [*row["flags"], *trained_on_secret(ready, secret)]
+        yield Audited(row, found)
+
+
+def not_run(
+    name: str, attack: Attack, about: Mapping[str, Any], flags: list[Flag], reason: str
+) -> Result:
+    """The row of an attack that could not run, with the reason."""
+    row = new_result(name, parameters(attack), about, flags)
+    return {**row, "defense": about["defense"], "ran": False, "status": f"Not run: {reason}"}
+
+
+def evidence(found: Reconstruction, seconds: float) -> Any:
+    """What a row says of a reconstruction by itself."""
+    row: dict[str, Any] = {
+        "ran": True,
+        "seconds": seconds,
+        "status": found.status,
+        "outcome": found.outcome.name.lower(),
+        "residual": found.residual,
+        "iterations": found.iterations,
+        "trace": found.trace,
+    }
+    if found.proven:
+        row["proven"] = list(found.proven)
+    if found.labels is not None:
+        row["labels"] = {"recovered": found.labels.tolist()}
+    return row
+
+
+def prepared(attack: Any, observation: Observation[Any], public: Any | None, seed: int) -> Any:
+    """The attack with what it makes of public data beforehand (a prior, a decoder, a zoo), if it has any use for them."""
+    if public is None or not hasattr(attack, "prepared"):
+        return attack
+    return attack.prepared(observation, public, generator=torch.Generator().manual_seed(seed))
+
+
+def others(observation: Observation[Any], scoring: Scoring, public: Any, count: int, seed: int) -> Observation[Any]:
+    """An observation of the same kind that says nothing of the secret: the same victim, trained on public data."""
+    return observation.of_others(*scoring.sample(observation.model, public, count, seed))
+
+
+def score(
+    row: Result,
+    observation: Observation[Any],
+    scoring: Scoring,
+    found: Reconstruction,
+    wrong: Any,
+    secret: Secret,
+    public: Any,
+    decoys: Any,
+) -> None:
+    """Put scores, controls, leads, flags and what is to be seen into the row, one entry per true sample."""
+    model = observation.model
+    truth = model.architecture.original(secret.inputs, secret.labels)
+    matched, order = scoring.match(model, found.value, truth)
+    guesses = {control.name: control.guess(model, truth, public) for control in scoring.controls}
+    guesses[WRONG_OBSERVATION.name] = scoring.match(model, wrong, truth)[0]
+    scores = scoring.score(model, matched, truth)
+    controls: dict[str, Scores] = {name: scoring.score(model, guess, truth) for name, guess in guesses.items()}
+    leads = scoring.leads(scores, controls)
+    if (ranks := scoring.rank(matched, truth, decoys)) is not None:
+        scores[RANK] = ranks.tolist()
+        row["decoys"] = len(decoys.labels)
+    row |= {"scores": scores, "controls": controls, "leads": leads}
+    row["recovered"], row["partly"] = scoring.recovered(scores, leads), scoring.partly(scores, leads)
+    if found.proven:
+        row["proven"] = [found.proven[i] if 0 <= i < len(found.proven) else False for i in order]
+    show = model.architecture.show
+    row["shown"] = {"truth": show(truth), "reconstruction": show(matched)} | {k: show(v) for k, v in guesses.items()}
+    if secret.labels is not None and found.labels is not None and len(found.labels) == len(secret):
+        row["labels"] = {"recovered": found.labels[order].tolist(), "true": secret.labels.tolist()}
+    row["flags"] = [*row["flags"], *check_result(observation, scoring, found, secret, leads=leads, public=public)]
+
+
+def parameters(attack: Any) -> dict[str, Any]:
+    """The attack's hyperparameters as plain data; of what was prepared or trained, what it was made of."""
+    values = {field.name: getattr(attack, field.name) for field in fields(attack)}
+    plain = (str, int, float, bool, type(None))
+    return {
+        name: value if isinstance(value, plain) else str(value) if isinstance(value, Path) else summary(value)
+        for name, value in values.items()
+    }
+
+
+def summary(value: Any) -> str:
+    """A value that is no plain data, in a few words."""
+    return str(value) if "__str__" in vars(type(value)) else type(value).__name__
+
+
+def describe(observation: Observation[Any], name: str = "") -> dict[str, Any]:
+    """The observation as plain data: kind, model, and what of it was revealed."""
+    model, defenses = observation.model, observation.defenses
+    return {
+        "name": name or observation.release.name,
+        "kind": observation.release.name,
+        "architecture": model.architecture.name,
+        "mode": model.mode,
+        "batch_size": observation.batch_size,
+        "precision": observation.precision,
+        "state_hash": model.state_hash()[:16],
+        "revealed": [str(row["item"]) for row in observation.threat_model() if row["revealed"]],
+        "defense": None if defenses == () else {"kind": "unknown" if defenses is None else ", ".join(map(str, defenses))},
+    }

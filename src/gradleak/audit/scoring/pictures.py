@@ -1,0 +1,109 @@
+"""How reconstructed pictures are scored: matched by mean squared error, in pixels in [0, 1]."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradleak.audit import metrics
+from gradleak.audit.scoring.scoring import Control, Metric, Scores, Scoring
+from gradleak.errors import BadInput
+from gradleak.modalities.pictures import Pictures, public_pool
+from gradleak.observations.model import PictureModel
+
+DECOYS = 99  # identification among 100: the truth and 99 public pictures
+CLEAR_LEAD_DB = 3.0  # an image counts as recovered when it is identified, with half the error of any blind control
+SAME = 1e-3  # distance of two pictures, over all pixels, below which they are one
+LIMIT = 2_000  # public pictures that priors, controls and decoys are made of
+
+
+def public(source: str, split: str, model: PictureModel, limit: int = LIMIT) -> Pictures:
+    """What everybody may know, in the shape that the model takes."""
+    return public_pool(source, split, shape=model.architecture.input_shape, limit=limit)
+
+
+def split(pool: Pictures) -> tuple[Pictures, Pictures]:
+    """The first pictures are decoys; priors are fitted on the others."""
+    parts = (slice(None, DECOYS), slice(DECOYS, None))
+    decoys, rest = (replace(pool, images=pool.images[part], labels=pool.labels[part]) for part in parts)
+    return decoys, rest
+
+
+def sample(model: PictureModel, pool: Pictures, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Random public pictures, with labels that the model has."""
+    rows = torch.randperm(len(pool.labels), generator=torch.Generator().manual_seed(seed))[:count]
+    return pool.images[rows], pool.labels[rows] % model.architecture.classes
+
+
+def check(images: Any, model: PictureModel) -> None:
+    """BadInput for texts, and for pictures of another size."""
+    if not isinstance(images, Tensor):
+        raise BadInput("The secret holds texts, and the observed model takes pictures: it is of another observation.")
+    if tuple(images.shape[1:]) != tuple(model.architecture.input_shape):
+        raise BadInput(
+            f"The secret's images are {tuple(images.shape[1:])}, the model's {model.architecture.input_shape}."
+        )
+
+
+def match(model: PictureModel, images: Tensor, truth: Tensor) -> tuple[Tensor, list[int]]:
+    """The best assignment; grey stands for pictures that an attack did not return."""
+    missing = max(len(truth) - len(images), 0)
+    padded = torch.cat([images, images.new_full((missing, *truth.shape[1:]), 0.5)])
+    chosen = metrics.match(padded, truth)
+    return padded[chosen], [int(i) if int(i) < len(images) else -1 for i in chosen]
+
+
+def rank(matched: Tensor, truth: Tensor, decoys: Pictures) -> Tensor:
+    """1 where the true picture is the nearest of all."""
+    return metrics.identification(matched, truth, decoys.images)
+
+
+def recovered(scores: Scores, leads: list[float]) -> list[bool]:
+    """Identified, and clearly ahead of every blind control."""
+    ranks = scores["identification_rank"]
+    return [rank == 1 and lead >= CLEAR_LEAD_DB for rank, lead in zip(ranks, leads, strict=True)]
+
+
+def partly(scores: Scores, leads: list[float]) -> list[bool]:
+    """A picture is recognised or it is not."""
+    return recovered(scores, leads)
+
+
+def is_public(images: Tensor, pool: Pictures, model: PictureModel) -> list[bool]:
+    """Which private pictures are in the public pool."""
+    near: list[bool] = (torch.cdist(images.flatten(1), pool.images.flatten(1)) < SAME).any(dim=1).tolist()
+    return near
+
+
+PICTURES = Scoring(
+    media="image/png",
+    metrics=(
+        Metric("psnr_db", "PSNR", "dB", "higher", 2, lambda model, images, truth: metrics.psnr_db(images, truth)),
+        Metric("ssim", "SSIM", "", "higher", 3, lambda model, images, truth: metrics.ssim(images, truth)),
+        Metric("lpips", "LPIPS", "", "lower", 3, lambda model, images, truth: metrics.lpips(images, truth)),
+    ),
+    controls=(
+        Control(
+            "mean_image",
+            "Mean image",
+            True,
+            lambda model, truth, pool: metrics.mean_image(pool.images).expand_as(truth),
+        ),
+        Control(
+            "nearest_public",
+            "Nearest public",
+            False,
+            lambda model, truth, pool: metrics.nearest_public(truth, pool.images),
+        ),
+    ),
+    public=public,
+    split=split,
+    sample=sample,
+    check=check,
+    match=match,
+    rank=rank,
+    recovered=recovered,
+    partly=partly,
+    is_public=is_public,
+)

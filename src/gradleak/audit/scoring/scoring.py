@@ -1,0 +1,109 @@
+"""How reconstructions of one kind of private data are compared with the truth: metrics, controls, and what counts as recovered."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from gradleak.observations.model import Model
+from gradleak.report.record import Control as ControlLabel
+from gradleak.report.record import Metric as MetricLabel
+
+Scores = dict[str, list[float]]  # metric -> one number per true sample
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number per sample. each: (model, matched reconstructions, truth) -> (n,), or None where it cannot be measured here.
+
+    better: whether more or less of it is better. label, unit and decimals are for the report.
+    """
+
+    name: str
+    label: str
+    unit: str
+    better: Literal["higher", "lower"]
+    decimals: int
+    each: Callable[[Model[Any], Any, Any], Sequence[float] | Tensor | None]
+
+    @property
+    def sign(self) -> int:
+        """+1 where more is better, -1 where less is."""
+        return 1 if self.better == "higher" else -1
+
+
+@dataclass(frozen=True)
+class Control:
+    """What somebody would come up with who has not seen the observation: (model, truth, public data) -> as many guesses.
+
+    blind: it has not seen the truth either; other controls are oracles, and no attack is measured against them.
+    """
+
+    name: str
+    label: str
+    blind: bool
+    guess: Callable[[Model[Any], Any, Any], Any]
+
+
+WRONG_OBSERVATION = Control("wrong_observation", "Wrong observation", True, lambda model, truth, public: None)
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """All of it, for one kind of data. Metrics come first to last in importance: leads are measured by the first.
+
+    media      what `Blueprint.show` gives, as a MIME type
+    public     (source, split, model, limit) -> public data that the model can take
+    split      (public) -> (decoys, the rest): who is told apart from the truth must not have been seen before
+    sample     (model, public, count, seed) -> (inputs, labels) of somebody else
+    check      (secret inputs, model): BadInput where they are not of this kind
+    match      (model, reconstructions, truth) -> (one reconstruction per true sample, its index or -1)
+    rank       (matched, truth, decoys) -> the truth's rank in a line-up with the decoys, or None where none is made
+    recovered  (scores, leads) -> for each sample whether it counts as recovered
+    partly     (scores, leads) -> for each sample whether a part of it counts as recovered
+    is_public  (secret inputs, public, model) -> for each sample whether the public data hold it
+    """
+
+    media: str
+    metrics: Sequence[Metric]
+    controls: Sequence[Control]
+    public: Callable[..., Any]
+    split: Callable[[Any], tuple[Any, Any]]
+    sample: Callable[[Model[Any], Any, int, int], tuple[Any, Tensor | None]]
+    check: Callable[[Any, Model[Any]], None]
+    match: Callable[[Model[Any], Any, Any], tuple[Any, list[int]]]
+    rank: Callable[[Any, Any, Any], Tensor | None]
+    recovered: Callable[[Scores, list[float]], list[bool]]
+    partly: Callable[[Scores, list[float]], list[bool]]
+    is_public: Callable[[Any, Any, Model[Any]], list[bool]]
+
+    def score(self, model: Model[Any], matched: Any, truth: Any) -> Scores:
+        """Every metric that can be measured here, per true sample."""
+        values = {metric.name: metric.each(model, matched, truth) for metric in self.metrics}
+        return {name: [float(v) for v in row] for name, row in values.items() if row is not None}
+
+    def leads(self, scores: Scores, controls: dict[str, Scores]) -> list[float]:
+        """By how much the attack is ahead of the best control that saw nothing of this secret, per sample, by the first metric."""
+        metric, blind = self.metrics[0], [control.name for control in (*self.controls, WRONG_OBSERVATION) if control.blind]
+        others = [controls[name][metric.name] for name in blind if name in controls]
+        return [
+            metric.sign * value - max(metric.sign * other for other in beside)
+            for value, *beside in zip(scores[metric.name], *others, strict=True)
+        ]
+
+
+def legend(scoring: Scoring) -> tuple[dict[str, MetricLabel], dict[str, ControlLabel]]:
+    """(metrics, controls) of a record: how what a row holds is to be written, by its name, in order of importance."""
+    metrics: dict[str, MetricLabel] = {
+        metric.name: {
+            "label": metric.label,
+            "unit": metric.unit,
+            "better": metric.better,
+            "decimals": metric.decimals,
+        }
+        for metric in scoring.metrics
+    }
+    metrics["identification_rank"] = {"label": "Rank", "unit": "", "better": "lower", "decimals": 0}
+    every = (*scoring.controls, WRONG_OBSERVATION)
+    return metrics, {control.name: {"label": control.label, "blind": control.blind} for control in every}

@@ -1,0 +1,282 @@
+"""The settings of every victim, as frozen dataclasses: the flags of `gradleak capture`. The strings under the fields are their
+help, and calling one plays it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from gradleak.errors import BadInput
+from gradleak.formats.model_folder import is_language_model, read_base, read_language_model
+from gradleak.formats.secret_file import Secret
+from gradleak.modalities.language_models import Task
+from gradleak.modalities.networks import BINARY, Architecture
+from gradleak.modalities.pictures import load, public_pool
+from gradleak.modalities.texts import load_texts
+from gradleak.observations.defenses import Leak, chosen
+from gradleak.observations.model import Mode, Model
+from gradleak.observations.observation import Observation
+from gradleak.observations.training import Optimizer, Recipe
+from gradleak.victims.adapter import Init, fine_tune
+from gradleak.victims.gradient import capture_gradient, share_update
+from gradleak.victims.training import prepare_model
+from gradleak.victims.weights import FullBatch, first_of_each, publish_weights
+
+PUBLIC_TRAINING = 2_000  # pictures a victim is trained on with --epochs
+PUBLIC_ADAPTED = 5_000  # the same, before an adapter is trained on it
+Start = Callable[[str], Callable[[int, int, float], None]]  # opens a progress bar
+
+
+@dataclass(frozen=True, kw_only=True)
+class Private:
+    """What every victim is asked that holds a batch."""
+
+    model: str = "lenet"
+    """A model of `gradleak list`, package.module:factory of your own, or the folder of a transformers language model with its
+    tokenizer; --data are texts then, and "pictures" below means texts."""
+    weights: Path | None = None
+    """Start from these parameters (safetensors) in place of a random initialisation; of pictures only."""
+    epochs: int | None = 0
+    """First train for so many epochs on public pictures of the training split; cached. Of pictures only."""
+    data: str = "embedded"
+    """embedded, digits, a folder (parquet or images), or a name on the Hugging Face hub."""
+    split: str = "test"
+    """Split of the data that holds the private pictures."""
+    indices: tuple[int, ...] = (0,)
+    """Rows of the private pictures: the batch."""
+    resize: tuple[int, int] | None = None
+    """Height and width to bring the pictures to; of pictures only."""
+    precision: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Number format of what is shared."""
+    task: Task | None = None
+    """What a language model is trained for: classification (the default), causal-lm or masked-lm; of texts only."""
+    reveal_labels: bool = False
+    """Tell the attacker the labels."""
+    hide_batch_size: bool = False
+    """Withhold the number of pictures."""
+
+    @property
+    def language(self) -> bool:
+        """Whether --model is the folder of a language model."""
+        return Path(self.model).is_dir() and is_language_model(Path(self.model))
+
+    def private(self, mode: Mode, public: int, seed: int, start: Start) -> tuple[Model[Any], Any]:
+        """The model, trained on so many `public` pictures if it has to be, and the private data."""
+        if self.language:
+            return self.private_texts(mode, seed)
+        if self.task is not None:
+            raise BadInput("--task is for language models: give the folder of one with --model.")
+        folder = Path(self.model) if Path(self.model).is_dir() else None
+        resize = self.resize
+        if folder is not None:
+            module, architecture = read_base(folder)
+            resize = resize or (architecture.input_shape[1], architecture.input_shape[2])
+        data = load(self.data, self.split, indices=self.indices, resize=resize)
+        if folder is None:
+            shape = (data.images.shape[1], data.images.shape[2], data.images.shape[3])
+            binary = self.model in BINARY
+            architecture = Architecture(self.model, shape, 2 if binary else max(len(data.classes), 2))
+            pool = public_pool(self.data, "train", shape=shape, limit=public) if self.epochs else None
+            if binary:
+                data = replace(data, labels=data.labels % 2)
+                pool = pool and replace(pool, labels=pool.labels % 2)
+            on_step = start("training the victim") if self.epochs else None
+            module = prepare_model(
+                architecture, seed=seed, weights=self.weights, train_on=pool, epochs=self.epochs or 0, on_step=on_step
+            )
+        elif self.weights is not None:
+            raise BadInput(f"{folder} comes with its weights: leave --weights out.")
+        return Model.of(module, architecture, mode=mode), data
+
+    def private_texts(self, mode: Mode, seed: int) -> tuple[Model[Any], Any]:
+        """The language model of a folder, and the private texts."""
+        for name in ("weights", "resize"):
+            if getattr(self, name) is not None:
+                raise BadInput(f"--{name} is for pictures: a language model comes with its weights and takes texts.")
+        if mode == "train":
+            raise BadInput("Language models are trained without dropout here: --mode eval is all there is.")
+        data = load_texts(self.data, self.split, indices=self.indices)
+        model = read_language_model(Path(self.model), self.task or "classification", classes=data.classes, seed=seed)
+        return model, data
+
+    def shown(self) -> dict[str, Any]:
+        """What is revealed, as the victims take it."""
+        return {
+            "precision": getattr(torch, self.precision),
+            "reveal_labels": self.reveal_labels,
+            "reveal_batch_size": not self.hide_batch_size,
+        }
+
+    def sourced(self, secret: Secret) -> Secret:
+        """The secret with the rows that it came from."""
+        return replace(secret, source=f"{secret.source} {' '.join(map(str, self.indices))}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureGradient(Private):
+    """Play the victim: train a model on private pictures for one step, keep what is shared."""
+
+    mode: Literal["eval", "train"] = "eval"
+    """BatchNorm by running statistics (eval) or by those of the batch (train)."""
+    hide_buffers: bool = False
+    """Withhold BatchNorm's running statistics."""
+    leak: Leak = "none"
+    """A defense: what is shared of each tensor: none stands for all of it, signs, or the largest hundredth of the entries."""
+    noise: float = 0.0
+    """A defense: standard deviation of the Gaussian noise on what is shared (with --leak none)."""
+
+    def __call__(self, out: Path, seed: int, start: Start) -> tuple[Observation[Any], Secret]:
+        """The observation and the secret."""
+        return self.captured(seed, start)[:2]
+
+    def captured(self, seed: int, start: Start) -> tuple[Observation[Any], Secret, Model[Any]]:
+        """What one step shares, and the victim's own model."""
+        model, data = self.private(self.mode, PUBLIC_TRAINING, seed, start)
+        observation, secret = capture_gradient(
+            model,
+            data,
+            reveal_buffers=not self.hide_buffers,
+            defenses=chosen(self.leak, self.noise),
+            seed=seed,
+            **self.shown(),
+        )
+        return observation, self.sourced(secret), model
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureUpdate(CaptureGradient):
+    """Play a client of federated averaging: local SGD on private pictures, then share the change of the parameters."""
+
+    learning_rate: float = 1e-2
+    """Of the local SGD."""
+    local_steps: int = 5
+    """Number of local SGD steps."""
+    local_batch_size: int = 1
+    """Pictures per local step."""
+
+    def __call__(self, out: Path, seed: int, start: Start) -> tuple[Observation[Any], Secret]:
+        """The observation and the secret."""
+        recipe = Recipe(learning_rate=self.learning_rate, steps=self.local_steps, batch_size=self.local_batch_size)
+        gradient, secret, model = self.captured(seed, start)
+        return share_update(gradient, secret, recipe, model=model, seed=seed), secret
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureAdapter(Private):
+    """Fine-tune a LoRA adapter on private pictures with the PEFT library, keep the folder that it saves."""
+
+    model: str = "vit"
+    """A model of `gradleak list`, package.module:factory of your own, or the folder of a trained transformers model: of
+    pictures, or with its tokenizer of texts."""
+    epochs: int | None = None
+    """Before that, train the base model for so many epochs on 5,000 pictures of the training split; cached. 5 unless this is
+    given; of a model of `gradleak list` only."""
+    rank: int = 8
+    """Rank of the adapter."""
+    alpha: float | None = None
+    """The adapter is scaled by alpha / rank; 1 unless this is given."""
+    target_modules: str = "all-linear"
+    """all-linear, all (convolutions too), or the ends of modules' names with commas between, like q_proj,v_proj."""
+    init: Literal["default", "gaussian", "pissa", "olora", "lora_ga"] = "default"
+    """How PEFT initialises the adapter."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank)."""
+    optimizer: Optimizer = "sgd"
+    """sgd, momentum (0.9), adam or adamw, with torch's defaults."""
+    lr: float = 1e-2
+    """Learning rate of the fine-tuning."""
+    steps: int = 1
+    """Number of its steps."""
+    local_batch_size: int | None = None
+    """Pictures per step; all of them unless this is given."""
+
+    def __call__(self, out: Path, seed: int, start: Start) -> tuple[Observation[Any], Secret]:
+        """The observation and the secret; out/adapter, out/base and perhaps out/initial are written."""
+        if Path(self.model).is_dir() and self.epochs:
+            raise BadInput(f"{self.model} is trained already: leave --epochs out.")
+        trained = self if Path(self.model).is_dir() else replace(self, epochs=5 if self.epochs is None else self.epochs)
+        model, data = trained.private("eval", PUBLIC_ADAPTED, seed, start)
+        init: Init = True if self.init == "default" else self.init
+        observation, secret = fine_tune(
+            model,
+            data,
+            rank=self.rank,
+            alpha=self.alpha,
+            target_modules=tuple(self.target_modules.split(",")) if "," in self.target_modules else self.target_modules,
+            recipe=Recipe(
+                optimizer=self.optimizer, learning_rate=self.lr, steps=self.steps, batch_size=self.local_batch_size
+            ),
+            seed=seed,
+            init=init,
+            rslora=self.rslora,
+            out=out,
+            **self.shown(),
+        )
+        print(f"{out / 'adapter'}: the adapter, as PEFT saves it\n{out / 'base'}: the model that it belongs to")
+        if (out / "initial").is_dir():
+            print(f"{out / 'initial'}: the adapter before training, without which its change is not known")
+        return observation, self.sourced(secret)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureWeights:
+    """Train a network on the first pictures of two classes, all at once, until little changes; keep its weights."""
+
+    model: str = "homogeneous1000"
+    """A fully connected ReLU network of `gradleak list`, or package.module:factory of your own."""
+    data: str = "digits"
+    """embedded, digits, a folder (parquet or images), or a name on the Hugging Face hub."""
+    split: str = "train"
+    """Split of the data that holds the private pictures."""
+    per_class: int = 10
+    """Private pictures per class: the first odd and even labels; of CIFAR-10, vehicles and animals."""
+    resize: tuple[int, int] | None = None
+    """Height and width to bring the pictures to."""
+    epochs: int = 20_000
+    """Steps of gradient descent on all pictures, at most. Training that was interrupted in --out goes on."""
+    lr: float = 0.2
+    """Learning rate; with --loss-based, the step in the logarithm of the loss."""
+    loss: float = 0.0
+    """Loss at which training ends."""
+    weight_decay: float = 0.0
+    """Times the parameters, added to the gradient."""
+    loss_based: bool = False
+    """Steps in inverse proportion to the loss: exponentially faster once all pictures are classified (try --lr 0.1)."""
+    precision: Literal["float64", "float32"] = "float64"
+    """Number format of training and weights."""
+    reveal_initial: bool = False
+    """Tell the attacker the parameters that training started from."""
+    reveal_labels: bool = False
+    """Tell the attacker the labels."""
+    hide_batch_size: bool = False
+    """Withhold the number of pictures."""
+
+    def __call__(self, out: Path, seed: int, start: Start) -> tuple[Observation[Any], Secret]:
+        """The observation and the secret; out/training.safetensors holds what is not finished."""
+        unfinished = out / UNFINISHED
+        private = first_of_each(self.data, self.split, self.per_class, resize=self.resize)
+        shape = (private.images.shape[1], private.images.shape[2], private.images.shape[3])
+        architecture = Architecture(self.model, shape, 2)
+        recipe = FullBatch(
+            learning_rate=self.lr,
+            epochs=self.epochs,
+            loss=self.loss,
+            weight_decay=self.weight_decay,
+            loss_based=self.loss_based,
+        )
+        observation, secret = publish_weights(
+            Model.of(architecture.build(seed).to(getattr(torch, self.precision)), architecture),
+            private,
+            recipe,
+            reveal_initial=self.reveal_initial,
+            reveal_labels=self.reveal_labels,
+            reveal_batch_size=not self.hide_batch_size,
+            resume=unfinished,
+            on_step=start("training"),
+        )
+        return observation, secret
+
+
+UNFINISHED = "training.safetensors"  # what an interrupted victim leaves in its folder, and goes on from
