@@ -1,8 +1,11 @@
-"""The folders keep their promises: attacks never see the secret, the report needs no torch, importing costs little."""
+"""The house keeps its promises: floors without circles, attacks that never see the secret, an audit that knows no kind of
+release or data, imports that cost nothing, attacks that can be read."""
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,8 +13,65 @@ import pytest
 import gradleak
 
 PACKAGE = Path(gradleak.__file__).parent
-SECRETIVE = ("attacks", "priors")
-FORBIDDEN = {"gradleak.victims", "gradleak.audit.metrics", "gradleak.formats.secret_file", "gradleak.audit.loop"}
+ROOT = PACKAGE.parents[1]
+FLOORS = (  # each may import those before it, and itself
+    "errors",
+    "modalities",
+    "observations",
+    "priors",
+    "attacks",
+    "formats",
+    "victims",
+    "report",
+    "audit",
+    "studies",
+    "cli",
+)
+FORBIDDEN = {"gradleak.victims", "gradleak.audit", "gradleak.formats", "gradleak.report"}  # to those before them
+BLIND = ("audit", "report", "cli", "formats/observation_file.py")
+EXEMPT = {  # the tables, the bound of pictures, and the words of old files
+    "audit/scoring",
+    "audit/metrics",
+    "audit/bound.py",
+    "audit/jacobian.py",
+    "report/old_record.py",
+}
+LONGEST = 300  # lines of a file
+BUDGET = 3, 500  # files and lines of `attacks/` that an attack's file opens, itself included
+KNOWN = ("gradleak.attacks", "gradleak.attacks.attack", "gradleak.attacks.reconstruction")  # what every attack is
+# Lines that a file may have beyond LONGEST, and why it is not two files.
+LONG = {
+    "attacks/dlg.py": 350,  # DLG and iDLG: one search
+    "attacks/learned/git.py": 360,  # one network, layer by layer
+    "attacks/dataset_size.py": 350,  # the estimate, its interval, and its zoo
+    "modalities/networks.py": 370,  # the list of architectures
+    "modalities/pictures.py": 350,  # every source of pictures
+    "observations/releases.py": 520,  # every kind of release, side by side
+    "observations/fully_connected.py": 310,  # a derivative by hand
+    "attacks/dager/dager.py": 400,  # the three roads of DAGER, and what it says of them
+    "victims/play.py": 310,  # the settings of every victim
+    "cli/commands.py": 400,  # what every command does
+}
+# Attacks that open more than BUDGET: (files, lines), and why.
+DEEP = {
+    "attacks/dager/dager.py": (12, 2_100),  # spans, vocabulary, decoders, encoders, orders: the paper and its batches
+    "attacks/recursion/recursive.py": (12, 1_800),  # a layer backwards, of each kind
+    "attacks/exact_git/exact_git.py": (12, 1_700),  # the weights first, then the pictures
+    "attacks/past_the_rank.py": (8, 1_100),  # DAGER's vocabulary and spans
+    "attacks/learned/git.py": (8, 1_200),  # a generator, how it is trained and kept
+    "attacks/learned/lti.py": (8, 1_000),  # the same
+    "attacks/decoders/attacks.py": (20, 2_600),  # four decoders, and the inversion behind them
+    "attacks/weights/kkt_search.py": (6, 900),  # KKT's own, many times
+    "attacks/weights/ntk.py": (6, 900),  # KKT's search
+    "attacks/weights/kkt.py": (5, 700),  # and what the first layer's rows tell
+    "attacks/map_inversion.py": (8, 1_000),  # L-BFGS, starts, labels
+    "attacks/activation_patterns/activation_patterns.py": (9, 1_200),  # half-spaces, the first layer, labels
+    "attacks/dlg.py": (8, 1_000),  # L-BFGS with whitening, starts, labels
+    "attacks/inverting_gradients.py": (6, 700),  # the descent, starts, labels
+    "attacks/analytic.py": (5, 600),  # labels
+    "attacks/token_span.py": (5, 600),  # labels
+    "attacks/dataset_size.py": (4, 600),
+}
 
 
 def name_of(file: Path) -> str:
@@ -22,10 +82,15 @@ def name_of(file: Path) -> str:
 FILES = {name_of(file): file for file in sorted(PACKAGE.rglob("*.py"))}
 
 
+@cache
+def tree(name: str) -> ast.Module:
+    return ast.parse(FILES[name].read_text(encoding="utf-8"))
+
+
 def imports(name: str) -> set[str]:
     """What a module imports anywhere in its text, "from a import b" as both a and a.b."""
     found = set()
-    for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
+    for node in ast.walk(tree(name)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -48,69 +113,145 @@ def reachable(name: str) -> set[str]:
     return seen
 
 
-ATTACKING = [name for name in FILES if is_under(name, {f"gradleak.{folder}" for folder in SECRETIVE})]
+def floor(name: str) -> str:
+    return name.split(".")[1]
 
 
-@pytest.mark.parametrize("name", ATTACKING)
+def place(name: str) -> str:
+    return FILES[name].relative_to(PACKAGE).as_posix()
+
+
+LOW = [n for n in FILES if n != "gradleak" and floor(n) in ("modalities", "observations", "priors", "attacks")]
+
+
+def test_the_house_has_few_rooms() -> None:
+    rooms = {p.name for p in PACKAGE.iterdir() if p.name != "__pycache__"}
+    assert rooms == {*FLOORS, "__init__.py", "py.typed"} - {"errors"} | {"errors.py"}
+    assert len(rooms) <= 13
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if n != "gradleak"])
+def test_no_import_goes_upwards(name: str) -> None:
+    """Floors in a line leave no circle between folders."""
+    own = FLOORS.index(floor(name))
+    above = [i for i in imports(name) if i in FILES and i != "gradleak" and FLOORS.index(floor(i)) > own]
+    assert not above
+
+
+@pytest.mark.parametrize("name", LOW)
 def test_attacks_never_import_what_knows_the_secret(name: str) -> None:
-    assert not [i for i in imports(name) if is_under(i, FORBIDDEN)]
-    assert not [i for i in reachable(name) if is_under(i, FORBIDDEN)]  # nor anything that does
+    assert not [i for i in reachable(name) if is_under(i, FORBIDDEN)]
 
 
-def test_every_attack_file_is_walked() -> None:
-    assert {"gradleak.attacks.dlg", "gradleak.attacks.analytic", "gradleak.priors.total_variation"} <= set(ATTACKING)
-    assert is_under("gradleak.formats.secret_file", FORBIDDEN)
-    assert not is_under("gradleak.formats.secret_files", FORBIDDEN)
+def test_only_victims_formats_audit_studies_and_what_runs_them_open_the_secret() -> None:
+    users = {floor(n) for n in FILES if n != "gradleak" and "gradleak.formats.secret_file" in imports(n)}
+    assert users <= {"victims", "formats", "audit", "studies", "cli"}
 
 
-def test_only_victims_files_checks_and_what_runs_them_open_the_secret() -> None:
-    allowed = {"victims", "formats", "audit", "cli", "studies"}
-    users = {
-        name.split(".")[1] for name in FILES if name != "gradleak" and "gradleak.formats.secret_file" in imports(name)
-    }
-    assert users <= allowed
+def blind_files() -> Iterator[str]:
+    for name in FILES:
+        where = place(name)
+        if any(where == b or where.startswith(b + "/") for b in BLIND):
+            if not any(where == e or where.startswith(e + "/") for e in EXEMPT):
+                yield name
+
+
+@pytest.mark.parametrize("name", list(blind_files()))
+def test_audit_report_and_command_line_name_neither_releases_nor_modalities(name: str) -> None:
+    """The test that keeps a second track from growing: no identifier and no text is the name of one of them."""
+    from gradleak.audit.scoring import SCORING
+    from gradleak.observations.releases import RELEASES
+
+    kinds = {kind.__name__ for kind in RELEASES.values()} | {"Architecture", "LanguageArchitecture", "LanguageModel"}
+    names = set(SCORING) | set(RELEASES)
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.Name | ast.Attribute):
+            assert (node.id if isinstance(node, ast.Name) else node.attr) not in kinds, f"{name}:{node.lineno}"
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            assert node.value not in names, f"{name}:{node.lineno}: {node.value!r}"
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if len(FILES[n].read_text().splitlines()) > LONGEST])
+def test_no_file_is_long_without_a_reason(name: str) -> None:
+    assert len(FILES[name].read_text(encoding="utf-8").splitlines()) <= LONG.get(place(name), LONGEST)
+
+
+def known(name: str) -> bool:
+    """What all attacks share, and searches: as a library, known by their one-line docstrings."""
+    return name in KNOWN or ".search" in name
+
+
+def test_every_attack_can_be_read() -> None:
+    from gradleak.attacks import ATTACKS
+
+    for kind in ATTACKS.values():
+        inside = [n for n in reachable(kind.__module__) if floor(n) == "attacks" and not known(n)]
+        lines = sum(len(FILES[n].read_text(encoding="utf-8").splitlines()) for n in inside)
+        most_files, most_lines = DEEP.get(place(kind.__module__), BUDGET)
+        assert len(inside) <= most_files, f"{kind.__name__}: {len(inside)} files"
+        assert lines <= most_lines, f"{kind.__name__}: {lines} lines"
 
 
 def test_no_attack_inherits_from_another_class() -> None:
-    for name in ATTACKING:
-        for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ClassDef):  # networks are modules, and choices of a kind are protocols
+    for name in LOW:
+        if floor(name) not in ("attacks", "priors"):
+            continue
+        for node in ast.walk(tree(name)):
+            if isinstance(
+                node, ast.ClassDef
+            ):  # networks are modules, outcomes are values, choices of a kind are protocols
                 bases = [ast.unparse(base) for base in node.bases]
-                assert set(bases) <= {"nn.Module", "Protocol"}, f"{name}: class {node.name}"
+                assert set(bases) <= {"nn.Module", "Protocol", "Enum"}, f"{name}: class {node.name}"
 
 
 def test_reports_need_no_torch() -> None:
     for name in FILES:
         if is_under(name, {"gradleak.report"}):
-            assert not [i for i in imports(name) if is_under(i, {"torch", "safetensors"})]
-            # What it reaches in gradleak needs none either.
-            assert not [m for m in reachable(name) for i in imports(m) if is_under(i, {"torch"})]
+            assert not [i for m in reachable(name) for i in imports(m) if is_under(i, {"torch", "safetensors"})]
 
 
 def test_nothing_unpickles_or_evaluates() -> None:
-    for name, file in FILES.items():
+    for name in FILES:
         assert not imports(name) & {"pickle", "dill", "cloudpickle", "marshal", "shelve", "torch.load"}, name
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree(name)):
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
                 assert called not in ("eval", "exec", "compile", "__import__", "torch.load"), f"{name}:{node.lineno}"
 
 
+BROAD = {"gradleak.formats.blueprints"}  # tokenizers, a library in Rust, raises bare Exceptions
+
+
 def test_no_bare_or_broad_except() -> None:
-    for name, file in FILES.items():
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for name in FILES:
+        for node in ast.walk(tree(name)):
             if isinstance(node, ast.ExceptHandler):
                 assert node.type is not None, f"{name}:{node.lineno}"
-                assert ast.unparse(node.type) not in ("Exception", "BaseException"), f"{name}:{node.lineno}"
+                broad = ast.unparse(node.type) in ("Exception", "BaseException")
+                assert not broad or name in BROAD, f"{name}:{node.lineno}"
 
 
-def test_importing_is_light() -> None:
-    heavy = ["datasets", "transformers", "peft", "skimage", "sklearn", "matplotlib", "scipy", "rich", "tyro"]
-    code = f"import gradleak, sys; print([name for name in {heavy} if name in sys.modules])"
+def run(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout.strip() == "[]"
+    return done.stdout.strip()
+
+
+def test_importing_costs_nothing() -> None:
+    assert run("import gradleak, sys; print([n for n in ('torch', 'numpy', 'tyro') if n in sys.modules])") == "[]"
+
+
+def test_help_and_typing_errors_need_no_torch() -> None:
+    code = "import sys; from gradleak.cli.app import main; main({argv}); print('torch' in sys.modules)"
+    for argv in ([], ["--help"], ["--version"], ["capture"], ["nonsense"]):
+        assert run(code.format(argv=argv)).splitlines()[-1] == "False"
+
+
+def test_using_the_package_is_light() -> None:
+    heavy = ["datasets", "transformers", "peft", "skimage", "sklearn", "matplotlib", "scipy", "rich", "tyro"]
+    code = f"import gradleak, sys; gradleak.DLG, gradleak.capture_gradient; print([n for n in {heavy} if n in sys.modules])"
+    assert run(code) == "[]"
 
 
 def test_every_public_name_exists() -> None:
     assert all(hasattr(gradleak, name) for name in gradleak.__all__)
-    assert len(set(gradleak.__all__)) == len(gradleak.__all__)
+    assert len(set(gradleak.__all__)) == len(gradleak.__all__) > 30

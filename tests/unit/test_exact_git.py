@@ -19,9 +19,10 @@ from gradleak.errors import BadInput, NotObserved
 from gradleak.modalities.networks import Architecture, Normalise
 from gradleak.modalities.pictures import load, public_pool
 from gradleak.observations.distances import relative_residual
-from gradleak.observations.model import Model
+from gradleak.observations.model import Model, PictureModel
 from gradleak.studies.git_exact import VICTIMS
 from gradleak.victims.gradient import capture_gradient
+from oracles import labels_of
 
 SHAPE = (1, 8, 8)
 
@@ -30,11 +31,11 @@ def architecture(name: str) -> Architecture:
     return Architecture(f"gradleak.studies.git_exact:{name}", SHAPE, 10)
 
 
-def model(name: str = "relu3", seed: int = 0) -> Model:
+def model(name: str = "relu3", seed: int = 0) -> PictureModel:
     return Model.of(architecture(name).build(seed).eval(), architecture(name))
 
 
-def pairs(leaked: Model, count: int = 1_200, batch: int = 1) -> Callable[[], Iterator[Pairs]]:
+def pairs(leaked: PictureModel, count: int = 1_200, batch: int = 1) -> Callable[[], Iterator[Pairs]]:
     public = public_pool("digits", "train", shape=SHAPE, limit=count)
     return lambda: stream(leaked, public, count=count, batch=batch, shard=100)
 
@@ -81,7 +82,7 @@ def test_the_recovered_weights_make_the_same_gradients(recovered: tuple[str, lea
     residuals = []
     for row in range(10):
         private = load("digits", indices=[row])
-        observation, _ = capture_gradient(architecture(name).build(0), architecture(name), private)
+        observation, _ = capture_gradient(model(name, 0), private)
         believed = replace(observation.model, parameters=made.network.weights())
         simulated = replace(observation, model=believed).simulate(private.images, private.labels)
         residuals.append(float(relative_residual(simulated, observation.released)))
@@ -97,10 +98,10 @@ def test_unseen_digits_come_back(recovered: tuple[str, learned.Generator], tmp_p
     weights = {key: tensor.double() for key, tensor in made.network.weights().items()}
     for row in range(3):
         private = load("digits", indices=[row])
-        observation, _ = capture_gradient(architecture(name).build(0), architecture(name), private)
+        observation, _ = capture_gradient(model(name, 0), private)
         found = attack(observation, generator=torch.Generator())
         assert float(psnr_db(found.value, private.images)) > 60
-        assert found.labels.tolist() == private.labels.tolist()
+        assert labels_of(found) == private.labels.tolist()
         assert found.residual < 1e-4
         gradient = {key: g.double() for key, g in observation.released.items()}
         delta = gradient[f"{made.network.chain.names[-1]}.bias"][None]
@@ -116,7 +117,7 @@ def test_a_batch_of_two(name: str, tmp_path: Path) -> None:
     exact = 0
     for row in range(0, 12, 2):
         private = load("digits", indices=[row, row + 1])
-        observation, _ = capture_gradient(architecture(name).build(0), architecture(name), private, reveal_labels=True)
+        observation, _ = capture_gradient(model(name, 0), private, reveal_labels=True)
         found = ExactGit(generator=tmp_path / "generator")(observation, generator=torch.Generator().manual_seed(0))
         exact += float(psnr_db(found.value, private.images).min()) > 30
     assert exact >= 4
@@ -124,9 +125,7 @@ def test_a_batch_of_two(name: str, tmp_path: Path) -> None:
 
 def test_batches_that_are_not_determined_are_refused(relu3: learned.Generator, tmp_path: Path) -> None:
     relu3.save(tmp_path / "generator")
-    observation, _ = capture_gradient(
-        architecture("relu3").build(0), architecture("relu3"), load("digits", indices=range(10)), reveal_labels=True
-    )
+    observation, _ = capture_gradient(model("relu3", 0), load("digits", indices=range(10)), reveal_labels=True)
     with pytest.raises(NotObserved, match=r"10 images.*fewer than the 10 classes"):
         ExactGit(generator=tmp_path / "generator")(observation, generator=torch.Generator())
 
@@ -223,10 +222,10 @@ def test_weights_of_another_model_are_refused(relu3: learned.Generator, tmp_path
     path, private = tmp_path / "generator", load("digits", indices=[0])
     relu3.save(path)
     attack = partial(ExactGit(generator=path), generator=torch.Generator())
-    observation, _ = capture_gradient(architecture("relu3").build(1), architecture("relu3"), private)
+    observation, _ = capture_gradient(model("relu3", 1), private)
     with pytest.raises(BadInput, match="weights or buffers differ"):
         attack(observation)
-    deeper, _ = capture_gradient(architecture("relu5").build(0), architecture("relu5"), private)
+    deeper, _ = capture_gradient(model("relu5", 0), private)
     with pytest.raises(BadInput, match=r"trained for .*relu3.* the observation is of .*relu5"):
         attack(deeper)
     with pytest.raises(NotObserved, match="gradleak train exact-git"):

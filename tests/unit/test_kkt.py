@@ -26,13 +26,13 @@ from gradleak.observations.distances import relative_residual
 from gradleak.observations.fully_connected import FullyConnected, Target, cone, distance, explained, grams
 from gradleak.observations.model import Model
 from gradleak.observations.observation import PictureObservation
-from gradleak.observations.releases import Gradient, Weights
-from gradleak.studies.fine_tuning import ALL, All, LowRank, Release, Truncated, fine_tuned
+from gradleak.observations.releases import Weights
+from gradleak.studies.fine_tuning import ALL, All, LowRank, Released, Truncated, fine_tuned
 from gradleak.studies.kkt_lora import sides
 from gradleak.studies.rank_heatmap import CHANGE, cell, drawn
 from gradleak.victims.gradient import capture_gradient
 from gradleak.victims.weights import FullBatch, first_of_each, publish_weights, train
-from oracles import gradient_descent_by_autograd, kkt_distance_by_autograd
+from oracles import gradient_descent_by_autograd, kkt_distance_by_autograd, labels_of
 
 BINARY = Architecture("homogeneous1000", (1, 8, 8), 2)
 
@@ -55,11 +55,24 @@ def samples(n: int, outputs: int) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def trained(decay: float = 1e-3) -> tuple[Weights, Secret]:
+def trained(decay: float = 1e-3) -> tuple[PictureObservation, Secret]:
     """Two digits, learnt until little changes."""
     pictures = first_of_each("digits", "train", 1)
     recipe = FullBatch(learning_rate=0.2, epochs=600, weight_decay=decay)
-    return publish_weights(BINARY.build(0).double(), BINARY, pictures, recipe, reveal_initial=True)
+    return publish_weights(Model.of(BINARY.build(0).double(), BINARY), pictures, recipe, reveal_initial=True)
+
+
+def hidden_start(observation: PictureObservation) -> PictureObservation:
+    """The same weights, without what training started from."""
+    return replace(observation, release=replace(observation.expect(Weights), initial=None))
+
+
+def net_of(observation: PictureObservation) -> FullyConnected:
+    return observation.expect(Weights).network(observation.model, observation.released)
+
+
+def learned_of(observation: PictureObservation) -> FullyConnected:
+    return observation.expect(Weights).learned(observation.model, observation.released)
 
 
 # --- The distance and its derivatives ---
@@ -160,15 +173,16 @@ def test_a_diverging_training_is_told() -> None:
 
 def test_the_true_images_explain_weights_near_stationarity() -> None:
     observation, secret = trained()
-    net, other = observation.network(), first_of_each("digits", "train", 3)
+    net, other = net_of(observation), first_of_each("digits", "train", 3)
     first = Target(layers=(1.0, 0.0, 0.0))
-    right, _ = explained(net, *net.margins(secret.images.double(), secret.labels), first)
+    assert secret.labels is not None
+    right, _ = explained(net, *net.margins(secret.inputs.double(), secret.labels), first)
     strangers, _ = explained(net, *net.margins(other.images[[1, 4]].double(), other.labels[[1, 4]]), first)
     assert right < 0.5 * strangers
-    done = observation.stationarity
+    done = observation.expect(Weights).stationarity
     assert done is not None
     assert done.kkt_residual == pytest.approx(right, rel=1e-6)
-    simulated = observation.simulate(secret.images, secret.labels)  # the start is known: later layers count too
+    simulated = observation.simulate(secret.inputs, secret.labels)  # the start is known: later layers count too
     assert float(relative_residual(simulated, observation.released)) < 0.5
 
 
@@ -176,12 +190,12 @@ def test_weights_round_trip_in_their_precision(tmp_path: Path) -> None:
     observation, _ = trained()
     save_observation(observation, tmp_path / "weights.safetensors")
     back = load_observation(tmp_path / "weights.safetensors")
-    assert isinstance(back, Weights)
-    assert (back.weight_decay, back.stationarity) == (observation.weight_decay, observation.stationarity)
-    assert back.initial is not None
-    assert observation.initial is not None
+    old, new = observation.expect(Weights), back.expect(Weights)
+    assert (new.weight_decay, new.stationarity) == (old.weight_decay, old.stationarity)
+    assert new.initial is not None
+    assert old.initial is not None
     assert all(torch.equal(back.released[name], observation.released[name]) for name in observation.released)
-    assert all(torch.equal(back.initial[name], observation.initial[name]) for name in observation.initial)
+    assert all(torch.equal(new.initial[name], old.initial[name]) for name in old.initial)
     assert {row["item"] for row in back.threat_model() if not row["revealed"]} >= {"labels", "images"}
 
 
@@ -190,32 +204,33 @@ def test_weights_round_trip_in_their_precision(tmp_path: Path) -> None:
 
 def test_two_images_come_back_without_a_private_statistic() -> None:
     observation, secret = trained()
-    hidden = replace(observation, initial=None)
-    assert rank_of(hidden.network()) == 2
+    hidden = hidden_start(observation)
+    assert rank_of(net_of(hidden)) == 2
     reports: list[int] = []
     found = KKT(steps=200)(
         hidden, generator=torch.Generator().manual_seed(0), on_step=lambda step, *_: reports.append(step)
     )
     assert reports[-1] == 200
     assert found.value.shape == (4, 1, 8, 8)
-    for truth, label in zip(secret.images, secret.labels, strict=True):
+    assert secret.labels is not None
+    for truth, label in zip(secret.inputs, secret.labels, strict=True):
         scores = ssim(found.value, truth[None].expand_as(found.value))
         assert float(scores.max()) >= 0.9
-        assert int(found.labels[int(scores.argmax())]) == int(label)
+        assert labels_of(found)[int(scores.argmax())] == int(label)
 
 
 def test_the_search_over_settings_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
     observation, secret = trained()
-    hidden, search = replace(observation, initial=None), KKTSearch(trials=2, steps=30, folder=tmp_path)
+    hidden, search = hidden_start(observation), KKTSearch(trials=2, steps=30, folder=tmp_path)
     found = search(hidden, generator=torch.Generator().manual_seed(0))
     kept = sorted(tmp_path.iterdir())
     assert len(kept) == 2
     kept[0].unlink()  # as if it had not been finished
     again = search(hidden, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(found.value, again.images)
+    assert torch.equal(found.value, again.value)
     assert found.status == again.status
     assert "2 trials" in found.status
-    scores = [float(ssim(found.value, t[None].expand_as(found.value)).max()) for t in secret.images]
+    scores = [float(ssim(found.value, t[None].expand_as(found.value)).max()) for t in secret.inputs]
     assert min(scores) >= 0.8  # a few steps; the whole search is in the recipe
     other = replace(hidden, released={name: 2 * tensor for name, tensor in hidden.released.items()})
     changed = replace(other, model=replace(other.model, parameters=other.released))
@@ -235,7 +250,7 @@ def test_one_step_on_two_images_gives_both() -> None:
     found = NTK(steps=20)(gradient, generator=torch.Generator().manual_seed(0))
     scores = [ssim(found.value, truth[None].expand_as(found.value)) for truth in pictures.images]
     assert min(float(score.max()) for score in scores) >= 0.99
-    assert sorted(found.labels.tolist()) == sorted(pictures.labels.tolist())
+    assert sorted(labels_of(found)) == sorted(pictures.labels.tolist())
     known = NTK(steps=20).knowing(
         gradient,
         pictures.labels,
@@ -243,16 +258,16 @@ def test_one_step_on_two_images_gives_both() -> None:
         generator=torch.Generator().manual_seed(0),
     )
     assert float(ssim(known, pictures.images).min()) >= 0.99
-    with pytest.raises(NotObserved, match="change of all weights"):
+    with pytest.raises(NotObserved, match="and what was released is weights"):
         NTK()(trained()[0], generator=torch.Generator())
 
 
 def test_training_images_lie_in_the_span() -> None:
     observation, secret = trained()
-    net = observation.network()
+    net = net_of(observation)
     space = span_of(net)
     assert space is not None
-    x = net.inputs(secret.images)
+    x = net.inputs(secret.inputs)
     # The first layer starts at 1e-4 per entry, against trained entries near 1e-2: a hundredth is what is left of it.
     assert float((space.project(x) - x).norm() / x.norm()) < 0.02
 
@@ -262,21 +277,23 @@ def test_several_outputs_and_noise_as_starts() -> None:
     digits = first_of_each("digits", "train", 2)
     pictures = replace(digits, labels=torch.tensor([0, 1, 2, 0]))
     recipe = FullBatch(epochs=100, weight_decay=1e-3)
-    observation, _ = publish_weights(architecture.build(0), architecture, pictures, recipe, reveal_labels=True)
+    observation, _ = publish_weights(
+        Model.of(architecture.build(0), architecture), pictures, recipe, reveal_labels=True
+    )
     for attack in (KKT(steps=40), KKT(steps=40, units=False, span=False, double=False, restarts=2)):
         found = attack(observation, generator=torch.Generator().manual_seed(0))
         assert found.value.shape == (8, 1, 8, 8)
         assert found.residual < found.trace[0][1]
-        assert set(found.labels.tolist()) <= {0, 1, 2}
+        assert set(labels_of(found)) <= {0, 1, 2}
 
 
 def test_what_the_attack_cannot_read_is_said() -> None:
     gradient, _ = capture_gradient(Model.of(BINARY.build(0), BINARY), first_of_each("digits", "train", 1))
-    with pytest.raises(NotObserved, match="capture weights"):
+    with pytest.raises(NotObserved, match="reads weights, and what was released is a gradient"):
         KKT()(gradient, generator=torch.Generator())
     lenet = Architecture("lenet", (1, 8, 8), 2)
     with pytest.raises(NotObserved, match="fully connected ReLU"):
-        publish_weights(lenet.build(0), lenet, first_of_each("digits", "train", 1), FullBatch(epochs=1))
+        publish_weights(Model.of(lenet.build(0), lenet), first_of_each("digits", "train", 1), FullBatch(epochs=1))
     with pytest.raises(NotObserved, match="hold no gradient"):
         trained()[0].as_gradient()
 
@@ -284,21 +301,21 @@ def test_what_the_attack_cannot_read_is_said() -> None:
 def test_a_network_that_is_not_homogeneous_is_attacked_with_a_warning() -> None:
     architecture = Architecture("mlp1000", (1, 8, 8), 2)
     observation, _ = publish_weights(
-        architecture.build(0), architecture, first_of_each("digits", "train", 1), FullBatch(epochs=5)
+        Model.of(architecture.build(0), architecture), first_of_each("digits", "train", 1), FullBatch(epochs=5)
     )
     found = KKT(steps=2)(observation, generator=torch.Generator().manual_seed(0))
     assert 0 < found.residual <= 1.5  # 1 explains nothing
     assert "not homogeneous" in found.status
-    told = observation.stationarity
+    told = observation.expect(Weights).stationarity
     assert told is not None
     assert f"not near stationarity: at the true data {told.kkt_residual:.2f}" in found.status
 
 
 def test_both_signs_are_tried_where_labels_are_not_known() -> None:
     observation, _ = trained()
-    hidden = replace(observation, initial=None, labels=None)
+    hidden = hidden_start(observation)
     found = KKT(steps=2, units=False)(hidden, generator=torch.Generator().manual_seed(0))
-    assert sorted(found.labels.tolist()) == [0, 0, 1, 1]
+    assert sorted(labels_of(found)) == [0, 0, 1, 1]
 
 
 def test_an_adapter_composed_tells_what_training_made_of_its_weights() -> None:
@@ -306,23 +323,21 @@ def test_an_adapter_composed_tells_what_training_made_of_its_weights() -> None:
     made, residual = sides(BINARY, pictures, 3, 150, 0)
     released, change, known = made.values()
     assert released.model.frozen == ("2.bias",)
-    assert all(bias is None for bias in change.learned().biases)
-    x = released.network().inputs(pictures.images.double())
+    assert all(bias is None for bias in learned_of(change).biases)
+    x = net_of(released).inputs(pictures.images.double())
     span = torch.linalg.qr(x.T).Q
-    moved = known.learned().weights[0]  # s B (A - A0): gradients of A are combinations of inputs
+    moved = learned_of(known).weights[0]  # s B (A - A0): gradients of A are combinations of inputs
     assert float((moved - moved @ span @ span.T).norm() / moved.norm()) <= 1e-3  # adapters are float32
-    assert (
-        float(torch.linalg.matrix_rank(change.learned().weights[0], rtol=1e-4)) == 2
-    )  # of two images, below the adapter's 3
+    rank = torch.linalg.matrix_rank(learned_of(change).weights[0], rtol=1e-4)
+    assert int(rank) == 2  # of two images, below the adapter's 3
+    target = known.expect(Weights).target(known.model, known.released)
+    net = net_of(known)
     assert residual is not None
-    assert (
-        residual
-        < explained(known.network(), *known.network().margins(pictures.images, pictures.labels), known.target())[0]
-    )
+    assert residual < explained(net, *net.margins(pictures.images, pictures.labels), target)[0]
 
 
 @pytest.mark.parametrize("release", [ALL, Truncated(1), LowRank(4)], ids=str)
-def test_a_fine_tuning_releases_what_it_says(release: Release) -> None:
+def test_a_fine_tuning_releases_what_it_says(release: Released) -> None:
     architecture, pictures = Architecture("mlp", (1, 8, 8), 10), load("digits", "test", indices=[0, 1])
     model = Model.of(architecture.build(0), architecture)
     update, shares = fine_tuned(model, pictures, release, 0.1, 1, seed=0)

@@ -6,6 +6,8 @@ Each says what it reads (`sees`, `modality`); an audit asks all of them and tell
 from gradleak.attacks.activation_patterns.activation_patterns import ActivationPatterns
 from gradleak.attacks.analytic import Analytic
 from gradleak.attacks.dager.dager import Dager
+from gradleak.attacks.dataset_size import SampleCount
+from gradleak.attacks.decoders.attacks import DecodeMLP, DecodePseudoInverse, DecodeRidge, DecodeUNet
 from gradleak.attacks.dlg import DLG, IDLG
 from gradleak.attacks.exact_git.exact_git import ExactGit
 from gradleak.attacks.inverting_gradients import InvertingGradients
@@ -32,6 +34,11 @@ ATTACKS: dict[str, type] = {
     "dlg": DLG,
     "idlg": IDLG,
     "inverting-gradients": InvertingGradients,
+    "decode-pseudo-inverse": DecodePseudoInverse,
+    "decode-ridge": DecodeRidge,
+    "decode-mlp": DecodeMLP,
+    "decode-unet": DecodeUNet,
+    "dataset-size": SampleCount,
     "kkt": KKT,
     "kkt-search": KKTSearch,
     "dager": Dager,

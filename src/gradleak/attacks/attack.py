@@ -16,6 +16,12 @@ class Attack(Protocol):
 
     sees      the kinds of release that it reads: whatever is not listed is refused
     modality  the kind of private data that it recovers
+
+    An attack may have, besides:
+
+    prepared(observation, public, *, generator) -> Self   what it makes of public data beforehand: a prior, a decoder, a zoo
+    trained_on(inputs) -> int                             how many of these inputs it has seen in training
+    by_name_only                                          True: a bare audit leaves it out
     """
 
     sees: ClassVar[tuple[type[Release], ...]]

@@ -14,14 +14,21 @@ Differs   sigma_l enters by its logarithm, cut at 1e-6 of its largest value: N s
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Self
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 
-from gradleak.errors import BadInput
+from gradleak.attacks.attack import check_sees, refusal
+from gradleak.attacks.reconstruction import Outcome, Reconstruction
+from gradleak.attacks.search.descend import OnStep
+from gradleak.errors import BadInput, NotObserved
+from gradleak.modalities.networks import Architecture
+from gradleak.modalities.pictures import Pictures
 from gradleak.observations.observation import PictureObservation
+from gradleak.observations.releases import Adapter, Release
 from gradleak.observations.tensors import Tensors
 from gradleak.observations.training import Recipe
 
@@ -94,7 +101,13 @@ class DatasetSize:
 
     @classmethod
     def fit(
-        cls, adapters: Sequence[PictureObservation], sizes: Tensor, *, level: float = 0.9, norm: bool = True, folds: int = 10
+        cls,
+        adapters: Sequence[PictureObservation],
+        sizes: Tensor,
+        *,
+        level: float = 0.9,
+        norm: bool = True,
+        folds: int = 10,
     ) -> Self:
         """Learn from adapters trained on `sizes` (n,) samples each, under one recipe, rank and base model.
 
@@ -272,7 +285,10 @@ def singular_values(adapter: PictureObservation, module: str) -> Tensor:
 def layout_of(adapter: PictureObservation) -> Layout:
     """The shapes of every module's factors."""
     return {
-        module: (tuple(adapter.adapter.start[f"{module}.lora_A"].shape), tuple(adapter.adapter.start[f"{module}.lora_B"].shape))
+        module: (
+            tuple(adapter.adapter.start[f"{module}.lora_A"].shape),
+            tuple(adapter.adapter.start[f"{module}.lora_B"].shape),
+        )
         for module in sorted(adapter.adapter.scaling)
     }
 
@@ -286,3 +302,48 @@ def check_layout(adapter: PictureObservation, layout: Layout) -> None:
         if own[module] != layout[module]:
             ranks = f"rank {own[module][0][0]} and the zoo's {layout[module][0][0]}"
             raise BadInput(f"The adapter of {module} has {ranks}, or other sizes: make a zoo like the adapter.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleCount:
+    """The number of samples behind an adapter, against a zoo made of public pictures with its own start and recipe.
+
+    largest  number of samples in the zoo; more are answered with it
+    copies   adapters of each number
+    """
+
+    sees: ClassVar[tuple[type[Release], ...]] = (Adapter,)
+    modality: ClassVar[str] = Architecture.modality
+
+    largest: int = 6
+    copies: int = 12
+    zoo: DatasetSize | None = field(default=None, repr=False)
+
+    def prepared(self, observation: PictureObservation, public: Pictures, *, generator: torch.Generator) -> Self:
+        """With its zoo. Without a recipe the length of the change says nothing, and only the shapes of the spectra count."""
+        if refusal(self, observation):
+            return self
+        classes = observation.model.architecture.classes
+        adapters, sizes = list[PictureObservation](), list[int]()
+        for n in range(1, self.largest + 1):
+            rows = torch.randint(len(public.labels), (self.copies, n), generator=generator)
+            changes = vmap(observation.simulate)(public.images[rows], public.labels[rows] % classes)
+            for i in range(self.copies):
+                released = {name: tensor[i].detach() for name, tensor in changes.items()}
+                adapters.append(replace(observation, released=released, batch_size=n, labels=None))
+                sizes.append(n)
+        norm = observation.adapter.recipe is not None
+        return replace(self, zoo=DatasetSize.fit(adapters, torch.tensor(sizes), norm=norm))
+
+    def __call__(
+        self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
+    ) -> Reconstruction:
+        """The estimate as `value`. Raises NotObserved without public pictures."""
+        check_sees(self, observation)
+        if self.zoo is None:
+            raise NotObserved(
+                "It compares the adapter with others that are trained on public pictures, and there are none."
+            )
+        estimate, count = self.zoo(observation), len(self.zoo.sizes)
+        against = f"against {count} adapters of 1 to {self.largest} public samples; more would be answered with {self.largest}"
+        return Reconstruction(estimate.size, None, float("nan"), f"{estimate.sentence} ({against}.)", Outcome.GUESSED)

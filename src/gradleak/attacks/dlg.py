@@ -137,14 +137,18 @@ class DLG:
             results.append(self.polish(seen[k], found, evaluate, report))
         return results
 
-    def residual(self, observation: PictureObservation, z: Tensor, released: Tensors, norm: Tensor, *known: Tensor) -> Tensor:
+    def residual(
+        self, observation: PictureObservation, z: Tensor, released: Tensors, norm: Tensor, *known: Tensor
+    ) -> Tensor:
         """The vector whose squared length is the objective: z (n,) -> (released numbers + pixels,)."""
         images, labels = split(observation, z, *known)
         mismatch = (flatten(observation.simulate(images, labels)) - flatten(released)) / norm
         outside = (images - images.clamp(0, 1)).flatten()
         return torch.cat([mismatch, (self.box / outside.numel()) ** 0.5 * outside])
 
-    def polish(self, observation: PictureObservation, found: Found, evaluate: Evaluate, on_step: OnStep | None) -> Found:
+    def polish(
+        self, observation: PictureObservation, found: Found, evaluate: Evaluate, on_step: OnStep | None
+    ) -> Found:
         """Rounds of L-BFGS, each in the variables that the Gauss-Newton matrix at its start whitens."""
         single = observation.to(torch.float32)  # W is a preconditioner: half the precision does
         known = () if single.labels is None else (probabilities(single),)

@@ -98,9 +98,7 @@ class InvertingGradients:
                 status = "Not started: the objective is no finite number at grey images; check the model's parameters."
             outcome = outcome_of(residual)
             results.append(
-                Reconstruction(
-                    x.cpu(), row.cpu(), residual, status, outcome, iterations=self.steps, trace=trace
-                )
+                Reconstruction(x.cpu(), row.cpu(), residual, status, outcome, iterations=self.steps, trace=trace)
             )
         return results
 

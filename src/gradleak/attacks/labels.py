@@ -35,7 +35,9 @@ def recover_labels(observation: PictureObservation) -> Tensor:
     model = observation.model
     grey = torch.full((1, *model.architecture.input_shape), 0.5).to(next(iter(observation.released.values())))
     if not (isinstance(model.criterion, CrossEntropy) and model.criterion.plain):
-        raise NotObserved(f"Labels were not given, and they are read off a plain cross entropy, not off {model.criterion}.")
+        raise NotObserved(
+            f"Labels were not given, and they are read off a plain cross entropy, not off {model.criterion}."
+        )
     if isinstance(observation.release, Adapter):
         return label_of_sketch(observation, grey)
     gradient, last = observation.as_gradient(), last_layer(observation, grey)

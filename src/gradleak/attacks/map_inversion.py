@@ -13,9 +13,9 @@ Differs   Whitened by the prior, so that L-BFGS needs hundreds of evaluations wh
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from gradleak.attacks.search.lbfgs import lbfgs
 from gradleak.attacks.search.start import Start, begin
 from gradleak.errors import BadInput
 from gradleak.modalities.networks import Architecture
+from gradleak.modalities.pictures import Pictures
 from gradleak.observations.observation import PictureObservation
 from gradleak.observations.releases import Adapter, Gradient, Release, Update
 from gradleak.observations.tensors import Tensors
@@ -57,6 +58,10 @@ class MapInversion:
     pairs: int = 1_000
     evaluations: int = 75
     start: Start | None = field(default=None, repr=False)
+
+    def prepared(self, observation: PictureObservation, public: Pictures, *, generator: torch.Generator) -> Self:
+        """With a prior of public pictures, where none was given and they are enough."""
+        return self if self.prior is not None else replace(self, prior=GaussianPrior.of_public(public.images))
 
     def __call__(
         self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None

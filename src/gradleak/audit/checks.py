@@ -107,7 +107,9 @@ def replay(
     if observation.defenses is None or any(defense.random for defense in observation.defenses):
         doubts.append("a defense stands between")
     if doubts and error <= UNRELATED:
-        sentence = f"The model reproduces the release from the truth up to {error:.2g} of its size: {', and '.join(doubts)}."
+        sentence = (
+            f"The model reproduces the release from the truth up to {error:.2g} of its size: {', and '.join(doubts)}."
+        )
         return [flag("replay", "warning", sentence)]
     beliefs: list[tuple[str, Model[Any]]] = []
     criterion = observation.model.criterion
@@ -121,9 +123,7 @@ def replay(
                     (f"{mode} mode, {reduction} reduction, the other buffers", other.assume(buffers=buffers))
                 )
     fits = [
-        name
-        for name, other in beliefs
-        if replay_error(replace(observation, model=other), inputs, labels) <= tolerance
+        name for name, other in beliefs if replay_error(replace(observation, model=other), inputs, labels) <= tolerance
     ]
     advice = (
         f"but it does in {' or '.join(fits)}"

@@ -139,7 +139,9 @@ def _add_gram(gram: Tensor, J: Tensor, block: int = 256, depth: int = 4096) -> N
             gram[i : i + block, : i + block].addmm_(part[i : i + block], part[: i + block].T)
 
 
-def _release(observations: Sequence[PictureObservation], images: Tensor, labels: Tensor) -> Callable[[Tensor], dict[Key, Tensor]]:
+def _release(
+    observations: Sequence[PictureObservation], images: Tensor, labels: Tensor
+) -> Callable[[Tensor], dict[Key, Tensor]]:
     """images -> what each observation would release, from one pass through the network where that is possible.
 
     It is for factors B after one SGD step, which change by -rate s delta^T Z, with delta the derivative of the loss by
@@ -174,7 +176,9 @@ def _release(observations: Sequence[PictureObservation], images: Tensor, labels:
         found: dict[Key, Tensor] = {}
         for name in outputs:
             own = [i for i, o in enumerate(adapters) if f"{name}.lora_B" in o.released]
-            A = torch.cat([_step(adapters[i], name) * adapters[i].adapter.start[f"{name}.lora_A"] for i in own])  # (ranks, ...)
+            A = torch.cat(
+                [_step(adapters[i], name) * adapters[i].adapter.start[f"{name}.lora_A"] for i in own]
+            )  # (ranks, ...)
             Z = _applied(module.get_submodule(name), A, seen[name])
             channel = -1 if A.dim() == 2 else 1
             changes = delta[name].movedim(channel, 0).flatten(1) @ Z.movedim(channel, 0).flatten(1).T  # (out, ranks)

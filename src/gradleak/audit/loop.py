@@ -96,9 +96,7 @@ def audit(
         yield Audited(row, found)
 
 
-def not_run(
-    name: str, attack: Attack, about: Mapping[str, Any], flags: list[Flag], reason: str
-) -> Result:
+def not_run(name: str, attack: Attack, about: Mapping[str, Any], flags: list[Flag], reason: str) -> Result:
     """The row of an attack that could not run, with the reason."""
     row = new_result(name, parameters(attack), about, flags)
     return {**row, "defense": about["defense"], "ran": False, "status": f"Not run: {reason}"}
@@ -194,5 +192,7 @@ def describe(observation: Observation[Any], name: str = "") -> dict[str, Any]:
         "precision": observation.precision,
         "state_hash": model.state_hash()[:16],
         "revealed": [str(row["item"]) for row in observation.threat_model() if row["revealed"]],
-        "defense": None if defenses == () else {"kind": "unknown" if defenses is None else ", ".join(map(str, defenses))},
+        "defense": None
+        if defenses == ()
+        else {"kind": "unknown" if defenses is None else ", ".join(map(str, defenses))},
     }

@@ -9,7 +9,14 @@ from typing import Any
 from gradleak.report.record import Level, Record, Result, Verdict
 
 PROVES_NOTHING = " That proves nothing: another attack may find more."
-SERIOUS: tuple[Level, ...] = ("recovered", "void", "partial", "nothing", "unscored", "absent")  # the worst of several is told
+SERIOUS: tuple[Level, ...] = (
+    "recovered",
+    "void",
+    "partial",
+    "nothing",
+    "unscored",
+    "absent",
+)  # the worst of several is told
 INFORMATION = {
     "information_partial": " The release holds part of the information; no attack found it.",
     "information_present": " The information is present in the release: no attack found it, another may.",
@@ -66,7 +73,11 @@ def compared(scored: Sequence[Result], metrics: Mapping[str, Any], evidence: str
     """What came back, next to what somebody guesses who has seen nothing."""
 
     def worth(row: Result) -> tuple[int, int, float]:
-        return sum(row.get("recovered", [])), sum(row.get("partly", [])), sum(value or 0 for value in row.get("leads", []))
+        return (
+            sum(row.get("recovered", [])),
+            sum(row.get("partly", [])),
+            sum(value or 0 for value in row.get("leads", [])),
+        )
 
     best = max(scored, key=worth)
     name, metric = next(iter(metrics.items()))
@@ -78,7 +89,11 @@ def compared(scored: Sequence[Result], metrics: Mapping[str, Any], evidence: str
     mean = f"{metric['label']} {sum(present) / max(len(present), 1):.{max(metric['decimals'] - 1, 1)}f} on average"
     if count or parts:
         level: Level = "recovered" if count == total else "partial"
-        what = f"{count} of {total} private samples recovered" if count else f"Parts of {parts} of {total} private samples recovered"
+        what = (
+            f"{count} of {total} private samples recovered"
+            if count
+            else f"Parts of {parts} of {total} private samples recovered"
+        )
         among = f", identified among {best['decoys'] + 1}" if "decoys" in best else ""
         sentence = f"{what} by {best['attack']}: {mean}, {lead}{among}."
         return {"level": level, "sentence": f"{sentence} {evidence}".rstrip()}

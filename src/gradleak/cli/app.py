@@ -17,12 +17,21 @@ from gradleak.victims import VICTIMS
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("gradleak.cli.commands:demo", "The main job on embedded pictures: capture, attack, write the report."),
     **{f"capture {name}": ("gradleak.cli.capture:capture", summary) for name, (_, summary) in VICTIMS.items()},
-    "capture pairs": ("gradleak.cli.capture:capture_pairs", "Make pairs of public data and gradients, for learned attacks."),
+    "capture pairs": (
+        "gradleak.cli.capture:capture_pairs",
+        "Make pairs of public data and gradients, for learned attacks.",
+    ),
     "train git": ("gradleak.cli.capture:train_by_descent", "Train the generator of git for the observed model."),
-    "train exact-git": ("gradleak.cli.capture:train_exactly", "Recover the weights of the observed model, for exact-git."),
+    "train exact-git": (
+        "gradleak.cli.capture:train_exactly",
+        "Recover the weights of the observed model, for exact-git.",
+    ),
     "train lti": ("gradleak.cli.capture:train_by_descent", "Train the generator of lti for the observed model."),
     "attack": ("gradleak.cli.commands:attack", "Reconstruct the private data with one attack. Sees no secret."),
-    "audit": ("gradleak.cli.commands:audit", "Run every applicable attack, score it if the secret is given, write a report."),
+    "audit": (
+        "gradleak.cli.commands:audit",
+        "Run every applicable attack, score it if the secret is given, write a report.",
+    ),
     "reproduce": ("gradleak.cli.commands:reproduce", "Run a published experiment: record.json, table and plots."),
     "report": ("gradleak.cli.commands:report", "Render a record again."),
     "rerun": ("gradleak.cli.commands:rerun", "Run the command of a record again, with the same seed and parameters."),
@@ -70,9 +79,7 @@ def run(argv: list[str]) -> None:
         print(usage(known for known in COMMANDS if known.startswith(f"{argv[0]} ")))
         return
     if name not in COMMANDS:
-        raise BadInput(
-            f"Unknown command {shortened(name)!r}{near(name, COMMANDS)} (commands: {', '.join(COMMANDS)})."
-        )
+        raise BadInput(f"Unknown command {shortened(name)!r}{near(name, COMMANDS)} (commands: {', '.join(COMMANDS)}).")
     start(name, argv[words:])
 
 

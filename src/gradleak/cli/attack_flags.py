@@ -111,7 +111,9 @@ def built(options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             raise BadInput(f"{name} has no parameter {shortened(unknown[0])!r}.")
         hints = get_type_hints(ATTACKS[name])
         converted = {
-            key: value if isinstance(value, Path) else typed(value, hints[key], f"The parameter {key} of {name} is unusable")
+            key: value
+            if isinstance(value, Path)
+            else typed(value, hints[key], f"The parameter {key} of {name} is unusable")
             for key, value in values.items()
         }
         attacks[name] = ATTACKS[name](**converted)

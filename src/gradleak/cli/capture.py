@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from gradleak.cli.inputs import fresh_folder, observed
 from gradleak.cli.progress import progress
 from gradleak.errors import BadInput
 from gradleak.formats.observation_file import save_observation
-from gradleak.formats.secret_file import save_secret
+from gradleak.formats.secret_file import Secret, save_secret
 from gradleak.observations.defenses import chosen
 from gradleak.observations.observation import Observation
 from gradleak.victims.play import UNFINISHED
@@ -36,11 +37,18 @@ def capture(args: Any) -> None:
     out = args.out if (args.out / UNFINISHED).is_file() else fresh_folder(args.out)
     with progress() as start:
         observation, secret = args(out, args.seed, start)
-    save_observation(observation, out / "observation.safetensors")
-    save_secret(secret, out / "secret.safetensors")
+    kept(observation, secret, out)
     (out / UNFINISHED).unlink(missing_ok=True)
-    seen, kept = out / "observation.safetensors", out / "secret.safetensors"
-    print(f"{seen}: what the attacker sees\n{kept}: what only audit opens\nNow: gradleak audit {seen} --secret {kept} --out ...")
+    seen, hidden = out / "observation.safetensors", out / "secret.safetensors"
+    print(f"Now: gradleak audit {seen} --secret {hidden} --out ...")
+
+
+def kept(observation: Observation[Any], secret: Secret, out: Path) -> None:
+    """Write the two files, and say what they are."""
+    seen, hidden = out / "observation.safetensors", out / "secret.safetensors"
+    save_observation(observation, seen)
+    save_secret(secret, hidden)
+    print(f"{seen}: what the attacker sees\n{hidden}: what only audit opens")
 
 
 def capture_pairs(args: flags.CapturePairs) -> None:
@@ -96,7 +104,9 @@ def train(args: flags.Train, name: str, epochs: int) -> None:
     path = out / "generator.safetensors"
     trained.save(path)
     error = f": training error {trained.trace[-1][1]:.4f} (mean squared, per pixel)" if trained.trace else ""
-    print(f"{path}{error}, of {len(trained.pictures):,} public samples\nNow: gradleak attack {args.observation} --attack {attack} --{attack}.generator {path} --out ...")
+    print(
+        f"{path}{error}, of {len(trained.pictures):,} public samples\nNow: gradleak attack {args.observation} --attack {attack} --{attack}.generator {path} --out ..."
+    )
 
 
 def pairs_of(args: flags.CapturePairs) -> tuple[Observation[Any], Any]:

@@ -34,11 +34,7 @@ from gradleak.modalities.networks import MODELS
 from gradleak.observations.observation import Observation
 from gradleak.report import html, record
 from gradleak.report.sheet import save_sheet
-
-DEMO = {  # what is captured, with which settings, and what attacks it
-    "adapter": ({"model": "convnet", "target_modules": "all"}, ("map-inversion",)),
-    "gradient": ({}, ("dlg", "idlg", "inverting-gradients")),
-}
+from gradleak.victims.demo import DEMO
 
 
 def attack(args: flags.Attack, options: dict[str, dict[str, Any]]) -> None:
@@ -55,9 +51,7 @@ def attack(args: flags.Attack, options: dict[str, dict[str, Any]]) -> None:
     written = new_record("attack", args, options, inputs)
     describe(written, observation, "")
     with progress() as start:
-        for done in run_audit(
-            observation, {name: chosen}, public, seed=args.seed, device=args.device, on_step=start
-        ):
+        for done in run_audit(observation, {name: chosen}, public, seed=args.seed, device=args.device, on_step=start):
             if done.reconstruction is None:
                 raise BadInput(done.result["status"].removeprefix("Not run: "))
             written["results"].append(done.result)
@@ -74,7 +68,8 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> None:
     out, observation = fresh_folder(args.out), observed(args)
     attacks = built(options)
     if args.attacks is None:
-        attacks = {n: a for n, a in attacks.items() if a.modality == observation.model.architecture.modality}
+        modality = observation.model.architecture.modality
+        attacks = {n: a for n, a in attacks.items() if a.modality == modality and not getattr(a, "by_name_only", False)}
     secret = load_secret(args.secret) if args.secret else None
     inputs = [*observed_files(args), *([args.secret] if args.secret else [])]
     written = new_record("audit", args, {name: options[name] for name in attacks}, inputs)
@@ -84,21 +79,17 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> None:
 
 def demo(args: flags.Demo) -> None:
     """One embedded photograph, a LoRA adapter and a gradient made of it, attacks on both, one report."""
-    from gradleak.cli.app import located
-    from gradleak.victims import VICTIMS
+    from gradleak.cli.capture import kept
 
     check_device(args.device)
     out = fresh_folder(args.out)
-    from gradleak.cli.capture import capture, with_common
-
     written = new_record("demo", args, {}, [])
-    for name, (settings, names) in DEMO.items():
-        kind = with_common(located(VICTIMS[name][0]))
-        capture(kind(out=out / name, seed=args.seed, threads=args.threads, **settings))
+    for name, (victim, names) in DEMO.items():
+        with progress() as start:
+            kept(*victim(out / name, args.seed, start), out / name)
         observation = load_observation(out / name / "observation.safetensors")
         secret = load_secret(out / name / "secret.safetensors")
-        scoring = SCORING[observation.model.architecture.modality]
-        public = scoring.public("embedded", "train", observation.model)
+        public = SCORING[observation.model.architecture.modality].public("embedded", "train", observation.model)
         attacks = {attack: ATTACKS[attack]() for attack in names}
         audit_one(observation, attacks, public, secret, written, out, args.seed, args.device, name)
     print(written["verdict"]["sentence"], f"Open {out / 'report.html'} in a browser.", sep="\n")
@@ -162,7 +153,9 @@ def reproduce(args: flags.Reproduce) -> None:
     if args.name not in RECIPES:
         from gradleak.cli.app import near
 
-        raise BadInput(f"Unknown study {shortened(args.name)!r}{near(args.name, RECIPES)}. Studies: {', '.join(RECIPES)}.")
+        raise BadInput(
+            f"Unknown study {shortened(args.name)!r}{near(args.name, RECIPES)}. Studies: {', '.join(RECIPES)}."
+        )
     study: Any = RECIPES[args.name]
     more: dict[str, Any] = {}
     if args.device is not None:
@@ -205,7 +198,9 @@ def rerun(args: flags.Rerun) -> None:
         kinds = ", ".join(RERUNNABLE)
         raise BadInput(f"{args.record} was made by {shortened(name)!r}, not by one of {kinds}: it cannot be run again.")
     if "argv" in values:
-        raise BadInput(f"{args.record} was written by an older gradleak, which kept a command line only: run it by hand.")
+        raise BadInput(
+            f"{args.record} was written by an older gradleak, which kept a command line only: run it by hand."
+        )
     for path, digest in stored.get("inputs", {}).items():
         if file_hash(Path(path)) != digest:
             raise BadInput(f"{shortened(path)} is no longer the file that the record was made from.")

@@ -8,15 +8,12 @@ import torch
 
 from gradleak.cli import flags
 from gradleak.errors import BadInput, shortened
-from gradleak.formats.model_folder import is_language_model, read_model
+from gradleak.formats.model_folder import read_model
 from gradleak.formats.observation_file import check_provenance, has_provenance, load_observation
 from gradleak.formats.peft import is_adapter, read_adapter
-from gradleak.formats.plain_file import published, read_gradient
-from gradleak.modalities.networks import Architecture
-from gradleak.observations.model import Model
+from gradleak.formats.plain_file import has_folder, read_of_language_model, read_of_network
 from gradleak.observations.observation import Observation
 from gradleak.observations.training import Recipe
-from gradleak.victims.training import prepare_model
 
 OF_ADAPTERS = ("base", "lr", "steps", "optimizer", "initial")
 OF_FILES = ("weights", "mode")
@@ -43,19 +40,15 @@ def observed(args: flags.Observed) -> Observation[Any]:
             f"{args.observation} carries no provenance: say with --model and --weights what this gradient was taken from, "
             "or with --model alone whose trained weights these are."
         )
-    if is_language_model(Path(args.model)):
-        refuse_others(args, "a plain gradient of a language model", ("model", "task", "batch_size"))
-        model = read_model(args.model, task=args.task or "classification")
-        return read_gradient(args.observation, model, args.batch_size or 1)
+    size = args.batch_size or 1
+    if has_folder(args.model):
+        refuse_others(args, "a plain file of a language model", ("model", "task", "batch_size"))
+        return read_of_language_model(args.observation, Path(args.model), args.task or "classification", size)
     used = ("model", "weights", "batch_size", *OF_PLAIN_FILES, *(("mode",) if args.weights else ()))
     refuse_others(args, "a plain file", used)
-    architecture = Architecture(args.model, args.input_shape or (3, 32, 32), args.classes or 10)
-    if args.weights is None:
-        trained = Model.of(prepare_model(architecture, weights=args.observation), architecture)
-        return published(trained, args.batch_size or 1)
-    module = prepare_model(architecture, weights=args.weights)
-    model = Model.of(module, architecture, mode=args.mode or "eval")
-    return read_gradient(args.observation, model, args.batch_size or 1)
+    shape, classes = args.input_shape or (3, 32, 32), args.classes or 10
+    mode = args.mode or "eval"
+    return read_of_network(args.observation, args.model, shape, classes, args.weights, mode, size)
 
 
 def observed_adapter(args: flags.Observed) -> Observation[Any]:

@@ -89,14 +89,21 @@ def build_texts(
         tokenizer = kind(tokenizer_object=Tokenizer.from_str(known.tokenizer), **known.special)
         classes = int(config.num_labels or 2)
         with torch.device("meta"):
-            sizes = {n: p.shape for n, p in build(config, known.task, classes=classes, tokenizer=tokenizer, seed=0)[0].named_parameters()}
+            sizes = {
+                n: p.shape
+                for n, p in build(config, known.task, classes=classes, tokenizer=tokenizer, seed=0)[
+                    0
+                ].named_parameters()
+            }
     except (*BROKEN, MemoryError, RecursionError) as error:
         raise BadInput(f"{where} holds no model that transformers can build: {one_line(error)}.") from error
     except Exception as error:
         raise BadInput(f"{where} holds no tokenizer that can be read: {one_line(error)}.") from error
     for name, shape in sizes.items():
         if name not in parameters or parameters[name].shape != shape:
-            raise BadInput(f"{where} is damaged: parameter {name} is missing or has another shape than its config says.")
+            raise BadInput(
+                f"{where} is damaged: parameter {name} is missing or has another shape than its config says."
+            )
     module, config = build(config, known.task, classes=classes, tokenizer=tokenizer, seed=0)
     return module, LanguageArchitecture(known.name, config, known.task, tokenizer)
 
@@ -107,7 +114,9 @@ def check_sizes(settings: Any, where: str) -> None:
         few = "layer" in key or "depth" in key
         numbers = value if isinstance(value, list) else [value]
         if any(isinstance(n, int) and abs(n) > (MOST_LAYERS if few else LARGEST) for n in numbers):
-            raise BadInput(f"{where} holds an impossible configuration: {shortened(key)} is {shortened(json.dumps(value))}.")
+            raise BadInput(
+                f"{where} holds an impossible configuration: {shortened(key)} is {shortened(json.dumps(value))}."
+            )
         if isinstance(value, dict):
             check_sizes(value, where)
 

@@ -167,7 +167,9 @@ def _read_ours(folder: Path, factory: str | None) -> tuple[nn.Module, Architectu
     path = folder / "gradleak.json"
     about = checked(read_json(path), Base, f"{path} does not describe a base model")
     if about.schema != SCHEMA:
-        raise BadInput(f"{path} is of the schema {shortened(about.schema)!r}, not {SCHEMA!r}: another version wrote it.")
+        raise BadInput(
+            f"{path} is of the schema {shortened(about.schema)!r}, not {SCHEMA!r}: another version wrote it."
+        )
     known = about.architecture
     architecture = Architecture(known.name, known.input_shape, known.classes)
     if factory is None and architecture.name not in MODELS:

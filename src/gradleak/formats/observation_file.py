@@ -127,7 +127,9 @@ def load_observation(path: Path, *, factory: str | None = None) -> Observation[A
         hashes = f"{model.state_hash()[:12]}, its provenance says {seen.state_hash[:12]}"
         raise BadInput(f"{path} holds another state ({hashes}): it was altered after it was written.")
     released = tensor_file.group(tensors, "released")
-    released = {name: t.to(torch.promote_types(t.dtype, torch.float32)) for name, t in released.items() if t.is_floating_point()}
+    released = {
+        name: t.to(torch.promote_types(t.dtype, torch.float32)) for name, t in released.items() if t.is_floating_point()
+    }
     released |= {name: model.parameters[name] for name in seen.known if name in model.parameters}
     if missing := [name for name in seen.released or [] if name not in released]:
         raise BadInput(f"{path} lacks what was released of {missing[0]}: it is damaged.")
@@ -184,7 +186,9 @@ def named(value: Any, table: dict[str, Any], what: str) -> dict[str, Any]:
     """A value of a table as {"name": ..., field: ...}; BadInput for one that the table does not hold."""
     name = next((name for name, kind in table.items() if type(value) is kind), None)
     if name is None:
-        raise BadInput(f"Files know the {what} {', '.join(table)}, not {type(value).__name__}: keep this one in Python.")
+        raise BadInput(
+            f"Files know the {what} {', '.join(table)}, not {type(value).__name__}: keep this one in Python."
+        )
     return {"name": name, **msgspec.to_builtins(value)}
 
 

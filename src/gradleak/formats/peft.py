@@ -109,7 +109,9 @@ def is_adapter(path: Path) -> bool:
     return (path / CONFIG).is_file()
 
 
-def read_factors(folder: Path, model: Model[Any], recipe: Recipe | None) -> tuple[Tensors, dict[str, float], Config, str]:
+def read_factors(
+    folder: Path, model: Model[Any], recipe: Recipe | None
+) -> tuple[Tensors, dict[str, float], Config, str]:
     """{module.lora_A and module.lora_B}, {module: s}, the config and the number format of an adapter."""
     config = _config(folder)
     if not (folder / WEIGHTS).is_file() and (folder / PICKLE).is_file():
@@ -197,7 +199,9 @@ def _module(name: str, targets: list[str], folder: Path) -> str:
     )
 
 
-def _checked_scaling(module: str, name: str, factors: Tensors, config: Config, model: Model[Any], folder: Path) -> float:
+def _checked_scaling(
+    module: str, name: str, factors: Tensors, config: Config, model: Model[Any], folder: Path
+) -> float:
     """s of a module: alpha / r, or alpha / sqrt(r) for rslora; BadInput when its factors contradict config or model."""
     weight = oriented(model, module, model.parameters[f"{module}.weight"])
     rank = _by_pattern(name, config.get("rank_pattern"), folder) or config["r"]

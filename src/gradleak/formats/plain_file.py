@@ -6,10 +6,37 @@ from typing import Any
 import torch
 
 from gradleak.errors import BadInput
-from gradleak.formats.observation_file import load_tensors
-from gradleak.observations.model import Model
+from gradleak.formats.model_folder import is_language_model, read_language_model
+from gradleak.formats.observation_file import load_state, load_tensors
+from gradleak.modalities.language_models import Task
+from gradleak.modalities.networks import Architecture
+from gradleak.observations.model import Mode, Model
 from gradleak.observations.observation import Observation
 from gradleak.observations.releases import Weights
+
+
+def has_folder(model: str) -> bool:
+    """Whether the model is the folder of a language model, which comes with its parameters."""
+    return is_language_model(Path(model))
+
+
+def read_of_language_model(path: Path, folder: Path, task: Task, batch_size: int) -> Observation[Any]:
+    """{name: gradient} of the language model in a folder."""
+    return read_gradient(path, read_language_model(folder, task), batch_size)
+
+
+def read_of_network(
+    path: Path, name: str, shape: tuple[int, int, int], classes: int, weights: Path | None, mode: Mode, batch_size: int
+) -> Observation[Any]:
+    """{name: gradient} of a network at these weights; where none are given, the file holds the weights of a trained one, which
+    are all that was released."""
+    architecture = Architecture(name, shape, classes)
+    module = architecture.build(0)
+    load_state(module, load_tensors(path if weights is None else weights))
+    model = Model.of(module, architecture, mode=mode)
+    if weights is None:
+        return Observation(model=model, release=Weights(), released=model.parameters, batch_size=batch_size)
+    return read_gradient(path, model, batch_size)
 
 
 def read_gradient(path: Path, model: Model[Any], batch_size: int) -> Observation[Any]:
@@ -24,8 +51,3 @@ def read_gradient(path: Path, model: Model[Any], batch_size: int) -> Observation
         batch_size=batch_size,
         precision=str(precision).removeprefix("torch."),
     )
-
-
-def published(model: Model[Any], batch_size: int) -> Observation[Any]:
-    """The parameters of a trained model, which are all that was released."""
-    return Observation(model=model, release=Weights(), released=model.parameters, batch_size=batch_size)

@@ -185,7 +185,9 @@ class LanguageArchitecture:
 
     def labels_detail(self) -> str:
         """By task: labels, next tokens, masked tokens."""
-        return {"classification": "withheld", "causal-lm": "none: next tokens", "masked-lm": "the masked tokens"}[self.task]
+        return {"classification": "withheld", "causal-lm": "none: next tokens", "masked-lm": "the masked tokens"}[
+            self.task
+        ]
 
 
 def build(config: Any, task: Task, *, classes: int, tokenizer: Any, seed: int) -> tuple[Any, Any]:

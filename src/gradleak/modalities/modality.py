@@ -10,7 +10,9 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor
 
 Tokens = tuple[tuple[int, ...], ...]  # a batch of sentences, each of token ids
-Inputs = Tensor | Tokens  # a batch as the model takes it: pictures (n, channel, height, width) in [0, 1], or n sentences
+Inputs = (
+    Tensor | Tokens
+)  # a batch as the model takes it: pictures (n, channel, height, width) in [0, 1], or n sentences
 Fact = dict[str, str | bool]  # one row of the threat-model table: item, revealed, detail
 
 

@@ -57,7 +57,9 @@ class Release(Protocol):
     """What every kind of release answers."""
 
     name: ClassVar[str]  # "gradient": for files, records and sentences
-    replays: ClassVar[bool]  # whether `simulate` gives of the secret what was released, and not only up to unknown numbers
+    replays: ClassVar[
+        bool
+    ]  # whether `simulate` gives of the secret what was released, and not only up to unknown numbers
     sketched: ClassVar[bool]  # whether less than the whole gradient is seen, so that one may ask what is left
     __dataclass_fields__: ClassVar[dict[str, Any]]  # every release is a dataclass
 
@@ -121,7 +123,9 @@ class Gradient:
         """The gradients of linear layers' weights; the noise is the rounding to a format shorter than float32."""
         found = []
         for module, tensor in linear_weights(model, released, modules):
-            noise = None if precision in ("float32", "float64") else UNEVEN * rounding(tensor, getattr(torch, precision))
+            noise = (
+                None if precision in ("float32", "float64") else UNEVEN * rounding(tensor, getattr(torch, precision))
+            )
             found.append(Sketch(module, "right", tensor, None, noise))
         return found
 
@@ -507,9 +511,7 @@ def inexact(recipe: Recipe) -> str:
     return f"{recipe.steps} steps were taken, and their mean stands in" if recipe.steps > 1 else ""
 
 
-def linear_weights(
-    model: Model[Any], released: Tensors, modules: Collection[str] | None
-) -> list[tuple[str, Tensor]]:
+def linear_weights(model: Model[Any], released: Tensors, modules: Collection[str] | None) -> list[tuple[str, Tensor]]:
     """(module, its released weight as (out, in)) of the linear layers; of these modules, or of all."""
     layers: dict[str, nn.Module] = dict(model.module.named_modules())
     found = []

@@ -21,7 +21,9 @@ def write(tensors: Tensors, schema: str, about: dict[str, Any], path: Path, *, p
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
     header = {"schema": schema, "gradleak": json.dumps(about)}
     try:
-        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, unfinished, metadata=header)
+        save_file(
+            {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, unfinished, metadata=header
+        )
         if private:
             unfinished.chmod(0o600)
         os.replace(unfinished, path)

@@ -54,6 +54,15 @@ class GaussianPrior:
         return cls._of(images, rows.mean(0), torch.cov(rows.T), components, remainder)
 
     @classmethod
+    def of_public(cls, images: Tensor) -> Self | None:
+        """`fit`, or None for fewer pictures than half the pixels of one: their covariance is worse than that of photographs
+        in general."""
+        return cls.fit(images) if len(images) and len(images) >= images[0].numel() / 2 else None
+
+    def __str__(self) -> str:
+        return "smooth" if self.pictures is None else f"{len(self.pictures)} public pictures"
+
+    @classmethod
     def _of(cls, images: Tensor, mean: Tensor, covariance: Tensor, components: int | None, remainder: float) -> Self:
         variance, vectors = torch.linalg.eigh(covariance)  # ascending
         variance, vectors = variance.flip(0).clamp_min(0), vectors.flip(1)

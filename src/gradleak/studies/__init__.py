@@ -1,4 +1,9 @@
-"""Published experiments, one short file each. RECIPES is the only place where a recipe has a name."""
+"""Published experiments, one short file each. RECIPES is the only place where a recipe has a name.
+
+A recipe is called with (data, size, *, seed, start), and with device where it can use one.
+"""
+
+from collections.abc import Callable, Iterator
 
 from gradleak.studies import (
     dager_decoder,
@@ -27,8 +32,9 @@ from gradleak.studies import (
     recursion,
     starts,
 )
+from gradleak.studies.findings import Findings
 
-RECIPES = {
+RECIPES: dict[str, Callable[..., Iterator[Findings]]] = {
     "fresh-vs-saved": fresh_vs_saved.run,
     "phase0": phase0.run,
     "phase1": phase1.run,

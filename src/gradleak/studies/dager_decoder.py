@@ -8,7 +8,11 @@ from gradleak.studies.text_victims import BATCHES, Sources, cell, findings, smal
 from gradleak.victims.small_language import Kind
 
 WORDS = (6, 14)  # of a text: then sixteen texts have fewer tokens than the width
-DECODER: dict[Size, tuple[int, int]] = {"smoke": (64, 5), "small": (384, 60), "paper": (384, 60)}  # width, steps of training
+DECODER: dict[Size, tuple[int, int]] = {
+    "smoke": (64, 5),
+    "small": (384, 60),
+    "paper": (384, 60),
+}  # width, steps of training
 BATCH_SIZES: dict[Size, tuple[int, ...]] = {"smoke": (1, 2), "small": (1, 2, 4, 8, 16), "paper": (1, 2, 4, 8, 16)}
 KINDS: tuple[Kind, ...] = ("gpt2", "llama")
 TASKS: tuple[Task, ...] = ("classification", "causal-lm")

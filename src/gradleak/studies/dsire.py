@@ -9,32 +9,34 @@ One zoo is also asked what it was not made for: other learning rates, optimisers
 Controls: the zoo's median size for every adapter, and the same estimator with the zoo's sizes shuffled.
 """
 
-import copy
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import vmap
 
 from gradleak.attacks.dataset_size import DatasetSize, Estimate
-from gradleak.attacks.search.descend import OnStep
+from gradleak.errors import BadInput
 from gradleak.modalities.networks import BINARY, Architecture
 from gradleak.modalities.pictures import Pictures, load, public_pool
-from gradleak.observations.model import Model
+from gradleak.observations.layers import is_adaptable
+from gradleak.observations.model import Model, PictureModel
+from gradleak.observations.observation import Observation, PictureObservation
 from gradleak.observations.releases import Adapter
 from gradleak.observations.tensors import Tensors
 from gradleak.observations.training import Recipe, train
-from gradleak.studies.findings import Findings, interval, plot
-from gradleak.victims.adapter import fine_tune
+from gradleak.report.record import Plot
+from gradleak.studies.data_sets import rows_of, shape_of
+from gradleak.studies.findings import Findings, Row, Size, Start, interval, opening, plot, rectangular, shortage
+from gradleak.victims.adapter import fine_tune, lora_start
 from gradleak.victims.training import prepare_model
 
 FEW, MANY = (1, 2, 3, 4, 5, 6), (1, 2, 3, 5, 8, 12, 20, 30, 40, 50)
-LEVEL = 0.9
+LEVEL, LIKE = 0.9, "like the zoo"
 SIDE_BY_SIDE = 8  # adapters trained at a time
 UNSEEN = 4_000  # pictures of the test split, shared between the attacker and the victims
 
@@ -72,54 +74,65 @@ SMALL = [
     Setting(model="vit", recipe=SHORT, zoo=60),
     Setting(model="mlp1000", recipe=ONE, zoo=30, held_out=15),
 ]
-SIZES = {
-    "small": SMALL,
-    "paper": [replace(setting, zoo=4 * setting.zoo, held_out=4 * setting.held_out) for setting in SMALL]
-    + [
-        Setting(model="vit", recipe=replace(ADAM, steps=12), zoo=160, held_out=80),
-        Setting(model="vit", recipe=ONE, sizes=MANY, zoo=80, held_out=40),
-    ],
+SIZES: dict[Size, tuple[list[Setting], int, int]] = {  # settings, adapters of each size by PEFT, unseen pictures
+    # The losses of barely trained models on few pictures are large: a smaller rate, or some diverge.
+    "smoke": (
+        [
+            Setting(model="convnet", recipe=replace(recipe, learning_rate=0.002), zoo=16, held_out=8)
+            for recipe in (SINGLE, ONE)
+        ],
+        1,
+        100,
+    ),
+    "small": (SMALL, 2, UNSEEN),
+    "paper": (
+        [
+            *(replace(setting, zoo=4 * setting.zoo, held_out=4 * setting.held_out) for setting in SMALL),
+            Setting(model="vit", recipe=replace(ADAM, steps=12), zoo=160, held_out=80),
+            Setting(model="vit", recipe=ONE, sizes=MANY, zoo=80, held_out=40),
+        ],
+        2,
+        UNSEEN,
+    ),
 }
-QUICK = [  # for the pictures that wheels carry, on which the base models' losses are large
-    Setting(model="convnet", recipe=replace(recipe, learning_rate=0.002), zoo=16, held_out=8)
-    for recipe in (SINGLE, ONE)
-]
 
 
-def run(
-    data: str, size: str, *, seed: int, device: str, start: Callable[[str], OnStep], folder: Any = None
-) -> Iterator[Findings]:
-    """Yields the findings after every setting; `start` opens a progress bar."""
-    rows: list[dict[str, Any]] = []
-    answers: dict[str, list[tuple[int, Estimate]]] = {}
-    settings = QUICK if data in ("embedded", "digits") else SIZES[size]
+def run(data: str, size: Size, *, seed: int, device: str, start: Start) -> Iterator[Findings]:
+    """Yields after every setting; the findings so far. device: where adapters are trained."""
+    rows, answers = list[Row](), dict[str, list[tuple[int, Estimate]]]()
+    settings, by_peft, unseen = SIZES[size]
     for number, setting in enumerate(settings):
-        bench = Bench.of(setting.model, data, seed=seed, device=torch.device(device), start=start)
-        zoo, known = bench.adapters(setting, bench.auxiliary, setting.zoo, seed=seed + 2 * number)
-        held, sizes = bench.adapters(setting, bench.private, setting.held_out, seed=seed + 2 * number + 1)
+        bench = Bench.of(setting.model, data, unseen, seed=seed, device=torch.device(device), start=start)
+        before = opening(
+            data, size, shortage("unseen pictures", unseen, len(bench.auxiliary.labels) + len(bench.private.labels))
+        )
+        try:
+            zoo, known = bench.adapters(setting, bench.auxiliary, setting.zoo, seed=seed + 2 * number)
+            held, sizes = bench.adapters(setting, bench.private, setting.held_out, seed=seed + 2 * number + 1)
+        except BadInput as reason:
+            rows.append({**described(setting), "asked": LIKE, "note": str(reason)})
+            yield findings(rows, answers).after(before)
+            continue
         fitted, by_shape = (DatasetSize.fit(zoo, known, level=LEVEL, norm=norm) for norm in (True, False))
         order = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))
-        row = scored(setting, "like the zoo", fitted, by_shape, held, sizes)
+        row = scored(setting, LIKE, fitted, by_shape, held, sizes)
         shuffled = DatasetSize.fit(zoo, known[order], level=LEVEL)
         row["shuffled_mae"] = mean_error([shuffled(adapter).size for adapter in held], sizes)
         rows.append(row)
-        answers[name_of(row)] = [(int(n), fitted(adapter)) for n, adapter in zip(sizes, held, strict=True)]
-        yield findings(rows, answers)
+        answers[setting_of(row)] = [(int(n), fitted(adapter)) for n, adapter in zip(sizes, held, strict=True)]
+        yield findings(rows, answers).after(before)
         if number == 0:
-            for asked, other in elsewhere(setting).items():
-                held, sizes = bench.adapters(other, bench.private, setting.held_out // 2, seed=seed + 1000)
-                rows.append(scored(setting, asked, fitted, by_shape, held, sizes))
-            held, twins, sizes = bench.by_peft(setting, count=1 if settings is QUICK else 2)
-            row = scored(setting, "trained by PEFT, read from disk", fitted, by_shape, held, sizes)
-            same = [fitted(a).size == fitted(b).size for a, b in zip(held, twins, strict=True)]
-            rows.append(row | {"same_as_simulated": sum(same) / len(same)})
-            yield findings(rows, answers)
+            rows += asked_elsewhere(bench, setting, fitted, by_shape, seed)
+            rows.append(asked_of_peft(bench, setting, fitted, by_shape, by_peft))
+            yield findings(rows, answers).after(before)
 
 
-def elsewhere(setting: Setting) -> dict[str, Setting]:
-    """What a zoo made for `setting` is asked beside it."""
+def asked_elsewhere(
+    bench: "Bench", setting: Setting, fitted: DatasetSize, by_shape: DatasetSize, seed: int
+) -> Iterator[Row]:
+    """What a zoo made for `setting` says of adapters that are made in another way."""
     recipe = setting.recipe
-    return {
+    others = {
         "learning rate x 1.25": replace(setting, recipe=replace(recipe, learning_rate=1.25 * recipe.learning_rate)),
         "learning rate x 2": replace(setting, recipe=replace(recipe, learning_rate=2 * recipe.learning_rate)),
         "twice the steps": replace(setting, recipe=replace(recipe, steps=2 * recipe.steps)),
@@ -127,44 +140,64 @@ def elsewhere(setting: Setting) -> dict[str, Setting]:
         "Adam": replace(setting, recipe=ADAM),
         "9 and 12 samples": replace(setting, sizes=(9, 12)),
     }
+    for asked, other in others.items():
+        try:
+            held, sizes = bench.adapters(other, bench.private, setting.held_out // 2, seed=seed + 1000)
+        except BadInput as reason:
+            yield {**described(setting), "asked": asked, "note": str(reason)}
+            continue
+        yield scored(setting, asked, fitted, by_shape, held, sizes)
+
+
+def asked_of_peft(bench: "Bench", setting: Setting, fitted: DatasetSize, by_shape: DatasetSize, count: int) -> Row:
+    """What it says of adapters that PEFT has trained, and how often the same of those simulated from their starts."""
+    asked = "trained by PEFT, read from disk"
+    try:
+        held, twins, sizes = bench.by_peft(setting, count)
+    except BadInput as reason:
+        return {**described(setting), "asked": asked, "note": str(reason)}
+    same = [fitted(a).size == fitted(b).size for a, b in zip(held, twins, strict=True)]
+    return scored(setting, asked, fitted, by_shape, held, sizes) | {"same_as_simulated": sum(same) / len(same)}
 
 
 @dataclass(frozen=True)
 class Bench:
     """A trained base model, and two disjoint sets of pictures that it was not trained on."""
 
-    module: nn.Module
-    architecture: Architecture
+    model: PictureModel
     auxiliary: Pictures  # the attacker's, like the victims' but others
     private: Pictures
     seed: int
-    start: Callable[[str], OnStep]
+    device: torch.device
+    start: Start
 
     @classmethod
-    def of(cls, model: str, data: str, *, seed: int, device: torch.device, start: Callable[[str], OnStep]) -> "Bench":
+    def of(cls, model: str, data: str, unseen: int, *, seed: int, device: torch.device, start: Start) -> "Bench":
         """The base is trained on public pictures; auxiliary and private ones are the halves of the test split."""
-        limit = None if data in ("embedded", "digits") else UNSEEN
-        unseen = load(data, "test", limit=limit)
-        shape = (unseen.images.shape[1], unseen.images.shape[2], unseen.images.shape[3])
-        classes = 2 if model in BINARY else max(len(unseen.classes), 2)
-        public, unseen = (
-            replace(pictures, labels=pictures.labels % classes)
-            for pictures in (public_pool(data, "train", shape=shape, limit=2_000, seed=0), unseen)
+        pictures = load(data, "test", limit=unseen)
+        classes = 2 if model in BINARY else max(len(pictures.classes), 2)
+        public = public_pool(data, "train", shape=shape_of(pictures), limit=2_000, seed=0)
+        public, pictures = (replace(some, labels=some.labels % classes) for some in (public, pictures))
+        architecture = Architecture(model, shape_of(pictures), classes)
+        module = prepare_model(architecture, seed=0, train_on=public, epochs=5, on_step=start(f"{model}, base model"))
+        order = torch.randperm(len(pictures.labels), generator=torch.Generator().manual_seed(seed))
+        mine, theirs = (
+            replace(pictures, images=pictures.images[half], labels=pictures.labels[half]) for half in order.chunk(2)
         )
-        architecture = Architecture(model, shape, classes)
-        on_step = start(f"{model}, base model")
-        module = prepare_model(architecture, seed=0, train_on=public, epochs=5, on_step=on_step).eval().to(device)
-        order = torch.randperm(len(unseen.labels), generator=torch.Generator().manual_seed(seed))
-        halves = order.chunk(2)
-        mine, theirs = (replace(unseen, images=unseen.images[h], labels=unseen.labels[h]) for h in halves)
-        return cls(module, architecture, mine, theirs, seed, start)
+        return cls(Model.of(module, architecture), mine, theirs, seed, device, start)
 
-    def adapters(self, setting: Setting, pictures: Pictures, count: int, *, seed: int) -> tuple[list[Adapter], Tensor]:
+    @property
+    def modules(self) -> list[str]:
+        """Every linear and convolutional layer."""
+        return [name for name, layer in self.model.module.named_modules() if is_adaptable(layer)]
+
+    def adapters(
+        self, setting: Setting, pictures: Pictures, count: int, *, seed: int
+    ) -> tuple[list[PictureObservation], Tensor]:
         """`count` adapters of each size, as `read_adapter` would find them without a recipe, and their sizes."""
         generator = torch.Generator().manual_seed(seed)
-        blank = untrained(self.module, self.architecture, setting)
         on_step = self.start(f"{setting.model}, rank {setting.rank}, {setting.recipe}")
-        made: list[Adapter] = []
+        made: list[PictureObservation] = []
         sizes = torch.tensor(setting.sizes).repeat_interleave(count)
         for n in setting.sizes:
             for first in range(0, count, SIDE_BY_SIDE):
@@ -172,92 +205,64 @@ class Bench:
                 rows = torch.stack(
                     [torch.randperm(len(pictures.labels), generator=generator)[:n] for _ in range(batch)]
                 )
-                starts = {name: default_start(name, tensor, batch, generator) for name, tensor in blank.start.items()}
-                made += trained(blank, setting.recipe, starts, pictures.images[rows], pictures.labels[rows])
+                starts = lora_start(self.model, self.modules, setting.rank, generator, copies=batch)
+                made += self.trained(setting.recipe, starts, pictures.images[rows], pictures.labels[rows])
                 on_step(len(made), len(sizes), 0.0)
         return made, sizes
 
-    def by_peft(self, setting: Setting, count: int) -> tuple[list[Adapter], list[Adapter], Tensor]:
+    def by_peft(
+        self, setting: Setting, count: int
+    ) -> tuple[list[PictureObservation], list[PictureObservation], Tensor]:
         """`count` adapters of each size by PEFT from disk, the same simulated from the same starts, and their sizes."""
-        blank = untrained(self.module, self.architecture, setting)
         sizes = torch.tensor(setting.sizes).repeat_interleave(count)
-        module, first_step = copy.deepcopy(self.module).cpu(), replace(setting.recipe, steps=1, optimizer="sgd")
-        real, twins, row = [], [], 0
+        first_step = replace(setting.recipe, steps=1, optimizer="sgd")
+        real, twins, row = list[PictureObservation](), list[PictureObservation](), 0
         for number, n in enumerate(sizes.tolist()):
-            mine = slice(row, row + n)
+            private = rows_of(self.private, row, n)
             row += n
-            private = replace(self.private, images=self.private.images[mine], labels=self.private.labels[mine])
             read = []
             for recipe in (setting.recipe, first_step):  # the first step leaves A where it started: it shows the start
                 with tempfile.TemporaryDirectory() as folder:
                     adapter, _ = fine_tune(
-                        module,
-                        self.architecture,
+                        self.model,
                         private,
                         rank=setting.rank,
                         out=Path(folder),
                         recipe=recipe,
                         target_modules="all",
                         seed=self.seed + number,
+                        reveal_batch_size=False,
                     )
-                read.append(replace(adapter, recipe=None, batch_size=None))
+                read.append(replace(adapter, release=replace(adapter.adapter, recipe=None)))
             real.append(read[0])
-            starts = {name: tensor[None] for name, tensor in read[1].start.items()}
-            twins += trained(blank, setting.recipe, starts, private.images[None], private.labels[None])
+            starts = {name: tensor[None] for name, tensor in read[1].adapter.start.items()}
+            twins += self.trained(setting.recipe, starts, private.images[None], private.labels[None])
         return real, twins, sizes
 
+    def trained(self, recipe: Recipe, starts: Tensors, images: Tensor, labels: Tensor) -> list[PictureObservation]:
+        """One adapter per start, images (k, n, channel, height, width), labels (k, n): their A is where training ended."""
+        scaling, model = dict.fromkeys(self.modules, 1.0), self.model.to(self.device)
+        whole = Adapter(start={}, scaling=scaling)  # every factor is given
 
-def untrained(module: nn.Module, architecture: Architecture, setting: Setting) -> Adapter:
-    """An adapter of zeros on every linear and convolutional layer, with scaling 1."""
-    model = Model.of(module, architecture)
-    modules = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
-    factors: Tensors = {}
-    for name in modules:
-        weight = model.parameters[f"{name}.weight"]
-        factors[f"{name}.lora_A"] = weight.new_zeros(setting.rank, *weight.shape[1:])
-        factors[f"{name}.lora_B"] = weight.new_zeros(len(weight), setting.rank, *[1] * (weight.dim() - 2))
-    changes = {name: factor for name, factor in factors.items() if name.endswith("lora_B")}
-    return Adapter(model=model, released=changes, start=factors, scaling=dict.fromkeys(modules, 1.0))
+        def ended(start: Tensors, x: Tensor, y: Tensor) -> Tensors:
+            return train(lambda factors, x, y: whole.loss(model, factors, x, y), start, x, y, recipe)
 
-
-def default_start(name: str, like: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """PEFT's default for `count` adapters: A uniform within 1 / sqrt(inputs), B zero."""
-    if name.endswith("lora_B"):
-        return like.new_zeros(count, *like.shape)
-    noise = torch.rand(count, *like.shape, generator=generator).to(like)
-    bounded: Tensor = (2 * noise - 1) / like[0].numel() ** 0.5
-    return bounded
+        starts = {name: tensor.to(self.device) for name, tensor in starts.items()}
+        ends = vmap(ended)(starts, images.to(self.device), labels.to(self.device))
+        ends = {name: tensor.detach().cpu() for name, tensor in ends.items()}
+        found = []
+        for k in range(len(images)):
+            changes = {name: tensor[k].clone() for name, tensor in ends.items() if name.endswith("lora_B")}
+            zeros = {name: torch.zeros_like(tensor) for name, tensor in changes.items()}
+            start = zeros | {name: tensor[k].clone() for name, tensor in ends.items() if name.endswith("lora_A")}
+            release = Adapter(start=start, scaling=scaling)
+            found.append(Observation(model=self.model, release=release, released=changes))
+        return found
 
 
-def trained(blank: Adapter, recipe: Recipe, starts: Tensors, images: Tensor, labels: Tensor) -> list[Adapter]:
-    """One adapter per start, images (k, n, channel, height, width), labels (k, n): their A is where training ended."""
-    where = next(iter(starts.values())).device
-    ends = vmap(lambda start, x, y: train(blank.loss, start, x, y, recipe))(starts, images.to(where), labels.to(where))
-    ends = {name: tensor.detach().cpu() for name, tensor in ends.items()}
-    model = blank.model.to(torch.device("cpu"))
-    found = []
-    for k in range(len(images)):
-        changes = {name: tensor[k].clone() for name, tensor in ends.items() if name.endswith("lora_B")}
-        zeros = {name: torch.zeros_like(tensor) for name, tensor in changes.items()}
-        start = zeros | {name: tensor[k].clone() for name, tensor in ends.items() if name.endswith("lora_A")}
-        found.append(replace(blank, model=model, released=changes, start=start))
-    return found
-
-
-def scored(
-    setting: Setting,
-    asked: str,
-    fitted: DatasetSize,
-    by_shape: DatasetSize,
-    held: Sequence[Adapter],
-    sizes: Tensor,
-) -> dict[str, Any]:
-    """One row: what the zoo of `setting` says of the adapters `held`, which were trained on `sizes` images."""
-    found, shapes = [fitted(adapter) for adapter in held], [by_shape(adapter) for adapter in held]
-    covered = [float(e.low <= n <= e.high) for e, n in zip(found, sizes.tolist(), strict=True)]
-    coverage = sum(covered) / len(covered)
-    each = [float(torch.tensor(covered)[sizes == n].mean()) for n in set(sizes.tolist())]
-    recipe, widths = setting.recipe, sorted(e.high / e.low for e in found)
+def described(setting: Setting) -> Row:
+    """The columns that tell settings apart."""
+    recipe = setting.recipe
     return {
         "model": setting.model,
         "sizes": f"{setting.sizes[0]} to {setting.sizes[-1]}",
@@ -266,7 +271,26 @@ def scored(
         "learning_rate": recipe.learning_rate,
         "steps": recipe.steps,
         "batch_size": recipe.batch_size,
-        "zoo": len(fitted.sizes),
+        "zoo": setting.zoo * len(setting.sizes),
+    }
+
+
+def scored(
+    setting: Setting,
+    asked: str,
+    fitted: DatasetSize,
+    by_shape: DatasetSize,
+    held: Sequence[PictureObservation],
+    sizes: Tensor,
+) -> Row:
+    """One row: what the zoo of `setting` says of the adapters `held`, which were trained on `sizes` images."""
+    found, shapes = [fitted(adapter) for adapter in held], [by_shape(adapter) for adapter in held]
+    covered = [float(e.low <= n <= e.high) for e, n in zip(found, sizes.tolist(), strict=True)]
+    coverage = sum(covered) / len(covered)
+    each = [float(torch.tensor(covered)[sizes == n].mean()) for n in set(sizes.tolist())]
+    widths = sorted(e.high / e.low for e in found)
+    return {
+        **described(setting),
         "asked": asked,
         "held_out": len(held),
         "mae": mean_error([e.size for e in found], sizes),
@@ -291,37 +315,41 @@ def mean_error(answers: Sequence[float], sizes: Tensor) -> float:
     return round(float((torch.tensor(answers, dtype=torch.double) - sizes).abs().mean()), 3)
 
 
-def name_of(row: dict[str, Any]) -> str:
+def setting_of(row: Row) -> str:
     """A setting in a few words."""
     batch = "all" if row["batch_size"] is None else row["batch_size"]
     return f"{row['model']}, N {row['sizes']}, r {row['rank']}, {row['steps']} {row['optimizer']} steps of {batch}"
 
 
-def findings(rows: list[dict[str, Any]], answers: dict[str, list[tuple[int, Estimate]]]) -> Findings:
+def findings(rows: list[Row], answers: dict[str, list[tuple[int, Estimate]]]) -> Findings:
     """The table, its plots, and in words how many settings were read, how well, and what the zoo did elsewhere."""
-    like = [row for row in rows if row["asked"] == "like the zoo"]
+    like = [row for row in rows if row["asked"] == LIKE and "mae" in row]
+    failed = "; ".join(f"{setting_of(row)}, {row['asked']}: {row['note']}" for row in rows if "note" in row)
+    if not like:
+        return Findings(rectangular(rows), f"No zoo could be made. {failed}")
     total = sum(row["held_out"] for row in like)
     coverage = sum(row["coverage"] * row["held_out"] for row in like) / total
     sigma = (coverage * (1 - coverage) / total) ** 0.5
-    errors = "; ".join(f"{name_of(row)}: {row['mae']:.2f} (vote {row['vote_mae']:.2f})" for row in like)
+    errors = "; ".join(f"{setting_of(row)}: {row['mae']:.2f} (vote {row['vote_mae']:.2f})" for row in like)
     sentence = (
         f"Mean absolute error in images, with the paper's vote in brackets. {errors}. The {LEVEL:.0%} intervals hold "
         f"{coverage:.1%} +- {sigma:.1%} of {total} held-out adapters."
     )
-    if others := [row for row in rows if row["asked"] != "like the zoo"]:
-        told = "; ".join(f"{r['asked']}: {r['mae']:.2f}, flagged {r['out_of_range']:.0%}" for r in others)
-        sentence += f" The first zoo asked about other adapters: {told}."
-    return Findings(rows, sentence, [bars(like), scatter(answers)])
+    if others := [row for row in rows if row["asked"] != LIKE and "mae" in row]:
+        answers_elsewhere = "; ".join(f"{r['asked']}: {r['mae']:.2f}, flagged {r['out_of_range']:.0%}" for r in others)
+        sentence += f" The first zoo asked about other adapters: {answers_elsewhere}."
+    sentence += f" Not had: {failed}" if failed else ""
+    return Findings(rectangular(rows), sentence, [bars(like), scatter(answers)])
 
 
-def bars(rows: list[dict[str, Any]]) -> Any:
+def bars(rows: list[Row]) -> Plot:
     """The error of every setting beside its controls, in units of the control's."""
     figure = Figure(figsize=(9, 1 + 0.6 * len(rows)), layout="constrained")
     axes = figure.subplots()
     for k, (key, label) in enumerate({"mae": "regression", "vote_mae": "vote", "shuffled_mae": "shuffled zoo"}.items()):
         values = [row[key] / row["median_size_mae"] for row in rows]
         axes.barh([i + 0.25 * k for i in range(len(rows))], values, height=0.25, label=label)
-    axes.set_yticks([i + 0.25 for i in range(len(rows))], [name_of(row) for row in rows], fontsize=7)
+    axes.set_yticks([i + 0.25 for i in range(len(rows))], [setting_of(row) for row in rows], fontsize=7)
     axes.axvline(1, color="black", linestyle="--", label="always the median size")
     axes.set(xlabel="mean absolute error / that of always answering the median size")
     axes.invert_yaxis()
@@ -329,7 +357,7 @@ def bars(rows: list[dict[str, Any]]) -> Any:
     return plot("How well the number of training images is read", figure)
 
 
-def scatter(answers: dict[str, list[tuple[int, Estimate]]]) -> Any:
+def scatter(answers: dict[str, list[tuple[int, Estimate]]]) -> Plot:
     """Every held-out adapter's interval, by its true number of images."""
     columns = min(3, len(answers))
     lines = -(-len(answers) // columns)

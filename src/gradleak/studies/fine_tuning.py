@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-# TODO Loss
 from gradleak.modalities.pictures import Pictures
 from gradleak.observations.model import PictureModel
-from gradleak.observations.releases import Adapter, Release, Update
+from gradleak.observations.observation import Observation, PictureObservation
+from gradleak.observations.releases import Adapter, Update, check_finite
 from gradleak.observations.tensors import Tensors
-from gradleak.observations.training import Recipe, train
+from gradleak.observations.training import Objective, Recipe, train
+from gradleak.victims.adapter import lora_start
 
 
 @dataclass(frozen=True)
@@ -42,50 +43,47 @@ class LowRank:
         return f"LoRA of rank {self.rank}"
 
 
-Release = All | Truncated | LowRank
+Released = All | Truncated | LowRank
 ALL = All()
 
 
 def fine_tuned(
-    model: PictureModel, batch: Pictures, release: Release, rate: float, steps: int, seed: int
-) -> tuple[Update, Tensor]:
+    model: PictureModel, batch: Pictures, released: Released, rate: float, steps: int, seed: int
+) -> tuple[PictureObservation, Tensor]:
     """The change of weights in so many full-batch steps of gradient descent, labels known; and lambda (n, classes).
 
     lambda_ic is the learning rate over n times the softmax's probability of class c for picture i, summed along the path.
+    Raises BadInput when the training diverges.
     """
-    if isinstance(release, LowRank):
-        adapter = blank(model, release.rank, seed)
-        after, share = path(
-            adapter.loss,
-            adapter.start,
-            lambda own: {**model.parameters, **adapter.merged(own)},
-            model,
-            batch,
-            rate,
-            steps,
-        )
-        before = {name: model.parameters[name] for name in adapter.merged(after)}
-        after = adapter.merged(after)
+    before: Tensors = model.parameters
+    if isinstance(released, LowRank):
+        modules = [name.removesuffix(".weight") for name, tensor in model.parameters.items() if tensor.dim() == 2]
+        start = lora_start(model, modules, released.rank, torch.Generator().manual_seed(seed))
+        adapter = Adapter(start=start, scaling=dict.fromkeys(modules, 1.0))
+
+        def loss(factors: Tensors, images: Tensor, labels: Tensor) -> Tensor:
+            return adapter.loss(model, factors, images, labels)
+
+        factors, share = path(loss, start, lambda own: adapter.merged(model, own), model, batch, rate, steps)
+        after = adapter.merged(model, factors)
     else:
-        before = model.parameters
         after, share = path(model.loss, before, lambda own: own, model, batch, rate, steps)
     change = {name: (tensor - before[name]).detach() for name, tensor in after.items()}
-    if isinstance(release, Truncated):
-        change = {name: truncated(tensor, release.rank) for name, tensor in change.items()}
-    update = Update(
+    check_finite(change)
+    if isinstance(released, Truncated):
+        change = {name: truncated(tensor, released.rank) for name, tensor in change.items()}
+    update = Observation(
         model=replace(model, frozen=tuple(name for name in model.parameters if name not in change)),
+        release=Update(recipe=Recipe(learning_rate=rate, steps=steps, batch_size=len(batch.labels))),
         released=change,
         batch_size=len(batch.labels),
         labels=batch.labels,
-        learning_rate=rate,
-        local_steps=steps,
-        local_batch_size=len(batch.labels),
     )
     return update, share
 
 
 def path(
-    loss: Loss,
+    loss: Objective,
     own: Tensors,
     weights: Callable[[Tensors], Tensors],
     model: PictureModel,
@@ -93,7 +91,7 @@ def path(
     rate: float,
     steps: int,
 ) -> tuple[Tensors, Tensor]:
-    """Where gradient descent on `own` ends, and lambda; `weights` makes the model's parameters of them."""
+    """Where gradient descent on `own` ends, and lambda; `weights` makes parameters of the model of them."""
     share, one = torch.zeros(len(batch.labels), model.architecture.classes), Recipe(learning_rate=rate, steps=1)
     for _ in range(steps):
         share += rate / len(batch.labels) * model.logits(weights(own), batch.images).softmax(1).detach()
@@ -108,16 +106,3 @@ def truncated(weight: Tensor, rank: int) -> Tensor:
     U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
     kept: Tensor = (U[:, :rank] * S[:rank]) @ Vh[:rank]
     return kept
-
-
-def blank(model: PictureModel, rank: int, seed: int) -> Adapter:
-    """An adapter before its training: on every linear layer, scaling 1."""
-    generator = torch.Generator().manual_seed(seed)
-    modules = [name.removesuffix(".weight") for name, tensor in model.parameters.items() if tensor.dim() == 2]
-    start = dict[str, Tensor]()
-    for module in modules:
-        out, into = model.parameters[f"{module}.weight"].shape
-        start[f"{module}.lora_A"] = (2 * torch.rand(rank, into, generator=generator) - 1) / into**0.5
-        start[f"{module}.lora_B"] = torch.zeros(out, rank)
-    released = {name: tensor for name, tensor in start.items() if name.endswith("lora_B")}
-    return Adapter(model=model, released=released, start=start, scaling=dict.fromkeys(modules, 1.0))

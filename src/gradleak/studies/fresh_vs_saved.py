@@ -15,26 +15,26 @@ never writes them) share one run. Same images, same starts, same attack (Inverti
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from torch import nn
 
 from gradleak.attacks.inverting_gradients import InvertingGradients
-from gradleak.attacks.search.descend import OnStep
 from gradleak.audit import metrics
-from gradleak.audit.checks import replay_error
 from gradleak.modalities.networks import Architecture
-from gradleak.modalities.pictures import Pictures, load, public_pool
+from gradleak.modalities.pictures import Pictures, public_pool
 from gradleak.observations.model import Mode, Model
-from gradleak.observations.releases import Gradient
-from gradleak.studies.findings import Findings, interval, plot
+from gradleak.observations.observation import PictureObservation
+from gradleak.report.record import Plot
+from gradleak.studies.data_sets import rows_of, shape_of, unseen
+from gradleak.studies.findings import Findings, Row, Size, Start, interval, opening, plot, shortage
 from gradleak.victims.gradient import capture_gradient
 
-SIZES: dict[str, list[tuple[str, int, int]]] = {  # model, images, steps
+SIZES: dict[Size, list[tuple[str, int, int]]] = {  # model, images, steps
+    "smoke": [("resnet20", 1, 5)],
     "small": [("convnet64", 3, 60), ("resnet32-10", 1, 25)],
     "paper": [("convnet64", 20, 1_000), ("resnet32-10", 20, 1_000)],
 }
@@ -70,40 +70,33 @@ CELLS = [
 ]
 
 
-def run(
-    data: str, size: str, *, seed: int, device: str, start: Callable[[str], OnStep], folder: Any = None
-) -> Iterator[Findings]:
-    """Yields the findings after every image; `start` opens a progress bar."""
-    rows: list[dict[str, Any]] = []
-    for name, images, steps in SIZES[size]:
-        sample = load(data, "test", indices=[0])
-        shape = (sample.images.shape[1], sample.images.shape[2], sample.images.shape[3])
-        public = public_pool(data, "train", shape=shape, limit=512, seed=seed)
-        architecture = Architecture(name, shape, max(len(sample.classes), 2))
-        victim = primed(architecture, public, seed)
+def run(data: str, size: Size, *, seed: int, device: str, start: Start) -> Iterator[Findings]:
+    """Yields after every image; the findings so far. device: where attacks run."""
+    rows, where, notes = list[Row](), torch.device(device), list[str]()
+    for name, wanted, steps in SIZES[size]:
+        private = unseen(data, FIRST_IMAGE, wanted)
+        images = len(private.labels)
+        notes.append(shortage(f"images for {name}", wanted, images))
+        public = public_pool(data, "train", shape=shape_of(private), limit=512, seed=seed)
+        architecture = Architecture(name, shape_of(private), max(len(private.classes), 2))
+        victim, attack = primed(architecture, public, seed), InvertingGradients(steps=steps)
         measured: dict[tuple[str, ...], list[dict[str, float]]] = {}
         for image in range(images):
-            private = load(data, "test", indices=[held_out_row(data, image)])
-            for key, observation, truth in runs(victim, architecture, private):
+            one = rows_of(private, image, 1)
+            blind = metrics.mean_image(public.images).expand_as(one.images)
+            for key, observation, error in runs(victim, architecture, one):
                 on_step = start(f"{name}, image {image + 1}/{images}, {' '.join(key)}")
-                attack = InvertingGradients(steps=steps)
                 generator = torch.Generator().manual_seed(seed + image)
-                found = attack(observation.to(torch.device(device)), generator=generator, on_step=on_step)
-                blind = metrics.mean_image(public.images).expand_as(private.images)
+                recovered = attack(observation.to(where), generator=generator, on_step=on_step).value
                 score = {
-                    "psnr_db": float(metrics.psnr_db(found.images, private.images)),
-                    "ssim": float(metrics.ssim(found.images, private.images)),
-                    "mean_image_psnr_db": float(metrics.psnr_db(blind, private.images)),
-                    "replay_error": truth,
+                    "psnr_db": float(metrics.psnr_db(recovered, one.images)),
+                    "ssim": float(metrics.ssim(recovered, one.images)),
+                    "mean_image_psnr_db": float(metrics.psnr_db(blind, one.images)),
+                    "replay_error": error,
                 }
                 measured.setdefault(key, []).append(score)
-            yield findings([*rows, *table(name, measured)])
+            yield findings([*rows, *table(name, measured)]).after(opening(data, size, *notes))
         rows += table(name, measured)
-
-
-def held_out_row(data: str, image: int) -> int:
-    """The row of the test split for the n-th image."""
-    return image if data in ("embedded", "digits") else FIRST_IMAGE + image
 
 
 def primed(architecture: Architecture, public: Pictures, seed: int) -> nn.Module:
@@ -117,31 +110,30 @@ def primed(architecture: Architecture, public: Pictures, seed: int) -> nn.Module
 
 def runs(
     victim: nn.Module, architecture: Architecture, private: Pictures
-) -> Iterator[tuple[tuple[str, str, str, str], Gradient, float]]:
+) -> Iterator[tuple[tuple[str, str, str, str], PictureObservation, float]]:
     """Every distinct run: its key, the observation as the attacker believes it, the replay error of the true image."""
     after = copy.deepcopy(victim).train()
     with torch.no_grad():
         after(private.images)  # what a forward pass in train mode leaves behind
     states = {"before": victim, "after": after, "initial": architecture.build(0)}
     for victim_mode, attacker_mode, buffers, precision in dict.fromkeys(cell.run() for cell in CELLS):
-        mode: Mode = "train" if victim_mode == "train" else "eval"
-        taken, _ = capture_gradient(
-            victim, architecture, private, mode=mode, precision=getattr(torch, precision), reveal_labels=True
-        )
+        model = Model.of(victim, architecture, mode="train" if victim_mode == "train" else "eval")
+        taken, _ = capture_gradient(model, private, precision=getattr(torch, precision), reveal_labels=True)
         state = Model.of(states.get(buffers, victim), architecture).buffers
-        believed = taken.model.assume(mode="train" if attacker_mode == "train" else "eval", buffers=state)
-        error = replay_error(taken, believed, private.images, private.labels)
-        yield (victim_mode, attacker_mode, buffers, precision), replace(taken, model=believed), error
+        believed = model.assume(mode="train" if attacker_mode == "train" else "eval", buffers=state)
+        observation = replace(taken, model=believed)
+        error = observation.residual(private.images, private.labels)
+        yield (victim_mode, attacker_mode, buffers, precision), observation, error
 
 
-def table(model: str, measured: dict[tuple[str, ...], list[dict[str, float]]]) -> list[dict[str, Any]]:
+def table(model: str, measured: dict[tuple[str, ...], list[dict[str, float]]]) -> list[Row]:
     """One flat row per cell: means over the images, and the loss against the fresh gradient of the same victim."""
     rows = []
     for cell in CELLS:
         scores = measured[cell.run()]
         fresh = measured[Cell(cell.victim_mode, cell.victim_mode, "before", "known", "float32").run()]
         loss = [f["psnr_db"] - s["psnr_db"] for f, s in zip(fresh, scores, strict=True)]
-        row: dict[str, Any] = {"model": model, **asdict(cell), "images": len(scores)}
+        row: Row = {"model": model, **asdict(cell), "images": len(scores)}
         for name in ("psnr_db", "ssim", "mean_image_psnr_db", "replay_error"):
             row[name] = round(sum(s[name] for s in scores) / len(scores), 4)
         row["psnr_db_interval"] = _rounded(interval([s["psnr_db"] for s in scores]))
@@ -151,7 +143,7 @@ def table(model: str, measured: dict[tuple[str, ...], list[dict[str, float]]]) -
     return rows
 
 
-def findings(rows: list[dict[str, Any]]) -> Findings:
+def findings(rows: list[Row]) -> Findings:
     """The table, its plot, and the cost of each factor alone in words."""
     parts = []
     for model in dict.fromkeys(row["model"] for row in rows):
@@ -162,7 +154,7 @@ def findings(rows: list[dict[str, Any]]) -> Findings:
     )
 
 
-def single_factors(rows: list[dict[str, Any]], model: str) -> dict[str, float]:
+def single_factors(rows: list[Row], model: str) -> dict[str, float]:
     """PSNR against the fresh gradient when one factor alone goes wrong, in dB (negative: worse)."""
     eval_known = {"victim_mode": "eval", "attacker_mode": "eval", "state": "before", "buffers": "known"}
     changes = {
@@ -182,12 +174,12 @@ def single_factors(rows: list[dict[str, Any]], model: str) -> dict[str, float]:
     }
 
 
-def bars(rows: list[dict[str, Any]]) -> Any:
+def bars(rows: list[Row]) -> Plot:
     """Mean PSNR of every distinct run, with its interval, and the mean image as a line."""
     models = list(dict.fromkeys(row["model"] for row in rows))
     figure = Figure(figsize=(9, 3.6 * len(models)), layout="constrained")
     for axes, model in zip(figure.subplots(len(models), 1, squeeze=False)[:, 0], models, strict=True):
-        distinct: dict[tuple[str, str, str, str], dict[str, Any]] = {}
+        distinct: dict[tuple[str, str, str, str], Row] = {}
         for row in rows:
             if row["model"] == model:
                 cell = Cell(*(row[name] for name in ("victim_mode", "attacker_mode", "state", "buffers", "precision")))

@@ -5,64 +5,71 @@ image, the extraction from a model trained on other pictures, and the pictures t
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
-
-import matplotlib
-
-matplotlib.use("Agg")
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from gradleak.attacks.reconstruction import Reconstruction
+from gradleak.attacks.reconstruction import Outcome, Reconstruction
 from gradleak.attacks.search.descend import OnStep
 from gradleak.attacks.weights.kkt import KKT
 from gradleak.attacks.weights.kkt_search import KKTSearch, correlation
 from gradleak.audit.metrics import ssim
+from gradleak.errors import BadInput
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures
+from gradleak.observations.model import Model
 from gradleak.observations.observation import PictureObservation
 from gradleak.observations.releases import Weights
-from gradleak.studies.findings import Findings, plot
+from gradleak.report.record import Plot
+from gradleak.studies.data_sets import shape_of
+from gradleak.studies.findings import Findings, Row, Size, Start, name_of, opening, plot, rectangular
 from gradleak.victims.weights import FullBatch, first_of_each, publish_weights
 
 PLAIN, DECAYED = "plain", "weight decay"
 DECAYS = {PLAIN: 0.0, DECAYED: 1e-3}
-SIZES = {  # (pictures per class, epochs, trials of the search or none, steps of KKT)
-    "quick": ((1, 1_500, 0, 200),),
+SIZES: dict[Size, tuple[tuple[int, int, int, int], ...]] = {  # pictures per class, epochs, trials or none, steps of KKT
+    "smoke": ((1, 1_500, 0, 200),),
     "small": ((1, 20_000, 0, 1_500), (10, 20_000, 6, 1_000)),
     "paper": ((1, 20_000, 0, 1_500), (10, 20_000, 6, 1_000), (250, 1_000_000, 40, 50_000)),
 }
 RECOVERED = 0.4  # SSIM above which Haim et al. count an image
 
 
-def run(data: str, size: str, *, seed: int, device: str, start: Callable[[str], OnStep]) -> Iterator[Findings]:
-    """Yields after every extraction; the findings so far."""
-    rows, plots = list[dict[str, Any]](), []
-    source, size = ("digits", "quick") if data in ("embedded", "digits") else (data, size)
+def run(data: str, size: Size, *, seed: int, device: str, start: Start) -> Iterator[Findings]:
+    """Yields after every extraction; the findings so far. device: where extractions run; training is on the CPU."""
+    rows, plots = list[Row](), list[Plot]()
+    source = two_class_source(data)
     for per_class, epochs, trials, steps in SIZES[size]:
         both = first_of_each(source, "train", 2 * per_class)
         private, others = halves(both)
-        architecture = Architecture("homogeneous1000", tuple(both.images.shape[1:]), 2)  # type: ignore[arg-type]
+        architecture = Architecture("homogeneous1000", shape_of(both), 2)
         for name, decay in DECAYS.items():
             recipe = FullBatch(epochs=epochs, weight_decay=decay)
+            row: Row = {"data": name_of(source), "images": 2 * per_class, "training": name, "epochs": epochs}
             began = time.perf_counter()
-            seen = trained(architecture, private, recipe, seed, device, start(f"{2 * per_class}, {name}"))
-            blind = trained(architecture, others, recipe, seed + 1, device, start("another model"))
+            try:
+                seen = trained(architecture, private, recipe, seed, start(f"{2 * per_class}, {name}"))
+                blind = trained(architecture, others, recipe, seed + 1, start("another model"))
+            except BadInput as reason:
+                rows.append({**row, "note": str(reason)})
+                yield Findings(rectangular(rows), sentence(rows), plots).after(opening(data, size, used=source))
+                continue
             training = time.perf_counter() - began
             first = decay == 0  # later layers then keep what they started from, which is not small
             search = KKTSearch(trials=trials, steps=steps, first_layer=first)
             attack = search if trials else KKT(steps=steps, first_layer=first)
             began = time.perf_counter()
-            found = extracted(attack, seen, seed, start("extraction"))
+            extraction = extracted(attack, seen, seed, start("extraction"), device)
             seconds = time.perf_counter() - began
-            wrong = extracted(attack, blind, seed, start("from another model"))
+            wrong = extracted(attack, blind, seed, start("from another model"), device)
             candidates = {
-                "": found.images,
+                "": extraction.value,
                 "mean_image_": both.images.mean(0, keepdim=True) if per_class > 10 else mean_of(source, per_class),
-                "another_model_": wrong.images,
+                "another_model_": wrong.value,
                 "its_training_images_": others.images,
             }
             truth = private.images
@@ -70,39 +77,47 @@ def run(data: str, size: str, *, seed: int, device: str, start: Callable[[str], 
             scored = {key: scores(values) for key, values in similar.items()}
             own, *controls = similar.values()
             above = (own > RECOVERED) & (own > torch.stack(controls).max(0).values)
-            done = seen.stationarity
-            rows.append(
-                {
-                    "data": both.source.rstrip("/").rpartition("/")[2],
-                    "images": 2 * per_class,
-                    "training": name,
-                    "epochs": epochs,
-                    "loss": None if done is None else done.loss,
-                    "kkt_residual": None if done is None else done.kkt_residual,
-                    "residual": found.residual,
-                    "candidates": len(found.images),
-                    "over_0.4_and_controls": int(above.sum()),
-                    **{f"{key}{what}": value for key, told in scored.items() for what, value in told.items()},
-                    "training_seconds": training,
-                    "extraction_seconds": seconds,
-                }
-            )
-            plots.append(plot(f"{2 * per_class} images, {name}: truth and nearest", sheet(found.images, truth)))
-            yield Findings(rows, sentence(rows), plots)
+            done = seen.expect(Weights).stationarity
+            row |= {
+                "loss": None if done is None else done.loss,
+                "kkt_residual": None if done is None else done.kkt_residual,
+                "residual": extraction.residual,
+                "candidates": len(extraction.value),
+                "over_0.4_and_controls": int(above.sum()),
+                **{f"{key}{what}": value for key, values in scored.items() for what, value in values.items()},
+                "training_seconds": training,
+                "extraction_seconds": seconds,
+                "note": diverged(extraction),
+            }
+            rows.append(row)
+            plots.append(plot(f"{2 * per_class} images, {name}: truth and nearest", sheet(extraction.value, truth)))
+            yield Findings(rectangular(rows), sentence(rows), plots).after(opening(data, size, used=source))
+
+
+def two_class_source(data: str) -> str:
+    """Where the pictures of two classes come from: digits for the embedded ones, which are of ten photographs."""
+    return "digits" if data == "embedded" else data
 
 
 def trained(
-    architecture: Architecture, pictures: Pictures, recipe: FullBatch, seed: int, device: str, on_step: OnStep
-) -> Weights:
+    architecture: Architecture, pictures: Pictures, recipe: FullBatch, seed: int, on_step: OnStep
+) -> PictureObservation:
     """What the owner of these pictures publishes."""
-    seen, _ = publish_weights(architecture.build(seed).double(), architecture, pictures, recipe, on_step=on_step)
-    return seen.to(torch.device(device))
+    model = Model.of(architecture.build(seed).double(), architecture)
+    seen, _ = publish_weights(model, pictures, recipe, on_step=on_step)
+    return seen
 
 
-def extracted(attack: Any, seen: PictureObservation, seed: int, on_step: OnStep) -> Reconstruction:
-    """One extraction."""
-    found: Reconstruction = attack(seen, generator=torch.Generator().manual_seed(seed), on_step=on_step)
-    return found
+def extracted(attack: Any, seen: PictureObservation, seed: int, on_step: OnStep, device: str = "cpu") -> Reconstruction:
+    """One extraction, its images on the CPU."""
+    where, generator = torch.device(device), torch.Generator().manual_seed(seed)
+    found: Reconstruction = attack(seen.to(where), generator=generator, on_step=on_step)
+    return replace(found, value=found.value.cpu())
+
+
+def diverged(extraction: Reconstruction) -> str:
+    """A note that the search did not end in finite numbers, or nothing."""
+    return extraction.outcome.value if extraction.outcome is Outcome.DIVERGED else ""
 
 
 def halves(both: Pictures) -> tuple[Pictures, Pictures]:
@@ -149,12 +164,17 @@ def sheet(images: Tensor, truth: Tensor) -> Figure:
     return figure
 
 
-def sentence(rows: list[dict[str, Any]]) -> str:
+def sentence(rows: list[Row]) -> str:
     """Counts beside the controls' counts."""
     parts = [
-        f"{row['images']} images, {row['training']}: {row['over_0.4']} ({row['over_0.4_and_controls']} of them closer "
-        f"than any control; mean SSIM {row['mean_ssim']:.2f}; mean image {row['mean_image_over_0.4']}, another model "
-        f"{row['another_model_over_0.4']}, its training images {row['its_training_images_over_0.4']})"
+        f"{row['images']} images, {row['training']}: "
+        + (
+            f"{row['over_0.4']} ({row['over_0.4_and_controls']} of them closer "
+            f"than any control; mean SSIM {row['mean_ssim']:.2f}; mean image {row['mean_image_over_0.4']}, another model "
+            f"{row['another_model_over_0.4']}, its training images {row['its_training_images_over_0.4']})"
+            if "over_0.4" in row
+            else row["note"]
+        )
         for row in rows
     ]
     return f"Training images recovered from weights with SSIM above {RECOVERED}. " + "; ".join(parts) + "."

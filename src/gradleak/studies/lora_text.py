@@ -19,7 +19,11 @@ FULL: tuple[Setting, ...] = (
     (64, 20, 1, "adam"),
     (64, 20, 10, "adam"),
 )
-SIZES: dict[Size, tuple[Setting, ...]] = {"smoke": ((64, 20, None, "sgd"), (64, 20, 1, "sgd")), "small": FULL, "paper": FULL}
+SIZES: dict[Size, tuple[Setting, ...]] = {
+    "smoke": ((64, 20, None, "sgd"), (64, 20, 1, "sgd")),
+    "small": FULL,
+    "paper": FULL,
+}
 
 
 def adapter(rank: int, steps: int | None, optimizer: Optimizer, seed: int) -> Victim:

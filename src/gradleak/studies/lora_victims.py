@@ -89,7 +89,9 @@ def before(data: str, size: Size, bases: Iterable[Base]) -> str:
     return opening(data, size, *notes)
 
 
-def blank(base: Base, rank: int, recipe: Recipe | None = ONE_STEP, *, batch: int = 1, seed: int = 0) -> PictureObservation:
+def blank(
+    base: Base, rank: int, recipe: Recipe | None = ONE_STEP, *, batch: int = 1, seed: int = 0
+) -> PictureObservation:
     """An adapter that has learnt nothing yet, with s = 1."""
     start = lora_start(base.model, base.modules, rank, torch.Generator().manual_seed(seed))
     release = Adapter(start=start, scaling=dict.fromkeys(base.modules, 1.0), recipe=recipe)

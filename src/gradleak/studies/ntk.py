@@ -5,9 +5,8 @@ comparison, one whose first layer starts from tiny random weights, where the fir
 the change cut off after its largest singular values, layer by layer, and the change that LoRA of a rank makes.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,23 +14,26 @@ from torch import Tensor, nn
 from gradleak.attacks.search.descend import OnStep
 from gradleak.attacks.weights.ntk import NTK
 from gradleak.audit.metrics import ssim
+from gradleak.errors import BadInput
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures, load, public_pool
 from gradleak.observations.fully_connected import FullyConnected
-from gradleak.observations.model import Model
-from gradleak.observations.releases import Release, Update
+from gradleak.observations.model import Model, PictureModel
+from gradleak.observations.observation import PictureObservation
 from gradleak.observations.tensors import Tensors, flatten
-from gradleak.studies.findings import Findings
-from gradleak.studies.fine_tuning import ALL, LowRank, Release, Truncated, fine_tuned
-from gradleak.studies.kkt import nearest
+from gradleak.studies.data_sets import rows_of, shape_of
+from gradleak.studies.findings import Findings, Row, Size, Start, opening, rectangular
+from gradleak.studies.fine_tuning import ALL, LowRank, Released, Truncated, fine_tuned
+from gradleak.studies.kkt import diverged, nearest
 from gradleak.victims.training import prepare_model
 
 STEPS = (1, 2, 5, 10, 20, 50, 100, 500, 1_000)
-SWEPT: tuple[Release, ...] = (*map(Truncated, (1, 2)), *map(LowRank, (1, 8, 64, 256, 784)))
-SIZES = {  # fine-tunings per setting, T, T of the rank sweep, steps of the search
-    "quick": (1, (1, 5), (5,), 60),
-    "small": (4, STEPS, (1, 100), 600),
-    "paper": (20, STEPS, (1, 10, 100, 1_000), 1_500),
+SWEPT: tuple[Released, ...] = (*map(Truncated, (1, 2)), *map(LowRank, (1, 8, 64, 256, 784)))
+# fine-tunings per setting, T, T of the rank sweep, what it releases, steps of the search
+SIZES: dict[Size, tuple[int, tuple[int, ...], tuple[int, ...], tuple[Released, ...], int]] = {
+    "smoke": (1, (1, 5), (5,), SWEPT, 60),
+    "small": (4, STEPS, (1, 100), SWEPT, 600),
+    "paper": (20, STEPS, (1, 10, 100, 1_000), SWEPT, 1_500),
 }
 SLOW, FAST = 0.01, 0.1  # learning rates of the fine-tuning
 TINY = 1e-4  # standard deviation of the first layer, in place of training
@@ -45,58 +47,78 @@ class Setting:
     images: int
     rate: float
     steps: int
-    release: Release = ALL
+    released: Released = ALL
 
 
-def run(data: str, size: str, *, seed: int, device: str, start: Callable[[str], OnStep]) -> Iterator[Findings]:
+def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]:
     """Yields after every setting; the findings so far."""
-    repeats, all_steps, swept, search = SIZES["quick" if data in ("embedded", "digits") else size]
+    repeats, all_steps, swept_steps, swept, search = SIZES[size]
     private = load(data, "test", indices=range(max(16, 2 * repeats)))
-    shape = (private.images.shape[1], private.images.shape[2], private.images.shape[3])
-    architecture = Architecture("mlp", shape, max(len(private.classes), 2))
-    public = public_pool(data, "train", shape=shape, limit=2_000)
+    architecture = Architecture("mlp", shape_of(private), max(len(private.classes), 2))
+    public = public_pool(data, "train", shape=architecture.input_shape, limit=2_000)
     trained = prepare_model(architecture, seed=seed, train_on=public, epochs=3, on_step=start("the model before"))
     modules = {"trained": trained, "tiny random": tiny(architecture, seed)}
+    models = {name: Model.of(module, architecture) for name, module in modules.items()}
     series = (("trained", 2, SLOW), ("trained", 2, FAST), ("tiny random", 2, FAST), ("trained", 8, FAST))
     settings = [Setting(*one, steps) for one in (*series, ("trained", 16, FAST)) for steps in all_steps]
-    settings += [Setting("trained", 2, FAST, steps, release) for steps in swept for release in SWEPT]
+    settings += [Setting("trained", 2, FAST, steps, released) for steps in swept_steps for released in swept]
     attack = NTK(steps=search, restarts=2)
-    mean, rows = public.images.mean(0, keepdim=True), list[dict[str, Any]]()
+    mean, rows = public.images.mean(0, keepdim=True), list[Row]()
     for setting in settings:
-        on_step = start(f"{setting.start}, {setting.images} images, {setting.steps} steps, {setting.release}")
-        tried = []
-        for first in range(0, min(repeats * setting.images, len(private.labels)), setting.images):
-            batch = chosen(private, first, setting.images)
-            tried.append(attacked(attack, setting, modules[setting.start], architecture, batch, mean, seed, on_step))
-        means = {key: sum(row[key] for row in tried) / len(tried) for key in tried[0]}
-        about = {
-            "start": setting.start,
-            "images": setting.images,
-            "learning_rate": setting.rate,
-            "steps": setting.steps,
-        }
-        rows.append({**about, "released": str(setting.release), "repeats": len(tried), **means})
-        yield Findings(rows, sentence(rows))
+        rows.append(row(attack, setting, models[setting.start], private, repeats, mean, seed, start))
+        yield Findings(rectangular(rows), sentence(rows)).after(opening(data, size))
+
+
+def row(
+    attack: NTK,
+    setting: Setting,
+    model: PictureModel,
+    private: Pictures,
+    repeats: int,
+    mean: Tensor,
+    seed: int,
+    start: Start,
+) -> Row:
+    """Means over the fine-tunings that did not diverge; of the others the reason as `note`."""
+    on_step = start(f"{setting.start}, {setting.images} images, {setting.steps} steps, {setting.released}")
+    measured, notes = list[dict[str, float]](), list[str]()
+    for first in range(0, min(repeats * setting.images, len(private.labels)), setting.images):
+        batch = rows_of(private, first, setting.images)
+        try:
+            update, shares = fine_tuned(model, batch, setting.released, setting.rate, setting.steps, seed)
+        except BadInput as reason:
+            notes.append(str(reason))
+            continue
+        scores, note = attacked(attack, update, batch, shares, mean, seed, on_step)
+        measured.append(scores)
+        notes.append(note)
+    return {
+        "start": setting.start,
+        "images": setting.images,
+        "learning_rate": setting.rate,
+        "steps": setting.steps,
+        "released": str(setting.released),
+        "repeats": len(measured),
+        **{key: sum(scores[key] for scores in measured) / len(measured) for key in (measured or [{}])[0]},
+        "note": " ".join(dict.fromkeys(note for note in notes if note)),
+    }
 
 
 def attacked(
     attack: NTK,
-    setting: Setting,
-    module: nn.Module,
-    architecture: Architecture,
+    update: PictureObservation,
     batch: Pictures,
+    shares: Tensor,
     mean: Tensor,
     seed: int,
     on_step: OnStep,
-) -> dict[str, float]:
-    """SSIM of what is found, also with the true coefficients; the mean image's; and how far the regime was left."""
-    model = Model.of(module, architecture)
-    update, shares = fine_tuned(model, batch, setting.release, setting.rate, setting.steps, seed)
-    found = attack(update, generator=torch.Generator().manual_seed(seed), on_step=on_step).images
+) -> tuple[dict[str, float], str]:
+    """SSIM of what is found, also with the true coefficients; the mean image's; how far the regime was left; and a note."""
+    found = attack(update, generator=torch.Generator().manual_seed(seed), on_step=on_step)
     knowing = attack.knowing(update, batch.labels, shares, generator=torch.Generator().manual_seed(seed))
-    similar = [float(ssim(nearest(images, batch.images), batch.images).mean()) for images in (found, knowing, mean)]
-    names = ("ssim", "ssim_coefficients_known", "mean_image_ssim")
-    return dict(zip(names, similar, strict=True)) | drift(update, batch)
+    images = {"ssim": found.value, "ssim_coefficients_known": knowing, "mean_image_ssim": mean}
+    similar = {key: float(ssim(nearest(made, batch.images), batch.images).mean()) for key, made in images.items()}
+    return similar | drift(update, batch), diverged(found)
 
 
 def tiny(architecture: Architecture, seed: int) -> nn.Module:
@@ -110,13 +132,7 @@ def tiny(architecture: Architecture, seed: int) -> nn.Module:
     return module
 
 
-def chosen(private: Pictures, first: int, count: int) -> Pictures:
-    """So many of the pictures, from `first` on."""
-    rows = slice(first, first + count)
-    return replace(private, images=private.images[rows], labels=private.labels[rows])
-
-
-def drift(update: Update, batch: Pictures) -> dict[str, float]:
+def drift(update: PictureObservation, batch: Pictures) -> dict[str, float]:
     """How far the linear regime was left: relative weight change, cosine of the features before and after, coefficients.
 
     A feature is the gradient of label's logit minus the mean logit; coefficients are one-hot label minus softmax.
@@ -140,13 +156,16 @@ def drift(update: Update, batch: Pictures) -> dict[str, float]:
     }
 
 
-def sentence(rows: list[dict[str, Any]]) -> str:
+def sentence(rows: list[Row]) -> str:
     """SSIM after one step, and the number of steps at which it falls under a half."""
     parts, whole = [], [row for row in rows if row["released"] == str(ALL)]
     for key in dict.fromkeys((row["start"], row["images"], row["learning_rate"]) for row in whole):
         own = [row for row in whole if (row["start"], row["images"], row["learning_rate"]) == key]
-        fallen = next((row["steps"] for row in own if row["ssim"] < 0.5), None)
-        told = f"under 0.5 from {fallen} steps on" if fallen else f"not under 0.5 within {own[-1]['steps']} steps"
-        one = f"{own[0]['ssim']:.3f} after {own[0]['steps']} step"
-        parts.append(f"{key[0]}, {key[1]} images, learning rate {key[2]:g}: {one}, {told}")
+        finite, diverged = [row for row in own if "ssim" in row], [row["steps"] for row in own if "ssim" not in row]
+        fallen = next((row["steps"] for row in finite if row["ssim"] < 0.5), None)
+        words = [f"{row['ssim']:.3f} after {row['steps']} step" for row in finite[:1]]
+        words += [f"under 0.5 from {fallen} steps on"] if fallen else []
+        words += [f"not under 0.5 within {finite[-1]['steps']} steps"] if finite and not fallen else []
+        words += [f"training diverged within {diverged[0]} steps"] if diverged else []
+        parts.append(f"{key[0]}, {key[1]} images, learning rate {key[2]:g}: {', '.join(words)}")
     return "SSIM of images out of the change of all weights. " + "; ".join(parts) + "."

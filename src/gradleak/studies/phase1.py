@@ -6,7 +6,6 @@ on adapters of one picture and one step.
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -72,13 +71,17 @@ def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]
     base = prepare("vit", data, effort.held_out, size, start)
     rows, opening = list[Row](), before(data, size, [base])
 
-    def measure(name: str, public: Pictures, kind: str, rank: int = FIRST_RANK, private: Pictures | None = None) -> Decoder:
+    def measure(
+        name: str, public: Pictures, kind: str, rank: int = FIRST_RANK, private: Pictures | None = None
+    ) -> Decoder:
         generator, chosen = torch.Generator().manual_seed(seed), rows_of(public, 0, effort.pairs)
         began = time.process_time()
         decoder = FITS[name](blank(base, rank, seed=seed), chosen, generator)
         seconds = round(time.process_time() - began, 1)
         about = {"decoder": name, "rank": rank, "batch": 1, "steps": 1, "pairs": len(chosen.labels), "public": kind}
-        rows.append({**about, **fidelity(base, decoder, rank, 1, 1, seed, private or base.private), "fit_seconds": seconds})
+        rows.append(
+            {**about, **fidelity(base, decoder, rank, 1, 1, seed, private or base.private), "fit_seconds": seconds}
+        )
         return decoder
 
     pairs = min(effort.pairs, len(base.public.labels))

@@ -168,7 +168,7 @@ def raw(adapter: PictureObservation) -> PictureObservation:
 def recipes(base: Base, recipe: Recipe, known: bool, count: int, evaluations: int, seed: int) -> Row:
     """More steps, or a recipe that the attacker does not know; where training diverges, its reason as `note`."""
     private, attack = base.batches(1, count), MapInversion(prior=base.prior, evaluations=evaluations, pairs=500)
-    about = {"victim": "convnet", "data": name_of(base.private.source)}
+    about: Row = {"victim": "convnet", "data": name_of(base.private.source)}
     about |= {"attack": "recipe known" if known else "recipe unknown", "rank": 8, "batch": 1}
     about |= {"steps": recipe.steps, "optimizer": recipe.optimizer, "empty": 0}
     try:

@@ -6,110 +6,114 @@ layer, d_in x d_out, rank r leaves r (d_in + d_out) numbers, and N images have N
 is what they need. Controls: the mean image, and how well what was found matches as many other images.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from gradleak.attacks.search.descend import OnStep
 from gradleak.attacks.weights.kkt import KKT
 from gradleak.attacks.weights.ntk import NTK
 from gradleak.audit.metrics import ssim
+from gradleak.errors import BadInput
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import load, public_pool
 from gradleak.observations.model import Model
 from gradleak.report.record import Plot
-from gradleak.studies.findings import Findings, plot
+from gradleak.studies.data_sets import rows_of, shape_of
+from gradleak.studies.findings import Findings, Row, Size, Start, opening, plot, rectangular
 from gradleak.studies.fine_tuning import Truncated, fine_tuned
-from gradleak.studies.kkt import extracted, halves, mean_of, nearest
-from gradleak.studies.kkt_lora import adapted, composed
-from gradleak.studies.ntk import FAST, chosen
+from gradleak.studies.kkt import diverged, extracted, halves, mean_of, nearest, two_class_source
+from gradleak.studies.kkt_lora import adapted, beginning_at, composed
+from gradleak.studies.ntk import FAST
 from gradleak.victims.training import prepare_model
 from gradleak.victims.weights import first_of_each
 
 ADAPTER, CHANGE = "converged adapter, BA", "one step, cut to rank r"
-SIZES = {  # ranks, numbers of images, steps of the adapter's training, of KKT, of the search with frozen features
-    "quick": ((1, 2), (2,), 60, 30, 30),
+# ranks, numbers of images, steps of the adapter's training, of KKT, of the search with frozen features
+SIZES: dict[Size, tuple[tuple[int, ...], tuple[int, ...], int, int, int]] = {
+    "smoke": ((1, 2), (2,), 60, 30, 30),
     "small": ((1, 2, 4, 8, 16), (2, 4, 8, 16), 1_500, 400, 400),
     "paper": ((1, 2, 4, 8, 16, 32, 64), (2, 4, 8, 16, 32, 64), 20_000, 1_500, 1_500),
 }
 
 
-def run(data: str, size: str, *, seed: int, device: str, start: Callable[[str], OnStep]) -> Iterator[Findings]:
+def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]:
     """Yields after every cell; the findings so far."""
-    source, size = ("digits", "quick") if data in ("embedded", "digits") else (data, size)
-    ranks, counts, training, kkt, ntk = SIZES[size]
-    rows = list[dict[str, Any]]()
-    for row in adapters(source, ranks, counts, training, KKT(steps=kkt, first_layer=True), seed, start):
-        rows.append(row)
-        yield Findings(rows, sentence(rows), [drawn(rows, ranks, counts)])
-    for row in changes(source, ranks, counts, NTK(steps=ntk, restarts=2), seed, start):
-        rows.append(row)
-        yield Findings(rows, sentence(rows), [drawn(rows, ranks, counts)])
+    source, (ranks, counts, training, kkt, ntk) = two_class_source(data), SIZES[size]
+    rows = list[Row]()
+    parts = (
+        adapters(source, ranks, counts, training, KKT(steps=kkt, first_layer=True), seed, start),
+        changes(source, ranks, counts, NTK(steps=ntk, restarts=2), seed, start),
+    )
+    for part in parts:
+        for row in part:
+            rows.append(row)
+            found = Findings(rectangular(rows), sentence(rows), [drawn(rows, ranks, counts)])
+            yield found.after(opening(data, size, used=source))
 
 
 def adapters(
-    source: str,
-    ranks: Sequence[int],
-    counts: Sequence[int],
-    steps: int,
-    attack: KKT,
-    seed: int,
-    start: Callable[[str], OnStep],
-) -> Iterator[dict[str, Any]]:
+    source: str, ranks: Sequence[int], counts: Sequence[int], steps: int, attack: KKT, seed: int, start: Start
+) -> Iterator[Row]:
     """The cells of converged adapters."""
     for count in counts:
         private, others = halves(first_of_each(source, "train", count))
-        shape = (private.images.shape[1], private.images.shape[2], private.images.shape[3])
-        architecture = Architecture("homogeneous1000", shape, 2)
+        architecture, mean = Architecture("homogeneous1000", shape_of(private), 2), mean_of(source, count // 2)
         for rank in ranks:
-            adapter = adapted(architecture, private, rank, steps, seed)
+            on_step = start(f"adapter, {count} images, rank {rank}")
+            try:
+                adapter = adapted(architecture, private, rank, steps, seed)
+            except BadInput as reason:
+                yield {"released": ADAPTER, "images": count, "rank": rank, "note": str(reason)}
+                continue
             seen = composed(adapter)
             base = {name: adapter.model.parameters[name].double() for name in seen.released}
-            found = extracted(attack, replace(seen, initial=base), seed, start(f"adapter, {count} images, rank {rank}"))
-            out = len(next(iter(base.values())))
-            mean = mean_of(source, count // 2)
-            yield cell(ADAPTER, rank, count, out, found.images, private.images, others.images, mean)
+            extraction, out = extracted(attack, beginning_at(seen, base), seed, on_step), len(next(iter(base.values())))
+            row = cell(ADAPTER, rank, count, out, extraction.value, private.images, others.images, mean)
+            yield {**row, "note": diverged(extraction)}
 
 
 def changes(
-    source: str, ranks: Sequence[int], counts: Sequence[int], attack: NTK, seed: int, start: Callable[[str], OnStep]
-) -> Iterator[dict[str, Any]]:
+    source: str, ranks: Sequence[int], counts: Sequence[int], attack: NTK, seed: int, start: Start
+) -> Iterator[Row]:
     """The cells of small changes."""
     private = load(source, "test", indices=range(2 * max(counts)))
-    shape = (private.images.shape[1], private.images.shape[2], private.images.shape[3])
-    architecture = Architecture("mlp", shape, max(len(private.classes), 2))
-    public = public_pool(source, "train", shape=shape, limit=2_000)
+    architecture = Architecture("mlp", shape_of(private), max(len(private.classes), 2))
+    public = public_pool(source, "train", shape=architecture.input_shape, limit=2_000)
     module = prepare_model(architecture, seed=seed, train_on=public, epochs=3, on_step=start("the model before"))
     model, mean = Model.of(module, architecture), public.images.mean(0, keepdim=True)
     for count in counts:
-        batch, others = chosen(private, 0, count), chosen(private, count, count)
+        batch, others = rows_of(private, 0, count), rows_of(private, count, count)
         for rank in ranks:
-            update, _ = fine_tuned(model, batch, Truncated(rank), FAST, 1, seed)
-            found = extracted(attack, update, seed, start(f"change, {count} images, rank {rank}"))
+            on_step = start(f"change, {count} images, rank {rank}")
+            try:
+                update, _ = fine_tuned(model, batch, Truncated(rank), FAST, 1, seed)
+            except BadInput as reason:
+                yield {"released": CHANGE, "images": count, "rank": rank, "note": str(reason)}
+                continue
+            extraction = extracted(attack, update, seed, on_step)
             out = next(len(tensor) for tensor in update.released.values() if tensor.dim() == 2)
-            yield cell(CHANGE, rank, count, out, found.images, batch.images, others.images, mean)
+            row = cell(CHANGE, rank, count, out, extraction.value, batch.images, others.images, mean)
+            yield {**row, "note": diverged(extraction)}
 
 
 def cell(
-    name: str, rank: int, count: int, out: int, found: Tensor, truth: Tensor, others: Tensor, mean: Tensor
-) -> dict[str, Any]:
+    name: str, rank: int, count: int, out: int, recovered: Tensor, truth: Tensor, others: Tensor, mean: Tensor
+) -> Row:
     """One row: mean SSIM of every truth's nearest image, and the controls'. out: the first layer's width."""
     into = truth[0].numel()
-    pairs = {"ssim": (found, truth), "mean_image_ssim": (mean, truth), "other_images_ssim": (found, others)}
+    pairs = {"ssim": (recovered, truth), "mean_image_ssim": (mean, truth), "other_images_ssim": (recovered, others)}
     scored = {key: float(ssim(nearest(images, true), true).mean()) for key, (images, true) in pairs.items()}
     threshold = count * into / (into + out)
     return {"released": name, "images": count, "rank": rank, "predicted_threshold": threshold, **scored}
 
 
-def drawn(rows: list[dict[str, Any]], ranks: Sequence[int], counts: Sequence[int]) -> Plot:
+def drawn(rows: list[Row], ranks: Sequence[int], counts: Sequence[int]) -> Plot:
     """One map per release; the line is the predicted threshold."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2), (ADAPTER, CHANGE), strict=True):
-        own = [row for row in rows if row["released"] == name]
+        own = [row for row in rows if row["released"] == name and "ssim" in row]
         grid = torch.full((len(counts), len(ranks)), torch.nan)
         for row in own:
             at = counts.index(row["images"]), ranks.index(row["rank"])
@@ -129,11 +133,11 @@ def drawn(rows: list[dict[str, Any]], ranks: Sequence[int], counts: Sequence[int
     return plot("Rank against number of images", figure)
 
 
-def sentence(rows: list[dict[str, Any]]) -> str:
+def sentence(rows: list[Row]) -> str:
     """Mean SSIM on both sides of the predicted threshold."""
     parts = []
     for name in dict.fromkeys(row["released"] for row in rows):
-        own = [row for row in rows if row["released"] == name]
+        own = [row for row in rows if row["released"] == name and "ssim" in row]
         sides = [
             [row["ssim"] for row in own if (row["rank"] < row["predicted_threshold"]) == low] for low in (True, False)
         ]

@@ -3,7 +3,13 @@ settings are, and what it does, in a line. Importing this costs nothing."""
 
 VICTIMS: dict[str, tuple[str, str]] = {
     "gradient": ("gradleak.victims.play:CaptureGradient", "Share the gradient of one private batch."),
-    "update": ("gradleak.victims.play:CaptureUpdate", "Play a client of federated averaging: share the change by local SGD."),
-    "adapter": ("gradleak.victims.play:CaptureAdapter", "Fine-tune a LoRA adapter with PEFT, keep the folder that it saves."),
+    "update": (
+        "gradleak.victims.play:CaptureUpdate",
+        "Play a client of federated averaging: share the change by local SGD.",
+    ),
+    "adapter": (
+        "gradleak.victims.play:CaptureAdapter",
+        "Fine-tune a LoRA adapter with PEFT, keep the folder that it saves.",
+    ),
     "weights": ("gradleak.victims.play:CaptureWeights", "Train a network until little changes, publish its weights."),
 }

@@ -167,7 +167,11 @@ def check_converged(tensors: Iterable[Tensor], recipe: Recipe) -> None:
 
 
 def _adapted(
-    network: nn.Module, settings: dict[str, Any], module: nn.Module, loss: Callable[..., Tensor], batch: tuple[Any, Tensor | None]
+    network: nn.Module,
+    settings: dict[str, Any],
+    module: nn.Module,
+    loss: Callable[..., Tensor],
+    batch: tuple[Any, Tensor | None],
 ) -> Any:
     """The network with PEFT's layers in place; LoRA-GA first takes the gradient of the first private batch."""
     from peft import LoraConfig, LoraGAConfig, get_peft_model

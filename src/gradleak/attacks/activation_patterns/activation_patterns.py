@@ -15,8 +15,8 @@ Solves    S_l = G_l A_l^T = delta_l (A_l h_l)^T has rank one. delta_l = 1[z_l > 
 Differs   no published attack to differ from
 """
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from gradleak.attacks.reconstruction import Reconstruction, outcome_of
 from gradleak.attacks.search.descend import OnStep
 from gradleak.errors import BadInput, NotObserved
 from gradleak.modalities.networks import AgainstZero, Architecture, Normalise
+from gradleak.modalities.pictures import Pictures
 from gradleak.observations.distances import relative_residual
 from gradleak.observations.observation import PictureObservation
 from gradleak.observations.releases import Adapter, Release
@@ -81,6 +82,10 @@ class ActivationPatterns:
     rounds: int = 1
     sweeps: int = 30
     tolerance: float = 2e-3
+
+    def prepared(self, observation: PictureObservation, public: Pictures, *, generator: torch.Generator) -> Self:
+        """With a prior of public pictures, where none was given and they are enough."""
+        return self if self.prior is not None else replace(self, prior=GaussianPrior.of_public(public.images))
 
     def __call__(
         self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None

@@ -262,7 +262,10 @@ def _judge(
 
 def _exact(model: LanguageModel) -> Tensors:
     """The parameters up to the second block in float64."""
-    base, blocks = f"{model.architecture.family.base}.", f"{model.architecture.family.base}.{model.architecture.family.layers}."
+    base, blocks = (
+        f"{model.architecture.family.base}.",
+        f"{model.architecture.family.base}.{model.architecture.family.layers}.",
+    )
     near = (model.architecture.family.block(0) + ".", model.architecture.family.block(1) + ".")
     return {
         name: p.double()
@@ -327,7 +330,9 @@ def _result(
     )
     residual = max((entry.distance for entry in found), default=1.0)
     whole = proven == (wanted or len(found))
-    outcome = Outcome.NOTHING if not found else Outcome.SOLVED if whole else Outcome.CLOSE if proven else Outcome.GUESSED
+    outcome = (
+        Outcome.NOTHING if not found else Outcome.SOLVED if whole else Outcome.CLOSE if proven else Outcome.GUESSED
+    )
     return Reconstruction(sentences, None, residual, status, outcome, tuple(e.proven for e in found), bag)
 
 
@@ -342,7 +347,11 @@ def _evidence(found: list[Found], proven: int, wanted: int | None, tokens: int, 
         worst = max(entry.excess for entry in found)
         passed = f"every token of {sum(passing)} of {len(found)} sentences passes in all layers" if any(passing) else ""
         outside = f"a row is up to {worst:.2g} times outside what noise allows"
-        return f"{passed}; of the others {outside}: they are guesses" if passed else f"{outside}: the sentences are guesses"
+        return (
+            f"{passed}; of the others {outside}: they are guesses"
+            if passed
+            else f"{outside}: the sentences are guesses"
+        )
     if wanted is not None and proven < wanted:
         more = "the others are guesses, identical to these, or their beginnings"
         return f"every token passes in all layers; {more if proven else 'the sentences are guesses'}"

@@ -30,14 +30,18 @@ class Ordered:
     distance: float
 
 
-def ordered(observation: TextObservation, choices: list[list[int]], *, generator: torch.Generator, budget: int) -> Ordered:
+def ordered(
+    observation: TextObservation, choices: list[list[int]], *, generator: torch.Generator, budget: int
+) -> Ordered:
     """The nearest sentences that were found.
 
     choices: tokens per position, likeliest first; one list of all of them where positions are not seen, for a single text.
     budget: gradients that may be computed.
     """
     placed, model = observation.model.architecture.family.placed, observation.model
-    first = {name: t for name, t in observation.released.items() if name.startswith(f"{model.architecture.family.block(0)}.")}
+    first = {
+        name: t for name, t in observation.released.items() if name.startswith(f"{model.architecture.family.block(0)}.")
+    }
     observation = replace(observation, released=first)  # the embeddings' gradients would be most of the work
     starts: list[Tokens] = [(tuple(choices[0]),)]
     if placed:
@@ -102,7 +106,12 @@ def fluent(model: LanguageModel, tokens: Sequence[int]) -> tuple[int, ...]:
 
 
 def _nearest(
-    observation: TextObservation, current: Ordered, moves: Sequence[Ordered], tries: Iterator[int], *, first: bool = False
+    observation: TextObservation,
+    current: Ordered,
+    moves: Sequence[Ordered],
+    tries: Iterator[int],
+    *,
+    first: bool = False,
 ) -> Ordered:
     """The best of these, or the first that is better; the current one if none is, or the budget is spent."""
     best = current
@@ -121,7 +130,9 @@ def _distance(observation: TextObservation, move: Ordered) -> float:
     tokens = [(*row, end) if end is not None else row for row in move.sentences]
     if model.architecture.task == "causal-lm" and max(map(len, tokens)) < 2:
         return torch.inf
-    made = observation.simulate(tokens, torch.tensor(move.labels) if model.architecture.task == "classification" else None)
+    made = observation.simulate(
+        tokens, torch.tensor(move.labels) if model.architecture.task == "classification" else None
+    )
     released = flatten(observation.released)
     return float((flatten({name: made[name] for name in observation.released}) - released).norm() / released.norm())
 

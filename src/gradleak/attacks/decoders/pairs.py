@@ -43,7 +43,9 @@ def factors(adapter: PictureObservation, images: Tensor, labels: Tensor) -> dict
 
         return hook
 
-    handles = [model.module.get_submodule(module).register_forward_hook(listen(module)) for module in adapter.adapter.scaling]
+    handles = [
+        model.module.get_submodule(module).register_forward_hook(listen(module)) for module in adapter.adapter.scaling
+    ]
     try:
         logits = model.logits(adapter.adapter.merged(adapter.model, {}), images)
     finally:
@@ -97,7 +99,9 @@ def key(sketch: Sketch) -> str:
 def identity(adapter: PictureObservation) -> str:
     """Fingerprint of what a decoder is fitted to: the base model, the adapter's start, and which factors are released."""
     released = {f"released {name}": torch.zeros(0) for name in adapter.released}
-    return fingerprint({**adapter.model.parameters, **(adapter.model.buffers or {}), **adapter.adapter.start, **released})
+    return fingerprint(
+        {**adapter.model.parameters, **(adapter.model.buffers or {}), **adapter.adapter.start, **released}
+    )
 
 
 def check_identity(fitted: str, adapter: PictureObservation) -> None:

@@ -112,7 +112,9 @@ def trained_on(path: Path | None, images: Tensor) -> int:
     return 0 if path is None else int(torch.isin(picture_hashes(images), pictures_behind(path)).sum())
 
 
-def reconstruct(path: Path | None, kind: str, build: Callable[..., nn.Module], observation: PictureObservation) -> Reconstruction:
+def reconstruct(
+    path: Path | None, kind: str, build: Callable[..., nn.Module], observation: PictureObservation
+) -> Reconstruction:
     """One forward pass of the generator in this file. Raises NotObserved and BadInput as `load`, and without a file."""
     if path is None:
         raise NotObserved(

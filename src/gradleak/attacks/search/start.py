@@ -33,7 +33,10 @@ class Given:
 
 
 def begin(
-    start: Start, observations: Sequence[PictureObservation], labels: Sequence[Tensor] | None, generator: torch.Generator
+    start: Start,
+    observations: Sequence[PictureObservation],
+    labels: Sequence[Tensor] | None,
+    generator: torch.Generator,
 ) -> Tensor:
     """What `start` finds for each observation: (observations, batch, channel, height, width) in [0, 1].
 
@@ -44,7 +47,11 @@ def begin(
     for i, observation in enumerate(observations):
         found, shape = start(observation, generator=generator), observation.model.architecture.input_shape
         batch = observation.batch_size if labels is None else len(labels[i])
-        if found.labels is None or tuple(found.value.shape[1:]) != tuple(shape) or batch not in (None, len(found.value)):
+        if (
+            found.labels is None
+            or tuple(found.value.shape[1:]) != tuple(shape)
+            or batch not in (None, len(found.value))
+        ):
             raise BadInput(
                 f"The search is for {batch} pictures of {tuple(shape)} and cannot start from {len(found.value)} of "
                 f"{tuple(found.value.shape[1:])}: start from a reconstruction of this observation."

@@ -143,7 +143,9 @@ class KKT:
         many = self.candidates * (seen.batch_size or max(rank_of(learned), 1))
         x, y = self.starts(network, learned, space, many, seen.labels, generator)
         settings = Settings(self.steps, self.step_size, self.coefficient_step, self.min_lambda, self.sharpness)
-        return search(network, replace(seen.target, layers=factors).to(dtype), x, y, space, settings, generator, on_step)
+        return search(
+            network, replace(seen.target, layers=factors).to(dtype), x, y, space, settings, generator, on_step
+        )
 
     def starts(
         self,

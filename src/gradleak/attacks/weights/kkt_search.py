@@ -79,7 +79,9 @@ class KKTSearch:
         shared = agreement(first.value, [other.value for other in others])
         order = shared.argsort(descending=True)
         common = int((shared > 0.9).sum())
-        evidence = f" {len(found)} trials; {common} candidates are in the other best trials too (correlation above 0.9)."
+        evidence = (
+            f" {len(found)} trials; {common} candidates are in the other best trials too (correlation above 0.9)."
+        )
         return replace(
             first,
             value=first.value[order],
@@ -106,9 +108,7 @@ class KKTSearch:
                 raise BadInput(f"{kept} holds a trial on other weights or settings: choose another folder.")
             residual = checked(about.get("residual"), float, f"{kept} is damaged")
             outcome = outcome_of(residual)
-            return Reconstruction(
-                tensors["images"], tensors["labels"], residual, "", outcome, iterations=self.steps
-            )
+            return Reconstruction(tensors["images"], tensors["labels"], residual, "", outcome, iterations=self.steps)
         found = attack(observation, generator=generator)
         if kept is not None:
             about = {"key": key, "residual": found.residual}

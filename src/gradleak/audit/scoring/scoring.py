@@ -85,7 +85,10 @@ class Scoring:
 
     def leads(self, scores: Scores, controls: dict[str, Scores]) -> list[float]:
         """By how much the attack is ahead of the best control that saw nothing of this secret, per sample, by the first metric."""
-        metric, blind = self.metrics[0], [control.name for control in (*self.controls, WRONG_OBSERVATION) if control.blind]
+        metric, blind = (
+            self.metrics[0],
+            [control.name for control in (*self.controls, WRONG_OBSERVATION) if control.blind],
+        )
         others = [controls[name][metric.name] for name in blind if name in controls]
         return [
             metric.sign * value - max(metric.sign * other for other in beside)

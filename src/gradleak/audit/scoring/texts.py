@@ -28,9 +28,7 @@ def public(source: str, split: str, model: LanguageModel, limit: int = LIMIT) ->
     """Public texts that the model can take: not empty, and within its positions."""
     pool, architecture = load_texts(source, split, limit=limit), model.architecture
     lengths = [len(ids) for ids in architecture.tokenizer(list(pool.texts))["input_ids"]]
-    kept = [
-        i for i, text in enumerate(pool.texts) if text.strip() and 0 < lengths[i] < architecture.positions
-    ]
+    kept = [i for i, text in enumerate(pool.texts) if text.strip() and 0 < lengths[i] < architecture.positions]
     if not kept:
         raise BadInput(f"No text of {source} is within the {architecture.positions} positions of the model.")
     return replace(pool, texts=tuple(pool.texts[i] for i in kept), labels=pool.labels[kept])
