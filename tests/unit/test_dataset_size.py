@@ -12,16 +12,18 @@ from gradleak.attacks.dataset_size import DatasetSize, log_spectra, singular_val
 from gradleak.errors import BadInput
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import load
-from gradleak.observations.model import Model
+from gradleak.observations.model import Model, PictureModel
 from gradleak.observations.observation import Observation, PictureObservation
 from gradleak.observations.releases import Adapter, product
+from gradleak.observations.tensors import Tensors
 from gradleak.observations.training import Recipe
+from gradleak.victims.adapter import lora_start
 
 SIZES = (1, 2, 3, 4, 5, 6)
 NET = Architecture("own", (1, 8, 8), 10)
 
 
-def model(seed: int = 0) -> Model:
+def model(seed: int = 0) -> PictureModel:
     """A convolution and two linear layers."""
     torch.manual_seed(seed)
     layers = (nn.Conv2d(1, 12, 3, stride=2, padding=1), nn.GELU(), nn.Flatten(), nn.Linear(192, 32), nn.GELU())
@@ -32,41 +34,50 @@ BASE = model()
 MODULES = ("0", "3", "5")
 
 
-def untrained(rank: int, generator: torch.Generator, modules: tuple[str, ...] = MODULES) -> PictureObservation:
+def untrained(
+    rank: int, generator: torch.Generator, modules: tuple[str, ...] = MODULES, recipe: Recipe | None = None
+) -> PictureObservation:
     """PEFT's default start: A uniform, B zero."""
-    start, changes = {}, {}
-    for name in modules:
-        weight = BASE.parameters[f"{name}.weight"]
-        noise = torch.rand(rank, *weight.shape[1:], generator=generator)
-        start[f"{name}.lora_A"] = (2 * noise - 1) / weight[0].numel() ** 0.5
-        start[f"{name}.lora_B"] = torch.zeros(len(weight), rank, *[1] * (weight.dim() - 2))
-        changes[f"{name}.lora_B"] = start[f"{name}.lora_B"]
-    return Adapter(model=BASE, released=changes, start=start, scaling=dict.fromkeys(modules, 2.0))
+    start = lora_start(BASE, modules, rank, generator)
+    release = Adapter(start=start, scaling=dict.fromkeys(modules, 2.0), recipe=recipe)
+    blank = {name: tensor for name, tensor in start.items() if name.endswith("lora_B")}
+    return Observation(model=BASE, release=release, released=blank)
+
+
+def begun(observation: PictureObservation, start: Tensors, released: Tensors) -> PictureObservation:
+    """Another start, and other changes."""
+    return replace(observation, release=replace(observation.adapter, start=start), released=released)
+
+
+def trained_by(observation: PictureObservation, recipe: Recipe) -> PictureObservation:
+    """The same, by that recipe."""
+    return replace(observation, release=replace(observation.adapter, recipe=recipe))
 
 
 def both_released(seed: int, zero: str = "") -> PictureObservation:
     """Random factors at the start and after; the factor called `zero` starts at zero."""
     generator = torch.Generator().manual_seed(seed)
     blank = untrained(4, generator)
-    start = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in blank.start.items()}
-    changes = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in blank.start.items()}
+    sizes = {name: tensor.shape for name, tensor in blank.adapter.start.items()}
+    start = {name: torch.randn(shape, generator=generator) for name, shape in sizes.items()}
+    changes = {name: torch.randn(shape, generator=generator) for name, shape in sizes.items()}
     start = {name: tensor * (not zero or not name.endswith(zero)) for name, tensor in start.items()}
-    return replace(blank, start=start, released=changes)
+    return begun(blank, start, changes)
 
 
 def synthetic(n: int, generator: torch.Generator, *, noise: float) -> PictureObservation:
     """An adapter with the singular values n e^noise 2^-i in every layer, and random singular vectors."""
     blank = untrained(4, generator)
-    changes, start = {}, dict(blank.start)
+    changes, start = {}, dict(blank.adapter.start)
     for name in MODULES:
-        A, B = (blank.start[f"{name}.{factor}"] for factor in ("lora_A", "lora_B"))
+        A, B = (start[f"{name}.{factor}"] for factor in ("lora_A", "lora_B"))
         V, U = (
             torch.linalg.qr(torch.randn(rows, 4, generator=generator)).Q for rows in (A.flatten(1).shape[1], len(B))
         )
         sigma = n * 0.5 ** torch.arange(4) * (noise * torch.randn(4, generator=generator)).exp()
         start[f"{name}.lora_A"] = V.T.reshape(A.shape)
         changes[f"{name}.lora_B"] = (U * sigma).reshape(B.shape)
-    return replace(blank, start=start, released=changes)
+    return begun(blank, start, changes)
 
 
 def zoo(count: int, generator: torch.Generator, *, noise: float) -> tuple[list[PictureObservation], Tensor]:
@@ -82,7 +93,7 @@ def zoo(count: int, generator: torch.Generator, *, noise: float) -> tuple[list[P
 def test_singular_values_are_those_of_the_dense_change(module: str, zero: str) -> None:
     """s (B A - B0 A0) formed in full and decomposed by numpy, whichever factor started at zero."""
     adapter = both_released(1, zero)
-    A0, B0 = (adapter.start[f"{module}.{factor}"].double() for factor in ("lora_A", "lora_B"))
+    A0, B0 = (adapter.adapter.start[f"{module}.{factor}"].double() for factor in ("lora_A", "lora_B"))
     A, B = A0 + adapter.released[f"{module}.lora_A"].double(), B0 + adapter.released[f"{module}.lora_B"].double()
     dense = 2.0 * (product(A, B) - product(A0, B0)).flatten(1).numpy()
     ours = singular_values(adapter, module).numpy()
@@ -98,12 +109,12 @@ def test_the_basis_of_the_factors_does_not_matter() -> None:
     adapter = synthetic(3, generator, noise=0.3).to(torch.float64)
     R = torch.eye(4, dtype=torch.double) + 0.3 * torch.randn(4, 4, generator=generator, dtype=torch.double)
     assert torch.linalg.cond(R) < 100
-    start, changes = dict(adapter.start), {}
+    start, changes = dict(adapter.adapter.start), {}
     for name in MODULES:
-        A, B = adapter.start[f"{name}.lora_A"], adapter.released[f"{name}.lora_B"]
+        A, B = adapter.adapter.start[f"{name}.lora_A"], adapter.released[f"{name}.lora_B"]
         start[f"{name}.lora_A"] = (torch.linalg.inv(R) @ A.flatten(1)).reshape(A.shape)
         changes[f"{name}.lora_B"] = (B.flatten(1) @ R).reshape(B.shape)
-    turned = replace(adapter, start=start, released=changes)
+    turned = begun(adapter, start, changes)
     for name, logs in log_spectra(adapter).items():
         assert torch.allclose(log_spectra(turned)[name], logs, rtol=0, atol=1e-10)
 
@@ -163,14 +174,14 @@ def test_what_is_unlike_the_zoo_is_flagged() -> None:
     generator = torch.Generator().manual_seed(7)
     recipe = Recipe(learning_rate=0.1, steps=1)
     adapters, sizes = zoo(15, generator, noise=0.1)
-    fitted = DatasetSize.fit([replace(adapter, recipe=recipe) for adapter in adapters], sizes)
+    fitted = DatasetSize.fit([trained_by(adapter, recipe) for adapter in adapters], sizes)
     own = synthetic(3, generator, noise=0.1)
     longer = replace(own, released={name: 30 * change for name, change in own.released.items()})
     assert fitted(own).in_range  # the recipe was withheld: the spectrum alone speaks
-    assert fitted(replace(own, recipe=recipe)).in_range
+    assert fitted(trained_by(own, recipe)).in_range
     for other, reason in (
         (longer, "spectrum is unlike"),
-        (replace(own, recipe=replace(recipe, steps=2)), "its recipe"),
+        (trained_by(own, replace(recipe, steps=2)), "its recipe"),
         (replace(own, precision="float16"), "its precision"),
     ):
         found = fitted(other)
@@ -205,7 +216,7 @@ def test_bad_zoos_are_refused() -> None:
         ([*adapters[:-1], untrained(4, generator, ("0", "3"))], sizes, {}, "Only one .* adapts 5"),
         ([*adapters[:-1], untrained(2, generator)], sizes, {}, "rank 2"),
         (
-            [*adapters[:-1], replace(adapters[-1], recipe=Recipe(learning_rate=1, steps=1))],
+            [*adapters[:-1], trained_by(adapters[-1], Recipe(learning_rate=1, steps=1))],
             sizes,
             {},
             "share one recipe",
@@ -243,7 +254,7 @@ def test_the_size_of_one_step_on_digits_is_read() -> None:
 
     def tuned(n: int, first: int) -> PictureObservation:
         rows = first + torch.randperm(250, generator=generator)[:n]
-        blank = replace(untrained(8, generator), recipe=recipe)
+        blank = untrained(8, generator, recipe=recipe)
         return replace(blank, released=blank.simulate(digits.images[rows], digits.labels[rows]))
 
     sizes, held = (torch.tensor(SIZES).repeat_interleave(count) for count in (15, 5))

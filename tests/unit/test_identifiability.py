@@ -22,9 +22,9 @@ from gradleak.audit.bound import (
 from gradleak.audit.jacobian import jacobian_gram, jacobian_grams
 from gradleak.errors import BadInput
 from gradleak.modalities.networks import Architecture
-from gradleak.observations.model import Model
+from gradleak.observations.model import Model, PictureModel
 from gradleak.observations.observation import Observation, PictureObservation
-from gradleak.observations.releases import Adapter, Gradient, Update
+from gradleak.observations.releases import Adapter, Update
 from gradleak.observations.tensors import flatten
 from gradleak.observations.training import Recipe
 from oracles import dense_jacobian, lora_b_by_autograd, posterior_by_conditioning
@@ -73,25 +73,25 @@ def pictures(*shape: int) -> Tensor:
     return torch.rand(*shape, generator=seeded(1), dtype=torch.float64)
 
 
-def transformer() -> Model:
+def transformer() -> PictureModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return Model.of(TinyTransformer().double(), Architecture("tests:transformer", (1, 6, 6), 3))
 
 
-def twice() -> Model:
+def twice() -> PictureModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return Model.of(Twice().double(), Architecture("tests:twice", (1, 2, 2), 3))
 
 
-def built(name: str, shape: tuple[int, int, int] = (1, 8, 8)) -> Model:
+def built(name: str, shape: tuple[int, int, int] = (1, 8, 8)) -> PictureModel:
     architecture = Architecture(name, shape, 4)
     return Model.of(architecture.build(0).double(), architecture)
 
 
 def adapter(
-    model: Model, modules: list[str], rank: int, *, recipe: Recipe | None = None, seed: int = 0
+    model: PictureModel, modules: list[str], rank: int, *, recipe: Recipe | None = None, seed: int = 0
 ) -> PictureObservation:
     start = {}
     for i, name in enumerate(modules):
@@ -100,25 +100,20 @@ def adapter(
         start[f"{name}.lora_A"] = A / A[0].numel() ** 0.5
         start[f"{name}.lora_B"] = torch.zeros(len(weight), rank, *[1] * (weight.dim() - 2), dtype=weight.dtype)
     released = {name: tensor for name, tensor in start.items() if name.endswith("B")}
-    return Adapter(
-        model=model,
-        released=released,
-        start=start,
-        scaling=dict.fromkeys(modules, SCALING),
-        recipe=recipe,
-        batch_size=1,
-    )
+    release = Adapter(start=start, scaling=dict.fromkeys(modules, SCALING), recipe=recipe)
+    return Observation(model=model, release=release, released=released, batch_size=1)
 
 
-def gradient(model: Model) -> PictureObservation:
-    return Gradient(model=model, released=dict(model.parameters))
+def gradient(model: PictureModel) -> PictureObservation:
+    return Observation(model=model, released=dict(model.parameters))
 
 
 def dense(o: PictureObservation, images: Tensor, labels: Tensor) -> np.ndarray:
-    A = {name: o.start[f"{name}.lora_A"] for name in o.scaling}
-    rate = o.recipe.learning_rate if o.recipe else 1.0
+    adapter, module = o.adapter, o.model.solid()
+    A = {name: adapter.start[f"{name}.lora_A"] for name in adapter.scaling}
+    rate = adapter.recipe.learning_rate if adapter.recipe else 1.0
     return dense_jacobian(
-        lambda x: lora_b_by_autograd(o.model.module, x, labels, A, scaling=SCALING, learning_rate=rate), images
+        lambda x: lora_b_by_autograd(module, x, labels, A, scaling=SCALING, learning_rate=rate), images
     )
 
 
@@ -160,7 +155,8 @@ def test_a_float32_model_loses_no_more_than_its_rounding() -> None:
 def test_gradient_and_update_against_the_dense_jacobian_of_simulate() -> None:
     model, x = twice(), pictures(2, 1, 2, 2)
     start, y = dict(model.parameters), torch.tensor([1, 2])
-    update = Update(model=model, released=start, learning_rate=0.1, local_steps=2, local_batch_size=1)
+    recipe = Recipe(learning_rate=0.1, steps=2, batch_size=1)
+    update = Observation(model=model, release=Update(recipe=recipe), released=start)
     for o in (gradient(model), update):
         J = dense_jacobian(lambda x, o=o: flatten(o.simulate(x, y)), x)  # type: ignore[misc]
         same_information(jacobian_gram(o, x, y), J)
@@ -173,14 +169,14 @@ def test_adapters_that_are_no_plain_sketch(kind: str) -> None:
         model, modules, x = twice(), ["inner", "head"], pictures(1, 1, 2, 2)
     o = adapter(model, modules, 2)
     if kind == "adam":
-        o = replace(o, recipe=Recipe(optimizer="adam", learning_rate=0.1, steps=1))
+        o = replace(o, release=replace(o.adapter, recipe=Recipe(optimizer="adam", learning_rate=0.1, steps=1)))
     elif kind == "two steps":
-        o = replace(o, recipe=Recipe(learning_rate=0.1, steps=2))
+        o = replace(o, release=replace(o.adapter, recipe=Recipe(learning_rate=0.1, steps=2)))
     elif kind in ("trained start", "A is released"):
-        o = replace(
-            o, start={k: v + 0.1 * torch.randn(v.shape, generator=seeded(), dtype=v.dtype) for k, v in o.start.items()}
-        )
-        o = replace(o, released=dict(o.start)) if kind == "A is released" else o
+        noise = {k: torch.randn(v.shape, generator=seeded(), dtype=v.dtype) for k, v in o.adapter.start.items()}
+        start = {k: v + 0.1 * noise[k] for k, v in o.adapter.start.items()}
+        o = replace(o, release=replace(o.adapter, start=start))
+        o = replace(o, released=start) if kind == "A is released" else o
     J = dense_jacobian(lambda x: flatten(o.simulate(x, LABELS)), x)
     gram = J.T @ J
     assert np.abs(jacobian_gram(o, x, LABELS).numpy() - gram).max() < 1e-10 * np.abs(gram).max()
@@ -264,7 +260,7 @@ def test_compare_is_each_alone() -> None:
     several = [adapter(model, ["q", "v"], 2), gradient(model)]
     for together, o in zip(compare(several, x, LABELS), several, strict=True):
         assert together.determined == identifiability(o, x, LABELS).determined
-        assert together.release == type(o).__name__.lower()
+        assert together.release == o.release.name
 
 
 def test_determined_counts_what_rises_above_the_noise() -> None:
@@ -304,7 +300,7 @@ def test_bad_input_is_refused_in_a_sentence() -> None:
         prior_of(x)
     with pytest.raises(BadInput, match="all equal"):
         prior_of(torch.ones(3, 1, 2, 2))
-    zero = replace(o, start={k: v * 0 for k, v in o.start.items()})
+    zero = replace(o, release=replace(o.adapter, start={k: v * 0 for k, v in o.adapter.start.items()}))
     with pytest.raises(BadInput, match="every released number is zero"):
         identifiability(zero, x, LABELS)
     with pytest.raises(BadInput, match="noise must be above zero"):

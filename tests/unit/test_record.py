@@ -22,7 +22,7 @@ def full_result() -> Result:
     return {
         "attack": "dlg",
         "parameters": {"steps": 300, "distance": {"kind": "L2"}},
-        "observation": {"kind": "Gradient", "batch": 2},
+        "observation": {"name": "gradient", "kind": "gradient", "batch": 2},
         "defense": {"kind": "GaussianNoise", "std": 0.1},
         "status": "Converged.",
         "residual": 1e-9,
@@ -32,15 +32,23 @@ def full_result() -> Result:
         "controls": {"mean_image": {"psnr_db": [12.0, 11.5]}},
         "flags": [{"name": "no_better_than_blind", "level": "warning", "sentence": "It is not."}],
         "trace": [(0, 1.0), (1, None)],
-        "pictures": {"truth": ["data:image/png;base64,AAAA"]},
+        "ran": True,
+        "outcome": "solved",
+        "leads": [19.25, None],
+        "recovered": [True, False],
+        "partly": [True, False],
+        "proven": [True, False],
+        "media": "text/plain",
+        "shown": {"truth": ["hello"], "reconstruction": ["h\u00e9llo \ud800"]},  # a tokenizer can cut a pair in two
+        "decoys": 99,
         "labels": {"recovered": [3, 7], "true": [7, 3]},
-        "texts": {"truth": ["hello"], "reconstruction": ["h\u00e9llo \ud800"]},  # a tokenizer can cut a pair in two
+        "count": {"recovered": 2, "true": 2},
     }
 
 
 def full_record() -> Record:
     record = records.new_record(
-        {"name": "audit", "arguments": {"out": "demo", "threads": None}},
+        {"name": "audit", "arguments": {"out": "demo"}, "attacks": {"dlg": {"steps": 3}}, "inputs": {"a": "0f"}},
         seed=0,
         threat_model=[{"item": "labels", "revealed": False, "detail": "recovered by the attack"}],
     )
@@ -48,6 +56,9 @@ def full_record() -> Record:
     record["results"].append(full_result())
     record["table"] = [{"std": 0.1, "psnr_db": 31.25}]
     record["plots"] = [{"title": "PSNR", "image": "data:image/png;base64,AAAA"}]
+    record["verdicts"] = [{**record["verdict"], "observation": "gradient"}]
+    record["metrics"] = {"psnr_db": {"label": "PSNR", "unit": "dB", "better": "higher", "decimals": 2}}
+    record["controls"] = {"mean_image": {"label": "Mean image", "blind": True}}
     return record
 
 
@@ -61,7 +72,7 @@ def test_a_new_record_says_when_and_where_it_was_made() -> None:
     made = datetime.fromisoformat(record["created"])
     assert made.utcoffset() == timedelta(0)
     assert abs(datetime.now(UTC) - made) < timedelta(minutes=1)
-    assert record["schema"] == "gradleak/record/1"
+    assert record["schema"] == "gradleak/record/2"
     assert record["seed"] is None
     assert record["results"] == []
     assert record["verdict"]["level"] == "unscored"
@@ -161,11 +172,12 @@ NOT_RECORDS = [
     ("[]", "it has no schema"),
     ("{}", "it has no schema"),
     ('{"schema": 1}', "it has no schema"),
-    ('{"schema": "gradleak/record/2"}', "was written by a newer gradleak: upgrade"),
+    ('{"schema": "gradleak/record/3"}', "was written by a newer gradleak: upgrade"),
     ('{"schema": "gradleak/record/0"}', "has the unknown schema 'gradleak/record/0'"),
     ('{"schema": "gradleak/record/one"}', "has the unknown schema"),
     ('{"schema": "gradleak/observation/2"}', "has the unknown schema"),
-    ('{"schema": "gradleak/record/1"}', "lacks the key 'gradleak'"),
+    ('{"schema": "gradleak/record/2"}', "is not a valid 'gradleak/record/2' (Object missing required field"),
+    ('{"schema": "gradleak/record/1"}', "is not a valid 'gradleak/record/1' (Object missing required field `command`"),
 ]
 
 
@@ -202,17 +214,25 @@ REQUIRED_OF_A_RESULT = [
 def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
     record = as_json(full_record())
     del record[key]
-    assert_dict_refused(record, tmp_path, f"it lacks the key '{key}'")
+    assert_dict_refused(record, tmp_path, f"missing required field `{key}`")
 
 
 @pytest.mark.parametrize("key", REQUIRED_OF_A_RESULT)
 def test_a_missing_key_of_a_result_is_named(tmp_path: Path, key: str) -> None:
     record = as_json(full_record())
     del record["results"][0][key]
-    assert_dict_refused(record, tmp_path, f"results[0] lacks the key '{key}'")
+    assert_dict_refused(record, tmp_path, f"missing required field `{key}` - at `$.results[0]`")
 
 
-@pytest.mark.parametrize("key", ["trace", "pictures", "labels", "texts"])
+OPTIONAL_OF_A_RESULT = ["trace", "ran", "outcome", "leads", "recovered", "partly", "proven"]
+OPTIONAL_OF_A_RESULT += ["media", "shown", "decoys", "labels", "count"]
+
+
+def test_every_key_of_a_result_is_tried() -> None:
+    assert {*REQUIRED_OF_A_RESULT, *OPTIONAL_OF_A_RESULT} == set(full_result()) == set(Result.__annotations__)
+
+
+@pytest.mark.parametrize("key", OPTIONAL_OF_A_RESULT)
 def test_the_other_keys_of_a_result_may_be_missing(tmp_path: Path, key: str) -> None:
     record = as_json(full_record())
     del record["results"][0][key]
@@ -221,26 +241,35 @@ def test_the_other_keys_of_a_result_may_be_missing(tmp_path: Path, key: str) -> 
 
 
 WRONG_TYPES: list[tuple[str, object, str]] = [
-    ("seed", 1.5, "seed should be a whole number or null"),
-    ("seed", True, "seed should be a whole number or null"),
-    ("created", 7, "created should be text"),
-    ("results", {}, "results should be a list"),
-    ("results", [7], "results[0] should be an object"),
-    ("verdict.level", "fine", "verdict.level should be one of 'recovered', 'partial', 'nothing', 'unscored'"),
-    ("threat_model.0.revealed", "yes", "threat_model[0].revealed should be true or false"),
-    ("threat_model.0.revealed", 1, "threat_model[0].revealed should be true or false"),
-    ("results.0.seconds", None, "results[0].seconds should be a number"),
-    ("results.0.residual", 10**400, "results[0].residual should be a number or null"),
-    ("results.0.defense", "none", "results[0].defense should be an object or null"),
-    ("results.0.scores", {"psnr_db": 31.0}, "results[0].scores.psnr_db should be a list"),
-    ("results.0.scores", {"psnr_db": [1.0, "two"]}, "results[0].scores.psnr_db[1] should be a number or null"),
-    ("results.0.controls", {"mean_image": []}, "results[0].controls.mean_image should be an object"),
-    ("results.0.flags.0.level", "fatal", "results[0].flags[0].level should be one of"),
-    ("results.0.trace", [[0, 1.0, 2.0]], "results[0].trace[0] should be a list of 2"),
-    ("results.0.trace", [["0", 1.0]], "results[0].trace[0][0] should be a whole number"),
-    ("results.0.pictures", {"truth": "data:"}, "results[0].pictures.truth should be a list"),
-    ("table", [[1, 2]], "table[0] should be an object"),
-    ("plots", [{"title": "PSNR"}], "plots[0] lacks the key 'image'"),
+    ("seed", 1.5, "$.seed"),
+    ("seed", True, "$.seed"),
+    ("created", 7, "$.created"),
+    ("results", {}, "$.results"),
+    ("results", [7], "$.results[0]"),
+    ("verdict.level", "fine", "$.verdict.level"),
+    ("verdicts.0.level", "safe", "$.verdicts[0].level"),
+    ("threat_model.0.revealed", "yes", "$.threat_model[0].revealed"),
+    ("threat_model.0.revealed", 1, "$.threat_model[0].revealed"),
+    ("metrics.psnr_db.better", "more", "$.metrics[...].better"),
+    ("metrics.psnr_db.decimals", -1, "$.metrics[...].decimals"),
+    ("metrics.psnr_db.decimals", 10**9, "$.metrics[...].decimals"),  # would make a page of a gigabyte
+    ("controls.mean_image.blind", "no", "$.controls[...].blind"),
+    ("command.inputs", {"a": 1}, "$.command.inputs[...]"),
+    ("results.0.seconds", None, "$.results[0].seconds"),
+    ("results.0.residual", 10**400, "$.results[0].residual"),
+    ("results.0.defense", "none", "$.results[0].defense"),
+    ("results.0.scores", {"psnr_db": 31.0}, "$.results[0].scores[...]"),
+    ("results.0.scores", {"psnr_db": [1.0, "two"]}, "$.results[0].scores[...][1]"),
+    ("results.0.controls", {"mean_image": []}, "$.results[0].controls[...]"),
+    ("results.0.flags.0.level", "fatal", "$.results[0].flags[0].level"),
+    ("results.0.trace", [[0, 1.0, 2.0]], "$.results[0].trace[0]"),
+    ("results.0.trace", [["0", 1.0]], "$.results[0].trace[0][0]"),
+    ("results.0.media", "text/html", "$.results[0].media"),
+    ("results.0.shown", {"truth": "data:"}, "$.results[0].shown[...]"),
+    ("results.0.proven", [1], "$.results[0].proven[0]"),
+    ("results.0.count", {"recovered": "many"}, "$.results[0].count.recovered"),
+    ("table", [[1, 2]], "$.table[0]"),
+    ("plots", [{"title": "PSNR"}], "missing required field `image` - at `$.plots[0]`"),
 ]
 
 
@@ -256,6 +285,95 @@ def test_a_wrong_type_is_named(tmp_path: Path, place: str, value: object, compla
     with pytest.raises(BadInput) as refusal:
         records.write(record, tmp_path / "never.json")
     assert complaint in str(refusal.value)
+
+
+def old_record() -> dict[str, Any]:
+    """A record as gradleak 0.1.0 wrote it, of a demo: two observations, one threat model."""
+    row: dict[str, Any] = {
+        "attack": "map-inversion",
+        "parameters": {"evaluations": 75},
+        "observation": {"kind": "Adapter", "architecture": "mlp", "revealed": ["adapter"]},
+        "defense": None,
+        "status": "Finished.",
+        "residual": 0.5,
+        "seconds": 1.5,
+        "iterations": 450,
+        "scores": {"psnr_db": [16.5], "identification_rank": [1]},
+        "controls": {"mean_image": {"psnr_db": [11.5]}, "nearest_public": {"psnr_db": [17.5]}},
+        "flags": [],
+        "trace": [[1, 0.5]],
+        "pictures": {"truth": ["data:image/png;base64,AAAA"], "reconstruction": ["data:image/png;base64,AAAB"]},
+        "decoys": 99,
+    }
+    texts = {"truth": ["hello"], "reconstruction": ["hello"]}
+    dager = {**row, "attack": "dager", "observation": {"kind": "TextGradient"}, "texts": texts}
+    del dager["pictures"]
+    missing = {
+        **row,
+        "attack": "recursive",
+        "status": "Not run: it is for one image.",
+        "residual": None,
+        "pictures": {},
+    }
+    return {
+        "schema": "gradleak/record/1",
+        "gradleak": "0.1.0",
+        "created": "2026-11-25T13:56:29+00:00",
+        "command": {"name": "demo", "arguments": {"argv": ["demo", "--out", "x"], "inputs": {"a.safetensors": "0f"}}},
+        "seed": 0,
+        "environment": {"python": "3.11.7"},
+        "threat_model": [{"item": "adapter", "revealed": True, "detail": "rank 2"}],
+        "verdict": {"level": "recovered", "sentence": "So."},
+        "results": [row, missing, dager],
+    }
+
+
+def test_an_old_record_is_read_in_the_words_of_today(tmp_path: Path) -> None:
+    old = old_record()
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    record = records.read(tmp_path / "old.json")
+    records.write(record, tmp_path / "new.json")
+    assert records.read(tmp_path / "new.json") == record
+    assert record["schema"] == records.SCHEMA
+    first, missing, dager = record["results"]
+    assert (first.get("media"), first.get("shown")) == ("image/png", old["results"][0]["pictures"])
+    assert (dager.get("media"), dager.get("shown")) == ("text/plain", old["results"][2]["texts"])
+    assert [row.get("ran") for row in record["results"]] == [True, False, True]
+    assert "shown" not in missing
+    assert not {"pictures", "texts"} & set(dager)
+    assert record["command"] == {
+        "name": "demo",
+        "arguments": {"argv": ["demo", "--out", "x"]},
+        "inputs": {"a.safetensors": "0f"},
+    }
+    assert record["metrics"]["psnr_db"] == {"label": "PSNR", "unit": "dB", "better": "higher", "decimals": 2}
+    assert [name for name, control in record["controls"].items() if not control["blind"]] == ["nearest_public"]
+
+
+def test_an_old_threat_model_is_that_of_the_first_observation_only(tmp_path: Path) -> None:
+    (tmp_path / "old.json").write_text(json.dumps(old_record()))
+    record = records.read(tmp_path / "old.json")
+    assert [row["observation"]["name"] for row in record["results"]] == ["Adapter", "Adapter", "TextGradient"]
+    assert [fact.get("observation") for fact in record["threat_model"]] == ["Adapter"]
+
+
+def test_an_old_record_says_which_study_it_is_of(tmp_path: Path) -> None:
+    old = old_record() | {"results": []}
+    old["command"] = {"name": "reproduce", "arguments": {"argv": ["reproduce", "lora-text", "--out", "x"]}}
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    assert records.read(tmp_path / "old.json")["command"]["arguments"]["name"] == "lora-text"
+
+
+@pytest.mark.parametrize("key", ["command", "threat_model", "results"])
+@pytest.mark.parametrize("value", [None, 7, [7], {"name": 7}])
+def test_a_damaged_old_record_is_refused(tmp_path: Path, key: str, value: object) -> None:
+    assert_dict_refused(old_record() | {key: value}, tmp_path, "is not a valid 'gradleak/record/1'")
+
+
+def test_a_damaged_row_of_an_old_record_is_refused(tmp_path: Path) -> None:
+    old = old_record()
+    old["results"][0]["pictures"] = ["data:"]
+    assert_dict_refused(old, tmp_path, "at `$.results[0].shown`")
 
 
 def test_the_report_works_without_torch() -> None:

@@ -86,7 +86,7 @@ def save_observation(observation: Observation[Any], path: Path) -> None:
         known=known,
         defenses=defenses,
     )
-    tensor_file.write(tensors, SCHEMA, msgspec.to_builtins(about) | {"torch": torch.__version__}, path)
+    tensor_file.write(tensors, SCHEMA, msgspec.to_builtins(about) | {"torch": str(torch.__version__)}, path)
 
 
 def load_observation(path: Path, *, factory: str | None = None) -> Observation[Any]:
@@ -153,8 +153,8 @@ def release_of(kind: type[Release], settings: dict[str, Any], tensors: Tensors, 
     hints = get_type_hints(kind)
     for field in fields(kind):
         if is_tensors(kind, field.name):
-            group = tensor_file.group(tensors, field.name)
-            values[field.name] = {name: tensor for name, tensor in group.items()} or None
+            if group := tensor_file.group(tensors, field.name):
+                values[field.name] = group
         elif field.name in settings:
             what = f"{path} has impossible provenance: {field.name}"
             values[field.name] = checked(settings[field.name], hints[field.name], what)
@@ -173,7 +173,8 @@ def usable_labels(labels: Any, model: Model[Any], batch_size: int | None, path: 
     """The labels of a file; BadInput where they are no class indices of this many inputs."""
     if labels is None:
         return None
-    if labels.dtype != torch.int64 or labels.ndim not in (1, 2) or not len(labels):
+    most = 1 if model.architecture.classes > 1 else 2  # dimensions
+    if labels.dtype != torch.int64 or not 1 <= labels.ndim <= most or not len(labels):
         raise BadInput(f"{path} is damaged: its labels are no class indices.")
     if batch_size is not None and len(labels) != batch_size:
         raise BadInput(f"{path} is damaged: it has {len(labels)} labels for {batch_size} inputs.")

@@ -252,8 +252,8 @@ class Adapter:
             A, B, weight = self.start[f"{module}.lora_A"], self.start[f"{module}.lora_B"], f"{module}.weight"
             if weight not in model.parameters:
                 raise BadInput(f"The adapter changes {module}, which has no weight in the base model.")
-            made, shape = (B.shape[0], *A.shape[1:]), oriented(model, module, model.parameters[weight]).shape
-            if B.shape[1] != A.shape[0] or made != shape:
+            made, shape = (*B.shape[:1], *A.shape[1:]), oriented(model, module, model.parameters[weight]).shape
+            if B.shape[1:2] != A.shape[:1] or made != shape:
                 raise BadInput(
                     f"The adapter of {module} makes a weight of {by(made)}, the base model's is {by(shape)}: "
                     "they do not belong together."

@@ -1,10 +1,10 @@
 """Tensors on disk: safetensors, with JSON beside them in the file's header. Written whole or not at all, never unpickled."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -19,7 +19,7 @@ def write(tensors: Tensors, schema: str, about: dict[str, Any], path: Path, *, p
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-    header = {"schema": schema, "gradleak": json.dumps(about)}
+    header = {"schema": schema, "gradleak": msgspec.json.encode(about).decode()}
     try:
         save_file(
             {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, unfinished, metadata=header

@@ -134,8 +134,9 @@ def _part(record: Record, name: str, is_one_of_several: bool, numbers: Iterator[
     return {
         "name": name,
         "verdict": own,
+        "is_void": level == "void",
         "about": describe(about) if about else "",
-        "threat_model": [row for row in record["threat_model"] if row.get("observation", name) == name],
+        "threat_model": [row for row in record["threat_model"] if True],
         "sections": sections,
         "evidence": None if best is None else _evidence(sections[best], level, legend),
         "glance": glance(ran, legend, level) if len(rows) > 1 and ran else None,
@@ -180,7 +181,7 @@ def _evidence(section: dict[str, Any], level: str, legend: Legend) -> dict[str, 
         said = [at(row.get(key, []), sample.number - 1) or False for key in ("proven", "recovered", "partly")]
         return (*said, at(leads, sample.number - 1) or 0.0)
 
-    best = sorted(sorted(samples, key=worth, reverse=True)[:MOST_SAMPLES])
+    best = samples if len(samples) <= MOST_SAMPLES else sorted(samples, key=worth, reverse=True)[:MOST_SAMPLES]
     rest = [sample for sample in samples if sample not in best]
     return {"title": EVIDENCE[level].format(row["attack"]), "section": section, "best": best, "rest": rest}
 
@@ -224,11 +225,7 @@ def _section(row: Result, place: int, legend: Legend, level: str) -> dict[str, A
 def _cell(row: Result, name: str, index: int, legend: Legend) -> Cell:
     value = at(row.get("shown", {})[name], index)
     scores = row["scores"] if name == "reconstruction" else row["controls"].get(name, {})
-    metrics = [metric for metric in legend.measured(row) if metric in scores]
-    captions = [
-        f"{legend.metric(metric)['label']} {legend.score(metric, at(scores[metric], index))} {legend.metric(metric)['unit']}".rstrip()
-        for metric in metrics
-    ]
+    captions = [legend.caption(key, at(scores[key], index)) for key in legend.measured(row) if key in scores]
     if row.get("media") != "image/png":
         return Cell(None, value or "", captions[:1])
     uri = _safe(value)
@@ -238,7 +235,7 @@ def _cell(row: Result, name: str, index: int, legend: Legend) -> Cell:
 
 def _marks(row: Result, index: int, level: str) -> list[tuple[str, str]]:
     """(level, words): whether a sample is proven, and what the truth says of it. Where all is void, only a proof stands."""
-    proven, recovered, partly = (at(row.get(key, []), index) for key in ("proven", "recovered", "partly"))  # type: ignore[misc]
+    proven, recovered = at(row.get("proven", []), index), at(row.get("recovered", []), index)
     proof = [("recovered", "Proven")] if proven else []
     if recovered is None:
         return proof or ([("unscored", "Not proven")] if proven is False else [])
@@ -246,7 +243,10 @@ def _marks(row: Result, index: int, level: str) -> list[tuple[str, str]]:
         return proof or [("void", "Void")]
     if recovered:
         return [*proof, ("recovered", "Recovered" if row.get("media") == "image/png" else "Recovered word for word")]
-    return [*proof, ("partial", "Recovered in part") if partly else ("unscored", "Not recovered")]
+    return [
+        *proof,
+        ("partial", "Recovered in part") if at(row.get("partly", []), index) else ("unscored", "Not recovered"),
+    ]
 
 
 def _labels(row: Result, given: bool) -> str:

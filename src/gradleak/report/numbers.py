@@ -80,6 +80,11 @@ class Legend:
         """One value of the metric."""
         return number(value, f".{self.metric(name)['decimals']}f")
 
+    def caption(self, name: str, value: float | None) -> str:
+        """One value with its label and its unit."""
+        metric = self.metric(name)
+        return f"{metric['label']} {self.score(name, value)} {metric['unit']}".rstrip()
+
     def mean(self, name: str, values: Numbers) -> str:
         """The mean of the values that are there, and of how many where some are missing."""
         there = present(values)
@@ -98,7 +103,7 @@ class Legend:
         sign, own = SIGNS[self.metric(name)["better"]], row["scores"].get(name, [])
         if not sign:
             return []
-        if row.get("leads") and name == self.measured(row)[0]:
+        if row.get("leads") and self.measured(row)[:1] == [name]:
             return row["leads"]
         blind = [scores[name] for key, scores in row["controls"].items() if self.is_blind(key) and scores.get(name)]
         gaps: list[float | None] = []
@@ -140,7 +145,7 @@ def glance(ran: Sequence[Result], legend: Legend, level: str) -> Glance:
     numbers: dict[str, list[str]] = {}
     for name in names:
         numbers[legend.title(name)] = [legend.mean(name, row["scores"].get(name, [])) for row in ran]
-        if name == names[0]:
+        if name == names[0] and any(legend.gaps(name, row) for row in ran):
             numbers["Best blind control"] = [legend.score(name, legend.best_blind(name, row)) for row in ran]
             numbers["Gap"] = [legend.gap(name, whole_mean(legend.gaps(name, row)), 1) for row in ran]
     if any(row["scores"].get(RANK) for row in ran):

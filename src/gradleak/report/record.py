@@ -47,7 +47,7 @@ class Command(TypedDict):
 
 
 class Revealed(TypedDict):
-    """One row of the threat model: an item that the attacker of one observation saw, or did not see."""
+    """One row of the threat model: an item that the attacker of an observation saw, or did not; of all of them, if none is named."""
 
     observation: NotRequired[str]
     item: str
@@ -248,7 +248,9 @@ def read(path: Path) -> Record:
         if isinstance(error, BadInput):
             raise
         reason = shortened(str(error))
-        raise BadInput(f"{shortened(str(path))} is not JSON ({reason}); give a record.json that gradleak wrote.") from error
+        raise BadInput(
+            f"{shortened(str(path))} is not JSON ({reason}); give a record.json that gradleak wrote."
+        ) from error
     if not isinstance(value, dict) or not isinstance(schema := value.get("schema"), str):
         raise BadInput(f"{path} is not a gradleak record: it has no schema; give a record.json that gradleak wrote.")
     if schema == OLD:

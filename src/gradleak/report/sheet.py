@@ -21,11 +21,14 @@ def save_sheet(record: Record, path: Path) -> None:
 
     last = rows[-1]
     scored: list[Result] = [row for row in rows if row["observation"] == last["observation"]]
-    metric = next(iter(record.get("metrics", {"psnr_db": None})))
-    unit = record.get("metrics", {}).get(metric, {}).get("unit", "")  # type: ignore[call-overload]
-    columns: list[tuple[str, Sequence[str], Numbers | None]] = [("truth", last["shown"]["truth"], None)]
+    metric, described = next(iter(last["scores"])), record.get("metrics", {})
+    unit = described[metric]["unit"] if metric in described else ""
+    labels = {name: control["label"] for name, control in record.get("controls", {}).items()}
+    columns: list[tuple[str, Sequence[str], Numbers | None]] = [("Truth", last["shown"]["truth"], None)]
     columns += [(row["attack"], row["shown"]["reconstruction"], row["scores"].get(metric)) for row in scored]
-    columns += [(name, last["shown"][name], scores.get(metric)) for name, scores in last["controls"].items()]
+    columns += [
+        (labels.get(name, name), last["shown"][name], scores.get(metric)) for name, scores in last["controls"].items()
+    ]
     count = min(len(columns[0][1]), MOST_ROWS)
     figure = Figure(figsize=(1.6 * len(columns), 1.9 * count), layout="constrained")
     grid = figure.subplots(count, len(columns), squeeze=False)
@@ -34,7 +37,7 @@ def save_sheet(record: Record, path: Path) -> None:
             axes = grid[row, column]
             picture = Image.open(io.BytesIO(base64.b64decode(pictures[row].partition(",")[2])))
             axes.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            axes.set(xticks=[], yticks=[], title=name.replace("_", " ") if row == 0 else "")
+            axes.set(xticks=[], yticks=[], title=name if row == 0 else "")
             axes.title.set_fontsize(8)
             if values is not None and values[row] is not None:
                 axes.set_xlabel(f"{values[row]:.1f} {unit}".rstrip(), fontsize=8)
