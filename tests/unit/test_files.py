@@ -86,10 +86,17 @@ def provenance(change: Callable[[dict[str, Any]], object]) -> Callable[[dict[str
     return edit
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A file as it is written."""
+    path = tmp_path_factory.mktemp("observation") / "o"
+    save_observation(captured()[0], path)
+    return path.read_bytes()
+
+
 @pytest.fixture
-def observation_file(tmp_path: Path) -> Path:
-    observation, _ = captured()
-    save_observation(observation, tmp_path / "observation.safetensors")
+def observation_file(tmp_path: Path, saved: bytes) -> Path:
+    (tmp_path / "observation.safetensors").write_bytes(saved)
     return tmp_path / "observation.safetensors"
 
 

@@ -384,6 +384,10 @@ def test_a_missing_number_is_a_dash_and_never_a_better_mean() -> None:
     assert ["2", "20.00", "16.00", dash, dash] in found  # the control without a number might have been the best one
     assert ["Mean", "20.00 (1 of 2)", "14.00", "14.00 (1 of 2)", dash] in found
     assert ["Residual", dash] in found
+    result["scores"] = {"psnr_db": [30.0, 20.0]}
+    found = rows(render(make_record(result)))
+    assert ["1", "30.00", "12.00", "14.00", "+16.00"] in found
+    assert ["Mean", "25.00", "14.00", "14.00 (1 of 2)", dash] in found  # +16 would leave the worse one out
 
 
 def test_several_results_are_compared_at_the_top() -> None:
@@ -778,12 +782,19 @@ def test_where_all_is_void_nothing_is_called_recovered() -> None:
     assert "What stands" not in text
     assert "What it returned stands" not in text
     assert "means nothing" not in text_of(make_record(make_result("dlg"), make_result("git")))
+    for result in record["results"]:
+        result["scores"] = {}
+    assert "what is scored and counted here" not in text_of(record)
 
 
 def test_a_proof_stands_where_all_else_is_void() -> None:
     proven = text_result("dager")
     text = text_of(of_level("void", make_result("dlg"), proven))
     assert "What stands: dager" in text
+    less = text_result("token-span")
+    less["recovered"], less["proven"], proven["proven"] = [True] * 3, [True, False, False], [True, True, False]
+    assert "What stands: dager" in text_of(of_level("void", less, proven))
+    proven["proven"] = [True, False, False]
     page = rows(render(of_level("void", proven)))
     assert ["1", "Dear &lt;b&gt;Ann&lt;/b&gt;", "Dear &lt;b&gt;Ann&lt;/b&gt;", "Proven ROUGE-1 1.000"] in page
     assert ["2", "it rains", "rains it", "Void ROUGE-1 0.750"] in page

@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradleak.errors import BadInput
-from gradleak.formats.base_folder import read_base
+from gradleak.formats.model_folder import read_base
 from gradleak.formats.observation_file import load_tensors
 from gradleak.formats.peft import read_adapter
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures, load
-from gradleak.observations.observation import Adapter, Model
+from gradleak.observations.model import Model
+from gradleak.observations.observation import Observation, PictureObservation
+from gradleak.observations.releases import Adapter
 from gradleak.observations.tensors import Tensors, fingerprint
 from gradleak.observations.training import Optimizer, Recipe
 from gradleak.victims.adapter import fine_tune
@@ -88,9 +90,10 @@ def trained_by_peft(recipe: Recipe, config: dict[str, Any]) -> tuple[Tensors, Te
     return start, factors(adapted)
 
 
-def observed(start: Tensors, end: Tensors, scaling: dict[str, float], recipe: Recipe) -> Adapter:
+def observed(start: Tensors, end: Tensors, scaling: dict[str, float], recipe: Recipe) -> PictureObservation:
     change = {name: end[name] - start[name] for name in start}
-    return Adapter(model=Model.of(network(), OWN), released=change, start=start, scaling=scaling, recipe=recipe)
+    release = Adapter(start=start, scaling=scaling, recipe=recipe)
+    return Observation(model=Model.of(network(), OWN), release=release, released=change)
 
 
 # --- simulate is what PEFT does ---
@@ -137,10 +140,10 @@ def private() -> Pictures:
     return load("digits", indices=(3, 1, 4))
 
 
-def tuned(out: Path, architecture: Architecture = MLP, **arguments: Any) -> Adapter:
+def tuned(out: Path, architecture: Architecture = MLP, **arguments: Any) -> PictureObservation:
     recipe = arguments.pop("recipe", Recipe(learning_rate=0.05, steps=1))
-    pictures = arguments.pop("private", private())
-    return fine_tune(architecture.build(0), architecture, pictures, rank=2, out=out, recipe=recipe, **arguments)[0]
+    pictures, model = arguments.pop("private", private()), Model.of(architecture.build(0), architecture)
+    return fine_tune(model, pictures, rank=2, out=out, recipe=recipe, **arguments)[0]
 
 
 def loaded_by_peft(folder: Path, architecture: Architecture) -> nn.Module:
@@ -159,10 +162,10 @@ def test_peft_loads_what_we_attack(tmp_path: Path, architecture: Architecture, i
     """The attacker's W + s B A classifies like the model that PEFT makes of the folder."""
     recipe = Recipe(optimizer="momentum", learning_rate=0.05, steps=3, batch_size=2)
     adapter = tuned(tmp_path, architecture, recipe=recipe, init=init, rslora=True)
-    end = {name: start + adapter.released.get(name, 0) for name, start in adapter.start.items()}
+    end = {name: start + adapter.released.get(name, 0) for name, start in adapter.adapter.start.items()}
     images = private().images
     with torch.no_grad():
-        ours = adapter.model.logits(adapter.merged(end), images)
+        ours = adapter.model.logits(adapter.adapter.merged(adapter.model, end), images)
         theirs = loaded_by_peft(tmp_path, architecture)(images)
         untuned = architecture.build(0)(images)
     assert torch.allclose(ours, theirs, atol=1e-4)
@@ -175,9 +178,11 @@ def test_an_initial_adapter_makes_the_base_model_whole_again(tmp_path: Path, ini
     adapter = tuned(tmp_path, init=init, target_modules=("2", "4"))
     images, labels = private().images, private().labels
     with torch.no_grad():
-        assert torch.allclose(adapter.model.logits(adapter.merged({}), images), MLP.build(0)(images), atol=1e-5)
+        assert torch.allclose(
+            adapter.model.logits(adapter.adapter.merged(adapter.model, {}), images), MLP.build(0)(images), atol=1e-5
+        )
     predicted = adapter.simulate(images, labels)
-    assert set(predicted) == set(adapter.start)
+    assert set(predicted) == set(adapter.adapter.start)
     for name, change in adapter.released.items():  # float32: the change is the difference of numbers about one
         assert (predicted[name] - change).abs().max() < 2e-6, name
 
@@ -200,8 +205,7 @@ def test_what_is_returned_is_what_is_on_disk(tmp_path: Path) -> None:
     module = MLP.build(0)
     before = fingerprint(module.state_dict())
     adapter, secret = fine_tune(
-        module,
-        MLP,
+        Model.of(module, MLP),
         private(),
         rank=2,
         alpha=7,
@@ -215,17 +219,18 @@ def test_what_is_returned_is_what_is_on_disk(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     again = read_adapter(tmp_path / "adapter", Model.of(*read_base(tmp_path / "base")), recipe=recipe)
     assert fingerprint(again.released) == fingerprint(adapter.released)
-    assert fingerprint(again.start) == fingerprint(adapter.start)
+    assert fingerprint(again.adapter.start) == fingerprint(adapter.adapter.start)
     assert again.model.state_hash() == adapter.model.state_hash()
-    assert adapter.scaling == again.scaling == dict.fromkeys(("2", "4", "6"), 3.5)
-    assert (adapter.recipe, adapter.batch_size, adapter.precision) == (recipe, 3, "float16")
+    assert adapter.adapter.scaling == again.adapter.scaling == dict.fromkeys(("2", "4", "6"), 3.5)
+    assert (adapter.adapter.recipe, adapter.batch_size, adapter.precision) == (recipe, 3, "float16")
     assert adapter.labels is not None
+    assert secret.labels is not None
     assert torch.equal(adapter.labels, secret.labels)
-    assert torch.equal(secret.images, private().images)
+    assert torch.equal(secret.inputs, private().images)
     assert {t.dtype for t in load_tensors(tmp_path / "adapter" / "adapter_model.safetensors").values()} == {
         torch.float16
     }
-    seeds = [tuned(tmp_path / str(n), seed=seed).start["2.lora_A"] for n, seed in enumerate((5, 5, 6))]
+    seeds = [tuned(tmp_path / str(n), seed=seed).adapter.start["2.lora_A"] for n, seed in enumerate((5, 5, 6))]
     assert torch.equal(seeds[0], seeds[1])
     assert not torch.equal(seeds[0], seeds[2])
 
@@ -247,11 +252,13 @@ def test_labels_and_batch_size_are_withheld_when_asked(tmp_path: Path) -> None:
     ],
 )
 def test_target_modules(tmp_path: Path, target: Any, expected: set[str]) -> None:
-    assert set(tuned(tmp_path, target_modules=target).scaling) == expected
+    assert set(tuned(tmp_path, target_modules=target).adapter.scaling) == expected
 
 
 def test_target_modules_of_a_transformer(tmp_path: Path) -> None:
-    linear, everything = (set(tuned(tmp_path / t, VIT, target_modules=t).scaling) for t in ("all-linear", "all"))
+    linear, everything = (
+        set(tuned(tmp_path / t, VIT, target_modules=t).adapter.scaling) for t in ("all-linear", "all")
+    )
     assert len(linear) == 4 * 6 + 1  # per block q, k, v, o and two of the MLP; the classifier
     assert everything - linear == {"network.vit.embeddings.patch_embeddings.projection"}
     keys = load_tensors(tmp_path / "all" / "adapter" / "adapter_model.safetensors")
@@ -282,4 +289,4 @@ def test_what_cannot_be_tuned_is_bad_input_and_leaves_nothing(tmp_path: Path, ar
 
 def test_a_rank_of_none_is_bad_input(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="at least 1"):
-        fine_tune(MLP.build(0), MLP, private(), rank=0, out=tmp_path, recipe=Recipe(learning_rate=1, steps=1))
+        fine_tune(Model.of(MLP.build(0), MLP), private(), rank=0, out=tmp_path, recipe=Recipe(learning_rate=1, steps=1))

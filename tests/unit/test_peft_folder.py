@@ -13,14 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gradleak.audit.checks import inexact
 from gradleak.errors import BadInput
-from gradleak.formats.base_folder import read_base, write_base
+from gradleak.formats.model_folder import read_base, write_base
 from gradleak.formats.observation_file import load_observation, save_observation
 from gradleak.formats.peft import is_adapter, read_adapter
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.transformers_networks import quiet_transformers, structure
-from gradleak.observations.observation import Adapter, Model
+from gradleak.observations.model import Model, PictureModel
 from gradleak.observations.training import Recipe
 
 SHAPE = (1, 6, 6)
@@ -53,7 +52,7 @@ class Network(nn.Module):
         return self.down(images) + self.up(images)  # type: ignore[no-any-return]
 
 
-def model() -> Model:
+def model() -> PictureModel:
     torch.manual_seed(0)
     return Model.of(Network(), OWN)
 
@@ -96,12 +95,17 @@ def written(folder: Path, tensors: dict[str, Tensor] = PLAIN, **config: Any) -> 
 def test_the_factor_that_began_at_zero_is_released(tmp_path: Path, init: Any, start: Any, zero: str, kept: str) -> None:
     end = {"lora_A": A, "lora_B": B}
     adapter = read_adapter(written(tmp_path, init_lora_weights=init), model(), start=start)
-    assert adapter.scaling == {"down.to_q": 3.0}
+    assert adapter.adapter.scaling == {"down.to_q": 3.0}
     assert adapter.released.keys() == {f"down.to_q.{zero}"}
     assert torch.equal(adapter.released[f"down.to_q.{zero}"], end[zero])
-    assert torch.equal(adapter.start[f"down.to_q.{kept}"], end[kept])
-    assert not adapter.start[f"down.to_q.{zero}"].any()
-    assert (adapter.recipe, adapter.batch_size, adapter.labels, adapter.precision) == (None, None, None, "float32")
+    assert torch.equal(adapter.adapter.start[f"down.to_q.{kept}"], end[kept])
+    assert not adapter.adapter.start[f"down.to_q.{zero}"].any()
+    assert (adapter.adapter.recipe, adapter.batch_size, adapter.labels, adapter.precision) == (
+        None,
+        None,
+        None,
+        "float32",
+    )
 
 
 def test_the_decay_of_adamw_is_undone(tmp_path: Path) -> None:
@@ -114,8 +118,8 @@ def test_the_decay_of_adamw_is_undone(tmp_path: Path) -> None:
         optimiser.step()
     tensors = {**PLAIN, "base_model.model.down.to_q.lora_A.weight": parameter.detach()}
     adapter = read_adapter(written(tmp_path, tensors), model(), recipe=recipe)
-    assert torch.allclose(adapter.start["down.to_q.lora_A"], A, rtol=1e-6)
-    assert adapter.recipe == recipe
+    assert torch.allclose(adapter.adapter.start["down.to_q.lora_A"], A, rtol=1e-6)
+    assert adapter.adapter.recipe == recipe
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "lora_ga", "corda", "orthogonal", False])
@@ -125,10 +129,10 @@ def test_a_start_that_is_not_known_has_to_be_given(tmp_path: Path, init: Any) ->
         read_adapter(folder, model())
     before = {key: tensor - 0.25 for key, tensor in PLAIN.items()}
     adapter = read_adapter(folder, model(), initial=written(tmp_path / "start", before, init_lora_weights=init))
-    assert adapter.released.keys() == adapter.start.keys() == {"down.to_q.lora_A", "down.to_q.lora_B"}
+    assert adapter.released.keys() == adapter.adapter.start.keys() == {"down.to_q.lora_A", "down.to_q.lora_B"}
     for name, change in adapter.released.items():
         assert torch.allclose(change, torch.tensor(0.25), atol=1e-6)
-        assert torch.equal(adapter.start[name], (A if "A" in name else B) - 0.25)
+        assert torch.equal(adapter.adapter.start[name], (A if "A" in name else B) - 0.25)
     weights = [m.parameters["down.to_q.weight"] for m in (model(), adapter.model)]
     subtracted = 3 * (B - 0.25) @ (A - 0.25) if init not in (False, "orthogonal") else torch.zeros(6, 6)
     assert torch.allclose(weights[0] - weights[1], subtracted, atol=1e-5)
@@ -169,7 +173,7 @@ def test_an_adapter_that_has_learnt_nothing(tmp_path: Path) -> None:
     ids=str,
 )
 def test_scaling(tmp_path: Path, config: dict[str, Any], scaling: float) -> None:
-    assert read_adapter(written(tmp_path, **config), model()).scaling["down.to_q"] == pytest.approx(scaling)
+    assert read_adapter(written(tmp_path, **config), model()).adapter.scaling["down.to_q"] == pytest.approx(scaling)
 
 
 def test_scaling_is_what_peft_computes(tmp_path: Path) -> None:
@@ -183,10 +187,12 @@ def test_scaling_is_what_peft_computes(tmp_path: Path) -> None:
             nn.init.ones_(parameter)
     adapted.save_pretrained(tmp_path)
     adapter = read_adapter(tmp_path, model())
-    layers = {module: adapted.base_model.model.get_submodule(module) for module in adapter.scaling}
-    assert adapter.scaling == pytest.approx({module: layer.scaling["default"] for module, layer in layers.items()})
-    assert adapter.scaling.keys() == {f"{part}.{name}" for part in ("down", "up") for name in ("to_q", "conv")}
-    assert {k: v.shape[0] for k, v in adapter.start.items() if "lora_A" in k} == {
+    layers = {module: adapted.base_model.model.get_submodule(module) for module in adapter.adapter.scaling}
+    assert adapter.adapter.scaling == pytest.approx(
+        {module: layer.scaling["default"] for module, layer in layers.items()}
+    )
+    assert adapter.adapter.scaling.keys() == {f"{part}.{name}" for part in ("down", "up") for name in ("to_q", "conv")}
+    assert {k: v.shape[0] for k, v in adapter.adapter.start.items() if "lora_A" in k} == {
         f"{module}.lora_A": layer.r["default"] for module, layer in layers.items()
     }
 
@@ -210,13 +216,13 @@ def test_scaling_is_what_peft_computes(tmp_path: Path) -> None:
 def test_names_of_factors(tmp_path: Path, key_a: str, key_b: str, module: str) -> None:
     adapter = read_adapter(written(tmp_path, {key_a: A, key_b: B}), model())
     assert torch.equal(adapter.released[f"{module}.lora_B"], B)
-    assert torch.equal(adapter.start[f"{module}.lora_A"], A)
+    assert torch.equal(adapter.adapter.start[f"{module}.lora_A"], A)
 
 
 def test_a_name_may_leave_out_what_the_base_model_is_wrapped_in(tmp_path: Path) -> None:
     torch.manual_seed(0)
     wrapped = Model.of(nn.Sequential(nn.Identity(), Network()), OWN)
-    assert read_adapter(written(tmp_path), wrapped).scaling == {"1.down.to_q": 3.0}
+    assert read_adapter(written(tmp_path), wrapped).adapter.scaling == {"1.down.to_q": 3.0}
 
 
 def test_the_names_of_older_vision_transformers(tmp_path: Path) -> None:
@@ -225,7 +231,7 @@ def test_the_names_of_older_vision_transformers(tmp_path: Path) -> None:
     base = Model.of(architecture.build(0), architecture)
     inputs = ("attention.attention.query", "attention.attention.key", "attention.attention.value")
     parts = (*inputs, "attention.output.dense", "intermediate.dense", "output.dense")
-    write_base(architecture.build(0), architecture, tmp_path / "base")
+    write_base(base, tmp_path / "base")
     stored = load_file(tmp_path / "base" / "model.safetensors")
     tensors = {}
     for number, part in enumerate(parts):
@@ -233,9 +239,9 @@ def test_the_names_of_older_vision_transformers(tmp_path: Path) -> None:
         tensors[f"base_model.model.vit.encoder.layer.{number % 2}.{part}.lora_A.weight"] = weight[:2]
         tensors[f"base_model.model.vit.encoder.layer.{number % 2}.{part}.lora_B.weight"] = weight[:, :2]
     adapter = read_adapter(written(tmp_path / "adapter", tensors), base)
-    assert len(adapter.scaling) == 6
-    for module in adapter.scaling:  # it must be the module that holds this very weight
-        assert torch.equal(adapter.start[f"{module}.lora_A"], base.parameters[f"{module}.weight"][:2])
+    assert len(adapter.adapter.scaling) == 6
+    for module in adapter.adapter.scaling:  # it must be the module that holds this very weight
+        assert torch.equal(adapter.adapter.start[f"{module}.lora_A"], base.parameters[f"{module}.weight"][:2])
         assert torch.equal(adapter.released[f"{module}.lora_B"], base.parameters[f"{module}.weight"][:, :2])
 
 
@@ -251,7 +257,7 @@ def test_convolutions(tmp_path: Path) -> None:
 def test_half_precision(tmp_path: Path, precision: torch.dtype) -> None:
     adapter = read_adapter(written(tmp_path, {k: t.to(precision) for k, t in PLAIN.items()}), model())
     assert adapter.precision == str(precision).removeprefix("torch.")
-    assert {t.dtype for t in (*adapter.start.values(), *adapter.released.values())} == {torch.float32}
+    assert {t.dtype for t in (*adapter.adapter.start.values(), *adapter.released.values())} == {torch.float32}
     assert torch.equal(adapter.released["down.to_q.lora_B"], B.to(precision).float())
 
 
@@ -264,7 +270,7 @@ def test_half_precision(tmp_path: Path, precision: torch.dtype) -> None:
 def test_whole_weights_play_no_part_in_one_step_only(tmp_path: Path, key: str, shape: tuple[int, ...]) -> None:
     folder = written(tmp_path, {**PLAIN, f"base_model.model.{key}": torch.randn(shape)})
     for recipe in (None, Recipe(learning_rate=1, steps=1)):
-        assert read_adapter(folder, model(), recipe=recipe).scaling.keys() == {"down.to_q"}
+        assert read_adapter(folder, model(), recipe=recipe).adapter.scaling.keys() == {"down.to_q"}
     with pytest.raises(BadInput, match=rf"together with '{key}' for 2 steps"):
         read_adapter(folder, model(), recipe=Recipe(learning_rate=1, steps=2))
 
@@ -292,7 +298,7 @@ def pickled(folder: Path) -> None:
         (config_text("{"), "is not JSON"),
         (config_text("[" * 100_000), "is not JSON"),
         (config_text("[1]"), "not the config of an adapter"),
-        (config_text("{}"), "lacks the key 'peft_type'"),
+        (config_text("{}"), "missing required field `peft_type`"),
     ],
 )
 def test_damaged_folders(tmp_path: Path, damage: Callable[[Path], object], hint: str) -> None:
@@ -313,12 +319,12 @@ def test_damaged_folders(tmp_path: Path, damage: Callable[[Path], object], hint:
         ({"use_dora": True}, "use_dora is set"),
         ({"fan_in_fan_out": True}, "transposed layers .fan_in_fan_out is set"),
         ({"loftq_config": {"loftq_bits": 4}}, "loftq_config is set"),
-        ({"r": "2"}, "r should be a whole number"),
-        ({"r": None}, "lacks the key 'r'"),
-        ({"lora_alpha": [1]}, "lora_alpha should be a number"),
-        ({"init_lora_weights": 7}, "init_lora_weights should be true or false or text"),
-        ({"use_rslora": "yes"}, "use_rslora should be true or false"),
-        ({"rank_pattern": {"to_q": "2"}}, "rank_pattern should be an object or null"),
+        ({"r": "2"}, r"Expected `int`, got `str` - at `\$\.r`"),
+        ({"r": None}, "missing required field `r`"),
+        ({"lora_alpha": [1]}, r"Expected `float`, got `array` - at `\$\.lora_alpha`"),
+        ({"init_lora_weights": 7}, r"Expected `bool \| str`, got `int` - at `\$\.init_lora_weights`"),
+        ({"use_rslora": "yes"}, r"Expected `bool`, got `str` - at `\$\.use_rslora`"),
+        ({"rank_pattern": {"to_q": "2"}}, r"Expected `int`, got `str` - at `\$\.rank_pattern"),
         ({"alpha_pattern": {"(a+)+": 2}}, r"the pattern '\(a\+\)\+': write out"),
         ({"r": 3}, r"lora_A of down.to_q is \(2, 6\), not \(3, 6\) .* rank 3"),
         ({"r": 0}, "not fit"),
@@ -373,8 +379,8 @@ def test_an_adapter_comes_back_from_an_observation_file(tmp_path: Path) -> None:
     )
     save_observation(adapter, tmp_path / "observation")
     again = load_observation(tmp_path / "observation")
-    assert isinstance(again, Adapter)
-    assert (again.recipe, again.scaling, again.batch_size, again.dropout) == (recipe, adapter.scaling, 3, 0.1)
+    own = again.adapter
+    assert (own.recipe, own.scaling, own.dropout, again.batch_size) == (recipe, adapter.adapter.scaling, 0.1, 3)
     assert again.threat_model() == adapter.threat_model()
 
 
@@ -434,7 +440,7 @@ def test_an_observation_of_a_foreign_transformer_comes_back_with_its_folder(tmp_
     a, b = pair(2, 24)
     name = "base_model.model.vit.layers.1.attention.v_proj"
     adapter = read_adapter(written(tmp_path / "a", {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}), base)
-    assert adapter.scaling.keys() == {"network.vit.layers.1.attention.v_proj"}
+    assert adapter.adapter.scaling.keys() == {"network.vit.layers.1.attention.v_proj"}
     save_observation(adapter, tmp_path / "o")
     with pytest.raises(BadInput, match=r"none of ours: .*--model"):  # a file cannot choose what is opened
         load_observation(tmp_path / "o")
@@ -455,7 +461,7 @@ def test_a_folder_for_other_pictures_is_not_the_architecture(tmp_path: Path) -> 
 def test_our_own_models_come_back(tmp_path: Path, name: str) -> None:
     architecture = Architecture(name, (1, 8, 8), 10)
     module = architecture.build(5)
-    write_base(module, architecture, tmp_path)
+    write_base(Model.of(module, architecture), tmp_path)
     state = torch.get_rng_state()
     again, found = read_base(tmp_path)
     assert torch.equal(torch.get_rng_state(), state)
@@ -471,7 +477,7 @@ def test_our_own_models_come_back(tmp_path: Path, name: str) -> None:
 
 def test_a_vit_of_another_size_is_not_ours(tmp_path: Path) -> None:
     architecture = Architecture("vit", (1, 8, 8), 10)
-    write_base(architecture.build(0), architecture, tmp_path)
+    write_base(Model.of(architecture.build(0), architecture), tmp_path)
     for file, key, value in (
         ("config.json", "num_attention_heads", 8),
         ("preprocessor_config.json", "image_std", [0.5]),
@@ -521,7 +527,7 @@ def spoilt(folder: Path) -> None:
         (edited("config.json", image_size=[12, 12, 12]), "no image classifier"),
         (edited("config.json", num_channels=2), "do not fit config.json"),
         (edited("config.json", intermediate_size=33), r"do not fit config.json: .*\(32,\), not \(33,\)"),
-        (edited("preprocessor_config.json", image_mean="0.5"), "image_mean should be a list"),
+        (edited("preprocessor_config.json", image_mean="0.5"), r"Expected `array`, got `str` - at `\$\.image_mean`"),
         (edited("preprocessor_config.json", image_std=[0.5, 0.5]), "for each of 3 channels"),
         (edited("preprocessor_config.json", image_std=[0.5, 0.5, 0]), "above zero"),
         (lambda f: (f / "model.safetensors").unlink(), "other formats can run code"),
@@ -546,8 +552,11 @@ def test_base_models_of_transformers_that_cannot_be(
     [
         (lambda f: (f / "gradleak.json").write_text("[]"), "does not describe"),
         (edited("gradleak.json", schema="gradleak/base/2"), "'gradleak/base/2', not 'gradleak/base/1'"),
-        (edited("gradleak.json", architecture={"name": "mlp", "input_shape": [1, 8], "classes": 10}), "a list of 3"),
-        (edited("gradleak.json", architecture={"name": "mlp", "input_shape": [1, 0, 8], "classes": 10}), "impossible"),
+        (
+            edited("gradleak.json", architecture={"name": "mlp", "input_shape": [1, 8], "classes": 10}),
+            "of length 3, got 2",
+        ),
+        (edited("gradleak.json", architecture={"name": "mlp", "input_shape": [1, 0, 8], "classes": 10}), ">= 1"),
         (
             edited("gradleak.json", architecture={"name": "os:system", "input_shape": [1, 8, 8], "classes": 9}),
             "none of ours",
@@ -560,7 +569,7 @@ def test_base_models_of_transformers_that_cannot_be(
     ],
 )
 def test_base_models_of_ours_that_cannot_be(tmp_path: Path, damage: Callable[[Path], object], hint: str) -> None:
-    write_base(MLP.build(0), MLP, tmp_path)
+    write_base(Model.of(MLP.build(0), MLP), tmp_path)
     damage(tmp_path)
     with pytest.raises(BadInput, match=hint):
         read_base(tmp_path)
@@ -597,13 +606,13 @@ def test_reading_warns_of_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[s
 def test_dropout_makes_a_release_inexact(tmp_path: Path) -> None:
     recipe = Recipe(learning_rate=0.1, steps=1)
     clean = read_adapter(written(tmp_path / "clean"), model(), recipe=recipe)
-    assert inexact(clean) == ""
+    assert clean.release.inexact() == ""
     dropped = read_adapter(written(tmp_path / "dropped", lora_dropout=0.05), model(), recipe=recipe)
-    assert "may have been trained with dropout 0.05" in inexact(dropped)
+    assert "may have been trained with dropout 0.05" in dropped.release.inexact()
 
 
 def test_an_adapter_without_one_of_its_factors_is_named(tmp_path: Path) -> None:
     whole = read_adapter(written(tmp_path), model())
-    start = {name: tensor for name, tensor in whole.start.items() if not name.endswith("lora_A")}
+    start = {name: tensor for name, tensor in whole.adapter.start.items() if not name.endswith("lora_A")}
     with pytest.raises(BadInput, match="has no lora_A"):
-        replace(whole, start=start)
+        replace(whole, release=replace(whole.adapter, start=start))

@@ -58,6 +58,7 @@ class Config(TypedDict):
     lora_alpha: float
     init_lora_weights: NotRequired[bool | str]
     use_rslora: NotRequired[bool]
+    fan_in_fan_out: NotRequired[bool | None]
     lora_dropout: NotRequired[float]
     rank_pattern: NotRequired[Mapping[str, int] | None]
     alpha_pattern: NotRequired[Mapping[str, float] | None]

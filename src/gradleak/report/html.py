@@ -136,7 +136,7 @@ def _part(record: Record, name: str, is_one_of_several: bool, numbers: Iterator[
         "verdict": own,
         "is_void": level == "void",
         "about": describe(about) if about else "",
-        "threat_model": [row for row in record["threat_model"] if True],
+        "threat_model": [row for row in record["threat_model"] if row.get("observation", name) == name],
         "sections": sections,
         "evidence": None if best is None else _evidence(sections[best], level, legend),
         "glance": glance(ran, legend, level) if len(rows) > 1 and ran else None,

@@ -1,0 +1,152 @@
+"""The verdict: for every level when it must be said, and when it must not."""
+
+from typing import Any
+
+import pytest
+
+from gradleak.audit.scoring import SCORING
+from gradleak.audit.scoring.scoring import legend
+from gradleak.audit.verdict import overall, verdict
+from gradleak.report.record import Flag, Result, Verdict, new_result
+
+PICTURES, TEXTS = (legend(SCORING[name])[0] for name in ("pictures", "texts"))
+
+
+def flag(name: str, level: Any) -> Flag:
+    return {"name": name, "level": level, "sentence": f"About {name}."}
+
+
+def row(attack: str = "dlg", *, flags: tuple[Flag, ...] = (), **rest: Any) -> Result:
+    made = new_result(attack, {}, {"name": "gradient", "kind": "gradient"}, flags)
+    made |= {"ran": True, "residual": 0.1, "status": "Done."}  # type: ignore[typeddict-item]
+    return {**made, **rest}  # type: ignore[typeddict-item]
+
+
+def scored(recovered: tuple[bool, ...], *, leads: tuple[float, ...] = (), attack: str = "dlg", **rest: Any) -> Result:
+    gains = leads or tuple(20.0 if found else 0.5 for found in recovered)
+    scores = {"psnr_db": [12 + gain for gain in gains], "identification_rank": [1 if r else 7 for r in recovered]}
+    kept = {"partly": recovered, "leads": gains, "decoys": 99}
+    return row(attack, scores=scores, recovered=recovered, **{**kept, **rest})
+
+
+def judged(*rows: Result, metrics: Any = PICTURES, untried: tuple[str, ...] = ()) -> Verdict:
+    return verdict(rows, metrics, untried)
+
+
+def test_all_samples_recovered() -> None:
+    found = judged(scored((True, True)))
+    assert found["level"] == "recovered"
+    assert found["sentence"].startswith(
+        "2 of 2 private samples recovered by dlg: PSNR 32.0 on average, +20.0 dB against"
+    )
+    assert found["sentence"].endswith("identified among 100.")
+
+
+def test_some_samples_recovered_are_partial() -> None:
+    found = judged(scored((True, False, False)))
+    assert (found["level"], found["sentence"][:32]) == ("partial", "1 of 3 private samples recovered")
+
+
+def test_parts_of_a_sample_are_partial() -> None:
+    found = judged(scored((False, False), partly=(True, False)))
+    assert found["level"] == "partial"
+    assert found["sentence"].startswith("Parts of 1 of 2 private samples recovered by dlg")
+
+
+def test_the_best_attack_speaks() -> None:
+    found = judged(scored((False, False), attack="weak"), scored((True, True), attack="strong"))
+    assert found["level"] == "recovered"
+    assert "strong" in found["sentence"]
+    assert "weak" not in found["sentence"]
+
+
+@pytest.mark.parametrize("information", ["partial", "present", "unknown", None])
+def test_nothing_found_is_not_safe_and_says_so(information: str | None) -> None:
+    flags = () if information is None else (flag(f"information_{information}", "info"),)
+    found = judged(scored((False, False), flags=flags), untried=("map-inversion", "ntk"))
+    assert found["level"] == "nothing"
+    assert found["sentence"].startswith("None of 2 private samples was recovered: the closest attack, dlg, is +0.5 dB")
+    assert any(word in found["sentence"] for word in ("proves nothing", "no attack found it"))
+    assert found["sentence"].endswith("Not tried: map-inversion, ntk.")
+
+
+def test_only_a_release_without_the_information_is_absent() -> None:
+    found = judged(scored((False,), flags=(flag("information_absent", "info"),)))
+    assert found["level"] == "absent"
+    assert found["sentence"].endswith("The information is absent from the release.")
+    leaked = judged(scored((True,), flags=(flag("information_absent", "info"),)))
+    assert leaked["level"] == "recovered"
+
+
+@pytest.mark.parametrize("recovered", [(True, True), (False, False)])
+@pytest.mark.parametrize("name", ["replay", "secret_is_public", "better_than_truth", "secret_in_training"])
+def test_an_error_voids_the_verdict_and_says_why(name: str, recovered: tuple[bool, ...]) -> None:
+    found = judged(scored(recovered, flags=(flag(name, "error"),)))
+    assert found["level"] == "void"
+    assert found["sentence"] == f"No number here can be relied on. About {name}."
+
+
+@pytest.mark.parametrize("level", ["info", "warning"])
+def test_a_reservation_does_not_void_it(level: str) -> None:
+    assert judged(scored((True,), flags=(flag("replay", level),)))["level"] == "recovered"
+
+
+def test_errors_of_attacks_that_did_not_run_count_for_nothing() -> None:
+    absent = {**row("other", flags=(flag("replay", "error"),)), "ran": False, "residual": None}
+    assert judged(scored((True,)), absent)["level"] == "recovered"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("proven", "level"), [((True, True), "recovered"), ((True, False), "partial")])
+def test_what_is_proven_needs_no_secret(proven: tuple[bool, ...], level: str) -> None:
+    found = judged(row("dager", proven=proven), metrics=TEXTS)
+    assert found["level"] == level
+    assert found["sentence"].startswith(f"{sum(proven)} of 2 private samples proven by dager")
+
+
+def test_what_is_only_guessed_is_unscored() -> None:
+    found = judged(row("dager", proven=(False, False)), metrics=TEXTS)
+    assert found["level"] == "unscored"
+    assert "without the secret, nothing was scored" in found["sentence"]
+    assert "proven" not in found["sentence"]
+
+
+def test_a_proof_stands_beside_an_error() -> None:
+    found = judged(row("dager", proven=(True,), flags=(flag("replay", "error"),)), metrics=TEXTS)
+    assert found["level"] == "void"
+    assert "What needs no secret stands: 1 of 1 private samples proven by dager" in found["sentence"]
+
+
+def test_without_a_secret_the_best_explanation_is_named() -> None:
+    found = judged(row("dlg", residual=0.5), row("analytic", residual=1e-7), row("count", residual=None))
+    assert found["level"] == "unscored"
+    assert found["sentence"].startswith("analytic explains the observation best (relative residual 1e-07)")
+
+
+def test_the_number_of_samples_is_told() -> None:
+    counted = row("dataset-size", residual=None, status="Trained on 3 samples.", count={"recovered": 3})
+    assert "Trained on 3 samples." in judged(row(), counted)["sentence"]
+
+
+def test_no_attack_could_run() -> None:
+    absent = {**row("kkt", status="Not run: It reads weights."), "ran": False, "residual": None}
+    found = judged(absent)  # type: ignore[arg-type]
+    assert found["level"] == "unscored"
+    assert found["sentence"] == "No attack could run on this observation. kkt: Not run: It reads weights."
+
+
+def test_texts_are_told_in_their_own_metric() -> None:
+    scores = {"rouge1": [0.25, 0.25], "exact_match": [0.0, 0.0]}
+    guessed = row("dager", scores=scores, leads=(-0.1, -0.1), recovered=(False, False), partly=(False, False))
+    found = judged(guessed, metrics=TEXTS)
+    assert found["level"] == "nothing"
+    assert "-0.10 ROUGE-1 against the best blind control" in found["sentence"]
+
+
+def test_the_most_serious_of_several_observations_is_told_first() -> None:
+    levels: list[Any] = ["absent", "nothing", "void", "recovered"]
+    several: list[Verdict] = [{"level": level, "sentence": f"It is {level}.", "observation": level} for level in levels]
+    assert overall(several)["level"] == "recovered"
+    assert overall(several[:3])["level"] == "void"
+    assert overall(several[:2])["level"] == "nothing"
+    assert overall(several[:1]) == several[0]
+    assert "Nothing: It is nothing." in overall(several)["sentence"]
