@@ -15,14 +15,17 @@ from gradleak.errors import BadInput
 from gradleak.formats.model_folder import read_base
 from gradleak.formats.observation_file import load_tensors
 from gradleak.formats.peft import read_adapter
+from gradleak.formats.secret_file import Secret
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures, load
 from gradleak.observations.model import Model
 from gradleak.observations.observation import Observation, PictureObservation
 from gradleak.observations.releases import Adapter
-from gradleak.observations.tensors import Tensors, fingerprint
+from gradleak.observations.tensors import Tensors, fingerprint, flatten
 from gradleak.observations.training import Optimizer, Recipe
-from gradleak.victims.adapter import fine_tune
+from gradleak.victims.adapter import fine_tune, share_adapter
+from gradleak.victims.gradient import keep_secret
+from oracles import lora_b_by_autograd
 
 OWN = Architecture("own", (1, 6, 6), 4)
 MLP = Architecture("mlp", (1, 8, 8), 10)
@@ -131,6 +134,48 @@ def test_the_first_step_is_a_sketch_of_the_gradient() -> None:
         assert torch.allclose(B, -0.1 * 6 / 2**0.5 * G @ A.T, rtol=1e-10, atol=1e-14)
         assert torch.allclose(sketches[module].measured, G @ A.T, rtol=1e-10, atol=1e-14)
         assert sketches[module].side == "right"
+
+
+def test_what_many_small_steps_tell_is_the_gradient_too() -> None:
+    """Three steps so short that nothing moves: their mean is dL/dW A^T, in units of the gradient."""
+    recipe = Recipe(learning_rate=1e-6, steps=3)
+    start, end = trained_by_peft(recipe, RSLORA)
+    plain, (images, labels) = network(), batch()
+    F.cross_entropy(plain(images), labels).backward()  # type: ignore[no-untyped-call]
+    for sketch in observed(start, end, dict.fromkeys(("0", "3", "7"), 6 / 2**0.5), recipe).sketches():
+        if sketch.side == "right":
+            weight = plain.get_parameter(f"{sketch.module}.weight").grad
+            assert weight is not None
+            expected = weight.flatten(1) @ start[f"{sketch.module}.lora_A"].flatten(1).T
+            assert torch.allclose(sketch.measured, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_an_adapter_is_shared_without_peft() -> None:
+    """From PEFT's start: A uniform as Kaiming has it at a = sqrt(5), B zero; the step is autograd's."""
+    model, (images, labels) = Model.of(network(), OWN), batch()
+    secret, modules = Secret(images, labels), ("0", "3", "7")
+    one, gradient = (
+        share_adapter(model, secret, modules=modules, rank=2, recipe=recipe, seed=3)
+        for recipe in (Recipe(learning_rate=0.1, steps=1), None)
+    )
+    A = {name: one.adapter.start[f"{name}.lora_A"] for name in modules}
+    for tensor in A.values():
+        bound = tensor[0].numel() ** -0.5
+        assert 0.7 * bound < float(tensor.abs().max()) <= bound
+    assert not any(bool(tensor.any()) for name, tensor in one.adapter.start.items() if name.endswith("lora_B"))
+    expected = lora_b_by_autograd(network(), images, labels, A, scaling=1.0, learning_rate=0.1).detach()
+    for seen, unit in ((one, 1.0), (gradient, -0.1)):
+        assert set(seen.released) == {f"{name}.lora_B" for name in modules}
+        assert torch.allclose(unit * flatten(seen.released), expected, rtol=1e-9, atol=1e-14)
+        assert seen.batch_size == 3
+    assert gradient.adapter.gradient
+    assert all(torch.equal(gradient.adapter.start[f"{name}.lora_A"], A[name]) for name in modules)
+    longer = share_adapter(model, secret, modules=modules, rank=2, recipe=Recipe(learning_rate=0.1, steps=2), seed=3)
+    moved = [longer.adapter.start[f"{name}.lora_A"] - A[name] for name in modules]
+    assert all(bool(step.any()) for step in moved)  # where A ended: all that such a folder holds
+    wild, plain = Recipe(learning_rate=1e30, steps=3), Model.of(MLP.build(0), MLP)
+    with pytest.raises(BadInput, match=r"diverged at learning rate 1e\+30"):
+        share_adapter(plain, keep_secret(plain, private()), modules=("2", "6"), rank=2, recipe=wild)
 
 
 # --- The victim ---
