@@ -17,6 +17,7 @@ SERIOUS: tuple[Level, ...] = (
     "unscored",
     "absent",
 )  # the worst of several is told
+NO_SECRET = "without the secret, nothing was scored"
 INFORMATION = {
     "information_partial": " The release holds part of the information; no attack found it.",
     "information_present": " The information is present in the release: no attack found it, another may.",
@@ -63,8 +64,9 @@ def unscored(ran: Sequence[Result]) -> str:
     best = min(ran, key=lambda row: float("inf") if row["residual"] is None else row["residual"])
     residual = best["residual"]
     how = "" if residual is None else f" (relative residual {residual:.2g})"
-    sentence = f"{best['attack']} explains the observation best{how}; without the secret, nothing was scored."
     counts = [row for row in ran if "count" in row]
+    why = "nothing of the data themselves was scored" if any("true" in row["count"] for row in counts) else NO_SECRET
+    sentence = f"{best['attack']} explains the observation best{how}; {why}."
     sentence += "".join(f" {row['status']}" for row in counts)
     return sentence + "".join(" " + f["sentence"] for f in best["flags"] if f["name"].startswith("information_"))
 
@@ -80,11 +82,11 @@ def compared(scored: Sequence[Result], metrics: Mapping[str, Any], evidence: str
         )
 
     best = max(scored, key=worth)
-    name, metric = next(iter(metrics.items()))
-    leads = [value or 0 for value in best.get("leads", [])]
-    total, count, parts = len(leads), sum(best.get("recovered", [])), sum(best.get("partly", []))
+    name, metric = next((name, metric) for name, metric in metrics.items() if name in best["scores"])
+    leads = [value for value in best.get("leads", []) if value is not None]
+    total, count, parts = len(best["scores"][name]), sum(best.get("recovered", [])), sum(best.get("partly", []))
     unit = f" {metric['unit']}" if metric["unit"] else f" {metric['label']}"
-    lead = f"{sum(leads) / total:+.{max(metric['decimals'] - 1, 1)}f}{unit} against the best blind control"
+    lead = f"{sum(leads) / max(len(leads), 1):+.{max(metric['decimals'] - 1, 1)}f}{unit} against the best blind control"
     present = [value for value in best["scores"][name] if value is not None]
     mean = f"{metric['label']} {sum(present) / max(len(present), 1):.{max(metric['decimals'] - 1, 1)}f} on average"
     if count or parts:

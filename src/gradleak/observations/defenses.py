@@ -102,7 +102,9 @@ def chosen(leak: Leak, noise: float) -> tuple[Defense, ...]:
         raise BadInput("Give --noise or --leak, not both.")
     if noise:
         return (GaussianNoise(noise),)
-    return {"none": (), "sign": (Sign(),), "top-k": (TopK(SHARED),)}[leak]
+    if leak == "sign":
+        return (Sign(),)
+    return (TopK(SHARED),) if leak == "top-k" else ()
 
 
 def defended(released: Tensors, defenses: Sequence[Defense], generator: torch.Generator) -> Tensors:

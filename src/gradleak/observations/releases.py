@@ -7,7 +7,7 @@ released, had the secret been this (`simulate`); which gradient that is (`as_gra
 
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -53,60 +53,66 @@ class Sketch:
         return self.factor
 
 
-class Release(Protocol):
-    """What every kind of release answers."""
+class Release:
+    """What every kind of release answers; where nothing stands here, each has to say it. Releases are frozen dataclasses.
 
-    name: ClassVar[str]  # "gradient": for files, records and sentences
-    replays: ClassVar[
-        bool
-    ]  # whether `simulate` gives of the secret what was released, and not only up to unknown numbers
-    sketched: ClassVar[bool]  # whether less than the whole gradient is seen, so that one may ask what is left
-    __dataclass_fields__: ClassVar[dict[str, Any]]  # every release is a dataclass
+    name      for files, records and sentences
+    replays   whether `simulate` gives of the secret what was released, and not only up to unknown numbers
+    sketched  whether less than the whole gradient is seen, so that one may ask what is left
+    """
+
+    name: ClassVar[str]
+    replays: ClassVar[bool] = True
+    sketched: ClassVar[bool] = False
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def check(self, model: Model[Any], released: Tensors) -> None:
-        """BadInput where the tensors are not those of such a release of this model."""
+        """BadInput where the tensors are not those of such a release of this model: here, of trained parameters."""
+        check_parameters(model, released)
 
     def simulate(self, model: Model[Any], released: Tensors, inputs: Any, labels: Tensor | None) -> Tensors:
         """What would have been released, had the secret been these; under the names of what was."""
+        raise NotImplementedError
 
     def as_gradient(self, model: Model[Any], released: Tensors) -> Tensors:
         """{parameter: tensor} in units of a gradient of the loss; NotObserved where there is none."""
+        raise NotImplementedError
 
     def sketches(
         self, model: Model[Any], released: Tensors, precision: str, modules: Collection[str] | None
     ) -> list[Sketch]:
         """What is told of each layer's gradient; of these modules, or of all."""
+        return []
 
     def after(self, model: Model[Any], released: Tensors) -> Tensors | None:
         """The parameters of the model that training changed, as it left them; None where nothing was trained."""
+        return None
 
     def inexact(self) -> str:
         """Why what is read off as a gradient is not exactly one, or nothing."""
+        return ""
 
     def reservations(self, model: Model[Any], released: Tensors) -> list[Reservation]:
         """What speaks against relying on it, as (name, level, sentence)."""
+        return []
 
     def facts(self) -> list[Fact]:
         """Rows of the threat model."""
+        return []
 
     def to(self, where: torch.device | torch.dtype) -> Self:
         """The same on another device, or in another precision."""
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gradient:
+class Gradient(Release):
     """The gradient of the loss over one private batch (federated SGD, gradient accumulation, a debug dump).
 
     What is released is {parameter name: gradient}; parameters may be missing (frozen, or not shared).
     """
 
     name: ClassVar[str] = "gradient"
-    replays: ClassVar[bool] = True
-    sketched: ClassVar[bool] = False
-
-    def check(self, model: Model[Any], released: Tensors) -> None:
-        """BadInput naming the first tensor that is no gradient of a parameter of this model."""
-        check_parameters(model, released)
 
     def simulate(self, model: Model[Any], released: Tensors, inputs: Any, labels: Tensor | None) -> Tensors:
         """dL/dtheta of this batch."""
@@ -129,29 +135,9 @@ class Gradient:
             found.append(Sketch(module, "right", tensor, None, noise))
         return found
 
-    def after(self, model: Model[Any], released: Tensors) -> Tensors | None:
-        """Nothing was trained."""
-        return None
-
-    def inexact(self) -> str:
-        """It is exact."""
-        return ""
-
-    def reservations(self, model: Model[Any], released: Tensors) -> list[Reservation]:
-        """None."""
-        return []
-
-    def facts(self) -> list[Fact]:
-        """Nothing more."""
-        return []
-
-    def to(self, where: torch.device | torch.dtype) -> Self:
-        """Itself."""
-        return self
-
 
 @dataclass(frozen=True, kw_only=True)
-class Update:
+class Update(Release):
     """What a client of federated averaging sends: parameters after local training minus parameters before.
 
     recipe  of the local training, over the private inputs in their order, in chunks of its batch size, starting over at the
@@ -159,14 +145,8 @@ class Update:
     """
 
     name: ClassVar[str] = "update"
-    replays: ClassVar[bool] = True
-    sketched: ClassVar[bool] = False
 
     recipe: Recipe
-
-    def check(self, model: Model[Any], released: Tensors) -> None:
-        """As of a gradient."""
-        check_parameters(model, released)
 
     def simulate(self, model: Model[Any], released: Tensors, inputs: Any, labels: Tensor | None) -> Tensors:
         """theta_k - theta_0 after the local steps, unrolled, differentiable."""
@@ -203,24 +183,16 @@ class Update:
         """More than one step, or Adam."""
         return inexact(self.recipe)
 
-    def reservations(self, model: Model[Any], released: Tensors) -> list[Reservation]:
-        """None."""
-        return []
-
     def facts(self) -> list[Fact]:
         """The recipe of the local training."""
         return [fact("local training", True, str(self.recipe))]
-
-    def to(self, where: torch.device | torch.dtype) -> Self:
-        """Itself."""
-        return self
 
 
 UNKNOWN = Recipe(learning_rate=1.0, steps=1)  # what is assumed of an adapter that comes without its recipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adapter:
+class Adapter(Release):
     """A LoRA adapter beside its base model (Hu et al. 2021, arXiv:2106.09685): a layer computes (W + s B A) x.
 
     What is released is {MODULE.lora_A (r, in) or MODULE.lora_B (out, r): its change during training}, of a convolution
@@ -235,7 +207,6 @@ class Adapter:
     """
 
     name: ClassVar[str] = "adapter"
-    replays: ClassVar[bool] = True
     sketched: ClassVar[bool] = True
 
     start: Tensors = field(repr=False)
@@ -378,7 +349,7 @@ class Stationarity:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weights:
+class Weights(Release):
     """The parameters of a trained network. The model of the observation is the trained one; they hold no gradient.
 
     initial       {name: tensor} that training started from, or None
@@ -388,7 +359,6 @@ class Weights:
 
     name: ClassVar[str] = "weights"
     replays: ClassVar[bool] = False
-    sketched: ClassVar[bool] = False
 
     initial: Tensors | None = field(default=None, repr=False)
     weight_decay: float | None = None
@@ -437,12 +407,6 @@ class Weights:
     def as_gradient(self, model: Model[Any], released: Tensors) -> Tensors:
         """NotObserved: weights hold no gradient."""
         raise NotObserved("What was released are trained weights, which hold no gradient: the attack kkt reads them.")
-
-    def sketches(
-        self, model: Model[Any], released: Tensors, precision: str, modules: Collection[str] | None
-    ) -> list[Sketch]:
-        """None: weights hold no gradient."""
-        return []
 
     def after(self, model: Model[Any], released: Tensors) -> Tensors | None:
         """The parameters themselves."""

@@ -30,7 +30,7 @@ from gradleak.observations.releases import Adapter
 from gradleak.observations.tensors import Tensors
 from gradleak.observations.training import Recipe, train
 from gradleak.report.record import Plot
-from gradleak.studies.data_sets import rows_of, shape_of
+from gradleak.studies.data_sets import blueprint, rows_of, shrunk
 from gradleak.studies.findings import Findings, Row, Size, Start, interval, opening, plot, rectangular, shortage
 from gradleak.victims.adapter import fine_tune, lora_start
 from gradleak.victims.training import prepare_model
@@ -174,11 +174,12 @@ class Bench:
     @classmethod
     def of(cls, model: str, data: str, unseen: int, *, seed: int, device: torch.device, start: Start) -> "Bench":
         """The base is trained on public pictures; auxiliary and private ones are the halves of the test split."""
-        pictures = load(data, "test", limit=unseen)
-        classes = 2 if model in BINARY else max(len(pictures.classes), 2)
-        public = public_pool(data, "train", shape=shape_of(pictures), limit=2_000, seed=0)
+        shape, classes = blueprint(data, size)
+        classes = 2 if model in BINARY else classes
+        pictures = load(data, "test", limit=unseen, resize=shape[1:])
+        public = public_pool(data, "train", shape=shape, limit=2_000, seed=0)
         public, pictures = (replace(some, labels=some.labels % classes) for some in (public, pictures))
-        architecture = Architecture(model, shape_of(pictures), classes)
+        architecture = Architecture(model, shape, classes)
         module = prepare_model(architecture, seed=0, train_on=public, epochs=5, on_step=start(f"{model}, base model"))
         order = torch.randperm(len(pictures.labels), generator=torch.Generator().manual_seed(seed))
         mine, theirs = (

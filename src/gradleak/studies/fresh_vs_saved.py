@@ -29,7 +29,7 @@ from gradleak.modalities.pictures import Pictures, public_pool
 from gradleak.observations.model import Mode, Model
 from gradleak.observations.observation import PictureObservation
 from gradleak.report.record import Plot
-from gradleak.studies.data_sets import rows_of, shape_of, unseen
+from gradleak.studies.data_sets import blueprint, rows_of, shrunk, unseen
 from gradleak.studies.findings import Findings, Row, Size, Start, interval, opening, plot, shortage
 from gradleak.victims.gradient import capture_gradient
 
@@ -72,13 +72,14 @@ CELLS = [
 
 def run(data: str, size: Size, *, seed: int, device: str, start: Start) -> Iterator[Findings]:
     """Yields after every image; the findings so far. device: where attacks run."""
-    rows, where, notes = list[Row](), torch.device(device), list[str]()
+    shape, classes = blueprint(data, size)
+    rows, where, notes = list[Row](), torch.device(device), [shrunk(shape, size)]
     for name, wanted, steps in SIZES[size]:
-        private = unseen(data, FIRST_IMAGE, wanted)
+        private = unseen(data, FIRST_IMAGE, wanted, shape)
         images = len(private.labels)
         notes.append(shortage(f"images for {name}", wanted, images))
-        public = public_pool(data, "train", shape=shape_of(private), limit=512, seed=seed)
-        architecture = Architecture(name, shape_of(private), max(len(private.classes), 2))
+        public = public_pool(data, "train", shape=shape, limit=512, seed=seed)
+        architecture = Architecture(name, shape, classes)
         victim, attack = primed(architecture, public, seed), InvertingGradients(steps=steps)
         measured: dict[tuple[str, ...], list[dict[str, float]]] = {}
         for image in range(images):

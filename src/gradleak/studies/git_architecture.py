@@ -26,8 +26,8 @@ LAYOUTS |= {"a residual network": {"layout": "resnet20"}, "half as wide": {"widt
 def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]:
     """Yields after every layout; the findings so far."""
     pairs, epochs, private = SIZES[size]
-    field, rows = prepare("lenet", data, seed, pairs, private), list[Row]()
-    before = opening(data, size, *field.short_of(pairs, private))
+    field, rows = prepare("lenet", data, size, seed, pairs, private), list[Row]()
+    before = opening(data, size, *field.notes(size, pairs, private))
     true = field.private.images
     rows.append({"layout": "control: mean image", **scores(field.public.images.mean(0).expand_as(true), true)})
     alone, seconds = fit(field, "git", {"hidden": 64}, pairs=pairs, epochs=0, seed=seed)

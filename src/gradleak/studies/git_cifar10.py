@@ -34,8 +34,8 @@ def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]
     rows = list[Row]()
     before = ""
     for s in range(seed, seed + seeds):
-        field = prepare("lenet", data, s, pairs, private)
-        before = opening(data, size, *field.short_of(pairs, private))
+        field = prepare("lenet", data, size, s, pairs, private)
+        before = opening(data, size, *field.notes(size, pairs, private))
         true = field.private.images
         mean = field.public.images.mean(0).expand_as(true)
         rows.append({"method": "control: mean image", "seed": s, **scores(mean, true), "seconds": 0.0})
@@ -56,7 +56,7 @@ def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]
             yield findings(rows).after(before)
     searches = {"recursive": Recursive(), "dlg": DLG(), "inverting-gradients": InvertingGradients(steps=steps)}
     for name, attack in searches.items():
-        rows.append(searched_for(prepare("lenet", data, seed, pairs, private), name, attack, searched, seed))
+        rows.append(searched_for(prepare("lenet", data, size, seed, pairs, private), name, attack, searched, seed))
         yield findings(rows).after(before)
 
 

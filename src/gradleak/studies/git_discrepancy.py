@@ -30,14 +30,14 @@ EPOCHS = (1, 10, 50)
 def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]:
     """Yields after every state of the victim; the findings so far."""
     pairs, epochs, private, local = SIZES[size]
-    field = prepare("lenet", data, seed, pairs, private)
+    field = prepare("lenet", data, size, seed, pairs, private)
     git, _ = fit(field, "git", {"hidden": 64}, pairs=pairs, epochs=epochs, seed=seed, on_step=start("git"))
     same = scores(found_for(git, field, field.private), field.private.images)
     rows: list[Row] = [{"share": 0.0, "epochs": 0, "weights_moved": 0.0, **same, "growth": 0.0}]
     architecture = field.model.architecture
     own = public_pool(data, "train", shape=architecture.input_shape, limit=local, seed=2)
     own = replace(own, labels=own.labels % architecture.classes)
-    short = (*field.short_of(pairs, private), shortage("pictures of the victim", local, len(own.images)))
+    short = (*field.notes(size, pairs, private), shortage("pictures of the victim", local, len(own.images)))
     start_of_sentence = opening(data, size, *short)
     before = flatten(field.model.parameters)
     for share in SHARES:

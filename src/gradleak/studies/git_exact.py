@@ -66,7 +66,7 @@ def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]
         blind = scores(public.images.mean(0).expand_as(held.images), held.images)
         controls = {"git_psnr_db": coarse["psnr_db"], "mean_image_psnr_db": blind["psnr_db"]}
         rows.append(row(name, pairs, leaked) | controls)
-        yield findings(rows).after(opening(data, size, *field.short_of(pairs, private)))
+        yield findings(rows).after(opening(data, size, f"pictures of {side}x{side}", *field.notes(size, pairs, private)))
 
 
 def recovered(field: Field, pairs: int, seed: int) -> Row:

@@ -57,9 +57,9 @@ def of_classifier(
 ) -> Iterator[Findings]:
     """The model on training pictures of the data, against test pictures."""
     pairs, epochs, private = SIZES[size]
-    field = prepare(name, data, seed, pairs, private)
+    field = prepare(name, data, size, seed, pairs, private)
     for findings in compared(field, pairs, epochs, seed, start):
-        yield findings.after(opening(data, size, reservation, *field.short_of(pairs, private)))
+        yield findings.after(opening(data, size, reservation, *field.notes(size, pairs, private)))
 
 
 def compared(field: Field, pairs: int, epochs: int, seed: int, start: Start) -> Iterator[Findings]:

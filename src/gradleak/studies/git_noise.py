@@ -30,7 +30,7 @@ SIZES: dict[Size, tuple[int, int, int]] = {
 def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]:
     """Yields after every defense; the findings so far."""
     pairs, epochs, private = SIZES[size]
-    field, rows = prepare("lenet", data, seed, pairs, private), list[Row]()
+    field, rows = prepare("lenet", data, size, seed, pairs, private), list[Row]()
     clean, _ = fit(field, "git", {"hidden": 64}, pairs=pairs, epochs=epochs, seed=seed, on_step=start("no defense"))
     mean = field.public.images.mean(0).expand_as(field.private.images)
     rows.append({"shared": "nothing (mean image)", "trained_on": "", **scores(mean, field.private.images)})
@@ -44,7 +44,7 @@ def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]
             )
             measured = scores(found_for(own, field, field.private, defense), field.private.images)
             rows.append({"shared": name, "trained_on": "the same defense", **measured})
-        yield findings(rows).after(opening(data, size, *field.short_of(pairs, private)))
+        yield findings(rows).after(opening(data, size, *field.notes(size, pairs, private)))
 
 
 def findings(rows: list[Row]) -> Findings:

@@ -32,7 +32,7 @@ SIZES: dict[Size, tuple[int, int, int, tuple[int, ...]]] = {
 def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]:
     """Yields after every search; the findings so far."""
     pairs, epochs, private, budgets = SIZES[size]
-    field = prepare("lenet", data, seed, pairs, private)
+    field = prepare("lenet", data, size, seed, pairs, private)
     git, _ = fit(field, "git", {"hidden": 64}, pairs=pairs, epochs=epochs, seed=seed, on_step=start("git"))
     images, true = found_for(git, field, field.private), field.private.images
     rows: list[Row] = [{"search": "none", "start": "git", "steps": 0, **scores(images, true), "seconds": 0.0}]
@@ -55,7 +55,7 @@ def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]
                 rows.append(
                     {"search": name, "start": origin, "steps": steps, **row(field, search, given, seed, on_step)}
                 )
-                yield findings(rows).after(opening(data, size, *field.short_of(pairs, private)))
+                yield findings(rows).after(opening(data, size, *field.notes(size, pairs, private)))
 
 
 def row(field: Field, search: Callable[[Any], Any], given: list[Given | None], seed: int, on_step: OnStep) -> Row:

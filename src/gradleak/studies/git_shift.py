@@ -20,8 +20,8 @@ SIZES: dict[Size, tuple[int, int, int]] = {
 def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]:
     """Yields after every kind of pictures, then for fewer pairs; the findings so far."""
     pairs, epochs, private = SIZES[size]
-    field, rows = prepare("lenet", data, seed, pairs, private), list[Row]()
-    before = opening(data, size, *field.short_of(pairs, private))
+    field, rows = prepare("lenet", data, size, seed, pairs, private), list[Row]()
+    before = opening(data, size, *field.notes(size, pairs, private))
     git, _ = fit(field, "git", {"hidden": 64}, pairs=pairs, epochs=epochs, seed=seed, on_step=start("git"))
     kinds = {"unseen, same kind": field.private}
     for name in ("imagenet_sample", "orl_faces"):

@@ -16,12 +16,12 @@ from gradleak.attacks.learned.pairs import Pairs, stream
 from gradleak.attacks.search.descend import OnStep
 from gradleak.audit import metrics
 from gradleak.modalities.networks import Architecture
-from gradleak.modalities.pictures import Pictures, load, public_pool
+from gradleak.modalities.pictures import Pictures, public_pool
 from gradleak.observations.defenses import Defense
 from gradleak.observations.model import Model, PictureModel
 from gradleak.observations.tensors import Tensors
-from gradleak.studies.data_sets import shape_of
-from gradleak.studies.findings import Row, shortage
+from gradleak.studies.data_sets import blueprint, shrunk
+from gradleak.studies.findings import Row, Size, shortage
 
 BUILD: dict[str, Callable[..., nn.Module]] = {"git": Transcript, "lti": Perceptron}
 
@@ -34,19 +34,19 @@ class Field:
     public: Pictures
     private: Pictures
 
-    def short_of(self, pairs: int, private: int) -> tuple[str, str]:
-        """Notes on what there is less of than asked for; a picture then serves in several pairs."""
+    def notes(self, size: Size, pairs: int, private: int) -> tuple[str, ...]:
+        """On small pictures, and on what there is less of than asked for: a picture then serves in several pairs."""
         return (
+            shrunk(self.model.architecture.input_shape, size),
             shortage("public pictures", pairs, len(self.public.images)),
             shortage("unseen pictures", private, len(self.private.images)),
         )
 
 
-def prepare(name: str, data: str, seed: int, pairs: int, private: int) -> Field:
+def prepare(name: str, data: str, size: Size, seed: int, pairs: int, private: int) -> Field:
     """The model initialised from `seed`; the pool has up to `pairs` pictures, the private ones are a random sample of test rows."""
-    first = load(data, "test", indices=[0])
-    shape = shape_of(first)
-    architecture = Architecture(name, shape, max(len(first.classes), 2))
+    shape, classes = blueprint(data, size)
+    architecture = Architecture(name, shape, classes)
     public = public_pool(data, "train", shape=shape, limit=pairs)
     held = public_pool(data, "test", shape=shape, limit=private, seed=1)
     model = Model.of(architecture.build(seed).eval(), architecture)

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from gradleak.audit import metrics
 from gradleak.modalities.networks import BINARY, Architecture
-from gradleak.modalities.pictures import Pictures, load, public_pool
+from gradleak.modalities.pictures import Pictures, public_pool
 from gradleak.observations.model import Model, PictureModel
 from gradleak.observations.observation import Observation, PictureObservation
 from gradleak.observations.releases import Adapter, Gradient
 from gradleak.observations.training import Recipe
 from gradleak.priors.gaussian import GaussianPrior
-from gradleak.studies.data_sets import beside, rows_of, shape_of, unseen
+from gradleak.studies.data_sets import beside, blueprint, rows_of, shrunk, unseen
 from gradleak.studies.findings import Row, Size, Start, name_of, opening, shortage
 from gradleak.victims.adapter import lora_start
 from gradleak.victims.training import prepare_model
@@ -61,8 +61,8 @@ def source_for(name: str, data: str) -> str:
 def prepare(name: str, data: str, private: int, size: Size, start: Start) -> Base:
     """The model of that name, trained on at most 5,000 public pictures; cached. There may be fewer private pictures."""
     source = source_for(name, data)
-    first = load(source, "test", indices=[0])
-    shape, classes = shape_of(first), 2 if name in BINARY else max(len(first.classes), 2)
+    shape, classes = blueprint(source, size)
+    classes = 2 if name in BINARY else classes
     architecture = Architecture(name, shape, classes)
     pool = public_pool(source, "train", shape=shape, limit=POOL)
     pool = replace(pool, labels=pool.labels % classes)
@@ -72,7 +72,8 @@ def prepare(name: str, data: str, private: int, size: Size, start: Start) -> Bas
     rest = rows_of(pool, TRAINING, POOL) if len(pool.images) > TRAINING + 1_000 else pool
     public = rows_of(rest, DECOYS, POOL)
     # Of the embedded pictures the first ten show a photograph's whole square.
-    held = load(source, "test", limit=min(private, 10)) if source == "embedded" else unseen(source, FIRST, private)
+    first, count = (0, min(private, 10)) if source == "embedded" else (FIRST, private)
+    held = unseen(source, first, count, shape)
     enough = len(public.images) >= public.images[0].numel() / 2
     prior = GaussianPrior.fit(public.images) if enough else None
     model = Model.of(module, architecture)
@@ -84,6 +85,7 @@ def before(data: str, size: Size, bases: Iterable[Base]) -> str:
     notes = list[str]()
     for base in bases:
         name, source = base.model.architecture.name, base.private.source
+        notes.append(shrunk(base.model.architecture.input_shape, size))
         notes += [f"{name} on {name_of(source)}"] if source != data else []
         notes.append(shortage(f"private pictures for {name}", base.wanted, len(base.private.labels)))
     return opening(data, size, *notes)

@@ -16,12 +16,12 @@ from gradleak.attacks.weights.ntk import NTK
 from gradleak.audit.metrics import ssim
 from gradleak.errors import BadInput
 from gradleak.modalities.networks import Architecture
-from gradleak.modalities.pictures import Pictures, load, public_pool
+from gradleak.modalities.pictures import Pictures, public_pool
 from gradleak.observations.fully_connected import FullyConnected
 from gradleak.observations.model import Model, PictureModel
 from gradleak.observations.observation import PictureObservation
 from gradleak.observations.tensors import Tensors, flatten
-from gradleak.studies.data_sets import rows_of, shape_of
+from gradleak.studies.data_sets import blueprint, rows_of, shrunk, unseen
 from gradleak.studies.findings import Findings, Row, Size, Start, opening, rectangular
 from gradleak.studies.fine_tuning import ALL, LowRank, Released, Truncated, fine_tuned
 from gradleak.studies.kkt import diverged, nearest
@@ -53,9 +53,9 @@ class Setting:
 def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]:
     """Yields after every setting; the findings so far."""
     repeats, all_steps, swept_steps, swept, search = SIZES[size]
-    private = load(data, "test", indices=range(max(16, 2 * repeats)))
-    architecture = Architecture("mlp", shape_of(private), max(len(private.classes), 2))
-    public = public_pool(data, "train", shape=architecture.input_shape, limit=2_000)
+    shape, classes = blueprint(data, size)
+    private, architecture = unseen(data, 0, max(16, 2 * repeats), shape), Architecture("mlp", shape, classes)
+    public = public_pool(data, "train", shape=shape, limit=2_000)
     trained = prepare_model(architecture, seed=seed, train_on=public, epochs=3, on_step=start("the model before"))
     modules = {"trained": trained, "tiny random": tiny(architecture, seed)}
     models = {name: Model.of(module, architecture) for name, module in modules.items()}
@@ -66,7 +66,7 @@ def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]
     mean, rows = public.images.mean(0, keepdim=True), list[Row]()
     for setting in settings:
         rows.append(row(attack, setting, models[setting.start], private, repeats, mean, seed, start))
-        yield Findings(rectangular(rows), sentence(rows)).after(opening(data, size))
+        yield Findings(rectangular(rows), sentence(rows)).after(opening(data, size, shrunk(shape, size)))
 
 
 def row(

@@ -10,7 +10,7 @@ from gradleak.audit.metrics import psnr_db
 from gradleak.modalities.networks import Architecture
 from gradleak.observations.defenses import GaussianNoise
 from gradleak.observations.model import Model
-from gradleak.studies.data_sets import rows_of, shape_of, unseen
+from gradleak.studies.data_sets import blueprint, rows_of, shrunk, unseen
 from gradleak.studies.findings import Findings, Row, Size, Start, opening, shortage
 from gradleak.studies.learned_victims import scores
 from gradleak.victims.gradient import capture_gradient
@@ -34,9 +34,9 @@ def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]
     """Yields after every model and noise; the findings so far."""
     rows = list[Row]()
     for name, noise, wanted in SIZES[size]:
-        pictures = unseen(data, FIRST, wanted)
+        shape, classes = blueprint(data, size)
+        pictures, architecture = unseen(data, FIRST, wanted, shape), Architecture(name, shape, classes)
         count = len(pictures.labels)
-        architecture = Architecture(name, shape_of(pictures), max(len(pictures.classes), 2))
         on_step, recovered, seconds, status = start(f"{name}, noise {noise:g}"), list[torch.Tensor](), 0.0, ""
         for i in range(count):
             one, model = rows_of(pictures, i, 1), Model.of(architecture.build(seed + i), architecture)
@@ -62,5 +62,5 @@ def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]
             }
         )
         parts = ", ".join(f"{r['model']} at noise {r['noise']:g}: {r['median_db']} dB" for r in rows)
-        before = opening(data, size, shortage("unseen pictures", wanted, count))
+        before = opening(data, size, shrunk(shape, size), shortage("unseen pictures", wanted, count))
         yield Findings(rows, f"Median PSNR: {parts}.").after(before)
