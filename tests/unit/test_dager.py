@@ -1,32 +1,33 @@
 """DAGER: spans and their ends, exact texts, what is refused, and what is still told under defenses."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cache
 from itertools import permutations
-from typing import Any
 
 import pytest
 import torch
 
-from ? import TextGradient
-from gradleak.modalities.language_models import Task
-from gradleak.observations.model import LanguageModel
-from gradleak.observations.training import Recipe
-from gradleak.attacks import TEXT_ATTACKS
 from gradleak.attacks.dager.dager import FORWARD, Dager
 from gradleak.attacks.dager.ordering import fluent
 from gradleak.attacks.dager.outputs import Path
 from gradleak.attacks.dager.spans import ended, excess, span_of, spans
 from gradleak.attacks.dager.vocabulary import Embeddings, candidates
-from gradleak.attacks.reconstruction import TextReconstruction
+from gradleak.attacks.reconstruction import Reconstruction
+from gradleak.audit.loop import audit
 from gradleak.audit.metrics.texts import rouge1
-from gradleak.audit.text_audit import audit_text
+from gradleak.audit.scoring.texts import public
 from gradleak.errors import NotObserved
+from gradleak.formats.secret_file import Secret
+from gradleak.modalities.language_models import Task
 from gradleak.modalities.texts import load_texts
-from gradleak.observations.defenses import GaussianNoise
-from gradleak.observations.tensors import fingerprint
+from gradleak.observations.defenses import GaussianNoise, defended
+from gradleak.observations.layers import layer_inputs
+from gradleak.observations.model import LanguageModel
+from gradleak.observations.observation import TextObservation
+from gradleak.observations.training import Recipe
+from gradleak.victims.adapter import share_adapter
+from gradleak.victims.gradient import capture_gradient, share_update
 from gradleak.victims.small_language import Kind, small_model, train_tokenizer
-from gradleak.victims.text import capture_text_gradient, share_adapter, share_text_update
 
 EVERY: list[tuple[Kind, Task]] = [("bert", "classification"), ("gpt2", "classification"), ("gpt2", "causal-lm")]
 EVERY += [("llama", "causal-lm")]
@@ -42,16 +43,15 @@ def model(kind: Kind = "bert", task: Task = "classification", width: int = 96) -
 @cache
 def captured(
     kind: Kind = "bert", task: Task = "classification", batch: int = 1, first: int = 0
-) -> tuple[TextGradient, Any]:
-    private = load_texts("embedded", indices=range(first, first + batch))
-    return capture_text_gradient(model(kind, task), private.texts, private.labels)
+) -> tuple[TextObservation, Secret]:
+    return capture_gradient(model(kind, task), load_texts("embedded", indices=range(first, first + batch)))
 
 
-def attack(seen: TextGradient, **settings: int) -> TextReconstruction:
+def attack(seen: TextObservation, **settings: int) -> Reconstruction:
     return Dager(**settings)(seen, generator=torch.Generator().manual_seed(0))
 
 
-def only(seen: TextGradient, *parts: str) -> TextGradient:
+def only(seen: TextObservation, *parts: str) -> TextObservation:
     """The observation with nothing but the tensors whose names contain one of the parts."""
     kept = {name: t for name, t in seen.released.items() if any(part in name for part in parts)}
     return replace(seen, released=kept)
@@ -157,20 +157,20 @@ def test_rows_that_one_direction_dominates_do_not_bury_the_others() -> None:
 def test_the_output_of_the_attention_is_found_for_each_token_alone() -> None:
     """Against the model's own, hooked out of its forward pass; tokens at positions where they do not stand are refused."""
     seen, secret = captured("bert", "classification", 2)
-    own, family = seen.model, seen.model.family
+    own, family = seen.model, seen.model.architecture.family
     exact = {name: p.double() for name, p in own.parameters.items()}
-    block, views = family.block(0), seen.views()
+    block, views = family.block(0), seen.sketches()
     parts = ((family.output,), family.hidden, family.passed)
     path = Path.of(
         own, exact, [spans(views, tuple(f"{block}.{n}" for n in names), "float32") for names in parts], FORWARD
     )
     assert path is not None
-    for tokens in secret.tokens:
+    for tokens in secret.inputs:
         names = [family.queries(0)[0], f"{block}.{family.output}"]
-        true = own.inputs(names, torch.tensor([tokens]), parameters=exact)
+        true = layer_inputs(own, names, torch.tensor([tokens]), parameters=exact)
         # Tokens that stand at one position in both sentences have two outputs, of which one is found.
         once = [
-            i for i, token in enumerate(tokens) if sum(other[i : i + 1] == (token,) for other in secret.tokens) == 1
+            i for i, token in enumerate(tokens) if sum(other[i : i + 1] == (token,) for other in secret.inputs) == 1
         ]
         o, near = path.outputs(true[names[0]][0][once])
         assert bool(near.all())
@@ -180,16 +180,16 @@ def test_the_output_of_the_attention_is_found_for_each_token_alone() -> None:
         wrong = [
             i
             for i, token in zip(once, ids.roll(1).tolist(), strict=True)
-            if all(s[i : i + 1] != (token,) for s in secret.tokens)
+            if all(s[i : i + 1] != (token,) for s in secret.inputs)
         ]
         assert not bool(path.outputs(elsewhere)[1][torch.isin(places, torch.tensor(wrong))].any())
 
 
 def test_larger_batches_of_an_encoder_come_back() -> None:
     seen, secret = captured("bert", "classification", 4)
-    assert sum(map(len, secret.tokens)) < 96
+    assert sum(map(len, secret.inputs)) < 96
     found = attack(seen)
-    assert sorted(found.tokens) == sorted(secret.tokens)
+    assert sorted(found.value) == sorted(secret.inputs)
     assert all(found.proven)
 
 
@@ -200,18 +200,18 @@ def test_larger_batches_of_an_encoder_come_back() -> None:
 def test_the_screen_agrees_with_the_model_token_by_token(kind: Kind, task: Task) -> None:
     """Against the model's own inputs, computed one position at a time in float64."""
     seen, secret = captured(kind, task)
-    own, family = seen.model, seen.model.family
-    first = spans(seen.views(), family.queries(0), "float32")
+    own, family = seen.model, seen.model.architecture.family
+    first = spans(seen.sketches(), family.queries(0), "float32")
     found = candidates(Embeddings.of(own), first, rounding=FORWARD, most=500)
     exact = {name: p.double() for name, p in own.parameters.items()}
     name = family.queries(0)[0]
     for place, ids in enumerate(found):
-        every_token = torch.arange(own.config.vocab_size)[:, None]
+        every_token = torch.arange(own.architecture.config.vocab_size)[:, None]
         at = family.offset + place if family.placed else 0
-        x = own.inputs([name], every_token, at=at, parameters=exact)[name][:, 0]
+        x = layer_inputs(own, [name], every_token, at=at, parameters=exact)[name][:, 0]
         slow = (excess(first, x, FORWARD)[1] <= 1).nonzero()[:, 0]
         assert sorted(ids.tolist()) == slow.tolist()
-    lengths = len(secret.tokens[0]) - (task == "causal-lm")  # the closing token is no input of the loss
+    lengths = len(secret.inputs[0]) - (task == "causal-lm")  # the closing token is no input of the loss
     assert len(found) == (lengths if family.placed else 1)
 
 
@@ -223,59 +223,61 @@ def test_the_screen_agrees_with_the_model_token_by_token(kind: Kind, task: Task)
 def test_texts_come_back_word_for_word(kind: Kind, task: Task, batch: int) -> None:
     seen, secret = captured(kind, task, batch)
     found = attack(seen)
-    assert sorted(found.tokens) == sorted(secret.tokens)
+    assert sorted(found.value) == sorted(secret.inputs)
     assert all(found.proven)
     assert found.residual < 1e-5  # float32
     assert f"{batch} of {batch} sentences proven" in found.status
-    assert {token for s in secret.tokens for token in s} - {seen.model.tokenizer.eos_token_id} <= set(found.bag)
+    assert {token for s in secret.inputs for token in s} - {seen.model.architecture.tokenizer.eos_token_id} <= set(
+        found.bag
+    )
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_larger_batches_of_a_decoder_come_back(kind: Kind) -> None:
     seen, secret = captured(kind, "classification", 4)
-    assert sum(map(len, secret.tokens)) < 96
-    assert sorted(attack(seen).tokens) == sorted(secret.tokens)
+    assert sum(map(len, secret.inputs)) < 96
+    assert sorted(attack(seen).value) == sorted(secret.inputs)
 
 
 def test_a_batch_of_unknown_size_comes_back() -> None:
     seen, secret = captured("bert", "classification", 2)
     found = attack(replace(seen, batch_size=None))
-    assert sorted(t for t, proven in zip(found.tokens, found.proven, strict=True) if proven) == sorted(secret.tokens)
+    assert sorted(t for t, proven in zip(found.value, found.proven, strict=True) if proven) == sorted(secret.inputs)
 
 
 @every
 def test_query_key_and_value_are_enough_for_one_text(kind: Kind, task: Task) -> None:
     seen, secret = captured(kind, task)
-    parts = seen.model.family.queries(0) + seen.model.family.queries(1)
+    parts = seen.model.architecture.family.queries(0) + seen.model.architecture.family.queries(1)
     for chosen in (parts, [part for part in parts if part.endswith(("value", "v_proj", "c_attn"))]):
-        assert attack(only(seen, *chosen)).tokens == secret.tokens
+        assert attack(only(seen, *chosen)).value == secret.inputs
 
 
 def test_without_the_second_block_nothing_is_called_proven() -> None:
     seen, secret = captured()
-    found = attack(only(seen, *seen.model.family.queries(0)))
-    assert found.tokens == secret.tokens  # one candidate at each position
+    found = attack(only(seen, *seen.model.architecture.family.queries(0)))
+    assert found.value == secret.inputs  # one candidate at each position
     assert found.proven == (False,)
     assert "only one passes" in found.status
     both, pair = captured("llama", "causal-lm", 2)
-    two = attack(only(both, *both.model.family.queries(0)))
-    assert two.tokens == ()
+    two = attack(only(both, *both.model.architecture.family.queries(0)))
+    assert two.value == ()
     assert "cannot be put together" in two.status
     # What the attention puts out depends on the sentence up to there: with its output projection they come back.
-    assert sorted(attack(only(both, "layers.0.self_attn")).tokens) == sorted(pair.tokens)
+    assert sorted(attack(only(both, "layers.0.self_attn")).value) == sorted(pair.inputs)
 
 
 def test_what_only_the_first_block_shows_is_ordered_by_gradient_distance() -> None:
     """Tokens and positions are certain; which go together is not, until the gradient of the whole agrees to float32."""
     seen, secret = captured("bert", "classification", 2)
-    alone = only(seen, *seen.model.family.queries(0))
+    alone = only(seen, *seen.model.architecture.family.queries(0))
     found = attack(alone)
-    assert sorted(found.tokens) == sorted(secret.tokens)
+    assert sorted(found.value) == sorted(secret.inputs)
     assert found.proven == (False, False)
     assert found.residual < 1e-5
     assert "a guess, whose gradient differs" in found.status
     short = attack(alone, orders=1)
-    assert set(found.bag) == set(short.bag) == {token for row in secret.tokens for token in row}
+    assert set(found.bag) == set(short.bag) == {token for row in secret.inputs for token in row}
 
 
 def test_a_language_model_orders_a_few_tokens_as_its_own_loss_does() -> None:
@@ -283,14 +285,14 @@ def test_a_language_model_orders_a_few_tokens_as_its_own_loss_does() -> None:
     own, ids = model("llama", "causal-lm"), (300, 310, 320, 330)
 
     def loss(order: tuple[int, ...]) -> float:  # of every token given those before it; the first has none
-        return float(own.loss({}, [(*order, own.tokenizer.eos_token_id)], None))
+        return float(own.loss({}, [(*order, own.architecture.tokenizer.eos_token_id)], None))
 
     assert fluent(own, ids) == min(permutations(ids), key=loss)
 
 
 def test_an_order_without_positions_comes_nearer_to_the_release() -> None:
     seen, _ = captured("llama", "causal-lm")
-    alone = only(seen, *seen.model.family.queries(0))
+    alone = only(seen, *seen.model.architecture.family.queries(0))
     begun, found = (attack(alone, orders=budget) for budget in (1, 60))
     assert found.residual < begun.residual
 
@@ -302,22 +304,20 @@ def test_what_is_missing_is_named() -> None:
 
 
 def test_tokens_that_fill_the_width_are_refused() -> None:
-    private = load_texts("embedded", indices=range(8))
-    seen, secret = capture_text_gradient(model("gpt2", "classification", 32), private.texts, private.labels)
-    assert sum(map(len, secret.tokens)) > 32
+    seen, secret = capture_gradient(model("gpt2", "classification", 32), load_texts("embedded", indices=range(8)))
+    assert sum(map(len, secret.inputs)) > 32
     with pytest.raises(NotObserved, match="fill all"):
         attack(seen)
 
 
 @pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
 def test_half_precision_is_read(precision: torch.dtype) -> None:
-    private = load_texts("embedded", indices=[0])
-    seen, secret = capture_text_gradient(model(), private.texts, private.labels, precision=precision)
+    seen, secret = capture_gradient(model(), load_texts("embedded", indices=[0]), precision=precision)
     found = attack(seen)
     # What passes may be less than all, but holds no sentence that is not the true one.
-    assert all(tokens == secret.tokens[0] for tokens, p in zip(found.tokens, found.proven, strict=True) if p)
+    assert all(tokens == secret.inputs[0] for tokens, p in zip(found.value, found.proven, strict=True) if p)
     if precision is torch.float16:
-        assert found.tokens == secret.tokens
+        assert found.value == secret.inputs
 
 
 def test_noise_makes_it_worse_and_nothing_wrong_is_proven() -> None:
@@ -328,14 +328,13 @@ def test_noise_makes_it_worse_and_nothing_wrong_is_proven() -> None:
             seen, secret = captured("gpt2", "classification", 1, first)
             std = level * float(torch.cat([t.flatten() for t in seen.released.values()]).std())
             generator = torch.Generator().manual_seed(first)
-            shared = {k: v[None] for k, v in seen.released.items()}
-            noisy = {k: v[0] for k, v in GaussianNoise(std).apply(shared, generator).items()}
+            noisy = defended(seen.released, (GaussianNoise(std),), generator)
             try:
                 found = attack(replace(seen, released=noisy), most=30, beam=8)
             except NotObserved:
                 continue
-            assert not [t for t, p in zip(found.tokens, found.proven, strict=True) if p and t not in secret.tokens]
-            total += max((rouge1(tokens, secret.tokens[0]) for tokens in found.tokens), default=0.0)
+            assert not [t for t, p in zip(found.value, found.proven, strict=True) if p and t not in secret.inputs]
+            total += max((rouge1(tokens, secret.inputs[0]) for tokens in found.value), default=0.0)
         quality.append(total / 3)
     assert quality[0] == 1
     assert quality[0] >= quality[1] >= quality[2]
@@ -347,9 +346,9 @@ def test_noise_makes_it_worse_and_nothing_wrong_is_proven() -> None:
 
 def test_the_update_of_several_small_steps_gives_the_texts() -> None:
     seen, secret = captured("gpt2", "classification", 2)
-    update = share_text_update(seen, secret, learning_rate=1e-5, local_steps=4, local_batch_size=1)
+    update = share_update(seen, secret, Recipe(learning_rate=1e-5, steps=4, batch_size=1))
     found = attack(update)
-    assert sorted(found.tokens) == sorted(secret.tokens)
+    assert sorted(found.value) == sorted(secret.inputs)
 
 
 @pytest.mark.parametrize(("rate", "least"), [(1e-2, 1.0), (1e-4, 0.9)])
@@ -357,59 +356,34 @@ def test_an_update_that_rounding_partly_buries_still_gives_a_decoders_texts(rate
     """Three texts in three local steps of two. At 1e-4 rounding buries part of the directions behind the attention; before the
     sentences were weighed as a whole, 3e-3 gave a ROUGE-1 between 0.2 and 0.75."""
     seen, secret = captured("gpt2", "classification", 3)
-    update = share_text_update(seen, secret, learning_rate=rate, local_steps=3, local_batch_size=2)
+    update = share_update(seen, secret, Recipe(learning_rate=rate, steps=3, batch_size=2))
     found = attack(update)
-    best = [max(rouge1(tokens, text) for tokens in found.tokens) for text in secret.tokens]
+    best = [max(rouge1(tokens, text) for tokens in found.value) for text in secret.inputs]
     assert sum(best) / 3 >= least
-    assert all(tokens in secret.tokens for tokens, proven in zip(found.tokens, found.proven, strict=True) if proven)
+    assert all(tokens in secret.inputs for tokens, proven in zip(found.value, found.proven, strict=True) if proven)
 
 
 @pytest.mark.parametrize("steps", [None, 1, 10])
 def test_lora_gives_a_short_text_away(steps: int | None) -> None:
     """Tokens are checkable while there are fewer than the rank: 20 tokens, rank 32."""
     seen, secret = captured()
-    assert len(secret.tokens[0]) < 32
-    family = seen.model.family
+    assert len(secret.inputs[0]) < 32
+    family = seen.model.architecture.family
     recipe = None if steps is None else Recipe(learning_rate=1e-3, steps=steps)
     names = family.queries(0) + family.queries(1)
     adapter = share_adapter(seen.model, secret, modules=names, rank=32, recipe=recipe)
-    assert attack(adapter).tokens == secret.tokens
+    assert attack(adapter).value == secret.inputs
 
 
 def test_lora_below_the_number_of_tokens_is_refused() -> None:
     seen, secret = captured()
-    adapter = share_adapter(seen.model, secret, modules=seen.model.family.queries(0), rank=8)
+    adapter = share_adapter(seen.model, secret, modules=seen.model.architecture.family.queries(0), rank=8)
     with pytest.raises(NotObserved, match="larger rank"):
         attack(adapter)
 
 
-# --- What every attack on text keeps to ---
-
-
-@pytest.mark.parametrize("name", TEXT_ATTACKS)
-def test_an_attack_is_a_frozen_dataclass_that_leaves_its_observation_alone(name: str) -> None:
-    made = TEXT_ATTACKS[name](**({"sweeps": 1, "choices": 3} if name == "past-the-rank" else {}))
-    assert TEXT_ATTACKS[name](**asdict(made)) == made
-    seen, secret = captured("bert", "classification", 2)
-    if name == "past-the-rank":
-        one = replace(secret, tokens=secret.tokens[:1], labels=secret.labels[:1])
-        seen = share_adapter(seen.model, one, modules=seen.model.family.queries(0), rank=8)
-    before = fingerprint(seen.released), seen.model.state_hash(), fingerprint(seen.model.module.state_dict())
-    state = torch.get_rng_state()
-    first, again = (made(seen, generator=torch.Generator().manual_seed(1)) for _ in range(2))
-    assert first == again
-    after = fingerprint(seen.released), seen.model.state_hash(), fingerprint(seen.model.module.state_dict())
-    assert after == before
-    assert torch.equal(torch.get_rng_state(), state)
-    assert not [m for m in seen.model.module.modules() if m._forward_pre_hooks or m._forward_hooks]
-
-
 def test_the_audit_scores_beside_controls() -> None:
     seen, secret = captured("gpt2", "causal-lm", 2)
-    public = load_texts("embedded", "train", limit=50)
-    public = replace(public, texts=("", "too long " * 100, *public.texts[2:]))  # which the model cannot take
-    row, found = audit_text(seen, "dager", Dager(), secret=secret, public=public)
-    assert found is not None
-    assert row["scores"]["exact_match"] == [1.0, 1.0]
-    for control in ("frequent_words", "wrong_observation"):
-        assert max(float(v or 0) for v in row["controls"][control]["rouge1"]) < 1
+    pool = public("embedded", "train", seen.model, limit=50)
+    [row] = audit(seen, {"dager": Dager()}, pool, secret=secret)
+    assert row.result["scores"]["exact_match"] == [1.0, 1.0]

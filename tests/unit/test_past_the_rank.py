@@ -6,18 +6,20 @@ from functools import cache
 import pytest
 import torch
 
-from ? import TextAdapter
-from gradleak.modalities.language_models import Task
-from gradleak.observations.model import LanguageModel
-from gradleak.observations.training import Recipe
 from gradleak.attacks.dager.vocabulary import Embeddings
 from gradleak.attacks.past_the_rank import PastTheRank, Searched, _moved, _sweep, _Target, ranked
-from gradleak.audit.text_audit import audit_text
+from gradleak.audit.loop import audit
+from gradleak.audit.scoring.texts import public
 from gradleak.errors import NotObserved
-from gradleak.formats.secret_file import TextSecret
+from gradleak.formats.secret_file import Secret
+from gradleak.modalities.language_models import Task
 from gradleak.modalities.texts import load_texts
+from gradleak.observations.model import LanguageModel
+from gradleak.observations.observation import TextObservation
+from gradleak.observations.training import Recipe
+from gradleak.victims.adapter import share_adapter
+from gradleak.victims.gradient import capture_gradient, keep_secret
 from gradleak.victims.small_language import Kind, small_model, train_tokenizer
-from gradleak.victims.text import capture_text_gradient, keep_secret, share_adapter
 
 EVERY: list[tuple[Kind, Task]] = [("bert", "classification"), ("gpt2", "causal-lm"), ("llama", "causal-lm")]
 every = pytest.mark.parametrize(("kind", "task"), EVERY)
@@ -33,14 +35,14 @@ def model(kind: Kind = "bert", task: Task = "classification") -> LanguageModel:
 @cache
 def shared(
     kind: Kind = "bert", task: Task = "classification", rank: int = RANK, recipe: Recipe | None = None, count: int = 1
-) -> tuple[TextAdapter, TextSecret]:
-    private = load_texts("embedded", indices=range(count))
-    secret = keep_secret(model(kind, task), private.texts, private.labels)
-    names = [name for block in range(2) for name in model(kind, task).family.queries(block)]
-    return share_adapter(model(kind, task), secret, modules=names, rank=rank, recipe=recipe), secret
+) -> tuple[TextObservation, Secret]:
+    own = model(kind, task)
+    secret = keep_secret(own, load_texts("embedded", indices=range(count)))
+    names = [name for block in range(2) for name in own.architecture.family.queries(block)]
+    return share_adapter(own, secret, modules=names, rank=rank, recipe=recipe), secret
 
 
-def label(secret: TextSecret) -> int:
+def label(secret: Secret) -> int:
     return 0 if secret.labels is None else int(secret.labels[0])
 
 
@@ -52,8 +54,8 @@ def zero() -> torch.Generator:
 def test_the_true_text_leaves_nothing(kind: Kind, task: Task) -> None:
     """The gradients of B, put together here from deltas and inputs, are those that autograd gave the victim."""
     seen, secret = shared(kind, task)
-    target = _Target(seen.model, seen.views(), gradient=True)
-    texts = torch.tensor(secret.tokens)
+    target = _Target(seen.model, seen.sketches())
+    texts = torch.tensor(secret.inputs)
     assert float(target.distances(texts, label(secret))) < 1e-6
     wrong = texts.clone()
     wrong[0, 2] = (wrong[0, 2] + 1) % 400
@@ -64,9 +66,9 @@ def test_the_true_text_leaves_nothing(kind: Kind, task: Task) -> None:
 def test_true_tokens_rank_high_although_they_fill_the_rank(kind: Kind, task: Task) -> None:
     """Of 420 tokens the median of the true ones is among the first 42; by chance it would be the 210th."""
     seen, secret = shared(kind, task)
-    tokens = secret.tokens[0]
+    tokens = secret.inputs[0]
     assert len(tokens) > RANK
-    views = [view for view in seen.views() if view.module in seen.model.family.queries(0)]
+    views = [view for view in seen.sketches() if view.module in seen.model.architecture.family.queries(0)]
     order = ranked(Embeddings.of(seen.model), views, len(tokens), 420, zero())
     places = [order[i].tolist().index(token) for i, token in enumerate(tokens[:-1])]
     assert sorted(places)[len(places) // 2] < 42
@@ -74,8 +76,8 @@ def test_true_tokens_rank_high_although_they_fill_the_rank(kind: Kind, task: Tas
 
 def test_the_search_corrects_a_token_and_an_exchange() -> None:
     seen, secret = shared()
-    target = _Target(seen.model, seen.views(), gradient=True)
-    truth = torch.tensor(secret.tokens[0])
+    target = _Target(seen.model, seen.sketches())
+    truth = torch.tensor(secret.inputs[0])
     likely = torch.stack([truth, (truth + 7) % 400], dim=1)
     wrong = truth.clone()
     wrong[3] = likely[3, 1]
@@ -89,22 +91,24 @@ def test_the_search_corrects_a_token_and_an_exchange() -> None:
 def test_more_comes_back_than_frequent_words_would_give() -> None:
     """From an adapter after five steps; by little effort."""
     seen, secret = shared(recipe=Recipe(learning_rate=1e-3, steps=5))
-    public = load_texts("embedded", "train", limit=50)
-    row, found = audit_text(seen, "past-the-rank", PastTheRank(sweeps=1, choices=10), secret=secret, public=public)
+    pool = public("embedded", "train", seen.model, limit=50)
+    [row] = audit(seen, {"past-the-rank": PastTheRank(sweeps=1, choices=10)}, pool, secret=secret)
+    found = row.reconstruction
     assert found is not None
     assert not any(found.proven)
     assert "not proven" in found.status
     assert 0 < found.residual < 0.5
-    (ours,), (blind,) = row["scores"]["rouge1"], row["controls"]["frequent_words"]["rouge1"]
+    (ours,), (blind,) = row.result["scores"]["rouge1"], row.result["controls"]["frequent_words"]["rouge1"]
     assert float(ours or 0) > float(blind or 0)
 
 
 def test_what_it_is_not_for_is_refused() -> None:
-    private = load_texts("embedded", indices=[0])
-    gradient, _ = capture_text_gradient(model(), private.texts, private.labels)
+    gradient, _ = capture_gradient(model(), load_texts("embedded", indices=[0]))
+    adapter = shared()[0]
+    masked = replace(adapter.model, architecture=replace(adapter.model.architecture, task="masked-lm"))
     for seen, hint in (
-        (gradient, "no rank to pass"),
-        (replace(shared()[0], model=replace(shared()[0].model, task="masked-lm")), "predict is unknown"),
+        (gradient, "reads an adapter, and what was released is a gradient"),
+        (replace(adapter, model=masked), "predict is unknown"),
         (shared(count=2)[0], "for one text"),
         (shared(rank=32)[0], "dager tells exactly"),
     ):

@@ -18,7 +18,7 @@ def flag(name: str, level: Any) -> Flag:
 
 def row(attack: str = "dlg", *, flags: tuple[Flag, ...] = (), **rest: Any) -> Result:
     made = new_result(attack, {}, {"name": "gradient", "kind": "gradient"}, flags)
-    made |= {"ran": True, "residual": 0.1, "status": "Done."}  # type: ignore[typeddict-item]
+    made |= {"ran": True, "residual": 0.1, "status": "Done."}
     return {**made, **rest}  # type: ignore[typeddict-item]
 
 

@@ -78,7 +78,9 @@ SIZES: dict[Size, tuple[list[Setting], int, int]] = {  # settings, adapters of e
     # The losses of barely trained models on few pictures are large: a smaller rate, or some diverge.
     "smoke": (
         [
-            Setting(model="convnet", recipe=replace(recipe, learning_rate=0.002), zoo=16, held_out=8)
+            Setting(
+                model="convnet", recipe=replace(recipe, learning_rate=0.002), sizes=(1, 2, 4), rank=4, zoo=8, held_out=4
+            )
             for recipe in (SINGLE, ONE)
         ],
         1,
@@ -102,10 +104,9 @@ def run(data: str, size: Size, *, seed: int, device: str, start: Start) -> Itera
     rows, answers = list[Row](), dict[str, list[tuple[int, Estimate]]]()
     settings, by_peft, unseen = SIZES[size]
     for number, setting in enumerate(settings):
-        bench = Bench.of(setting.model, data, unseen, seed=seed, device=torch.device(device), start=start)
-        before = opening(
-            data, size, shortage("unseen pictures", unseen, len(bench.auxiliary.labels) + len(bench.private.labels))
-        )
+        bench = Bench.of(setting.model, data, size, unseen, seed=seed, device=torch.device(device), start=start)
+        short = shortage("unseen pictures", unseen, len(bench.auxiliary.labels) + len(bench.private.labels))
+        before = opening(data, size, shrunk(bench.model.architecture.input_shape, size), short)
         try:
             zoo, known = bench.adapters(setting, bench.auxiliary, setting.zoo, seed=seed + 2 * number)
             held, sizes = bench.adapters(setting, bench.private, setting.held_out, seed=seed + 2 * number + 1)
@@ -172,7 +173,9 @@ class Bench:
     start: Start
 
     @classmethod
-    def of(cls, model: str, data: str, unseen: int, *, seed: int, device: torch.device, start: Start) -> "Bench":
+    def of(
+        cls, model: str, data: str, size: Size, unseen: int, *, seed: int, device: torch.device, start: Start
+    ) -> "Bench":
         """The base is trained on public pictures; auxiliary and private ones are the halves of the test split."""
         shape, classes = blueprint(data, size)
         classes = 2 if model in BINARY else classes

@@ -34,7 +34,7 @@ from gradleak.studies.findings import Findings, Row, Size, Start, interval, open
 from gradleak.victims.gradient import capture_gradient
 
 SIZES: dict[Size, list[tuple[str, int, int]]] = {  # model, images, steps
-    "smoke": [("resnet20", 1, 5)],
+    "smoke": [("resnet20", 1, 3)],
     "small": [("convnet64", 3, 60), ("resnet32-10", 1, 25)],
     "paper": [("convnet64", 20, 1_000), ("resnet32-10", 20, 1_000)],
 }

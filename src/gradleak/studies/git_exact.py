@@ -17,9 +17,10 @@ from gradleak.attacks.exact_git.exact_git import Recovered, invert
 from gradleak.attacks.learned import generator as learned
 from gradleak.attacks.learned.pairs import Pairs, stream
 from gradleak.modalities.networks import Architecture, Normalise
-from gradleak.modalities.pictures import load, public_pool
+from gradleak.modalities.pictures import public_pool
 from gradleak.observations.model import Model
 from gradleak.observations.tensors import Tensors
+from gradleak.studies.data_sets import blueprint
 from gradleak.studies.findings import Findings, Row, Size, Start, opening
 from gradleak.studies.learned_victims import Field, fit, found_for, scores
 
@@ -50,13 +51,15 @@ VICTIMS = ("relu3", "relu5", "sigmoid3", "sigmoid5")
 def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]:
     """Yields after every victim; the findings so far."""
     side, pairs, seeds, private, epochs = SIZES[size]
-    rows, shape = list[Row](), (load(data, "test", indices=[0]).images.shape[1], side, side)
+    native, classes = blueprint(data, "paper")
+    rows, shape = list[Row](), (native[0], side, side)
+    resized = f"pictures of {side}x{side}" if shape != native else ""
     public = public_pool(data, "train", shape=shape, limit=pairs)
     held = public_pool(data, "test", shape=shape, limit=private, seed=1)
     for name in VICTIMS:
         on_step, leaked = start(name), list[Row]()
         for number in range(seeds):
-            architecture = Architecture(f"{__name__}:{name}", shape, max(len(public.classes), 2))
+            architecture = Architecture(f"{__name__}:{name}", shape, classes)
             model = Model.of(architecture.build(seed + number).eval(), architecture)
             field = Field(model, public, held)
             leaked.append(recovered(field, pairs, seed + number))
@@ -66,7 +69,7 @@ def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]
         blind = scores(public.images.mean(0).expand_as(held.images), held.images)
         controls = {"git_psnr_db": coarse["psnr_db"], "mean_image_psnr_db": blind["psnr_db"]}
         rows.append(row(name, pairs, leaked) | controls)
-        yield findings(rows).after(opening(data, size, f"pictures of {side}x{side}", *field.notes(size, pairs, private)))
+        yield findings(rows).after(opening(data, size, resized, *field.notes(size, pairs, private)))
 
 
 def recovered(field: Field, pairs: int, seed: int) -> Row:

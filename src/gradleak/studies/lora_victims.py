@@ -22,8 +22,9 @@ from gradleak.studies.findings import Row, Size, Start, name_of, opening, shorta
 from gradleak.victims.adapter import lora_start
 from gradleak.victims.training import prepare_model
 
-EPOCHS: dict[Size, int] = {"smoke": 5, "small": 5, "paper": 5}  # of the base models
-TRAINING, POOL, DECOYS = 5_000, 7_000, 99
+# public pictures, of which the base models are trained on at most 5,000, and for how many epochs
+POOL: dict[Size, tuple[int, int]] = {"smoke": (500, 1), "small": (7_000, 5), "paper": (7_000, 5)}
+TRAINING, DECOYS = 5_000, 99
 FIRST = 100  # test rows before that were looked at while the attacks were written
 ONE_STEP = Recipe(learning_rate=0.01, steps=1)
 
@@ -64,13 +65,14 @@ def prepare(name: str, data: str, private: int, size: Size, start: Start) -> Bas
     shape, classes = blueprint(source, size)
     classes = 2 if name in BINARY else classes
     architecture = Architecture(name, shape, classes)
-    pool = public_pool(source, "train", shape=shape, limit=POOL)
+    limit, epochs = POOL[size]
+    pool = public_pool(source, "train", shape=shape, limit=limit)
     pool = replace(pool, labels=pool.labels % classes)
     training = rows_of(pool, 0, TRAINING)
-    module = prepare_model(architecture, train_on=training, epochs=EPOCHS[size], on_step=start(f"training {name}"))
+    module = prepare_model(architecture, train_on=training, epochs=epochs, on_step=start(f"training {name}"))
     # Pairs and priors come from pictures that the model was not trained on, where there are enough.
-    rest = rows_of(pool, TRAINING, POOL) if len(pool.images) > TRAINING + 1_000 else pool
-    public = rows_of(rest, DECOYS, POOL)
+    rest = rows_of(pool, TRAINING, limit) if len(pool.images) > TRAINING + 1_000 else pool
+    public = rows_of(rest, DECOYS, limit)
     # Of the embedded pictures the first ten show a photograph's whole square.
     first, count = (0, min(private, 10)) if source == "embedded" else (FIRST, private)
     held = unseen(source, first, count, shape)

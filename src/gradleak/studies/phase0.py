@@ -22,7 +22,7 @@ from gradleak.studies.phase2 import attacked
 COSINES, BATCHES = (1.0, 0.99, 0.95, 0.9, 0.85, 0.8), (1, 2, 4, 8, 16)
 # pictures for (mlp1000, convnet, vit), for the curve, batches; evaluations per prior weight; cosines of the curve, batch sizes
 SIZES: dict[Size, tuple[tuple[int, int, int], int, int, int, tuple[float, ...], tuple[int, ...]]] = {
-    "smoke": ((2, 2, 1), 1, 1, 15, COSINES, BATCHES),
+    "smoke": ((2, 2, 1), 1, 1, 5, (1.0, 0.9), (1, 2)),
     "small": ((8, 12, 4), 6, 1, 60, COSINES, BATCHES),
     "paper": ((50, 50, 20), 20, 5, 150, COSINES, BATCHES),
 }

@@ -51,7 +51,7 @@ class Effort:
 
 
 SIZES: dict[Size, Effort] = {
-    "smoke": Effort(pictures=(4, 2, 4), ablation=2, per_cell=1, evaluations=20),
+    "smoke": Effort(pictures=(2, 1, 2), ablation=1, per_cell=1, evaluations=5, pairs=100, ranks=(2, 8), batches=(1, 2)),
     "small": Effort(pictures=(16, 16, 50), ablation=4, per_cell=2, evaluations=60),
     "paper": Effort(pictures=(200, 50, 200), ablation=20, per_cell=10, evaluations=150),
 }
