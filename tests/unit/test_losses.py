@@ -76,9 +76,10 @@ def test_the_focal_loss_is_equation_4() -> None:
     assert float(FocalLoss("sum")(logits, targets)) == pytest.approx(5 * float(FocalLoss()(logits, targets)), rel=1e-5)
 
 
-def test_a_search_works_under_any_loss() -> None:
+@pytest.mark.parametrize("loss", [Hinge(), BinaryCrossEntropy(), FocalLoss()], ids=str)
+def test_a_search_works_under_any_loss(loss: Loss) -> None:
     """The residual falls: the attack minimises the loss that the observation carries."""
-    observation, _ = capture_gradient(model(Hinge()), PRIVATE, reveal_labels=True)
+    observation, _ = capture_gradient(model(loss), PRIVATE, reveal_labels=True)
     attack = InvertingGradients(steps=60)
     first, last = (replace(attack, steps=n)(observation, generator=torch.Generator().manual_seed(0)) for n in (1, 60))
     assert last.residual < first.residual

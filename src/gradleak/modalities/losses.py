@@ -6,6 +6,7 @@ One of your own needs these three things and nothing else; the ones below can be
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -56,8 +57,8 @@ class BinaryCrossEntropy:
     reduction: Reduction = "mean"
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
-        wanted = targets if targets.ndim > 1 else F.one_hot(targets, logits.shape[1])
-        return F.binary_cross_entropy_with_logits(logits, wanted.to(logits), reduction=self.reduction)
+        wanted = targets.to(logits) if targets.ndim > 1 else torch.eye(logits.shape[1]).to(logits)[targets]
+        return F.binary_cross_entropy_with_logits(logits, wanted, reduction=self.reduction)
 
     def __str__(self) -> str:
         return f"binary cross entropy of each class, {self.reduction}"
