@@ -10,7 +10,7 @@ import torch
 from gradleak.attacks.dager.dager import FORWARD, Dager
 from gradleak.attacks.dager.ordering import fluent
 from gradleak.attacks.dager.outputs import Path
-from gradleak.attacks.dager.spans import ended, excess, span_of, spans
+from gradleak.attacks.dager.spans import Span, ended, excess, span_of, spans
 from gradleak.attacks.dager.vocabulary import Embeddings, candidates
 from gradleak.attacks.reconstruction import Reconstruction
 from gradleak.audit.loop import audit
@@ -129,6 +129,49 @@ def test_members_pass_and_others_do_not(noise: float) -> None:
     others = torch.randn(200, 40, generator=generator, dtype=torch.float64)
     assert float(excess([span], members, 1e-7)[1].max()) <= 1
     assert float(excess([span], others, 1e-7)[1].min()) > 1
+
+
+def worst_member(span: Span, clean: torch.Tensor, rank: int) -> torch.Tensor:
+    """The member of the true span that leans out of the one that was seen the most, of all it is allowed: (1, width).
+
+    With U the true span, outside(U^T z)^2 = z^T O z and allowed^2 = z^T A z: the largest generalised eigenvector.
+    """
+    U, V = torch.linalg.svd(clean, full_matrices=False).Vh[:rank], span.basis
+    out = U - U @ V.T @ V
+    out = out - out @ V.T @ V  # twice: what is left may be as small as rounding
+    inverse = torch.linalg.inv(torch.linalg.cholesky(U @ V.T @ torch.diag(span.blur.square()) @ V @ U.T))
+    most = torch.linalg.eigh(inverse @ out @ out.T @ inverse.T).eigenvectors[:, -1:]
+    return (inverse.T @ most).T @ U
+
+
+# By how much the allowance exceeds what the worst member needs, at most. White noise: the leaning of r directions into the
+# c - r others is a Gaussian matrix, whose norm sqrt(c - r) + sqrt(r) is nearly what five deviations of a single member allow
+# (8.8 of 10.6 for 12 of 40); small matrices stay below it. A gap: 2 s_(r + 1) covers |E| = 17.9 noises by 25 for 90 rows, and
+# the worst member of all meets 6.9 of them; with fewer rows than columns it is 2 s_(r + 1) throughout. Rounding: s_(r + 1) is
+# taken to be at least what rounding every entry the same way would leave.
+WIDEST = {"white": 2.5, "unknown": 2.5, "gap": 5.0, "few rows": 3.0, "rounding": 30.0}
+
+
+@pytest.mark.parametrize("rank", [1, 12])
+@pytest.mark.parametrize("kind", WIDEST)
+def test_the_worst_member_passes_with_little_to_spare(kind: str, rank: int) -> None:
+    """What proves that nothing else could be: a bound that is too narrow loses true texts, one that is too wide lets others in."""
+    needed = []
+    for seed in range(6):
+        rows, columns = (40, 90) if kind == "few rows" else (90, 40)
+        generator = torch.Generator().manual_seed(seed)
+        left, right, E = (
+            torch.randn(shape, generator=generator, dtype=torch.float64)
+            for shape in ((rows, rank), (rank, columns), (rows, columns))
+        )
+        clean, level = left @ right, 1e-6 if kind == "gap" else 1e-2
+        known = torch.full((rows,), level, dtype=torch.float64) if kind == "white" else None
+        measured = clean.float() if kind == "rounding" else clean + level * E
+        span = span_of(measured, None, "float32", known)
+        assert span.rank == rank
+        needed.append(float(excess([span], worst_member(span, clean, rank), 0.0)[1]))
+    assert max(needed) <= 1
+    assert max(needed) >= 1 / WIDEST[kind]
 
 
 def test_a_factor_is_looked_through() -> None:

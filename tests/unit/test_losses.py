@@ -33,9 +33,8 @@ class Hinge:
     reduction: Reduction = "mean"
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
-        margins = (1 - logits.gather(1, targets[:, None]) + logits).clamp_min(0) * (
-            1 - F.one_hot(targets, logits.shape[1])
-        )
+        others = 1 - torch.eye(logits.shape[1]).to(logits)[targets]
+        margins = (1 - logits.gather(1, targets[:, None]) + logits).clamp_min(0) * others
         each = margins.sum(1) / logits.shape[1]
         return each.mean() if self.reduction == "mean" else each.sum()
 
