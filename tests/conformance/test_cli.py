@@ -1,30 +1,49 @@
-"""The command line: the main job from capture to report, and bad input that ends in one sentence and exit code 2."""
+"""The command line: the main job from capture to report, flags that each say something, and bad input that ends in one sentence
+and exit code 2. What the commands do with texts is in test_cli_texts.py."""
 
+import ast
+import dataclasses
+import io
 import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import gradleak
 from gradleak.attacks import ATTACKS
-from gradleak.cli.app import main
-from gradleak.formats.base_folder import read_base
-from gradleak.formats.observation_file import load_observation, load_reconstruction, load_secret, save_observation
+from gradleak.attacks.reconstruction import Outcome, Reconstruction
+from gradleak.cli import commands
+from gradleak.cli.app import COMMANDS, main
+from gradleak.formats.model_folder import read_base, read_model
+from gradleak.formats.observation_file import load_observation, save_observation
 from gradleak.formats.peft import read_adapter
-from gradleak.modalities.networks import Architecture
+from gradleak.formats.reconstruction_file import load_reconstruction
+from gradleak.formats.secret_file import load_secret
+from gradleak.modalities.networks import MODELS, Architecture
 from gradleak.modalities.pictures import load
-from gradleak.observations.observation import Adapter, Model, Update
+from gradleak.observations.defenses import GaussianNoise, Sign, TopK
+from gradleak.observations.releases import RELEASES, Adapter, Gradient, Release, Update
 from gradleak.observations.tensors import fingerprint
 from gradleak.observations.training import Recipe
 from gradleak.report import record
+from gradleak.studies import RECIPES
+from gradleak.studies.findings import Findings
+from gradleak.victims.demo import DEMO
+from gradleak.victims.play import CaptureAdapter, CaptureGradient
 
 MLP = Architecture("mlp", (1, 8, 8), 10)
+PACKAGE = Path(gradleak.__file__).parent
+DIGITS = ("--data", "digits")
+# Of the attacks on adapters, those that would take seconds, cut to a few steps.
+SHORT = ("--map-inversion.evaluations", 3, "--map-inversion.pairs", 0, "--inverting-gradients.steps", 2)
 
 Run = Callable[..., str]
 
@@ -44,7 +63,7 @@ def ok(capsys: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Run a command that must end with exit code 2 and one sentence, and write nothing; returns the sentence."""
+    """Run a command that must end with exit code 2 and one line, and write nothing; returns the line."""
 
     def run(*argv: object) -> str:
         before = contents(tmp_path)
@@ -61,23 +80,57 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     return run
 
 
+@pytest.fixture
+def unparsed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Run a command whose flags do not exist: exit code 2 and what is known instead, which is returned; nothing is written."""
+
+    def run(*argv: object) -> str:
+        before = contents(tmp_path)
+        with pytest.raises(SystemExit) as ended:
+            main([str(part) for part in argv])
+        assert ended.value.code == 2
+        assert contents(tmp_path) == before
+        return capsys.readouterr().err
+
+    return run
+
+
 def contents(folder: Path) -> dict[str, bytes | None]:
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
 
 
 @pytest.fixture(scope="module")
 def captured(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a digit's gradient on an MLP and on a LeNet, an update, and the models' weights."""
+    """A folder with a digit's gradient on an MLP and on a LeNet, an adapter of the MLP, and the models' weights."""
     folder = tmp_path_factory.mktemp("captured")
-    common = ["--data", "digits", "--indices", "3", "--reveal-labels"]
-    for model in ("mlp", "lenet"):
-        assert main(["capture", "gradient", "--model", model, "--out", str(folder / model), *common]) == 0
-        save_file(Architecture(model, (1, 8, 8), 10).build(0).state_dict(), folder / f"{model}.safetensors")
+    common = [*DIGITS, "--indices", "3", "--reveal-labels"]
+    with redirect_stdout(io.StringIO()):
+        for model in ("mlp", "lenet"):
+            assert main(["capture", "gradient", "--model", model, "--out", str(folder / model), *common]) == 0
+            save_file(Architecture(model, (1, 8, 8), 10).build(0).state_dict(), folder / f"{model}.safetensors")
+        tuned = ["capture", "adapter", "--model", "mlp", *DIGITS, "--epochs", "0", "--out", str(folder / "tuned")]
+        assert main(tuned) == 0
     return folder
+
+
+@pytest.fixture(scope="module")
+def batchnorm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two digits' gradient on a ResNet in train mode, with everything hidden that can be, in half precision."""
+    out = tmp_path_factory.mktemp("batchnorm") / "o"
+    hide = ["--hide-buffers", "--hide-batch-size", "--precision", "float16", "--mode", "train"]
+    with redirect_stdout(io.StringIO()):
+        made = ["capture", "gradient", "--model", "resnet20", *DIGITS, "--indices", "5", "6", *hide, "--out", str(out)]
+        assert main(made) == 0
+    return out
 
 
 def seen(folder: Path, model: str) -> Path:
     return folder / model / "observation.safetensors"
+
+
+def adapter(folder: Path) -> tuple[object, ...]:
+    """What names the captured adapter as PEFT saved it, on its base model."""
+    return folder / "tuned" / "adapter", "--base", folder / "tuned" / "base"
 
 
 def scored(path: Path) -> list[Any]:
@@ -88,35 +141,51 @@ def scored(path: Path) -> list[Any]:
     return results
 
 
+def rows_of(out: Path) -> dict[str, Any]:
+    """{attack: its row} of the record in a folder."""
+    return {row["attack"]: row for row in record.read(out / "record.json")["results"]}
+
+
+def threats(out: Path) -> dict[str, Any]:
+    """{item: its row} of the threat model in a folder's record."""
+    return {row["item"]: row for row in record.read(out / "record.json")["threat_model"]}
+
+
+def levels(row: Any) -> dict[str, str]:
+    """{flag: its level} of a row."""
+    return {flag["name"]: flag["level"] for flag in row["flags"]}
+
+
 # --- The main job ---
 
 
 def test_capture_attack_audit_report_rerun(tmp_path: Path, ok: Run) -> None:
     folder = tmp_path / "captured"
-    said = ok("capture", "gradient", "--model", "mlp", "--indices", 0, 1, "--seed", 4, "--out", folder)
+    said = ok("capture", "gradient", "--model", "mlp", *DIGITS, "--indices", 0, 1, "--seed", 4, "--out", folder)
     observation, secret = folder / "observation.safetensors", folder / "secret.safetensors"
     assert str(observation) in said
-    truth = load("embedded", indices=[0, 1])
-    assert torch.equal(load_secret(secret).images, truth.images)
-    assert load_secret(secret).source == "embedded test 0 1"
+    assert torch.equal(load_secret(secret).inputs, load("digits", indices=[0, 1]).images)
+    assert load_secret(secret).source == "digits test 0 1"
     assert load_observation(observation).batch_size == 2
 
-    ok("attack", observation, "--attack", "inverting-gradients", "--steps", 3, "--out", tmp_path / "attacked")
+    short = ["--inverting-gradients.steps", 3]
+    ok("attack", observation, "--attack", "inverting-gradients", *short, *DIGITS, "--out", tmp_path / "attacked")
     files = {path.name for path in (tmp_path / "attacked").iterdir()}
-    assert {"record.json", "reconstruction.safetensors", "inverting-gradients-0.png"} <= files
-    assert load_reconstruction(tmp_path / "attacked" / "reconstruction.safetensors").images.shape == (2, 3, 32, 32)
-    made = record.read(tmp_path / "attacked" / "record.json")
-    assert made["results"][0]["parameters"]["steps"] == 3
-    assert made["results"][0]["scores"] == {}  # it has seen no secret
+    assert {"record.json", "report.html", "reconstruction.safetensors", "inverting-gradients-0.png"} <= files
+    assert load_reconstruction(tmp_path / "attacked" / "reconstruction.safetensors").value.shape == (2, 1, 8, 8)
+    row = rows_of(tmp_path / "attacked")["inverting-gradients"]
+    assert row["parameters"]["steps"] == 3
+    assert row["scores"] == {}  # it has seen no secret
 
-    attacks = ["--attacks", "analytic", "inverting-gradients", "--steps", 3]
-    said = ok("audit", observation, "--secret", secret, *attacks, "--out", tmp_path / "audited")
+    attacks = ["--attacks", "analytic", "inverting-gradients", *short]
+    said = ok("audit", observation, "--secret", secret, *attacks, *DIGITS, "--out", tmp_path / "audited")
     made = record.read(tmp_path / "audited" / "record.json")
     assert [row["attack"] for row in made["results"]] == ["analytic", "inverting-gradients"]
     assert made["verdict"]["level"] == "recovered"
     assert made["verdict"]["sentence"] in said
-    assert {row["item"]: row["revealed"] for row in made["threat_model"]}["images"] is False
-    assert {"report.html", "record.json"} <= {path.name for path in (tmp_path / "audited").iterdir()}
+    assert threats(tmp_path / "audited")["pictures"]["revealed"] is False
+    files = {path.name for path in (tmp_path / "audited").iterdir()}
+    assert {"report.html", "record.json", "pictures.png"} <= files
 
     ok("report", tmp_path / "audited" / "record.json", "--out", tmp_path / "again" / "report.html")
     again = (tmp_path / "again" / "report.html").read_text(encoding="utf-8")
@@ -124,76 +193,105 @@ def test_capture_attack_audit_report_rerun(tmp_path: Path, ok: Run) -> None:
 
     ok("rerun", tmp_path / "audited" / "record.json", "--out", tmp_path / "rerun")
     assert scored(tmp_path / "rerun" / "record.json") == scored(tmp_path / "audited" / "record.json")
-    ok(
-        "rerun", tmp_path / "rerun" / "record.json", "--out", tmp_path / "twice"
-    )  # a rerun's record is one like any other
+    ok("rerun", tmp_path / "rerun" / "record.json", "--out", tmp_path / "twice")  # its record is one like any other
     assert scored(tmp_path / "twice" / "record.json") == scored(tmp_path / "audited" / "record.json")
+
+
+def test_a_bare_audit_of_an_adapter(tmp_path: Path, captured: Path, ok: Run) -> None:
+    """Every attack that recovers pictures is asked, with its parameters and the adapter's recipe side by side; decoders, which do
+    no better than map-inversion, only when they are named."""
+    said = ok("audit", *adapter(captured), "--lr", "1e-2", *DIGITS, *SHORT, "--out", tmp_path / "out")
+    rows = rows_of(tmp_path / "out")
+    bare = [
+        name
+        for name, kind in ATTACKS.items()
+        if kind.modality == "pictures" and not name.startswith("decode-")  # type: ignore[attr-defined]
+    ]
+    assert list(rows) == bare
+    ran = {name for name, row in rows.items() if row["ran"]}
+    assert ran == {"activation-patterns", "map-inversion", "inverting-gradients", "dataset-size"}
+    assert rows["dlg"]["status"].startswith("Not run: ")
+    assert rows["map-inversion"]["parameters"]["evaluations"] == 3
+    assert rows["inverting-gradients"]["parameters"]["steps"] == 2
+    assert threats(tmp_path / "out")["recipe"]["revealed"]
+    assert "Not tried: decode-pseudo-inverse, decode-ridge, decode-mlp, decode-unet." in said
+    ok("rerun", tmp_path / "out" / "record.json", "--out", tmp_path / "again")
+    assert scored(tmp_path / "again" / "record.json") == scored(tmp_path / "out" / "record.json")
 
 
 def test_capture_update_and_audit_it(tmp_path: Path, ok: Run) -> None:
     recipe = ["--learning-rate", 0.05, "--local-steps", 2, "--local-batch-size", 1]
     folder = tmp_path / "captured"
-    ok("capture", "update", "--model", "mlp", "--data", "digits", "--indices", 5, *recipe, "--out", folder)
+    ok("capture", "update", "--model", "mlp", *DIGITS, "--indices", 5, *recipe, "--out", folder)
     update = load_observation(folder / "observation.safetensors")
-    assert isinstance(update, Update)
-    assert (update.learning_rate, update.local_steps, update.local_batch_size) == (0.05, 2, 1)
-    audit = ["--secret", folder / "secret.safetensors", "--data", "digits", "--attacks", "analytic"]
+    assert update.release == Update(recipe=Recipe(learning_rate=0.05, steps=2, batch_size=1))
+    audit = ["--secret", folder / "secret.safetensors", *DIGITS, "--attacks", "analytic"]
     ok("audit", folder / "observation.safetensors", *audit, "--out", tmp_path / "audited")
-    (row,) = record.read(tmp_path / "audited" / "record.json")["results"]
-    assert row["observation"]["kind"] == "Update"
+    row = rows_of(tmp_path / "audited")["analytic"]
+    assert row["observation"]["kind"] == "update"
     assert "several local steps" in row["status"]
 
 
+def test_capture_weights_and_attack_them(tmp_path: Path, ok: Run) -> None:
+    folder = tmp_path / "captured"
+    ok("capture", "weights", "--per-class", 1, "--epochs", 20, "--reveal-labels", "--out", folder)
+    observation = load_observation(folder / "observation.safetensors")
+    assert (observation.release.name, observation.batch_size) == ("weights", 2)
+    assert not (folder / "training.safetensors").exists()  # nothing is left to go on with
+    seen = [folder / "observation.safetensors", *DIGITS, "--public-split", "test"]
+    ok("attack", *seen, "--attack", "kkt", "--kkt.steps", 2, "--out", tmp_path / "kkt")
+    assert rows_of(tmp_path / "kkt")["kkt"]["parameters"]["steps"] == 2
+
+
 def test_capture_adapter(tmp_path: Path, ok: Run) -> None:
-    """On embedded pictures: real PEFT and model folders, and an observation that is what they hold."""
+    """Real PEFT and model folders, and an observation that is what they hold."""
     flags = ["--rank", 4, "--alpha", 6, "--rslora", "--target-modules", "2,6", "--optimizer", "momentum", "--lr", 0.02]
     flags += ["--steps", 2, "--local-batch-size", 1, "--indices", 0, 3, "--reveal-labels", "--epochs", 0]
     folder = tmp_path / "captured"
-    said = ok("capture", "adapter", "--model", "mlp", *flags, "--out", folder)
+    said = ok("capture", "adapter", "--model", "mlp", *DIGITS, *flags, "--out", folder)
     for name in ("adapter", "base", "observation.safetensors", "secret.safetensors"):
         assert f"{folder / name}: " in said
-    assert len(said.splitlines()) == len(list(folder.iterdir())) == 4
+    assert len(list(folder.iterdir())) == 4
     recipe = Recipe(optimizer="momentum", learning_rate=0.02, steps=2, batch_size=1)
     observation = load_observation(folder / "observation.safetensors")
-    assert isinstance(observation, Adapter)
-    assert (observation.recipe, observation.batch_size) == (recipe, 2)
-    assert observation.scaling == {"2": 3.0, "6": 3.0}  # 6 / sqrt(4)
+    assert (observation.adapter.recipe, observation.batch_size) == (recipe, 2)
+    assert observation.adapter.scaling == {"2": 3.0, "6": 3.0}  # 6 / sqrt(4)
     module, architecture = read_base(folder / "base")
-    assert architecture == observation.model.architecture == Architecture("mlp", (3, 32, 32), 10)
-    read = read_adapter(folder / "adapter", Model.of(module, architecture), recipe=recipe)
+    assert architecture == observation.model.architecture == MLP
+    read = read_adapter(folder / "adapter", read_model(folder / "base"), recipe=recipe)
     assert fingerprint(read.released) == fingerprint(observation.released)
-    assert fingerprint(read.start) == fingerprint(observation.start)
+    assert fingerprint(read.adapter.start) == fingerprint(observation.adapter.start)
+    assert fingerprint(module.state_dict()) == fingerprint(MLP.build(0).state_dict())
     secret = load_secret(folder / "secret.safetensors")
-    assert torch.equal(secret.images, load("embedded", indices=[0, 3]).images)
-    assert secret.source == "embedded test 0 3"
+    assert torch.equal(secret.inputs, load("digits", indices=[0, 3]).images)
+    assert secret.source == "digits test 0 3"
     assert observation.labels is not None
+    assert secret.labels is not None
     assert torch.equal(observation.labels, secret.labels)
 
 
-def test_the_folder_of_an_adapter_is_audited(tmp_path: Path, ok: Run, refused: Run) -> None:
-    tuned, flags = tmp_path / "tuned", ["--data", "digits", "--epochs", 0, "--rank", 8]
-    ok("capture", "adapter", "--model", "mlp", *flags, "--out", tuned)
-    audit = ["audit", tuned / "adapter", "--data", "digits"]
-    based = [*audit, "--base", tuned / "base", "--evaluations", 10, "--attacks", "map-inversion"]
+def test_the_folder_of_an_adapter_is_audited(tmp_path: Path, captured: Path, ok: Run, refused: Run) -> None:
+    tuned = captured / "tuned"
+    audit = ["audit", tuned / "adapter", *DIGITS]
+    based = [*audit, "--base", tuned / "base", *SHORT[:2], "--attacks", "map-inversion"]
 
     # Without the secret: nothing is scored, but it is said what the adapter determines, and what is not exact.
     said = ok(*based, "--out", tmp_path / "foreign")
     assert "the information is" in said
-    (row,) = record.read(tmp_path / "foreign" / "record.json")["results"]
+    row = rows_of(tmp_path / "foreign")["map-inversion"]
     assert not row["scores"]
-    assert row["observation"]["kind"] == "Adapter"
-    assert {"not_exact", "dataset_size"} < {flag["name"] for flag in row["flags"]}
+    assert row["observation"]["kind"] == "adapter"
+    assert "not_exact" in levels(row)
     assert str(row["parameters"]["prior"]).endswith("public pictures")
 
     # With it, and the recipe: exact, scored, recovered (64 pixels against hundreds of equations).
     secret = ["--lr", "1e-2", "--secret", tuned / "secret.safetensors"]
-    ok(*based, "activation-patterns", "dlg", *secret, "--out", tmp_path / "known")
-    rows = {row["attack"]: row for row in record.read(tmp_path / "known" / "record.json")["results"]}
-    assert "not_exact" not in {flag["name"] for flag in rows["map-inversion"]["flags"]}
+    ok(*based, "activation-patterns", "dataset-size", "dlg", *secret, "--out", tmp_path / "known")
+    rows = rows_of(tmp_path / "known")
+    assert "not_exact" not in levels(rows["map-inversion"])
     assert rows["activation-patterns"]["scores"]["identification_rank"] == [1]
     assert rows["dlg"]["status"].startswith("Not run: ")
-    (told,) = {flag["sentence"] for row in rows.values() for flag in row["flags"] if flag["name"] == "dataset_size"}
-    assert "Trained on 1 sample," in told  # one picture makes rank one in every layer: exact
+    assert rows["dataset-size"]["count"] == {"recovered": 1, "true": 1}  # one picture makes rank one in every layer: exact
 
     assert "--base" in refused(*audit, "--out", tmp_path / "o")
     assert "no folder of a LoRA adapter" in refused("audit", tuned, "--base", tuned / "base", "--out", tmp_path / "o")
@@ -209,7 +307,7 @@ def test_an_adapter_of_a_binary_model_trained_on_public_pictures(
     tmp_path: Path, ok: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GRADLEAK_CACHE", str(tmp_path / "cache"))
-    flags = ["--model", "mlp1000", "--data", "digits", "--indices", 2, 3, "--epochs", 1, "--reveal-labels"]
+    flags = ["--model", "mlp1000", *DIGITS, "--indices", 2, 3, "--epochs", 1, "--reveal-labels"]
     ok("capture", "adapter", *flags, "--hide-batch-size", "--out", tmp_path / "o")
     observation = load_observation(tmp_path / "o" / "observation.safetensors")
     assert observation.model.architecture.classes == 2
@@ -222,17 +320,18 @@ def test_an_adapter_of_a_binary_model_trained_on_public_pictures(
 
 
 def test_an_adapter_of_a_transformer_and_one_on_top_of_its_base(tmp_path: Path, ok: Run, refused: Run) -> None:
-    tiny = ["capture", "adapter", "--data", "digits", "--target-modules", "q_proj", "--epochs", 0, "--rank", 2]
-    said = ok(*tiny, "--init", "pissa", "--out", tmp_path / "first")
+    tiny = ["capture", "adapter", *DIGITS, "--target-modules", "q_proj", "--rank", 2]
+    said = ok(*tiny, "--epochs", 0, "--init", "pissa", "--out", tmp_path / "first")
     assert f"{tmp_path / 'first' / 'initial'}: " in said
     first = load_observation(tmp_path / "first" / "observation.safetensors")
-    assert isinstance(first, Adapter)
-    assert len(first.scaling) == 4
-    assert first.released.keys() == first.start.keys()
-    assert first.recipe == Recipe(learning_rate=0.01, steps=1)
-    ok(*tiny, "--model", tmp_path / "first" / "base", "--out", tmp_path / "second")
+    assert len(first.adapter.scaling) == 4
+    assert first.released.keys() == first.adapter.start.keys()
+    assert first.adapter.recipe == Recipe(learning_rate=0.01, steps=1)
+    based = [*tiny, "--model", tmp_path / "first" / "base", "--out", tmp_path / "second"]
+    ok(*based)
     second = load_observation(tmp_path / "second" / "observation.safetensors")
     assert second.model.architecture.name == "vit"
+    assert "leave --epochs out" in refused(*based[:-1], tmp_path / "third", "--epochs", 2)
     assert "neither config.json" in refused(*tiny, "--model", tmp_path / "first", "--out", tmp_path / "third")
 
 
@@ -254,28 +353,12 @@ def test_an_adapter_of_a_transformer_and_one_on_top_of_its_base(tmp_path: Path, 
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_adapters_that_cannot_be(tmp_path: Path, refused: Run, flags: list[str], hint: str) -> None:
-    assert hint in refused(
-        "capture", "adapter", "--model", "mlp", "--data", "digits", "--epochs", 0, *flags, "--out", tmp_path / "o"
-    )
+    made = ["capture", "adapter", "--model", "mlp", *DIGITS, "--epochs", 0, *flags, "--out", tmp_path / "o"]
+    assert hint in refused(*made)
 
 
-def test_what_is_hidden_stays_hidden(tmp_path: Path, ok: Run) -> None:
-    hide = ["--hide-buffers", "--hide-batch-size", "--precision", "float16", "--mode", "train"]
-    ok(
-        "capture",
-        "gradient",
-        "--model",
-        "resnet20",
-        "--data",
-        "digits",
-        "--indices",
-        5,
-        6,
-        *hide,
-        "--out",
-        tmp_path / "o",
-    )
-    observation = load_observation(tmp_path / "o" / "observation.safetensors")
+def test_what_is_hidden_stays_hidden(batchnorm: Path) -> None:
+    observation = load_observation(batchnorm / "observation.safetensors")
     assert observation.batch_size is None
     assert observation.labels is None
     assert observation.model.buffers is None
@@ -288,98 +371,495 @@ def test_a_victim_trained_on_public_pictures_is_cached(
 ) -> None:
     monkeypatch.setenv("GRADLEAK_CACHE", str(tmp_path / "cache"))
     for out in ("a", "b"):
-        ok("capture", "gradient", "--model", "mlp", "--data", "digits", "--epochs", 1, "--out", tmp_path / out)
+        ok("capture", "gradient", "--model", "mlp", *DIGITS, "--epochs", 1, "--out", tmp_path / out)
     assert len(list((tmp_path / "cache").iterdir())) == 1
     a, b = (load_observation(tmp_path / out / "observation.safetensors") for out in ("a", "b"))
     assert fingerprint(a.released) == fingerprint(b.released)
     assert a.model.state_hash() == b.model.state_hash()
-    untrained = Architecture("mlp", (1, 8, 8), 10).build(0).state_dict()
-    assert not torch.equal(a.model.parameters["2.weight"], untrained["2.weight"])
+    assert not torch.equal(a.model.parameters["2.weight"], MLP.build(0).state_dict()["2.weight"])
+
+
+# --- Defenses ---
+
+
+@pytest.mark.parametrize(
+    ("flags", "defense", "detail"),
+    [
+        (("--noise", 0.01), GaussianNoise(0.01), "Gaussian noise of deviation 0.01"),
+        (("--leak", "sign"), Sign(), "signs only"),
+        (("--leak", "top-k"), TopK(0.01), "the largest 1 % of the entries"),
+    ],
+    ids=["noise", "sign", "top-k"],
+)
+def test_a_defended_gradient_says_so_everywhere(
+    tmp_path: Path, captured: Path, ok: Run, flags: tuple[object, ...], defense: Any, detail: str
+) -> None:
+    """Signs and the largest entries replay exactly; noise does not, which is no mistake of the set-up: a warning."""
+    made = ["capture", "gradient", "--model", "mlp", *DIGITS, "--indices", 3, "--reveal-labels", *flags]
+    ok(*made, "--out", tmp_path / "defended")
+    observation = load_observation(tmp_path / "defended" / "observation.safetensors")
+    assert observation.defenses == (defense,)
+    plain = load_observation(seen(captured, "mlp"))
+    assert fingerprint(observation.released) != fingerprint(plain.released)
+    if isinstance(defense, Sign):
+        assert all(torch.equal(t, plain.released[name].sign()) for name, t in observation.released.items())
+    secret = ["--secret", tmp_path / "defended" / "secret.safetensors", *DIGITS, "--attacks", "analytic"]
+    ok("audit", tmp_path / "defended" / "observation.safetensors", *secret, "--out", tmp_path / "out")
+    made_of_it = record.read(tmp_path / "out" / "record.json")
+    assert threats(tmp_path / "out")["defenses"]["detail"] == detail
+    row = rows_of(tmp_path / "out")["analytic"]
+    assert row["defense"] == {"kind": detail}
+    assert levels(row)["defense"] == "info"
+    assert levels(row)["replay"] == ("warning" if isinstance(defense, GaussianNoise) else "info")
+    assert made_of_it["verdict"]["level"] != "void"
+    assert detail in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_defenses_that_cannot_be(tmp_path: Path, refused: Run) -> None:
+    made = ["capture", "gradient", "--model", "mlp", *DIGITS, "--out", tmp_path / "o"]
+    assert "not both" in refused(*made, "--noise", 1, "--leak", "sign")
+    assert "at least 0" in refused(*made, "--noise", -1)
+
+
+# --- Verdicts: what speaks against the numbers comes first ---
+
+
+def test_the_secret_of_another_observation_voids_the_verdict(tmp_path: Path, captured: Path, ok: Run) -> None:
+    ok("capture", "gradient", "--model", "mlp", *DIGITS, "--indices", 5, "--out", tmp_path / "other")
+    audit = ["--secret", tmp_path / "other" / "secret.safetensors", *DIGITS, "--attacks", "analytic"]
+    said = ok("audit", seen(captured, "mlp"), *audit, "--out", tmp_path / "out")
+    made = record.read(tmp_path / "out" / "record.json")
+    assert levels(made["results"][0])["replay"] == "error"
+    assert made["verdict"]["level"] == "void"
+    assert "it is another secret" in made["verdict"]["sentence"]
+    assert made["verdict"]["sentence"] in said
+
+
+def test_a_secret_among_the_public_pictures_voids_the_verdict(tmp_path: Path, ok: Run) -> None:
+    """The analytic attack is exact, and still: who has the secret among the public pictures has shown nothing."""
+    ok("capture", "gradient", "--model", "mlp", *DIGITS, "--split", "train", "--indices", 200, "--out", tmp_path / "c")
+    audit = ["--secret", tmp_path / "c" / "secret.safetensors", *DIGITS, "--attacks", "analytic"]
+    said = ok("audit", tmp_path / "c" / "observation.safetensors", *audit, "--out", tmp_path / "out")
+    made = record.read(tmp_path / "out" / "record.json")
+    assert levels(made["results"][0]) == {"replay": "info", "secret_is_public": "error"}
+    assert made["verdict"]["level"] == "void"
+    assert "1 private pictures are in the public pool" in made["verdict"]["sentence"]
+    assert made["verdict"]["sentence"] in said
+
+
+def test_a_model_that_does_not_give_the_release_voids_the_verdict(tmp_path: Path, captured: Path, ok: Run) -> None:
+    """A plain gradient, believed to be taken at other weights than it was."""
+    save_file(load_observation(seen(captured, "mlp")).released, tmp_path / "gradient.safetensors")
+    save_file(MLP.build(1).state_dict(), tmp_path / "weights.safetensors")
+    taken = ["--model", "mlp", "--weights", tmp_path / "weights.safetensors", "--input-shape", 1, 8, 8, *DIGITS]
+    secret = ["--secret", captured / "mlp" / "secret.safetensors", "--attacks", "inverting-gradients"]
+    short = ["--inverting-gradients.steps", 1]
+    said = ok("audit", tmp_path / "gradient.safetensors", *taken, *secret, *short, "--out", tmp_path / "out")
+    made = record.read(tmp_path / "out" / "record.json")
+    assert made["verdict"]["level"] == "void"
+    assert "does not reproduce the release" in made["verdict"]["sentence"]
+    assert made["verdict"]["sentence"] in said
+
+
+# --- The demo ---
+
+
+def test_the_demo_keeps_two_observations_apart(
+    tmp_path: Path, ok: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny: Any = {
+        "adapter": (CaptureAdapter(model="mlp", data="digits", epochs=0), ("activation-patterns",)),
+        "gradient": (CaptureGradient(model="mlp", data="digits", indices=(3,)), ("analytic", "inverting-gradients")),
+    }
+    assert tiny.keys() == DEMO.keys()
+    monkeypatch.setattr(commands, "DEMO", tiny)
+    monkeypatch.setitem(ATTACKS, "inverting-gradients", Grey)
+    said = ok("demo", "--out", tmp_path / "demo")
+    made = record.read(tmp_path / "demo" / "record.json")
+    names = [(row["observation"]["name"], row["observation"]["kind"], row["attack"]) for row in made["results"]]
+    assert names == [
+        ("adapter", "adapter", "activation-patterns"),
+        ("gradient", "gradient", "analytic"),
+        ("gradient", "gradient", "inverting-gradients"),
+    ]
+    facts: dict[str, set[str]] = {"adapter": set(), "gradient": set()}
+    for fact in made["threat_model"]:
+        facts[fact["observation"]].add(fact["item"])
+    assert "recipe" in facts["adapter"] - facts["gradient"]
+    assert {"released", "labels", "batch size", "pictures"} <= facts["adapter"] & facts["gradient"]
+    verdicts = {one["observation"]: one for one in made["verdicts"]}
+    assert list(verdicts) == ["adapter", "gradient"]
+    assert "activation-patterns" in verdicts["adapter"]["sentence"]
+    assert "by analytic" in verdicts["gradient"]["sentence"]
+    assert made["verdict"]["level"] == "recovered"
+    for one in verdicts.values():
+        assert one["sentence"] in made["verdict"]["sentence"]
+    assert made["verdict"]["sentence"] in said
+    for name in DEMO:
+        assert {"observation.safetensors", "secret.safetensors"} <= {p.name for p in (tmp_path / "demo" / name).iterdir()}
+    ok("rerun", tmp_path / "demo" / "record.json", "--out", tmp_path / "again")
+    assert scored(tmp_path / "again" / "record.json") == scored(tmp_path / "demo" / "record.json")
+
+
+def test_what_was_not_tried_on_one_observation_stays_said(
+    tmp_path: Path, ok: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after a second observation has been audited into the same record."""
+    gradient: Any = CaptureGradient(model="mlp", data="digits")
+    monkeypatch.setattr(commands, "DEMO", {"first": (gradient, ("dlg",)), "second": (gradient, ("analytic",))})
+    monkeypatch.setitem(ATTACKS, "dlg", Grey)
+    ok("demo", "--out", tmp_path / "demo")
+    first, second = record.read(tmp_path / "demo" / "record.json")["verdicts"]
+    assert (first["level"], second["level"]) == ("nothing", "recovered")
+    assert "Not tried: analytic," in first["sentence"]
+
+
+def test_every_attack_of_the_demo_reads_its_observation() -> None:
+    for name, (victim, attacks) in DEMO.items():
+        assert isinstance(victim, CaptureAdapter if name == "adapter" else CaptureGradient)
+        for attack in attacks:
+            assert RELEASES[name] in ATTACKS[attack].sees  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grey:
+    """An attack that takes no time: grey pictures.
+
+    steps  how many times it does nothing
+    """
+
+    sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update, Adapter)
+    modality: ClassVar[str] = "pictures"
+
+    steps: int = 1
+
+    def __call__(self, observation: Any, *, generator: torch.Generator, on_step: object = None) -> Reconstruction:
+        images = torch.full((observation.batch_size or 1, *observation.model.architecture.input_shape), 0.5)
+        return Reconstruction(images, None, 1.0, "Nothing was tried.", Outcome.NOTHING)
+
+
+# --- Help ---
 
 
 def test_list_names_everything(ok: Run) -> None:
-    from gradleak.attacks import ALL_ATTACKS
-    from gradleak.modalities.networks import MODELS
-    from gradleak.studies import RECIPES
-
     said = ok("list")
-    assert set(ATTACKS) < set(ALL_ATTACKS)
-    for name in (*ALL_ATTACKS, *MODELS, *RECIPES):
+    for name in (*ATTACKS, *MODELS, *RECIPES):
         assert name in said
-    assert said.count("Sees ") == said.count("Recovers ") == len(ALL_ATTACKS)
+    headers = {sys.modules[kind.__module__].__doc__ for kind in ATTACKS.values()}
+    for header in headers:  # of a file, which may hold several attacks
+        assert header is not None
+        assert header.count("\nSees ") == header.count("\nRecovers ") == 1
+    assert said.count("Sees ") == said.count("Recovers ") == len(ATTACKS)
 
 
-def test_help_and_no_arguments_show_the_commands(ok: Run) -> None:
-    for argv in ([], ["--help"]):
-        said = ok(*argv)
-        for command in (
-            "demo",
-            "capture gradient",
-            "capture update",
-            "capture adapter",
-            "attack",
-            "audit",
-            "reproduce",
-            "report",
-            "rerun",
-        ):
-            assert command in said
+def test_help_lists_commands_and_versions_are_told(ok: Run) -> None:
+    everything = ok()
+    assert ok("--help") == ok("-h") == everything
+    for command in COMMANDS:
+        assert f"  {command} " in everything
+    assert "Start with: gradleak demo" in everything
+    for group in ("capture", "train"):
+        listed = ok(group)
+        assert ok(group, "--help") == listed
+        for command in COMMANDS:
+            assert (f"  {command} " in listed) == command.startswith(f"{group} ")
+    assert ok("--version") == ok("-V") == f"gradleak {record.new_record({'name': '', 'arguments': {}}, 0, [])['gradleak']}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_its_flags(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*command.split(), "--help"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert f"usage: gradleak {command} " in printed.out
+
+
+def test_the_help_of_an_attack_shows_its_parameters_under_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["attack", "--attack", "dlg", "--help"])
+    printed = capsys.readouterr().out
+    assert "--dlg.restarts INT" in printed
+    assert "starts at most" in printed  # from the docstring of the attack
+    assert "--inverting-gradients" not in printed
 
 
 def test_from_the_shell(tmp_path: Path, captured: Path) -> None:
     """A process of its own: nothing on stderr, no progress bar where there is no terminal, exit code 2 for bad input."""
 
     def shell(*argv: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "gradleak.cli.app", *map(str, argv)]
+        command = [sys.executable, "-m", "gradleak.cli", *map(str, argv)]
         return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
-    done = shell("attack", seen(captured, "mlp"), "--attack", "analytic", "--out", tmp_path / "out")
+    done = shell("attack", seen(captured, "mlp"), "--attack", "analytic", *DIGITS, "--out", tmp_path / "out")
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "out" / "record.json").is_file()
-    done = shell("attack", seen(captured, "mlp"), "--attack", "analytic", "--out", tmp_path / "out")
+    done = shell("report", tmp_path / "none", "--out", tmp_path / "report.html")
     assert done.returncode == 2
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
-# --- Plain gradient files ---
+# --- Parameters of attacks and facts of training ---
 
 
-@pytest.fixture
-def plain(tmp_path: Path, captured: Path) -> Path:
+def test_steps_are_those_of_the_adapter(tmp_path: Path, captured: Path, ok: Run, refused: Run) -> None:
+    attack = ["--attack", "inverting-gradients", "--inverting-gradients.steps", 2, *DIGITS]
+    trained = ["--lr", "1e-2", "--steps", 3, "--optimizer", "momentum"]
+    ok("attack", *adapter(captured), *trained, *attack, "--out", tmp_path / "out")
+    assert rows_of(tmp_path / "out")["inverting-gradients"]["parameters"]["steps"] == 2
+    recipe = str(Recipe(optimizer="momentum", learning_rate=1e-2, steps=3))
+    assert threats(tmp_path / "out")["recipe"]["detail"] == recipe
+    said = refused("attack", *adapter(captured), "--steps", 3, *attack, "--out", tmp_path / "none")
+    assert "needs its --lr" in said
+    said = refused("attack", seen(captured, "mlp"), "--steps", 3, *attack, "--out", tmp_path / "none")
+    assert "--steps says nothing about" in said
+
+
+def test_flags_reach_the_attack_whose_name_they_carry(
+    tmp_path: Path, captured: Path, ok: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ATTACKS, "dlg", Grey)
+    monkeypatch.setitem(ATTACKS, "inverting-gradients", Grey)
+    flags = ["--attacks", "dlg", "inverting-gradients", "--dlg.steps", 5, "--inverting-gradients.steps=7"]
+    ok("audit", seen(captured, "mlp"), *flags, *DIGITS, "--out", tmp_path / "out")
+    rows = rows_of(tmp_path / "out")
+    assert (rows["dlg"]["parameters"], rows["inverting-gradients"]["parameters"]) == ({"steps": 5}, {"steps": 7})
+    attacks = record.read(tmp_path / "out" / "record.json")["command"]["attacks"]
+    assert attacks == {"dlg": {"steps": 5}, "inverting-gradients": {"steps": 7}}
+
+
+def test_an_attacks_flag_needs_its_name(tmp_path: Path, captured: Path, unparsed: Run) -> None:
+    bare = ["attack", seen(captured, "mlp"), "--attack", "dlg", *DIGITS, "--out", tmp_path / "out"]
+    assert "--dlg.restarts" in unparsed(*bare, "--restarts", 1)
+    assert "--analytic.restarts" in unparsed(*bare, "--analytic.restarts", 1)  # of an attack that was not chosen
+    assert "--lr" in unparsed(*bare, "--lr", "much")
+
+
+def test_attacks_need_a_name(tmp_path: Path, captured: Path, refused: Run) -> None:
+    out = ["--out", tmp_path / "out"]
+    for name in ATTACKS:
+        assert name in refused("audit", seen(captured, "mlp"), *out, "--attacks")
+    assert "--attacks needs a name" in refused("audit", seen(captured, "mlp"), "--attacks", *out)
+    assert "--attack needs a name" in refused("attack", seen(captured, "mlp"), "--attack", *out)
+    assert "Unknown attack ''" in refused("attack", seen(captured, "mlp"), "--attack=", *out)
+
+
+def test_unknown_names_are_answered_with_near_ones(tmp_path: Path, captured: Path, refused: Run) -> None:
+    out = ["--out", tmp_path / "out"]
+    attack = ["attack", seen(captured, "mlp"), *out, "--attack"]
+    assert "did you mean inverting-gradients" in refused(*attack, "inverting-gradient")
+    assert "did you mean dlg" in refused(*attack, "DLG")
+    assert "did you mean inverting-gradients" in refused(*attack, "InvertingGradients")
+    assert "did you mean" in refused("audit", seen(captured, "mlp"), "--attacks", "analytic", "dlgg", *out)
+    assert "gradleak list" in refused("attack", seen(captured, "mlp"), "--attack=zzz", *out)
+    assert "did you mean audit" in refused("audti", *out)
+    assert "did you mean audit" in refused("AUDIT", *out)
+    assert "capture gradient" in refused("capture", "photograph", *out)
+    assert "resnet20" in refused("capture", "gradient", "--model", "resnet21", *out)
+    assert "fresh-vs-saved" in refused("reproduce", "fresh", *out)
+    assert "no_such_module" in refused("capture", "gradient", "--model", "no_such_module:build", *out)
+
+
+def test_what_cannot_run_is_a_row_with_the_reason(tmp_path: Path, captured: Path, ok: Run) -> None:
+    attacks = ["--attacks", "dager", "activation-patterns", "analytic", *DIGITS]
+    said = ok("audit", seen(captured, "mlp"), *attacks, "--out", tmp_path / "out")
+    rows = rows_of(tmp_path / "out")
+    assert list(rows) == ["dager", "activation-patterns", "analytic"]
+    assert [row["ran"] for row in rows.values()] == [False, False, True]
+    reason = "It recovers texts, and the observed model takes pictures."
+    assert rows["dager"]["status"] == f"Not run: {reason}"
+    assert "an adapter, and what was released is a gradient" in rows["activation-patterns"]["status"]
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert reason in page
+    assert "analytic explains the observation best" in said
+
+
+def test_an_audit_in_which_nothing_can_run_says_why(tmp_path: Path, captured: Path, ok: Run) -> None:
+    said = ok("audit", seen(captured, "mlp"), "--attacks", "dager", *DIGITS, "--out", tmp_path / "out")
+    made = record.read(tmp_path / "out" / "record.json")
+    assert made["verdict"]["level"] == "unscored"
+    assert "No attack could run on this observation. dager: Not run: It recovers texts" in said
+    assert "Not tried: analytic," in said
+
+
+def test_an_attack_that_does_not_read_the_observation_names_those_that_do(
+    tmp_path: Path, captured: Path, refused: Run
+) -> None:
+    out = [*DIGITS, "--out", tmp_path / "out"]
+    for attack in ("dager", "activation-patterns", "kkt"):
+        said = refused("attack", seen(captured, "mlp"), "--attack", attack, *out)
+        readers = said.partition("Attacks that do: ")[2].rstrip(".\n").split(", ")
+        expected = [
+            name
+            for name, kind in ATTACKS.items()
+            if kind.modality == "pictures" and Gradient in kind.sees  # type: ignore[attr-defined]
+        ]
+        assert readers == expected
+
+
+def test_an_attack_that_lacks_what_it_needs(tmp_path: Path, captured: Path, refused: Run) -> None:
+    said = refused("attack", seen(captured, "lenet"), "--attack", "analytic", *DIGITS, "--out", tmp_path / "out")
+    assert "Conv2d" in said
+    assert "linear layer with bias" in said
+
+
+# --- Every flag says something ---
+
+
+SETTINGS = ("cli/flags.py", "victims/play.py")
+READERS = ("cli", "victims")
+
+
+def test_every_flag_is_read_by_its_command() -> None:
+    sources = {str(path.relative_to(PACKAGE)): path.read_text() for part in READERS for path in (PACKAGE / part).glob("*.py")}
+    assert not unread(sources)
+    forgotten = sources["cli/flags.py"].replace("    record: Positional[Path]", "    unused: int = 0\n    record: Positional[Path]", 1)
+    assert unread({**sources, "cli/flags.py": forgotten}) == {"Report.unused"}
+    ignored = sources["victims/play.py"].replace("self.rslora", "False")
+    assert unread({**sources, "victims/play.py": ignored}) == {"CaptureAdapter.rslora"}
+
+
+def unread(sources: dict[str, str]) -> set[str]:
+    """Fields of flags dataclasses that nothing reads: no attribute of `self` in their class or a subclass, none of an argument that
+    is of their class, a subclass or Any."""
+    trees = {name: ast.parse(text) for name, text in sources.items()}
+    classes = {c.name: c for name in SETTINGS for c in ast.walk(trees[name]) if isinstance(c, ast.ClassDef)}
+    parents = {c.name: {base.id for base in c.bases if isinstance(base, ast.Name)} for c in classes.values()}
+
+    def derived(kind: str, base: str) -> bool:
+        return kind == base or any(derived(parent, base) for parent in parents.get(kind, ()))
+
+    read: list[tuple[str, str]] = []  # (class whose field it is, or Any; field)
+    for kind in classes.values():
+        read += [(kind.name, field) for field in attributes(kind, "self")]
+    for tree in trees.values():
+        for function in ast.walk(tree):
+            if isinstance(function, ast.FunctionDef):
+                for argument in function.args.args:
+                    annotation = ast.unparse(argument.annotation) if argument.annotation else ""
+                    read += [(annotation.rpartition(".")[2], field) for field in attributes(function, argument.arg)]
+    fields = {
+        (kind.name, line.target.id)
+        for kind in classes.values()
+        for line in kind.body
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
+    }
+    return {
+        f"{kind}.{field}"
+        for kind, field in fields
+        if not any(name == field and (by == "Any" or derived(by, kind)) for by, name in read)
+    }
+
+
+def attributes(tree: ast.AST, variable: str) -> list[str]:
+    """What is read of a variable: variable.field, or getattr(variable, "field", ...)."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == variable:
+            found.append(node.attr)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr" and ast.unparse(node.args[0]) == variable:
+            found += [part.value for part in node.args[1:2] if isinstance(part, ast.Constant)]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("given", "flags"),
+    [
+        ("captured", ["--classes", "10"]),
+        ("captured", ["--input-shape", "1", "8", "8"]),
+        ("captured", ["--batch-size", "2"]),
+        ("captured", ["--lr", "0.01"]),
+        ("captured", ["--optimizer", "adam"]),
+        ("captured", ["--base", "somewhere"]),
+        ("captured", ["--initial", "somewhere"]),
+        ("captured", ["--task", "causal-lm"]),
+        ("plain", ["--initial", "somewhere"]),
+        ("plain", ["--lr", "0.01"]),
+        ("plain", ["--steps", "2"]),
+        ("plain", ["--base", "somewhere"]),
+        ("plain", ["--task", "classification"]),
+        ("weights", ["--mode", "eval"]),
+        ("adapter", ["--weights", "somewhere"]),
+        ("adapter", ["--mode", "eval"]),
+        ("adapter", ["--input-shape", "1", "8", "8"]),
+        ("adapter", ["--classes", "10"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_flags_that_say_nothing_about_the_observation(
+    tmp_path: Path, captured: Path, plain: Path, refused: Run, given: str, flags: list[str]
+) -> None:
+    taken = ["--model", "mlp", "--weights", captured / "mlp.safetensors"]
+    seen_as: dict[str, list[object]] = {
+        "captured": [seen(captured, "mlp")],
+        "plain": [plain, *taken],
+        "weights": [captured / "mlp.safetensors", *taken[:2]],
+        "adapter": [*adapter(captured)],
+    }
+    said = refused("audit", *seen_as[given], *flags, "--out", tmp_path / "out")
+    assert f"{flags[0]} says nothing about" in said
+
+
+@pytest.mark.parametrize("command", ["gradient", "update", "adapter"])
+def test_epochs_say_nothing_of_a_model_that_is_trained(
+    tmp_path: Path, captured: Path, refused: Run, command: str
+) -> None:
+    made = ["capture", command, "--model", captured / "tuned" / "base", *DIGITS, "--epochs", 1]
+    assert "leave --epochs out" in refused(*made, "--out", tmp_path / "out")
+
+
+def test_a_model_that_brings_its_weights_takes_no_others(tmp_path: Path, captured: Path, refused: Run) -> None:
+    made = ["capture", "gradient", "--model", captured / "tuned" / "base", *DIGITS, "--out", tmp_path / "out"]
+    assert "leave weights out" in refused(*made, "--weights", captured / "mlp.safetensors")
+    assert "--task is for language models" in refused(*made, "--task", "causal-lm")
+
+
+# --- Plain files ---
+
+
+@pytest.fixture(scope="module")
+def plain(captured: Path) -> Path:
     """Somebody's own {name: gradient} file of the MLP."""
-    save_file(load_observation(seen(captured, "mlp")).released, tmp_path / "gradient.safetensors")
-    return tmp_path / "gradient.safetensors"
+    path = captured / "gradient.safetensors"
+    save_file(load_observation(seen(captured, "mlp")).released, path)
+    return path
 
 
 def test_a_plain_gradient_file_with_its_model(tmp_path: Path, captured: Path, plain: Path, ok: Run) -> None:
-    taken = ["--model", "mlp", "--weights", captured / "mlp.safetensors", "--input-shape", 1, 8, 8]
+    taken = ["--model", "mlp", "--weights", captured / "mlp.safetensors", "--input-shape", 1, 8, 8, *DIGITS]
     ok("attack", plain, "--attack", "analytic", *taken, "--out", tmp_path / "out")
     found = load_reconstruction(tmp_path / "out" / "reconstruction.safetensors")
     truth = load_secret(captured / "mlp" / "secret.safetensors")
-    assert (found.images - truth.images).abs().max() < 1e-4  # exact up to float32
+    assert (found.value - truth.inputs).abs().max() < 1e-4  # exact up to float32
+    assert found.labels is not None
+    assert truth.labels is not None
     assert torch.equal(found.labels, truth.labels)
+    assert threats(tmp_path / "out")["released"]["detail"].startswith("gradient: ")
+    ok("rerun", tmp_path / "out" / "record.json", "--out", tmp_path / "again")
+    assert scored(tmp_path / "again" / "record.json") == scored(tmp_path / "out" / "record.json")
+
+
+def test_plain_weights_are_those_of_a_trained_network(tmp_path: Path, captured: Path, ok: Run) -> None:
+    shape = ["--model", "mlp", "--input-shape", 1, 8, 8, *DIGITS]
+    attack = ["--attack", "kkt", "--kkt.steps", 1]
+    ok("attack", captured / "mlp.safetensors", *shape, *attack, "--batch-size", 2, "--out", tmp_path / "out")
+    rows = threats(tmp_path / "out")
+    assert rows["released"]["detail"].startswith("weights: ")
+    assert rows["batch size"]["detail"] == "2"
 
 
 @pytest.mark.parametrize("attack", ["analytic", "inverting-gradients", "idlg"])
 def test_a_plain_gradient_file_in_half_precision(tmp_path: Path, captured: Path, ok: Run, attack: str) -> None:
     released = load_observation(seen(captured, "mlp")).released
     save_file({name: tensor.half() for name, tensor in released.items()}, tmp_path / "half.safetensors")
-    taken = ["--model", "mlp", "--weights", captured / "mlp.safetensors", "--input-shape", 1, 8, 8]
-    short = {"inverting-gradients": ["--steps", 2], "idlg": ["--evaluations", 2, "--rounds", 0, "--restarts", 1]}
-    ok(
-        "attack",
-        tmp_path / "half.safetensors",
-        "--attack",
-        attack,
-        *short.get(attack, []),
-        *taken,
-        "--out",
-        tmp_path / "o",
-    )
-    (row,) = record.read(tmp_path / "o" / "record.json")["results"]
-    assert row["observation"]["precision"] == "float16"
+    taken = ["--model", "mlp", "--weights", captured / "mlp.safetensors", "--input-shape", 1, 8, 8, *DIGITS]
+    idlg = ["--idlg.evaluations", 2, "--idlg.rounds", 0, "--idlg.restarts", 1]
+    short = {"inverting-gradients": ["--inverting-gradients.steps", 2], "idlg": idlg}.get(attack, [])
+    ok("attack", tmp_path / "half.safetensors", "--attack", attack, *short, *taken, "--out", tmp_path / "o")
+    assert rows_of(tmp_path / "o")[attack]["observation"]["precision"] == "float16"
 
 
 def test_a_plain_gradient_file_alone_is_not_enough(tmp_path: Path, plain: Path, refused: Run) -> None:
@@ -410,31 +890,19 @@ def test_a_plain_gradient_file_with_another_picture_size(
 # --- Bad input ---
 
 
-def test_unknown_names_are_answered_with_near_ones(tmp_path: Path, captured: Path, refused: Run) -> None:
-    out = ["--out", tmp_path / "out"]
-    assert "did you mean inverting-gradients" in refused(
-        "attack", seen(captured, "mlp"), "--attack", "inverting-gradient", *out
-    )
-    assert "did you mean" in refused("audit", seen(captured, "mlp"), "--attacks", "analytic", "dlgg", *out)
-    assert "gradleak list" in refused("attack", seen(captured, "mlp"), "--attack=zzz", *out)
-    assert "did you mean audit" in refused("audti", *out)
-    assert "capture" in refused("capture", "photograph", *out)
-    assert "resnet20" in refused("capture", "gradient", "--model", "resnet21", *out)
-    assert "fresh-vs-saved" in refused("reproduce", "fresh", *out)
-    assert "no_such_module" in refused("capture", "gradient", "--model", "no_such_module:build", *out)
-
-
 @pytest.mark.parametrize(
     ("argv", "hint"),
     [
-        (["--data", "digits", "--indices", "500"], "rows 0 to 499"),
+        ([*DIGITS, "--indices", "500"], "rows 0 to 499"),
         (["--data", "./no/such/folder"], "does not exist"),
-        (["--data", "digits", "--split", "validation"], "'train', 'test'"),
-        (["--data", "digits", "--weights", "no-such-file"], "no file"),
-        (["--data", "digits", "--model", "convnet64"], "convnet64"),
-        (["--data", "digits", "--resize", "0", "8"], "at least 1"),
+        ([*DIGITS, "--split", "validation"], "'train', 'test'"),
+        ([*DIGITS, "--weights", "no-such-file"], "no file"),
+        ([*DIGITS, "--model", "convnet64"], "convnet64"),
+        ([*DIGITS, "--resize", "0", "8"], "at least 1"),
+        ([*DIGITS, "--threads", "0"], "choose"),
+        ([*DIGITS, "--threads", "-1"], "between 1 and 1,024"),
     ],
-    ids=["row", "folder", "split", "weights", "a picture too small for the model", "size"],
+    ids=["row", "folder", "split", "weights", "a picture too small for the model", "size", "no threads", "threads"],
 )
 def test_captures_that_cannot_be(tmp_path: Path, refused: Run, argv: list[str], hint: str) -> None:
     assert hint in refused("capture", "gradient", *argv, "--out", tmp_path / "out")
@@ -454,47 +922,32 @@ def test_damaged_observations(tmp_path: Path, captured: Path, refused: Run) -> N
 
 def test_what_contradicts_the_provenance(tmp_path: Path, captured: Path, refused: Run) -> None:
     out = ["--attack", "analytic", "--out", tmp_path / "out"]
-    other = MLP.build(1).state_dict()
-    save_file(other, tmp_path / "weights")
+    save_file(MLP.build(1).state_dict(), tmp_path / "weights")
     assert "not the state" in refused("attack", seen(captured, "mlp"), "--weights", tmp_path / "weights", *out)
     assert "eval mode, not in train mode" in refused("attack", seen(captured, "mlp"), "--mode", "train", *out)
     assert "another architecture" in refused("attack", seen(captured, "mlp"), "--model", "lenet", *out)
-
-
-def test_an_attack_that_lacks_what_it_needs(tmp_path: Path, captured: Path, refused: Run) -> None:
-    said = refused("attack", seen(captured, "lenet"), "--attack", "analytic", "--out", tmp_path / "out")
-    assert "Conv2d" in said
-    assert "linear layer with bias" in said
-
-
-def test_an_audit_goes_on_without_the_attack_that_cannot_run(tmp_path: Path, captured: Path, ok: Run) -> None:
-    short = ["--attacks", "analytic", "inverting-gradients", "--steps", 2, "--data", "digits"]
-    secret = captured / "lenet" / "secret.safetensors"
-    ok("audit", seen(captured, "lenet"), "--secret", secret, *short, "--out", tmp_path / "out")
-    analytic, inverting = record.read(tmp_path / "out" / "record.json")["results"]
-    assert analytic["status"].startswith("Not run: ")
-    assert inverting["scores"]
-    assert "Not run" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
 def test_an_interrupt_leaves_what_was_finished(
     tmp_path: Path, captured: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     @dataclass(frozen=True, kw_only=True)
-    class Interrupted:
-        def __call__(self, observation: object, *, generator: object, on_step: object = None) -> None:
+    class Interrupted(Grey):
+        def __call__(self, observation: Any, *, generator: torch.Generator, on_step: object = None) -> Reconstruction:
             raise KeyboardInterrupt
 
     monkeypatch.setitem(ATTACKS, "dlg", Interrupted)
-    out = ["--attacks", "analytic", "dlg", "--data", "digits", "--out", str(tmp_path / "out")]
+    out = ["--attacks", "analytic", "dlg", *DIGITS, "--out", str(tmp_path / "out")]
     assert main(["audit", str(seen(captured, "mlp")), *out]) == 130
     assert len(capsys.readouterr().err.splitlines()) == 1
-    assert [row["attack"] for row in record.read(tmp_path / "out" / "record.json")["results"]] == ["analytic"]
+    made = record.read(tmp_path / "out" / "record.json")
+    assert [row["attack"] for row in made["results"]] == ["analytic"]
+    assert made["verdict"]["sentence"].startswith("analytic explains the observation best")
     assert (tmp_path / "out" / "report.html").is_file()
 
 
 def test_a_secret_that_is_none_or_another_ones(tmp_path: Path, captured: Path, ok: Run, refused: Run) -> None:
-    audit = ["--attacks", "analytic", "--data", "digits", "--out", tmp_path / "out"]
+    audit = ["--attacks", "analytic", *DIGITS, "--out", tmp_path / "out"]
     observation = seen(captured, "mlp")
     assert "There is no file" in refused("audit", observation, "--secret", tmp_path / "none", *audit)
     assert "not a secret file" in refused("audit", observation, "--secret", observation, *audit)
@@ -503,7 +956,7 @@ def test_a_secret_that_is_none_or_another_ones(tmp_path: Path, captured: Path, o
     assert "(3, 32, 32)" in said
 
 
-@pytest.mark.parametrize("command", ["capture", "attack", "audit", "rerun", "a file"])
+@pytest.mark.parametrize("command", ["capture", "attack", "audit", "train", "demo", "reproduce", "rerun", "a file"])
 def test_results_are_never_overwritten(tmp_path: Path, captured: Path, ok: Run, refused: Run, command: str) -> None:
     out = tmp_path / "out"
     if command == "a file":
@@ -514,12 +967,33 @@ def test_results_are_never_overwritten(tmp_path: Path, captured: Path, ok: Run, 
     argv: dict[str, list[object]] = {
         "capture": ["capture", "gradient", "--model", "mlp"],
         "attack": ["attack", seen(captured, "mlp"), "--attack", "analytic"],
-        "audit": ["audit", seen(captured, "mlp"), "--attacks", "analytic", "--data", "digits"],
+        "audit": ["audit", seen(captured, "mlp"), "--attacks", "analytic", *DIGITS],
+        "train": ["train", "lti", seen(captured, "mlp"), "--count", 10, *DIGITS],
+        "demo": ["demo"],
+        "reproduce": ["reproduce", "phase0"],
     }
     if command == "rerun":
         ok(*argv["attack"], "--out", tmp_path / "first")
         argv["rerun"] = ["rerun", tmp_path / "first" / "record.json"]
     assert "choose another --out" in refused(*argv.get(command, argv["attack"]), "--out", out)
+
+
+@pytest.mark.parametrize("command", ["capture", "attack", "audit", "report", "demo"])
+def test_a_place_that_cannot_be_written_is_one_sentence(
+    tmp_path: Path, captured: Path, refused: Run, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """A file stands where the folder would be made: the operating system says no, whoever asks."""
+    (tmp_path / "file").write_text("precious")
+    record.write(record.new_record({"name": "attack", "arguments": {}}, 0, []), tmp_path / "record.json")
+    monkeypatch.setattr(commands, "DEMO", {"gradient": (CaptureGradient(model="mlp", data="digits"), ("analytic",))})
+    argv: dict[str, list[object]] = {
+        "capture": ["capture", "gradient", "--model", "mlp", *DIGITS],
+        "attack": ["attack", seen(captured, "mlp"), "--attack", "analytic", *DIGITS],
+        "audit": ["audit", seen(captured, "mlp"), "--attacks", "analytic", *DIGITS],
+        "report": ["report", tmp_path / "record.json"],
+        "demo": ["demo"],
+    }
+    assert "Not a directory" in refused(*argv[command], "--out", tmp_path / "file" / "out")
 
 
 def test_reports_of_what_is_no_record(tmp_path: Path, refused: Run) -> None:
@@ -531,61 +1005,79 @@ def test_reports_of_what_is_no_record(tmp_path: Path, refused: Run) -> None:
 def test_a_device_that_is_not_there(tmp_path: Path, captured: Path, refused: Run) -> None:
     missing = "cuda:99" if torch.cuda.is_available() else "cuda"
     for device in (missing, "abacus"):
-        argv = ["--attack", "analytic", "--device", device, "--out", tmp_path / "out"]
-        assert device in refused("attack", seen(captured, "mlp"), *argv)
+        argv = ["--device", device, "--out", tmp_path / "out"]
+        assert device in refused("attack", seen(captured, "mlp"), "--attack", "analytic", *argv)
+        assert device in refused("audit", seen(captured, "mlp"), *argv)
+        assert device in refused("demo", *argv)
 
 
-# --- Rerun ---
+# --- Studies ---
 
 
-@pytest.fixture
-def attacked(tmp_path: Path, captured: Path, ok: Run) -> Path:
-    """A record whose observation lies in the test's own folder."""
-    (tmp_path / "observation").write_bytes(seen(captured, "mlp").read_bytes())
-    short = ["--attack", "inverting-gradients", "--steps", 4, "--seed", 7, "--restarts=2"]
-    ok("attack", tmp_path / "observation", *short, f"--out={tmp_path / 'first'}")
-    return tmp_path / "first" / "record.json"
+def study(data: str, size: str, *, seed: int, start: Any) -> Iterator[Findings]:
+    """Two pieces of a study on the CPU."""
+    for rows in (1, 2):
+        yield Findings([{"row": row, "seed": seed} for row in range(rows)], [], f"{rows} of 2 on {data}, {size}.")
 
 
-def test_a_rerun_gives_the_same_bits(tmp_path: Path, attacked: Path, ok: Run) -> None:
-    ok("rerun", attacked, "--out", tmp_path / "second")
-    assert scored(tmp_path / "second" / "record.json") == scored(attacked)
-    first, second = (load_file(tmp_path / name / "reconstruction.safetensors") for name in ("first", "second"))
-    assert torch.equal(first["images"], second["images"])
+def study_anywhere(data: str, size: str, *, seed: int, start: Any, device: str = "cpu") -> Iterator[Findings]:
+    """One piece of a study that can choose where it computes."""
+    yield Findings([{"device": device}], [], f"On {device}.")
 
 
-def test_a_search_starts_at_the_reconstruction_of_another(
-    tmp_path: Path, attacked: Path, ok: Run, refused: Run
+def test_a_study_is_reproduced_and_rerun(tmp_path: Path, ok: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RECIPES, "phase0", study)
+    said = ok("reproduce", "phase0", *DIGITS, "--size", "smoke", "--seed", 3, "--out", tmp_path / "out")
+    made = record.read(tmp_path / "out" / "record.json")
+    assert said == "2 of 2 on digits, smoke.\n"
+    assert made["table"] == [{"row": 0, "seed": 3}, {"row": 1, "seed": 3}]
+    assert (tmp_path / "out" / "table.csv").read_text().split() == ["row,seed", "0,3", "1,3"]
+    assert (tmp_path / "out" / "report.html").is_file()
+    ok("rerun", tmp_path / "out" / "record.json", "--out", tmp_path / "again")
+    assert record.read(tmp_path / "again" / "record.json")["table"] == made["table"]
+
+
+def test_a_device_goes_to_studies_that_can_choose(
+    tmp_path: Path, ok: Run, refused: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start, observation = attacked.parent / "reconstruction.safetensors", tmp_path / "observation"
-    flags = ["--start", start, "--out", tmp_path / "second"]
-    ok("attack", observation, "--attack", "inverting-gradients", "--steps", "1", *flags)
-    first, second = (load_reconstruction(path) for path in (start, tmp_path / "second" / "reconstruction.safetensors"))
-    assert float((first.images - second.images).abs().max()) <= 0.1 + 1e-6  # one step of step size 0.1
-    assert "no search" in refused(
-        "attack", observation, "--attack", "analytic", "--start", start, "--out", tmp_path / "none"
-    )
+    monkeypatch.setitem(RECIPES, "phase0", study)
+    monkeypatch.setitem(RECIPES, "phase1", study_anywhere)
+    out = ["--out", tmp_path / "out"]
+    assert "phase0 computes on the CPU only: leave --device out" in refused("reproduce", "phase0", "--device", "cpu", *out)
+    assert "abacus" in refused("reproduce", "phase1", "--device", "abacus", *out)
+    assert ok("reproduce", "phase1", "--device", "cpu:0", *out) == "On cpu:0.\n"
+
+
+def test_which_studies_choose_a_device_is_theirs_to_say(tmp_path: Path, refused: Run) -> None:
+    """Each either takes a device, or is refused one before it starts."""
+    fixed = [n for n, s in RECIPES.items() if "device" not in s.__kwdefaults__ and "device" not in s.__annotations__]
+    assert "phase0" in fixed or "kkt" in fixed
+    for name in fixed:
+        assert "on the CPU only" in refused("reproduce", name, "--device", "cpu", "--out", tmp_path / "out")
+
+
+# --- Learned attacks ---
 
 
 @pytest.mark.parametrize("kind", ["git", "lti"])
 def test_a_generator_is_trained_and_attacks(tmp_path: Path, captured: Path, ok: Run, refused: Run, kind: str) -> None:
     observation, pairs = seen(captured, "lenet"), tmp_path / "pairs"
-    ok("capture", "pairs", observation, "--count", 60, "--noise", 0.001, "--out", pairs)
-    ok(
-        "capture", "pairs", observation, "--count", 60, "--noise", 0.001, "--out", pairs
-    )  # goes on, and there is nothing left
-    ok("train", kind, observation, "--pairs", pairs, "--training-epochs", 1, "--out", tmp_path / "trained")
-    generator = ["--generator", tmp_path / "trained" / "generator.safetensors"]
-    ok("attack", observation, "--attack", kind, *generator, "--out", tmp_path / "found")
-    start = ["--start", tmp_path / "found" / "reconstruction.safetensors"]
-    ok("attack", observation, "--attack", "inverting-gradients", "--steps", 2, *start, "--out", tmp_path / "better")
-    assert "git" in refused("attack", observation, "--attack", "git", "--out", tmp_path / "none")
-    assert "weights or buffers" in refused(
-        "attack", other_state(tmp_path, captured), "--attack", kind, *generator, "--out", tmp_path / "none"
-    )
-    assert "not both" in refused(
-        "capture", "pairs", observation, "--leak", "sign", "--noise", 1, "--out", tmp_path / "none"
-    )
+    made = ["capture", "pairs", observation, *DIGITS, "--count", 60, "--noise", 0.001, "--out", pairs]
+    ok(*made)
+    ok(*made)  # goes on, and there is nothing left
+    trained = ["--pairs", pairs, *DIGITS, "--training-epochs", 1, "--count", 60]
+    ok("train", kind, observation, *trained, "--out", tmp_path / "trained")
+    generator = [f"--{kind}.generator", tmp_path / "trained" / "generator.safetensors"]
+    ok("attack", observation, "--attack", kind, *generator, *DIGITS, "--out", tmp_path / "found")
+    inputs = record.read(tmp_path / "found" / "record.json")["command"]["inputs"]
+    assert set(inputs) == {str(observation), str(generator[1])}
+    start = ["--start", tmp_path / "found" / "reconstruction.safetensors", "--inverting-gradients.steps", 2]
+    ok("attack", observation, "--attack", "inverting-gradients", *start, *DIGITS, "--out", tmp_path / "better")
+    none = [*DIGITS, "--out", tmp_path / "none"]
+    assert kind in refused("attack", observation, "--attack", kind, *none)
+    other = refused("attack", other_state(tmp_path, captured), "--attack", kind, *generator, *none)
+    assert "weights or buffers" in other
+    assert "not both" in refused("capture", "pairs", observation, "--leak", "sign", "--noise", 1, *none)
 
 
 def other_state(tmp_path: Path, captured: Path) -> Path:
@@ -596,11 +1088,106 @@ def other_state(tmp_path: Path, captured: Path) -> Path:
     return tmp_path / "other"
 
 
+def test_pairs_are_of_whole_gradients(tmp_path: Path, captured: Path, refused: Run) -> None:
+    said = refused("capture", "pairs", *adapter(captured), *DIGITS, "--out", tmp_path / "out")
+    assert "whole gradients" in said
+
+
+# --- Rerun ---
+
+
+@pytest.fixture
+def attacked(tmp_path: Path, captured: Path, ok: Run) -> Path:
+    """A record whose observation lies in the test's own folder."""
+    (tmp_path / "observation").write_bytes(seen(captured, "mlp").read_bytes())
+    short = ["--attack", "inverting-gradients", "--inverting-gradients.steps", 4, "--inverting-gradients.restarts=2"]
+    ok("attack", tmp_path / "observation", *short, *DIGITS, "--seed", 7, f"--out={tmp_path / 'first'}")
+    return tmp_path / "first" / "record.json"
+
+
+@pytest.fixture
+def forged(tmp_path: Path, attacked: Path) -> Callable[..., Path]:
+    """Write the record with a part of its command replaced; returns the file."""
+
+    def forge(change: Callable[[Any], None]) -> Path:
+        written = json.loads(attacked.read_text(encoding="utf-8"))
+        change(written["command"])
+        (tmp_path / "forged.json").write_text(json.dumps(written), encoding="utf-8")
+        return tmp_path / "forged.json"
+
+    return forge
+
+
+def test_a_rerun_gives_the_same_bits(tmp_path: Path, attacked: Path, ok: Run) -> None:
+    ok("rerun", attacked, "--out", tmp_path / "second")
+    assert scored(tmp_path / "second" / "record.json") == scored(attacked)
+    first, second = (load_file(tmp_path / name / "reconstruction.safetensors") for name in ("first", "second"))
+    assert torch.equal(first["images"], second["images"])
+    before, after = record.read(attacked)["command"], record.read(tmp_path / "second" / "record.json")["command"]
+    assert after == {**before, "arguments": {**before["arguments"], "out": str(tmp_path / "second")}}
+
+
+def test_a_record_keeps_every_argument(attacked: Path) -> None:
+    kept = record.read(attacked)["command"]["arguments"]
+    assert set(kept) == {field.name for field in dataclasses.fields(commands.RERUNNABLE["attack"])}
+    assert (kept["attack"], kept["data"], kept["seed"], kept["steps"]) == ("inverting-gradients", "digits", 7, None)
+
+
+def test_a_search_starts_at_the_reconstruction_of_another(
+    tmp_path: Path, attacked: Path, ok: Run, refused: Run
+) -> None:
+    start, observation = attacked.parent / "reconstruction.safetensors", tmp_path / "observation"
+    flags = ["--start", start, *DIGITS]
+    one = ["--attack", "inverting-gradients", "--inverting-gradients.steps", 1]
+    ok("attack", observation, *one, *flags, "--out", tmp_path / "second")
+    first, second = (load_reconstruction(path) for path in (start, tmp_path / "second" / "reconstruction.safetensors"))
+    assert float((first.value - second.value).abs().max()) <= 0.1 + 1e-6  # one step of step size 0.1
+    none = [*flags, "--out", tmp_path / "none"]
+    assert "no search" in refused("attack", observation, "--attack", "analytic", *none)
+    ok("rerun", tmp_path / "second" / "record.json", "--out", tmp_path / "third")
+    assert scored(tmp_path / "third" / "record.json") == scored(tmp_path / "second" / "record.json")
+    start.write_bytes((tmp_path / "second" / "reconstruction.safetensors").read_bytes())
+    assert "no longer the file" in refused("rerun", tmp_path / "second" / "record.json", "--out", tmp_path / "fourth")
+
+
 def test_a_rerun_refuses_changed_inputs(tmp_path: Path, captured: Path, attacked: Path, refused: Run) -> None:
     (tmp_path / "observation").write_bytes(seen(captured, "lenet").read_bytes())
     assert "no longer the file" in refused("rerun", attacked, "--out", tmp_path / "second")
     (tmp_path / "observation").unlink()
     assert "There is no file" in refused("rerun", attacked, "--out", tmp_path / "second")
+
+
+@pytest.mark.parametrize("changed", ["weights", "base", "adapter"])
+def test_whatever_a_result_depends_on_is_an_input(
+    tmp_path: Path, captured: Path, plain: Path, ok: Run, refused: Run, changed: str
+) -> None:
+    """Files beside the observation too: the weights of a plain gradient, the base model of an adapter."""
+    own = tmp_path / "own"
+    own.mkdir()
+    for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "base/model.safetensors"):
+        (own / name).parent.mkdir(exist_ok=True)
+        (own / name).write_bytes((captured / "tuned" / name).read_bytes())
+    (own / "base" / "gradleak.json").write_bytes((captured / "tuned" / "base" / "gradleak.json").read_bytes())
+    (own / "weights").write_bytes((captured / "mlp.safetensors").read_bytes())
+    taken = [plain, "--model", "mlp", "--weights", own / "weights", "--input-shape", 1, 8, 8, "--attack", "analytic"]
+    based = [own / "adapter", "--base", own / "base", "--attack", "activation-patterns"]
+    ok("attack", *(taken if changed == "weights" else based), *DIGITS, "--out", tmp_path / "first")
+    at = {"weights": "weights", "base": "base/model.safetensors", "adapter": "adapter/adapter_model.safetensors"}[changed]
+    other = {name: tensor + 1e-3 for name, tensor in load_file(own / at).items()}
+    save_file(other, own / at)
+    assert "no longer the file" in refused("rerun", tmp_path / "first" / "record.json", "--out", tmp_path / "second")
+
+
+def test_records_of_older_versions_are_not_run_again(tmp_path: Path, attacked: Path, refused: Run) -> None:
+    """They kept a command line, which anybody can write anything into; what they say is still shown."""
+    written = json.loads(attacked.read_text(encoding="utf-8"))
+    inputs = written["command"]["inputs"]
+    argv = ["attack", str(tmp_path / "observation"), "--attack", "analytic", "--out", str(tmp_path / "elsewhere")]
+    written["command"] = {"name": "attack", "arguments": {"argv": argv, "inputs": inputs}}
+    written["schema"] = "gradleak/record/1"
+    (tmp_path / "old.json").write_text(json.dumps(written), encoding="utf-8")
+    assert "by an older gradleak" in refused("rerun", tmp_path / "old.json", "--out", tmp_path / "second")
+    assert main(["report", str(tmp_path / "old.json"), "--out", str(tmp_path / "report.html")]) == 0
 
 
 @pytest.fixture
@@ -618,54 +1205,73 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     sys.modules.pop("planted_model", None)
 
 
-@pytest.mark.parametrize(
-    "planting",
-    [
-        ["--model", "planted_model:build"],
-        ["--model=planted_model:build"],
-        ["--model", "mlp", "--model", "planted_model:build"],
-        ["--model=mlp", "--model=planted_model:build"],
-    ],
-    ids=lambda flags: " ".join(flags),
-)
 def test_a_record_cannot_make_us_import_code(
-    tmp_path: Path, attacked: Path, planted: Path, refused: Run, planting: list[str]
+    tmp_path: Path, forged: Callable[..., Path], planted: Path, refused: Run
 ) -> None:
-    written = json.loads(attacked.read_text(encoding="utf-8"))
-    written["command"]["arguments"]["argv"] += planting
-    attacked.write_text(json.dumps(written), encoding="utf-8")
-    assert "planted_model:build" in refused("rerun", attacked, "--out", tmp_path / "second")
+    path = forged(lambda command: command["arguments"].update(model="planted_model:build"))
+    assert "planted_model:build" in refused("rerun", path, "--out", tmp_path / "second")
+    allowed = refused("rerun", path, "--model", "another:build", "--out", tmp_path / "second")
+    assert "planted_model:build" in allowed
     assert not planted.exists()
 
 
-@pytest.mark.parametrize("command", [["rerun", "RECORD"], ["report", "RECORD"], ["list"], ["nonsense"], []], ids=str)
+@pytest.mark.parametrize("name", ["rerun", "report", "list", "capture gradient", "nonsense", ""])
 def test_a_record_cannot_make_us_run_anything_else(
-    tmp_path: Path, attacked: Path, refused: Run, command: list[str]
+    tmp_path: Path, forged: Callable[..., Path], refused: Run, name: str
 ) -> None:
     """Only commands that write a record can be in one; above all not another rerun, which allows its own code."""
-    written = json.loads(attacked.read_text(encoding="utf-8"))
-    written["command"]["arguments"]["argv"] = [part.replace("RECORD", str(attacked)) for part in command]
-    (tmp_path / "forged.json").write_text(json.dumps(written), encoding="utf-8")
-    refused("rerun", tmp_path / "forged.json", "--out", tmp_path / "second")
+    path = forged(lambda command: command.update(name=name))
+    assert "cannot be run again" in refused("rerun", path, "--out", tmp_path / "second")
 
 
-def test_a_record_cannot_choose_where_results_go(tmp_path: Path, attacked: Path, ok: Run) -> None:
-    written = json.loads(attacked.read_text(encoding="utf-8"))
-    written["command"]["arguments"]["argv"] += ["--out", str(tmp_path / "elsewhere"), f"--out={tmp_path / 'there'}"]
-    attacked.write_text(json.dumps(written), encoding="utf-8")
-    ok("rerun", attacked, "--out", tmp_path / "second")
+def test_a_record_cannot_choose_where_results_go(tmp_path: Path, forged: Callable[..., Path], ok: Run) -> None:
+    path = forged(lambda command: command["arguments"].update(out=str(tmp_path / "elsewhere")))
+    ok("rerun", path, "--out", tmp_path / "second")
     assert (tmp_path / "second" / "record.json").is_file()
     assert not (tmp_path / "elsewhere").exists()
-    assert not (tmp_path / "there").exists()
+
+
+def test_a_record_cannot_let_an_attack_write_to_a_folder(
+    tmp_path: Path, forged: Callable[..., Path], refused: Run
+) -> None:
+    elsewhere = {"kkt-search": {"folder": str(tmp_path / "elsewhere")}}
+    path = forged(lambda command: command.update(attacks=elsewhere))
+    assert "would let kkt-search write to a folder" in refused("rerun", path, "--out", tmp_path / "second")
+
+
+@pytest.mark.parametrize(
+    ("change", "hint"),
+    [
+        (lambda command: command["arguments"].update(verbose=True), "no argument 'verbose'"),
+        (lambda command: command["arguments"].update(seed="seven"), "seed"),
+        (lambda command: command["arguments"].update(task="poetry"), "task"),
+        (lambda command: command["arguments"].update(weights=[1]), "does not say how it was made"),
+        (lambda command: command["arguments"].update(threads=0), "threads"),
+        (lambda command: command["arguments"].pop("attack"), "attack"),
+        (lambda command: command["arguments"].update(attack="analytic"), "analytic"),
+        (lambda command: command["arguments"].update(device="abacus"), "abacus"),
+        (lambda command: command.update(attacks={"no-such": {}}), "Unknown attack 'no-such'"),
+        (lambda command: command["attacks"].update(analytic={}), "one attack"),
+        (lambda command: command.pop("attacks"), "one attack"),
+        (lambda command: command["attacks"]["inverting-gradients"].update(zeal=1), "no parameter 'zeal'"),
+        (lambda command: command["attacks"]["inverting-gradients"].update(steps="two"), "steps"),
+        (lambda command: command["attacks"]["inverting-gradients"].update(prior="mine"), "no parameter 'prior'"),
+    ],
+    ids=range(14),
+)
+def test_records_that_do_not_say_how_they_were_made(
+    tmp_path: Path, forged: Callable[..., Path], refused: Run, change: Callable[[Any], None], hint: str
+) -> None:
+    assert hint in refused("rerun", forged(change), "--out", tmp_path / "second")
 
 
 def test_code_of_ones_own_is_imported_when_it_is_named(tmp_path: Path, planted: Path, ok: Run, refused: Run) -> None:
     own = ["--model", "planted_model:build"]
-    ok("capture", "gradient", *own, "--data", "digits", "--out", tmp_path / "captured")
+    ok("capture", "gradient", *own, *DIGITS, "--out", tmp_path / "captured")
     observation = tmp_path / "captured" / "observation.safetensors"
     sys.modules.pop("planted_model")
     planted.unlink()
-    argv = ["attack", observation, "--attack", "analytic"]
+    argv = ["attack", observation, "--attack", "analytic", *DIGITS]
     assert "--model" in refused(*argv, "--out", tmp_path / "attacked")
     assert not planted.exists()
     ok(*argv, *own, "--out", tmp_path / "attacked")

@@ -79,3 +79,14 @@ def test_shapes_are_checked() -> None:
         GaussianPrior(prior.mean, prior.components[:, :, :4], prior.std)
     with pytest.raises(BadInput, match="remainder"):
         GaussianPrior(prior.mean, prior.components, prior.std, remainder=0.0)
+
+
+def test_the_energy_is_the_mahalanobis_distance() -> None:
+    """Against the covariance, inverted plainly; float64, and a condition number below 1e6."""
+    generator = torch.Generator().manual_seed(0)
+    prior = GaussianPrior.fit(torch.rand(30, 1, 4, 4, generator=generator), remainder=0.05)
+    images = torch.rand(3, 1, 4, 4, generator=generator, dtype=torch.float64)
+    apart = (images - prior.mean).flatten(1)
+    plainly = sum(float(row @ torch.linalg.inv(prior.covariance()) @ row) for row in apart) / 2 / apart.numel()
+    assert float(prior.energy(images)) == pytest.approx(plainly, rel=1e-9)
+    assert float(prior.energy(prior.mean[None])) == pytest.approx(0, abs=1e-12)

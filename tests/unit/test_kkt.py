@@ -373,7 +373,7 @@ def test_the_command_line_says_what_is_wrong_with_weights(tmp_path: Path, capsys
     plain, shape = tmp_path / "mlp.safetensors", ("--input-shape", 1, 8, 8, "--classes", 2)
     module = Architecture("mlp", (1, 8, 8), 2).build(0)
     save_file(dict(module.state_dict()), plain)
-    attack = ("attack", plain, "--attack", "kkt", "--steps", 2, "--out", tmp_path / "out")
+    attack = ("attack", plain, "--attack", "kkt", "--kkt.steps", 2, "--out", tmp_path / "out")
     assert "with --model alone whose trained weights these are" in refused(*attack)
     other = refused(*attack, "--model", "homogeneous1000", *shape)
     assert "the weights belong to another architecture" in other
@@ -389,7 +389,7 @@ def test_an_audit_of_weights_runs_what_reads_weights() -> None:
     public = public_pool("digits", "train", shape=(1, 8, 8), limit=300)
     public = replace(public, images=public.images[2:], labels=public.labels[2:] % 2)
     rows = list(audit(observation, {"dlg": DLG(), "kkt": KKT(steps=30)}, public, secret=secret))
-    assert rows[0].result["status"].startswith("Not run: trained weights")
+    assert rows[0].result["status"].startswith("Not run: It reads a gradient or an update")
     assert rows[1].result["scores"]["ssim"]
 
 

@@ -1,7 +1,6 @@
 """What the attacker sees, against plain autograd and a plain torch.optim.SGD loop."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gradleak.errors import BadInput
-from gradleak.modalities.losses import CROSS_ENTROPY, BinaryCrossEntropy, CrossEntropy, FocalLoss, Loss, Reduction
+from gradleak.modalities.losses import CROSS_ENTROPY, CrossEntropy, Loss, Reduction
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures
 from gradleak.observations.model import Mode, Model
@@ -157,52 +156,6 @@ def test_dropout_is_left_out() -> None:
     simulated = observation_of(module, MLP, mode="train").simulate(data.images.double(), data.labels)
     expected = gradient_by_autograd(module, data.images.double(), data.labels, mode="eval")
     equal(simulated, expected, relative=1e-12)
-
-
-# --- Losses ---
-
-
-def by_hand(logits: Tensor, labels: Tensor, name: str) -> Tensor:
-    """The loss of each sample, from its definition, in loops."""
-    losses = []
-    for row, label in zip(logits, labels.tolist(), strict=True):
-        p = (row - row.max()).exp() / (row - row.max()).exp().sum()
-        match name:
-            case "weighted":
-                losses.append(-WEIGHTS[label] * p[label].log())
-            case "smoothed":  # (Szegedy et al. 2016, section 7): a tenth of the mass goes to all classes alike
-                losses.append(-0.9 * p[label].log() - 0.1 * p.log().mean())
-            case "focal":
-                losses.append(-((1 - p[label]) ** 3) * p[label].log())
-            case "binary":
-                sigmoid = 1 / (1 + (-row).exp())
-                each = [-(s if k == label else 1 - s).log() for k, s in enumerate(sigmoid)]
-                losses.append(torch.stack(each))
-    return torch.stack(losses)
-
-
-WEIGHTS = tuple(0.5 + 0.1 * k for k in range(10))
-KINDS: dict[str, Callable[[Reduction], Loss]] = {
-    "weighted": lambda reduction: CrossEntropy(reduction=reduction, class_weights=WEIGHTS),
-    "smoothed": lambda reduction: CrossEntropy(reduction=reduction, label_smoothing=0.1),
-    "focal": lambda reduction: FocalLoss(reduction=reduction, gamma=3.0),
-    "binary": lambda reduction: BinaryCrossEntropy(reduction=reduction),
-}
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("name", KINDS)
-def test_other_losses_are_what_they_are_defined_as(name: str, reduction: Reduction) -> None:
-    """The gradient under a loss of another kind is that of its definition, differentiated by autograd."""
-    module, data = victim(MLP), pictures(MLP, 3)
-    observation = observation_of(module, MLP, criterion=KINDS[name](reduction))
-    each = by_hand(module(data.images.double()), data.labels, name)
-    # torch means by the weights of the samples: sum w_y loss / sum w_y
-    count = sum(WEIGHTS[y] for y in data.labels.tolist()) if name == "weighted" else each.numel()
-    (each.sum() / (count if reduction == "mean" else 1)).backward()  # type: ignore[no-untyped-call]
-    expected = {k: p.grad for k, p in module.named_parameters() if p.grad is not None}
-    equal(observation.simulate(data.images.double(), data.labels), expected, relative=1e-9)
-    assert reduction in str(observation.model.criterion)
 
 
 # --- Update ---

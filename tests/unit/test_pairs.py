@@ -13,7 +13,7 @@ from gradleak.errors import BadInput
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures, public_pool
 from gradleak.observations.defenses import GaussianNoise, Sign, TopK
-from gradleak.observations.model import Model
+from gradleak.observations.model import Model, PictureModel
 
 SHAPE = (1, 8, 8)
 
@@ -23,7 +23,7 @@ def pictures() -> Pictures:
     return public_pool("digits", "train", shape=SHAPE, limit=60)
 
 
-def model(seed: int = 0, name: str = "lenet") -> Model:
+def model(seed: int = 0, name: str = "lenet") -> PictureModel:
     architecture = Architecture(name, SHAPE, 10)
     return Model.of(architecture.build(seed).eval(), architecture)
 

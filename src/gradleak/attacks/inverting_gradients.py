@@ -2,7 +2,7 @@
 
 Sees      Gradient or Update; labels optional (recovered by labels.py when absent)
 Recovers  images (batch, channel, height, width) in [0, 1]
-Solves    min over x in [0, 1] of 1 - cos(g(x) - g0, g* - g0) + tv_weight * TV(x)      (equation 4, where g0 = 0)
+Solves    min over x in [0, 1] of 1 - cos(g(x) - g0, g* - g0) + prior(x)      (equation 4, where g0 = 0 and the prior is the total variation)
 Differs   g0 is the part of the gradient that any picture with these labels would give (`shared_part`). In an untrained
           network that is nearly all of it, and the plain cosine is blind to the rest. g0 = 0 (`centre=False`) is the
           paper's objective.
@@ -29,7 +29,8 @@ from gradleak.observations.distances import cosine
 from gradleak.observations.observation import PictureObservation
 from gradleak.observations.releases import Adapter, Gradient, Release, Update
 from gradleak.observations.tensors import Tensors, flatten
-from gradleak.priors.total_variation import total_variation
+from gradleak.priors.prior import Energy
+from gradleak.priors.total_variation import TotalVariation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,8 @@ class InvertingGradients:
     """The search and its prior.
 
     steps, step_size  signed Adam in pixel units, pixels in [0, 1]
-    tv_weight         of the total variation; 0 switches the prior off
+    tv_weight         of the total variation; 0 switches it off
+    prior             another energy in its place, e.g. a GaussianPrior, or None
     centre            measure the cosine from the part that all pictures share, not from zero
     restarts          random starts per observation, side by side; the best objective is kept
     compiled          generate machine code first (ten seconds to minutes): pays for long runs on small models
@@ -53,6 +55,7 @@ class InvertingGradients:
     centre: bool = True
     restarts: int = 1
     compiled: bool = False
+    prior: Energy | None = field(default=None, repr=False)
     start: Start | None = field(default=None, repr=False)
 
     def __call__(
@@ -76,10 +79,12 @@ class InvertingGradients:
             start[:: self.restarts] = begin(self.start, observations, labels.unbind(), generator).to(start)
         origin = shared_part(seen, y, released, generator) if self.centre else {k: v * 0 for k, v in released.items()}
 
+        prior = self.prior or TotalVariation(self.tv_weight)
+
         def objective(x: Tensor, y: Tensor, released: Tensors, origin: Tensors) -> Tensor:  # x (batch, c, h, w)
             simulated = seen.simulate(x, y)
             distance = cosine(_minus(simulated, origin), _minus(released, origin))
-            return distance + self.tv_weight * total_variation(x)
+            return distance + prior.energy(x)
 
         found = descend(
             objective,

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 from torch import Tensor
 
 from gradleak.attacks.reconstruction import Outcome, Reconstruction
@@ -42,13 +43,14 @@ def load_reconstruction(path: Path) -> Reconstruction:
     """Read a reconstruction of pictures back; BadInput if the file is something else."""
     tensors, header = tensor_file.open_tensors(path)
     schema = OLD if header.get("schema") == OLD else SCHEMA
-    tensors, plain = tensor_file.read(path, schema, "images", "labels")
-    about = checked(plain, About, f"{path} is damaged")
-    images, labels = tensors["images"], tensors["labels"]
-    if images.ndim != 4 or len(images) != len(labels) or labels.ndim != 1 or not images.is_floating_point():
+    about = checked(tensor_file.described(header, schema, path), About, f"{path} is damaged")
+    images, labels = tensors.get("images"), tensors.get("labels")
+    if images is None or labels is None:
+        raise BadInput(f"{path} holds no pictures with their labels: no search begins at it.")
+    if images.ndim != 4 or labels.shape != images.shape[:1] or not images.numel() or labels.dtype != torch.int64:
         raise BadInput(f"{path} is damaged: it holds no pictures with their labels.")
     return Reconstruction(
-        value=images,
+        value=tensor_file.floating({"images": images}, path)["images"],
         labels=labels,
         residual=float("nan") if about.residual is None else about.residual,
         status=about.status,

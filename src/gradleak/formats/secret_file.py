@@ -59,14 +59,18 @@ def load_secret(path: Path) -> Secret:
     """Read a secret back, of this version or an older one; BadInput if the file is something else."""
     tensors, header = tensor_file.open_tensors(path)
     schema = header.get("schema", "")
-    _, plain = tensor_file.read(path, schema if schema in (PICTURES, TEXTS) else SCHEMA)
+    plain = tensor_file.described(header, schema if schema in (PICTURES, TEXTS) else SCHEMA, path)
     about = checked(plain, About, f"{path} is damaged")
     labels = tensors.get("labels") if about.labelled else None
     inputs: Any = tensors.get("images", tensors.get("inputs"))
     if about.tokens is not None:
         inputs = tuple(map(tuple, about.tokens))
-    elif inputs is None or inputs.ndim != 4 or not len(inputs) or not inputs.is_floating_point():
+    elif inputs is None or inputs.ndim != 4 or not inputs.numel() or not inputs.is_floating_point():
         raise BadInput(f"{path} is damaged: it holds neither pictures (n, channel, height, width) nor texts.")
+    elif float(inputs.min()) < 0 or float(inputs.max()) > 1:
+        raise BadInput(f"{path} is damaged: its pictures have pixels outside [0, 1].")
+    else:
+        inputs = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
     if about.labelled and (labels is None or labels.dtype != torch.int64 or labels.ndim not in (1, 2)):
         raise BadInput(f"{path} is damaged: its labels are no class indices.")
     if labels is not None and len(labels) != len(inputs):

@@ -1,15 +1,26 @@
 """Tensors on disk: safetensors, with JSON beside them in the file's header. Written whole or not at all, never unpickled."""
 
+import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from gradleak.errors import BadInput, parsed, shortened
 from gradleak.observations.tensors import Tensors
+
+PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # how they begin
+FORMATS = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+)
+LARGEST = 1e15  # a magnitude whose squares, and sums of them, are still float32 numbers
 
 
 def write(tensors: Tensors, schema: str, about: dict[str, Any], path: Path, *, private: bool = False) -> None:
@@ -35,41 +46,80 @@ def read(path: Path, schema: str, *needed: str) -> tuple[Tensors, dict[str, Any]
     """(tensors, header) as written; BadInput for a missing, damaged or foreign file, another schema, or one that lacks a
     needed tensor."""
     tensors, header = open_tensors(path)
-    if header.get("schema") != schema:
-        found = shortened(header.get("schema", "no gradleak header"))
-        raise BadInput(f"{path} is not a {schema.split('/')[1]} file of this version ({found}, not {schema}).")
+    about = described(header, schema, path)
     for name in needed:
         if name not in tensors:
             raise BadInput(f"{path} lacks {name}: it is damaged.")
-    about = parsed(header.get("gradleak", ""), f"{path} has a damaged header")
-    if not isinstance(about, dict):
-        raise BadInput(f"{path} has a damaged header: {type(about).__name__} in place of an object.")
     return tensors, about
 
 
+def described(header: dict[str, str], schema: str, path: Path) -> dict[str, Any]:
+    """What `write` was given as `about`, out of a raw header; BadInput where it is of another schema, or is no object."""
+    if header.get("schema") != schema:
+        found = shortened(header.get("schema", "no gradleak header"))
+        raise BadInput(f"{path} is not a {schema.split('/')[1]} file of this version ({found}, not {schema}).")
+    about = parsed(header.get("gradleak", ""), f"{path} has a damaged header")
+    if not isinstance(about, dict):
+        raise BadInput(f"{path} has a damaged header: {type(about).__name__} in place of an object.")
+    return about
+
+
 def open_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
-    """Any safetensors file and its raw header; BadInput for a pickle, a truncated file, or entries that are not finite."""
+    """Any safetensors file and its raw header; BadInput for a pickle, a truncated file, a number format that nothing here
+    computes with, or entries that are NaN, infinite or so large that their squares would be."""
+    with opened(path) as file:
+        header = file.metadata() or {}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FORMATS:
+            raise BadInput(f"{path}: tensor {shortened(name)} holds {tensor.dtype} numbers: convert them to float32.")
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        largest = float(tensor.abs().max())
+        if not math.isfinite(largest):
+            raise BadInput(
+                f"{path}: tensor {shortened(name)} has entries that are NaN or infinite: nothing can be learnt from it."
+            )
+        if largest > LARGEST:
+            raise BadInput(
+                f"{path}: tensor {shortened(name)} has entries of {largest:.0e}: nothing can be computed with them."
+            )
+    return tensors, header
+
+
+def raw_header(path: Path) -> dict[str, str]:
+    """The header alone; BadInput as `open_tensors`."""
+    with opened(path) as file:
+        header: dict[str, str] = file.metadata() or {}
+    return header
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file; BadInput for anything else."""
     if not path.is_file():
         raise BadInput(f"There is no file {path}.")
     try:
         with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            yield file
     except SafetensorError as error:
         with path.open("rb") as raw:
             start = raw.read(2)
-        if start in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        if start in PICKLES:
             raise BadInput(
                 f"{path} is a pickle (torch.save): it could run code, so it is not opened. "
                 "Convert it with safetensors.torch.save_file."
             ) from error
-        raise BadInput(f"{path} is not a readable safetensors file ({error}): truncated, or something else.") from error
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise BadInput(
-                f"{path}: tensor {name} has entries that are NaN or infinite: nothing can be learnt from it."
-            )
-    return tensors, header
+        reason = shortened(str(error))
+        raise BadInput(f"{path} is not a readable safetensors file ({reason}): truncated, or something else.") from error
+
+
+def floating(tensors: Tensors, path: Path) -> Tensors:
+    """The tensors, in float32 at least; BadInput naming the first one that holds whole numbers."""
+    if whole := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
+        kind = tensors[whole[0]].dtype
+        raise BadInput(f"{path} is damaged: tensor {shortened(whole[0])} holds {kind} numbers, which are whole.")
+    return {name: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for name, tensor in tensors.items()}
 
 
 def prefixed(prefix: str, tensors: Tensors) -> Tensors:

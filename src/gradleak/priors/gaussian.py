@@ -125,6 +125,12 @@ class GaussianPrior:
         """The symmetric square root of the covariance: (pixels, pixels)."""
         return self._spectral((self.std.square() + self.remainder**2).sqrt() - self.remainder, self.remainder)
 
+    def energy(self, images: Tensor) -> Tensor:
+        """Half the squared Mahalanobis distance to the mean, per pixel, on average over (batch, channel, height, width)."""
+        apart = (images - self.mean.to(images)).flatten(1)
+        precision = self._spectral(1 / (self.std.square() + self.remainder**2) - self.remainder**-2, self.remainder**-2)
+        return ((apart @ precision.to(images)) * apart).mean() / 2
+
     def _spectral(self, values: Tensor, rest: float) -> Tensor:
         """sum_i values_i v_i v_i^T + rest I, with the components v."""
         V = self.components.flatten(1)  # (k, pixels)
