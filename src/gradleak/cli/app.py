@@ -101,7 +101,7 @@ def start(name: str, given: list[str]) -> None:
 
 def perform(name: str, parsed: Any, options: dict[str, dict[str, Any]]) -> None:
     """Do a command with its arguments, and the parameters of attacks."""
-    if threads := getattr(parsed, "threads", None):
+    if (threads := getattr(parsed, "threads", None)) is not None:
         set_threads(threads)
     command = located(COMMANDS[name][0])
     takes = inspect.signature(command).parameters

@@ -81,6 +81,8 @@ def train_exactly(args: flags.Train, name: str) -> None:
 def train(args: flags.Train, name: str, epochs: int) -> None:
     """Write generator.safetensors. name: of the command, which says of which attack."""
     out, attack = fresh_folder(args.out), name.removeprefix("train ")
+    if args.pairs is not None and (args.leak, args.noise, args.pair_batch) != ("none", 0.0, 1):
+        raise BadInput(f"The pairs in {args.pairs} are made: --leak, --noise and --pair-batch go with `capture pairs`.")
     observation, public = pairs_of(args)
     model, folder, defense = observation.model, args.pairs, defense_of(args)
 

@@ -40,6 +40,7 @@ from gradleak.victims.demo import DEMO
 def attack(args: flags.Attack, options: dict[str, dict[str, Any]]) -> None:
     """Write reconstruction.safetensors, what it shows, and record.json, from the observation alone."""
     check_device(args.device)
+    check_named([args.attack], options)
     out, observation = fresh_folder(args.out), observed(args)
     [(name, chosen)] = built(options).items()
     if reason := refusal(chosen, observation):
@@ -65,6 +66,8 @@ def attack(args: flags.Attack, options: dict[str, dict[str, Any]]) -> None:
 def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> None:
     """Write record.json, report.html and what was recovered; after each attack, so that an interrupt loses one at most."""
     check_device(args.device)
+    if args.attacks is not None:
+        check_named(args.attacks, options)
     out, observation = fresh_folder(args.out), observed(args)
     attacks = built(options)
     if args.attacks is None:
@@ -73,7 +76,7 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> None:
     secret = load_secret(args.secret) if args.secret else None
     inputs = [*observed_files(args), *([args.secret] if args.secret else [])]
     written = new_record("audit", args, {name: options[name] for name in attacks}, inputs)
-    audit_one(observation, attacks, public_data(args, observation), secret, written, out, args.seed, args.device)
+    audit_one(observation, attacks, public_data(args, observation), secret, written, {}, out, args.seed, args.device)
     print(written["verdict"]["sentence"], f"See {out / 'report.html'}.", sep="\n")
 
 
@@ -84,6 +87,7 @@ def demo(args: flags.Demo) -> None:
     check_device(args.device)
     out = fresh_folder(args.out)
     written = new_record("demo", args, {}, [])
+    left: dict[str, list[str]] = {}
     for name, (victim, names) in DEMO.items():
         with progress() as start:
             kept(*victim(out / name, args.seed, start), out / name)
@@ -91,7 +95,7 @@ def demo(args: flags.Demo) -> None:
         secret = load_secret(out / name / "secret.safetensors")
         public = SCORING[observation.model.architecture.modality].public("embedded", "train", observation.model)
         attacks = {attack: ATTACKS[attack]() for attack in names}
-        audit_one(observation, attacks, public, secret, written, out, args.seed, args.device, name)
+        audit_one(observation, attacks, public, secret, written, left, out, args.seed, args.device, name)
     print(written["verdict"]["sentence"], f"Open {out / 'report.html'} in a browser.", sep="\n")
 
 
@@ -101,25 +105,36 @@ def audit_one(
     public: Any,
     secret: Secret | None,
     written: record.Record,
+    left: dict[str, list[str]],
     out: Path,
     seed: int,
     device: str,
     name: str = "",
 ) -> None:
-    """Audit one observation into a record that may hold others, with progress, writing after each attack."""
+    """Audit one observation into a record that may hold others, with progress, writing after each attack.
+
+    left: {observation: attacks that were not asked for} of those before it, which are judged again with it.
+    """
     describe(written, observation, name)
-    title = name or observation.release.name
+    left[name or observation.release.name] = untried(observation, attacks)
     with progress() as start:
         for done in run_audit(
             observation, attacks, public, secret=secret, seed=seed, device=device, name=name, on_step=start
         ):
             written["results"].append(done.result)
-            judged(written, {title: untried(observation, attacks)})
+            judged(written, left)
             save_shown(done, out)
             finish(written, out)
             save_sheet(written, out / "pictures.png")
             if done.reconstruction is not None:
                 print(said(done))
+
+
+def check_named(names: Sequence[str], options: Mapping[str, Any]) -> None:
+    """BadInput where the parameters are not those of the attacks that were asked for."""
+    if set(names) != set(options):
+        given = ", ".join(map(shortened, options)) or "none"
+        raise BadInput(f"Parameters are given of {given}, and what is to run is {', '.join(map(shortened, names))}.")
 
 
 def untried(observation: Observation[Any], attacks: Mapping[str, Any]) -> list[str]:
@@ -158,16 +173,16 @@ def reproduce(args: flags.Reproduce) -> None:
         )
     study: Any = RECIPES[args.name]
     more: dict[str, Any] = {}
-    if args.device is not None:
-        if "device" not in inspect.signature(study).parameters:
-            raise BadInput(f"{args.name} computes on the CPU only: leave --device out.")
-        check_device(args.device)
-        more["device"] = args.device
+    if "device" in inspect.signature(study).parameters:
+        more["device"] = args.device or "cpu"
+        check_device(more["device"])
+    elif args.device is not None:
+        raise BadInput(f"{args.name} computes on the CPU only: leave --device out.")
     out = fresh_folder(args.out)
     written = new_record("reproduce", args, {}, [])
     with progress() as start:
         for findings in study(args.data, args.size, seed=args.seed, start=start, **more):
-            written["table"], written["plots"], written["results"] = findings.table, findings.plots, findings.results
+            written["table"], written["plots"] = findings.table, findings.plots
             written["verdict"] = {"level": "unscored", "sentence": findings.sentence}
             finish(written, out)
             save_table(findings.table, out / "table.csv")

@@ -74,10 +74,16 @@ def refuse_others(args: flags.Observed, what: str, read: tuple[str, ...]) -> Non
 
 
 def observed_files(args: flags.Observed) -> list[Path]:
-    """The files that the observation was read from; of an adapter, those of its folder."""
-    if not args.observation.is_dir():
-        return [args.observation]
-    return sorted(path for path in args.observation.iterdir() if path.suffix in (".json", ".safetensors"))
+    """The files that the observation was read from, of a folder those in it, and what it needed beside: weights, a base model, the
+    adapter before training."""
+    beside = [
+        Path(path).expanduser() for path in (args.weights, args.base, args.initial, args.model) if path is not None
+    ]
+    folders = [path for path in (args.observation, *beside) if path.is_dir()]
+    files = [path for path in (args.observation, args.weights) if path is not None and not path.is_dir()]
+    for folder in folders:
+        files += sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
+    return files
 
 
 def fresh_folder(path: Path) -> Path:

@@ -1,6 +1,5 @@
 """The public part of a model on disk: one entry per kind of data, {modality: how to write it, how to build it again}."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Annotated, Any
@@ -13,21 +12,19 @@ from torch import nn
 from gradleak.errors import BadInput, checked, parsed, shortened
 from gradleak.modalities.language_models import LanguageArchitecture, Task, build
 from gradleak.modalities.networks import MODELS, Architecture
-from gradleak.modalities.transformers_networks import BROKEN, one_line
+from gradleak.modalities.transformers_networks import check_sizes, one_line, quiet_transformers, refusing
 from gradleak.observations.tensors import Tensors
 
 SPECIAL = ("unk_token", "pad_token", "cls_token", "sep_token", "mask_token", "bos_token", "eos_token")
-MOST_LAYERS = 1_000
-LARGEST = 2**24  # a number in a configuration above which nothing of it can be meant
-Side = Annotated[int, Meta(ge=1, le=4_096)]
+PROBE = "Any text, to see whether the tokenizer works."
 
 
 class PictureBlueprint(msgspec.Struct, frozen=True):
     """An `Architecture` as JSON."""
 
     name: Annotated[str, Meta(max_length=1_000)]
-    input_shape: tuple[Side, Side, Side]
-    classes: Annotated[int, Meta(ge=1, le=1_000_000)]
+    input_shape: tuple[int, int, int]
+    classes: int
 
 
 class TextBlueprint(msgspec.Struct, frozen=True):
@@ -54,9 +51,37 @@ def build_pictures(about: Any, parameters: Tensors, factory: str | None, where: 
             "folder, with --model."
         )
     architecture = Architecture(known.name, known.input_shape, known.classes)
-    if sum(p.numel() for p in parameters.values()) < known.classes:
-        raise BadInput(f"{where} has impossible provenance: fewer numbers than classes.")
+    if factory is None:
+        check_state(outline(architecture), parameters, partial=True)
     return replace(architecture, name=factory or known.name).build(seed=0), architecture
+
+
+def outline(architecture: Architecture) -> nn.Module:
+    """The network of a name of ours without any numbers: whatever its size, it costs nothing."""
+    with torch.device("meta"):
+        return architecture.build(seed=0)
+
+
+def check_state(module: nn.Module, tensors: Tensors, *, partial: bool = False) -> None:
+    """BadInput naming the first tensor that is no parameter or buffer of the module, or does not fit it.
+
+    partial: buffers may be missing.
+    """
+    parameters = dict(module.named_parameters())
+    own = {**parameters, **{name: b for name, b in module.named_buffers() if name in module.state_dict()}}
+    for name, tensor in tensors.items():
+        if name not in own:
+            raise BadInput(
+                f"The weights hold {name[:120]}, which the model does not have: they belong to another architecture."
+            )
+        if tensor.shape != own[name].shape:
+            shapes = f"{tuple(tensor.shape)} in the weights and {tuple(own[name].shape)} in the model"
+            raise BadInput(f"Tensor {name} is {shapes}: the weights belong to another architecture.")
+        if tensor.is_floating_point() != own[name].is_floating_point():
+            raise BadInput(f"Tensor {name} holds {tensor.dtype} numbers: the weights belong to another architecture.")
+    for name in parameters if partial else own:
+        if name not in tensors:
+            raise BadInput(f"The weights lack {name}, which the model needs: they belong to another architecture.")
 
 
 def write_texts(architecture: LanguageArchitecture) -> dict[str, Any]:
@@ -84,41 +109,35 @@ def build_texts(
         raise BadInput(f"{where} holds no configuration of a language model.")
     check_sizes(settings, where)
     kind: Any = PreTrainedTokenizerFast
-    try:
+    with refusing(f"{where} holds no model that transformers can build"):
         config = AutoConfig.for_model(**settings)
-        tokenizer = kind(tokenizer_object=Tokenizer.from_str(known.tokenizer), **known.special)
         classes = int(config.num_labels or 2)
-        with torch.device("meta"):
-            sizes = {
-                n: p.shape
-                for n, p in build(config, known.task, classes=classes, tokenizer=tokenizer, seed=0)[
-                    0
-                ].named_parameters()
-            }
-    except (*BROKEN, MemoryError, RecursionError) as error:
-        raise BadInput(f"{where} holds no model that transformers can build: {one_line(error)}.") from error
-    except Exception as error:
-        raise BadInput(f"{where} holds no tokenizer that can be read: {one_line(error)}.") from error
-    for name, shape in sizes.items():
-        if name not in parameters or parameters[name].shape != shape:
-            raise BadInput(
-                f"{where} is damaged: parameter {name} is missing or has another shape than its config says."
-            )
+    tokenizer = working_tokenizer(
+        lambda: kind(tokenizer_object=Tokenizer.from_str(known.tokenizer), **known.special), config, where
+    )
+    with torch.device("meta"):
+        shapes = build(config, known.task, classes=classes, tokenizer=tokenizer, seed=0)[0]
+    check_state(shapes, parameters, partial=True)
     module, config = build(config, known.task, classes=classes, tokenizer=tokenizer, seed=0)
     return module, LanguageArchitecture(known.name, config, known.task, tokenizer)
 
 
-def check_sizes(settings: Any, where: str) -> None:
-    """BadInput for a configuration whose sizes nobody means, before anything of that size is made."""
-    for key, value in settings.items():
-        few = "layer" in key or "depth" in key
-        numbers = value if isinstance(value, list) else [value]
-        if any(isinstance(n, int) and abs(n) > (MOST_LAYERS if few else LARGEST) for n in numbers):
-            raise BadInput(
-                f"{where} holds an impossible configuration: {shortened(key)} is {shortened(json.dumps(value))}."
-            )
-        if isinstance(value, dict):
-            check_sizes(value, where)
+def working_tokenizer(make: Callable[[], Any], config: Any, where: str) -> Any:
+    """What `make` returns; BadInput where it is no fast tokenizer, cannot read a text, or has tokens that the model has not."""
+    try:
+        with quiet_transformers():
+            tokenizer = make()
+            tokenizer.decode(tokenizer(PROBE)["input_ids"])
+            largest = max(tokenizer.get_vocab().values())
+            size = int(config.vocab_size)
+            tokenizer.backend_tokenizer.to_str()
+    except Exception as error:
+        raise BadInput(f"{where} holds no tokenizer that can be read: {one_line(error)}.") from error
+    if largest >= size:
+        raise BadInput(
+            f"{where} has a token of number {largest:,} and a model of {size:,}: they do not belong together."
+        )
+    return tokenizer
 
 
 BLUEPRINTS: dict[str, tuple[Callable[..., dict[str, Any]], Callable[..., tuple[nn.Module, Any]]]] = {

@@ -7,25 +7,34 @@ layer; of texts tokenizer.json. Only safetensors are read, and no folder can mak
 """
 
 import json
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
 import msgspec
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
 from gradleak.errors import BadInput, checked, read_json, shortened
-from gradleak.formats.blueprints import PictureBlueprint, check_sizes
+from gradleak.formats.blueprints import PictureBlueprint, check_state, outline, working_tokenizer
 from gradleak.formats.observation_file import load_state, load_tensors
 from gradleak.modalities.language_models import LanguageArchitecture, Task, build
 from gradleak.modalities.networks import MODELS, Architecture, ImageTransformer
-from gradleak.modalities.transformers_networks import BROKEN, one_line, quiet_transformers, structure
+from gradleak.modalities.transformers_networks import (
+    BROKEN,
+    one_line,
+    quiet_transformers,
+    read_config,
+    refusing,
+    structure,
+)
 from gradleak.observations.model import LanguageModel, Model
+from gradleak.observations.tensors import Tensors
 
 SCHEMA = "gradleak/base/1"
+MOST_FRESH = 2**28  # numbers of a head that is not in the weights
 
 
 class Base(msgspec.Struct, frozen=True):
@@ -53,7 +62,7 @@ def read_model(base: str | Path, *, factory: str | None = None, task: Task = "cl
 
 def located(base: str | Path) -> Path:
     """The folder, or that of a hub name's local copy."""
-    folder = Path(base).expanduser()
+    folder = Path(os.path.expanduser(base))
     return folder if folder.is_dir() else _download(str(base))
 
 
@@ -114,6 +123,8 @@ def read_base(base: str | Path, *, factory: str | None = None) -> tuple[nn.Modul
             logits = module(torch.zeros(1, *architecture.input_shape))
     except BROKEN as error:
         raise BadInput(f"The base model {base} fails on a picture: {one_line(error)}.") from error
+    if not bool(logits.isfinite().all()):
+        raise BadInput(f"The base model {base} gives logits that are NaN or infinite.")
     if logits.shape != (1, architecture.classes):
         raise BadInput(f"The base model {base} gives {tuple(logits.shape)}, not (1, {architecture.classes}) logits.")
     return module, architecture
@@ -125,32 +136,36 @@ def read_language_model(folder: Path, task: Task, *, classes: int = 2, seed: int
     Raises BadInput where there is no such folder, transformers cannot build it, weights are pickles or do not fit, or the
     tokenizer belongs to another model.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     if not is_language_model(folder):
         raise BadInput(f"{folder} holds no language model: it needs config.json, model.safetensors and tokenizer.json.")
-    about = read_json(folder / "config.json")
-    if not isinstance(about, dict):
-        raise BadInput(f"{folder / 'config.json'} holds no configuration of a model.")
-    check_sizes(about, str(folder))
-    try:
-        with quiet_transformers():
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except BROKEN as error:
-        raise BadInput(f"{folder} holds no language model that transformers can read: {one_line(error)}.") from error
-    if task == "classification" and str(about.get("architectures")).rstrip("']").endswith("ForSequenceClassification"):
+    config = read_config(folder)
+    tokenizer = working_tokenizer(
+        lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True),
+        config,
+        str(folder),
+    )
+    if task == "classification" and str(config.architectures).rstrip("']").endswith("ForSequenceClassification"):
         classes = config.num_labels
+    with torch.device("meta"):
+        shapes = build(config, task, classes=classes, tokenizer=tokenizer, seed=seed)[0]
+    found = _own(load_tensors(folder / "model.safetensors"), shapes, folder)
     module, config = build(config, task, classes=classes, tokenizer=tokenizer, seed=seed)
-    stored = load_tensors(folder / "model.safetensors")
-    own = module.state_dict()
-    base = f"{module.base_model_prefix}."
-    found = {}
+    module.load_state_dict(found, strict=False)
+    model = Model.of(module, LanguageArchitecture(str(folder), config, task, tokenizer))
+    model.check_works()
+    return model
+
+
+def _own(stored: Tensors, module: Any, folder: Path) -> Tensors:
+    """{name in the module: stored tensor}, of those that it has; BadInput where one does not fit, or the body lacks one."""
+    own, base, found = module.state_dict(), f"{module.base_model_prefix}.", {}
     for name, tensor in stored.items():
         plain = name.replace(".gamma", ".weight").replace(".beta", ".bias")
         key = plain if plain in own else base + plain
         if key in own:
-            if own[key].shape != tensor.shape:
+            if own[key].shape != tensor.shape or not tensor.is_floating_point():
                 shapes = f"{tuple(tensor.shape)} in the weights and {tuple(own[key].shape)} in the model"
                 raise BadInput(f"Tensor {name} of {folder} is {shapes}: they do not belong together.")
             found[key] = tensor.to(own[key].dtype)
@@ -159,8 +174,9 @@ def read_language_model(folder: Path, task: Task, *, classes: int = 2, seed: int
     missing = [name for name in missing if ".pooler." not in name]
     if missing:
         raise BadInput(f"The weights of {folder} lack {missing[0]}: they belong to another architecture.")
-    module.load_state_dict(found, strict=False)
-    return Model.of(module, LanguageArchitecture(str(folder), config, task, tokenizer))
+    if sum(tensor.numel() for name, tensor in own.items() if name not in found) > MOST_FRESH:
+        raise BadInput(f"The weights of {folder} are far fewer than config.json says: they do not belong together.")
+    return found
 
 
 def _read_ours(folder: Path, factory: str | None) -> tuple[nn.Module, Architecture]:
@@ -176,8 +192,11 @@ def _read_ours(folder: Path, factory: str | None) -> tuple[nn.Module, Architectu
         raise BadInput(
             f"{path} names the model {shortened(architecture.name)!r}, which is none of ours: give your factory."
         )
+    state = load_tensors(folder / "model.safetensors")
+    if factory is None:
+        check_state(outline(architecture), state)
     module = replace(architecture, name=factory or architecture.name).build(seed=0)
-    load_state(module, load_tensors(folder / "model.safetensors"))
+    load_state(module, state)
     return module, architecture
 
 
@@ -190,20 +209,17 @@ def _read_transformers(folder: Path) -> tuple[nn.Module, Architecture]:
             f"{folder} has no model.safetensors: other formats can run code, so they are not opened. "
             "Save the model again with save_pretrained."
         )
-    try:
-        with quiet_transformers(), torch.random.fork_rng(devices=[]):
-            module.network, info = AutoModelForImageClassification.from_pretrained(
-                folder,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                attn_implementation="eager",
-                dtype=torch.float32,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are told below, and better
-            )
-    except (*BROKEN, SafetensorError) as error:
-        raise BadInput(f"The weights in {folder} cannot be loaded: {one_line(error)}.") from error
+    with refusing(f"The weights in {folder} cannot be loaded"):
+        module.network, info = AutoModelForImageClassification.from_pretrained(
+            folder,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            attn_implementation="eager",
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told below, and better
+        )
     if misfits := sorted(info["mismatched_keys"]):
         name, found, needed = misfits[0]
         raise BadInput(

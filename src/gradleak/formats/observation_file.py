@@ -12,8 +12,8 @@ import msgspec
 import torch
 from msgspec import Meta
 
-from gradleak.errors import BadInput, checked
-from gradleak.formats.blueprints import BLUEPRINTS
+from gradleak.errors import BadInput, checked, shortened
+from gradleak.formats.blueprints import BLUEPRINTS, check_state
 from gradleak.formats.old_observations import OLD, modern
 from gradleak.modalities.losses import LOSSES
 from gradleak.observations import tensor_file
@@ -99,13 +99,13 @@ def load_observation(path: Path, *, factory: str | None = None) -> Observation[A
     tensors, header = tensor_file.open_tensors(path)
     schema = header.get("schema", "")
     if schema in OLD:
-        about = modern(tensor_file.read(path, schema)[1], tensors, schema, path)
+        about = modern(tensor_file.described(header, schema, path), tensors, schema, path)
     else:
-        about = tensor_file.read(path, SCHEMA)[1]
+        about = tensor_file.described(header, SCHEMA, path)
     seen = checked(about, Provenance, f"{path} has no usable provenance")
     for name, table in ((seen.release, RELEASES), (seen.modality, BLUEPRINTS)):
         if name not in table:
-            raise BadInput(f"{path} has no usable provenance ({name[:60]!r} is none of {', '.join(table)}).")
+            raise BadInput(f"{path} has no usable provenance ({shortened(name)[:60]!r} is none of {', '.join(table)}).")
     parameters, buffers = tensor_file.group(tensors, "parameters"), tensor_file.group(tensors, "buffers")
     module, architecture = BLUEPRINTS[seen.modality][1](seen.blueprint, parameters, factory, str(path))
     formats = {tensor.dtype for tensor in parameters.values() if tensor.is_floating_point()}
@@ -126,10 +126,9 @@ def load_observation(path: Path, *, factory: str | None = None) -> Observation[A
     if model.state_hash() != seen.state_hash:
         hashes = f"{model.state_hash()[:12]}, its provenance says {seen.state_hash[:12]}"
         raise BadInput(f"{path} holds another state ({hashes}): it was altered after it was written.")
-    released = tensor_file.group(tensors, "released")
-    released = {
-        name: t.to(torch.promote_types(t.dtype, torch.float32)) for name, t in released.items() if t.is_floating_point()
-    }
+    model = model.to(torch.promote_types(next(iter(model.parameters.values())).dtype, torch.float32))
+    model.check_works()
+    released = tensor_file.floating(tensor_file.group(tensors, "released"), path)
     released |= {name: model.parameters[name] for name in seen.known if name in model.parameters}
     if missing := [name for name in seen.released or [] if name not in released]:
         raise BadInput(f"{path} lacks what was released of {missing[0]}: it is damaged.")
@@ -154,7 +153,7 @@ def release_of(kind: type[Release], settings: dict[str, Any], tensors: Tensors, 
     for field in fields(kind):
         if is_tensors(kind, field.name):
             if group := tensor_file.group(tensors, field.name):
-                values[field.name] = group
+                values[field.name] = tensor_file.floating(group, path)
         elif field.name in settings:
             what = f"{path} has impossible provenance: {field.name}"
             values[field.name] = checked(settings[field.name], hints[field.name], what)
@@ -197,7 +196,7 @@ def built(about: dict[str, Any], table: dict[str, Any], what: str) -> Any:
     """The value that `named` has written."""
     name = about.get("name")
     if not isinstance(name, str) or name not in table:
-        raise BadInput(f"{what} ({str(name)[:60]!r} is none of {', '.join(table)}).")
+        raise BadInput(f"{what} ({shortened(str(name))[:60]!r} is none of {', '.join(table)}).")
     return checked({k: v for k, v in about.items() if k != "name"}, table[name], what)
 
 
@@ -209,7 +208,7 @@ def shortest(tensor: torch.Tensor, precision: torch.dtype) -> torch.Tensor:
 
 def has_provenance(path: Path) -> bool:
     """Whether the file was written by `save_observation`; False for a plain {name: tensor} file."""
-    return "schema" in tensor_file.open_tensors(path)[1]
+    return "schema" in tensor_file.raw_header(path)
 
 
 def check_provenance(observation: Observation[Any], *, weights: Path | None = None, mode: str | None = None) -> None:
@@ -232,22 +231,7 @@ def load_state(module: torch.nn.Module, tensors: Tensors, *, partial: bool = Fal
 
     partial: buffers may be missing.
     """
-    own = {name: tensor for name, tensor in module.state_dict().items() if name in dict(module.named_parameters())}
-    own |= {name: tensor for name, tensor in module.state_dict().items() if name in dict(module.named_buffers())}
-    for name, tensor in tensors.items():
-        if name not in own:
-            raise BadInput(
-                f"The weights hold {name[:120]}, which the model does not have: they belong to another architecture."
-            )
-        if tensor.shape != own[name].shape:
-            shapes = f"{tuple(tensor.shape)} in the weights and {tuple(own[name].shape)} in the model"
-            raise BadInput(f"Tensor {name} is {shapes}: the weights belong to another architecture.")
-        if tensor.is_floating_point() != own[name].is_floating_point():
-            raise BadInput(f"Tensor {name} holds {tensor.dtype} numbers: the weights belong to another architecture.")
-    needed = dict(module.named_parameters()) if partial else own
-    for name in needed:
-        if name not in tensors:
-            raise BadInput(f"The weights lack {name}, which the model needs: they belong to another architecture.")
+    check_state(module, tensors, partial=partial)
     module.load_state_dict(tensors, strict=False)
 
 

@@ -10,14 +10,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from math import sqrt
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired, TypedDict
+from typing import Annotated, Any, Literal
 
+import msgspec
 import torch
 from msgspec import Meta
 from torch import Tensor
 
 from gradleak.errors import BadInput, checked, read_json, shortened
 from gradleak.formats.observation_file import load_tensors
+from gradleak.observations import tensor_file
 from gradleak.observations.layers import is_adaptable, is_transposed, oriented
 from gradleak.observations.model import Model
 from gradleak.observations.observation import Observation
@@ -50,18 +52,22 @@ RENAMED = (
 UNUSUAL = ("use_dora", "use_qalora", "layer_replication", "alora_invocation_tokens", "loftq_config")
 
 
-class Config(TypedDict):
+Rank = Annotated[int, Meta(ge=0, le=1_000_000)]
+Alpha = Annotated[float, Meta(ge=-1e6, le=1e6)]
+
+
+class Config(msgspec.Struct, frozen=True):
     """What matters in adapter_config.json."""
 
     peft_type: str
-    r: Annotated[int, Meta(le=1_000_000)]
-    lora_alpha: float
-    init_lora_weights: NotRequired[bool | str]
-    use_rslora: NotRequired[bool]
-    fan_in_fan_out: NotRequired[bool | None]
-    lora_dropout: NotRequired[float]
-    rank_pattern: NotRequired[Mapping[str, int] | None]
-    alpha_pattern: NotRequired[Mapping[str, float] | None]
+    r: Rank
+    lora_alpha: Alpha
+    init_lora_weights: bool | str = True
+    use_rslora: bool = False
+    fan_in_fan_out: bool | None = None
+    lora_dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    rank_pattern: Mapping[str, Rank] | None = None
+    alpha_pattern: Mapping[str, Alpha] | None = None
 
 
 def read_adapter(
@@ -90,7 +96,7 @@ def read_adapter(
         if {k: v.shape for k, v in before.items()} != {k: v.shape for k, v in factors.items()} or unscaled != scaling:
             raise BadInput(f"The initial adapter {initial} has other modules, ranks or scalings than {folder}.")
         changed = {name: factors[name] - before[name] for name in factors}
-        if str(config.get("init_lora_weights")).startswith(SUBTRACTED):
+        if str(config.init_lora_weights).startswith(SUBTRACTED):
             model = _subtracted(model, before, scaling)
     else:
         zero = "lora_B" if zero_at_start(config, folder, start) == "B=0" else "lora_A"
@@ -99,7 +105,7 @@ def read_adapter(
         changed = {k: v for k, v in factors.items() if k.endswith(zero)}
     if not any(bool(change.any()) for change in changed.values()):
         raise BadInput(f"The adapter in {folder} has learnt nothing: no factor has left its start.")
-    release = Adapter(start=before, scaling=scaling, recipe=recipe, dropout=config.get("lora_dropout", 0.0))
+    release = Adapter(start=before, scaling=scaling, recipe=recipe, dropout=config.lora_dropout)
     return Observation(
         model=model, release=release, released=changed, batch_size=batch_size, labels=labels, precision=precision
     )
@@ -121,8 +127,9 @@ def read_factors(
             "PEFT's save_pretrained(..., safe_serialization=True)."
         )
     tensors = load_tensors(folder / WEIGHTS)
+    tensor_file.floating(tensors, folder / WEIGHTS)
     targets = [name for name, layer in model.module.named_modules() if is_adaptable(layer)]
-    if config.get("fan_in_fan_out") and not any(is_transposed(layer) for layer in model.module.modules()):
+    if config.fan_in_fan_out and not any(is_transposed(layer) for layer in model.module.modules()):
         raise BadInput(
             f"The adapter in {folder} is of transposed layers (fan_in_fan_out is set), and the model has none."
         )
@@ -141,8 +148,7 @@ def read_factors(
     if not factors:
         raise BadInput(f"{folder / WEIGHTS} holds no LoRA factor of a linear or convolutional layer.")
     scaling = {module: _checked_scaling(module, name, factors, config, model, folder) for module, name in names.items()}
-    formats = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
-    narrowest = min(formats, key=lambda dtype: dtype.itemsize)
+    narrowest = min((tensor.dtype for tensor in tensors.values()), key=lambda dtype: dtype.itemsize)
     return factors, scaling, config, str(narrowest).removeprefix("torch.")
 
 
@@ -163,7 +169,7 @@ def _config(folder: Path) -> Config:
 
 def zero_at_start(config: Config, folder: Path, asked: Start | None = None) -> Start:
     """Which factor was zero before training; BadInput where neither was, or the config does not say."""
-    init = str(config.get("init_lora_weights", True))
+    init = str(config.init_lora_weights)
     if start := asked or STARTS.get(init):
         return start
     if init == "False":
@@ -172,7 +178,7 @@ def zero_at_start(config: Config, folder: Path, asked: Start | None = None) -> S
             'say which factor was zero, start="B=0" or start="A=0", or give the adapter before training.'
         )
     raise BadInput(
-        f"The adapter in {folder} began at {init[:60]!r}, where neither factor is zero: what it learnt is known only "
+        f"The adapter in {folder} began at {shortened(init)[:60]!r}, where neither factor is zero: what it learnt is known only "
         "beside its start, so give the folder of the adapter as it was saved before training."
     )
 
@@ -205,9 +211,9 @@ def _checked_scaling(
 ) -> float:
     """s of a module: alpha / r, or alpha / sqrt(r) for rslora; BadInput when its factors contradict config or model."""
     weight = oriented(model, module, model.parameters[f"{module}.weight"])
-    rank = _by_pattern(name, config.get("rank_pattern"), folder) or config["r"]
-    alpha = _by_pattern(name, config.get("alpha_pattern"), folder)
-    alpha = config["lora_alpha"] if alpha is None else alpha
+    rank = _by_pattern(name, config.rank_pattern, folder) or config.r
+    alpha = _by_pattern(name, config.alpha_pattern, folder)
+    alpha = config.lora_alpha if alpha is None else alpha
     wanted = {
         "lora_A": (int(rank), *weight.shape[1:]),
         "lora_B": (weight.shape[0], int(rank), *(1 for _ in weight.shape[2:])),
@@ -223,7 +229,7 @@ def _checked_scaling(
         raise BadInput(
             f"The config in {folder} gives {module} the rank {rank:g} and alpha {alpha:g}: neither may be 0."
         )
-    return float(alpha / sqrt(rank) if config.get("use_rslora") else alpha / rank)
+    return float(alpha / sqrt(rank) if config.use_rslora else alpha / rank)
 
 
 def _by_pattern(name: str, patterns: Mapping[str, float] | None, folder: Path) -> float | None:

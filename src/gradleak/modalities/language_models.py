@@ -6,20 +6,32 @@ repeated here.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
+import msgspec
 import torch
+from msgspec import Meta
 from torch import Tensor
 
-from gradleak.errors import BadInput
+from gradleak.errors import BadInput, checked
 from gradleak.modalities.language_families import Family, family_of
 from gradleak.modalities.modality import Fact, Tokens, fact
 from gradleak.modalities.texts import Texts
-from gradleak.modalities.transformers_networks import BROKEN, one_line, quiet_transformers
+from gradleak.modalities.transformers_networks import refusing
 
 Task = Literal["classification", "causal-lm", "masked-lm"]
 NO_TARGET = -100  # the label of a position that is not trained on, as torch and transformers have it
+Size = Annotated[int, Meta(ge=1)]
 MASKED = 0.15  # of the tokens of a text (Devlin et al. 2018, section 3.1), at least one
+
+
+class Sizes(msgspec.Struct, frozen=True):
+    """What every configuration of a language model says."""
+
+    vocab_size: Size
+    max_position_embeddings: Size
+    num_hidden_layers: Size
+    pad_token_id: Annotated[int, Meta(ge=0)] | None
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,12 @@ class LanguageArchitecture:
     tokenizer: Any = field(repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        known = {name: getattr(self.config, name, None) for name in Sizes.__struct_fields__}
+        sizes = checked(known, Sizes, f"Models of the kind {self.config.model_type!r} are not supported for text")
+        if sizes.pad_token_id is not None and sizes.pad_token_id >= sizes.vocab_size:
+            raise BadInput(
+                f"Texts cannot be padded with token {sizes.pad_token_id}: the model has {sizes.vocab_size:,}."
+            )
         if len(self.tokenizer) > self.config.vocab_size:
             raise BadInput(
                 f"The tokenizer knows {len(self.tokenizer):,} tokens and the model {self.config.vocab_size:,}: "
@@ -171,6 +189,12 @@ class LanguageArchitecture:
         """Empty sentences."""
         return ((),) * count
 
+    def probe(self) -> tuple[Tokens, Tensor | None]:
+        """Two sentences of one token, twice."""
+        first = torch.zeros(2, dtype=torch.int64)
+        labels = {"classification": first, "causal-lm": None, "masked-lm": torch.zeros(2, 2, dtype=torch.int64)}
+        return ((0, 0), (0, 0)), labels[self.task]
+
     def show(self, inputs: Tokens) -> list[str]:
         """The texts."""
         return [self.decode(row) for row in inputs]
@@ -201,10 +225,7 @@ def build(config: Any, task: Task, *, classes: int, tokenizer: Any, seed: int) -
     kind: Any = {"causal-lm": AutoModelForCausalLM, "masked-lm": AutoModelForMaskedLM}.get(task)
     if task == "classification":
         kind, config.num_labels = AutoModelForSequenceClassification, classes
-    try:
-        with quiet_transformers(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            module = kind.from_config(config, attn_implementation="eager", dtype=torch.float32, trust_remote_code=False)
-    except BROKEN as error:
-        raise BadInput(f"transformers cannot build this model for {task}: {one_line(error)}.") from error
+    with refusing(f"transformers cannot build this model for {task}"):
+        torch.manual_seed(seed)
+        module = kind.from_config(config, attn_implementation="eager", dtype=torch.float32, trust_remote_code=False)
     return module.eval(), config

@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gradleak.errors import BadInput
+
 Reduction = Literal["mean", "sum"]
+MOST = 1e6  # weight of a class
 
 
 class Loss(Protocol):
@@ -34,6 +37,12 @@ class CrossEntropy:
     reduction: Reduction = "mean"
     class_weights: tuple[float, ...] | None = None
     label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing <= 1:
+            raise BadInput(f"Labels are smoothed by 0 to 1, not by {self.label_smoothing:g}.")
+        if not all(0 <= weight <= MOST for weight in self.class_weights or ()):
+            raise BadInput(f"A class has a weight from 0 to {MOST:g}.")
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         weights = None if self.class_weights is None else logits.new_tensor(self.class_weights)
@@ -70,6 +79,10 @@ class FocalLoss:
 
     reduction: Reduction = "mean"
     gamma: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.gamma <= 100:
+            raise BadInput(f"The gamma of the focal loss lies between 0 and 100, not at {self.gamma:g}.")
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         log_p = -F.cross_entropy(logits, targets, reduction="none")

@@ -64,6 +64,9 @@ class Blueprint(Protocol):
     def blank(self, count: int) -> Any:
         """What somebody returns who knows nothing: grey pictures, empty sentences."""
 
+    def probe(self) -> tuple[Any, Tensor | None]:
+        """(inputs, labels) that mean nothing, to see whether a model works."""
+
     def show(self, inputs: Any) -> list[str]:
         """One string per input for a report: a PNG as a data URI, or text."""
 

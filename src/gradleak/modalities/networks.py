@@ -228,6 +228,7 @@ MODELS: dict[str, Callable[[tuple[int, int, int], int], nn.Module]] = {
     "convnet": convnet,
     "vit": vit,
 }
+LONGEST_SIDE, MOST_CLASSES = 4_096, 1_000_000
 BINARY = ("mlp1000",)  # these tell two classes apart: labels are taken modulo 2, for digits odd from even
 
 
@@ -246,12 +247,25 @@ class Architecture:
     input_shape: tuple[int, int, int]  # channel, height, width
     classes: int
 
+    def __post_init__(self) -> None:
+        sides = self.input_shape
+        whole = all(isinstance(n, int) for n in (*sides, self.classes)) and len(sides) == 3
+        if not whole or not all(1 <= side <= LONGEST_SIDE for side in sides) or not 1 <= self.classes <= MOST_CLASSES:
+            raise BadInput(
+                f"There are no models for pictures of {by(sides)} with {self.classes} classes: channel, height and width lie "
+                f"between 1 and {LONGEST_SIDE:,}, classes between 1 and {MOST_CLASSES:,}."
+            )
+
     def build(self, seed: int | None = None) -> nn.Module:
         """A freshly initialised model, the same for the same seed. Raises BadInput for a name that leads nowhere."""
         with torch.random.fork_rng(devices=[]):
             if seed is not None:
                 torch.manual_seed(seed)
-            model = find_factory(self.name)(self.input_shape, self.classes)
+            factory = find_factory(self.name)
+            try:
+                model = factory(self.input_shape, self.classes)
+            except TypeError as error:
+                raise BadInput(f"{self.name} is no model factory of (input_shape, classes): {error}.") from error
         if not isinstance(model, nn.Module):
             raise BadInput(f"{self.name} returned a {type(model).__name__}, not an nn.Module.")
         return model
@@ -288,6 +302,10 @@ class Architecture:
         """Grey pictures."""
         return torch.full((count, *self.input_shape), 0.5)
 
+    def probe(self) -> tuple[Tensor, Tensor]:
+        """Two grey pictures, of the first class and of the last."""
+        return self.blank(2), torch.tensor([0, self.classes - 1])
+
     def show(self, inputs: Tensor) -> list[str]:
         """(n, 1 or 3, height, width) in [0, 1] -> one PNG data URI each."""
         return [png(image) for image in inputs]
@@ -312,7 +330,7 @@ def find_factory(name: str) -> Callable[[tuple[int, int, int], int], nn.Module]:
         raise BadInput(f"Unknown model {name!r}: choose one of {', '.join(MODELS)}, or give package.module:factory.")
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise BadInput(f"Cannot import the model factory {name!r}: {error}.") from error
     if not callable(factory):
         raise BadInput(f"{name!r} is not callable: a model factory takes (input_shape, classes).")

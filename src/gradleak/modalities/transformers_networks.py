@@ -3,7 +3,9 @@
 Only config.json and preprocessor_config.json are read here: no weights, and no code that a folder may bring along.
 """
 
+import json
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,13 +13,20 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 import torch
+from safetensors import SafetensorError
 
-from gradleak.errors import BadInput, checked, read_json
+from gradleak.errors import BadInput, checked, read_json, shortened
 from gradleak.modalities.networks import Architecture, ImageTransformer, Normalise
 
 NOT_OF_THE_MODEL = ("architectures", "dtype", "id2label", "label2id", "transformers_version", "_name_or_path")
 # What transformers, and the torch beneath it, say to a config or to weights that make no sense.
-BROKEN = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ArithmeticError, ImportError)
+BROKEN = (
+    *(OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, ImportError),
+    *(AssertionError, MemoryError, SafetensorError),
+)
+MOST_LAYERS = 1_000
+LARGEST = 2**24  # a number in a configuration above which nothing of it can be meant
+MOST_NUMBERS = 2**31  # of parameters that an image classifier is built with
 
 
 class Preprocessor(TypedDict, total=False):
@@ -30,27 +39,65 @@ class Preprocessor(TypedDict, total=False):
 
 def structure(folder: Path) -> tuple[ImageTransformer, Architecture]:
     """An image classifier of transformers from config.json alone: freshly initialised, no weights read, no code imported."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForImageClassification
+    from transformers import AutoModelForImageClassification
 
-    try:
-        with quiet_transformers(), torch.random.fork_rng(devices=[]):
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-            size, channels = getattr(config, "image_size", 224), config.num_channels
-            height, width = (size, size) if isinstance(size, int) else size
-            network = AutoModelForImageClassification.from_config(  # type: ignore[no-untyped-call]
-                config, attn_implementation="eager", dtype=torch.float32, trust_remote_code=False
-            )
-            architecture = Architecture(str(folder), (channels, height, width), config.num_labels)
-    except (*BROKEN, StrictDataclassError) as error:
-        raise BadInput(f"{folder} holds no image classifier that transformers can build: {one_line(error)}.") from error
+    config = read_config(folder)
+    with refusing(f"{folder} holds no image classifier that transformers can build"):
+        size, channels = getattr(config, "image_size", 224), config.num_channels
+        height, width = (size, size) if isinstance(size, int) else size
+        architecture = Architecture(str(folder), (channels, height, width), config.num_labels)
+        settings: dict[str, Any] = {"attn_implementation": "eager", "dtype": torch.float32, "trust_remote_code": False}
+        with torch.device("meta"):
+            outline = AutoModelForImageClassification.from_config(config, **settings)  # type: ignore[no-untyped-call]
+        if sum(p.numel() for p in outline.parameters()) > MOST_NUMBERS:
+            raise BadInput(f"{folder} holds a configuration of an impossible size: more than {MOST_NUMBERS:,} numbers.")
+        network = AutoModelForImageClassification.from_config(config, **settings)  # type: ignore[no-untyped-call]
     module = ImageTransformer(network, _normalise(folder, channels))
     return module, replace(architecture, name="vit") if _is_our_vit(module, architecture) else architecture
 
 
+def read_config(folder: Path) -> Any:
+    """The configuration of a folder of transformers; BadInput where it makes no sense. No code is imported."""
+    from transformers import AutoConfig
+
+    about = read_json(folder / "config.json")
+    if not isinstance(about, dict):
+        raise BadInput(f"{folder / 'config.json'} holds no configuration of a model.")
+    check_sizes(about, str(folder))
+    with refusing(f"{folder} holds no configuration that transformers can read"):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+def check_sizes(settings: dict[str, Any], where: str) -> None:
+    """BadInput for a configuration whose sizes nobody means, before anything of that size is made."""
+    for key, value in settings.items():
+        few = "layer" in key or "depth" in key
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(n, int) and abs(n) > (MOST_LAYERS if few else LARGEST) for n in numbers):
+            raise BadInput(
+                f"{where} holds an impossible configuration: {shortened(key)} is {shortened(json.dumps(value))}."
+            )
+        if isinstance(value, dict):
+            check_sizes(value, where)
+
+
+@contextmanager
+def refusing(sentence: str) -> Iterator[None]:
+    """Quiet transformers, with random numbers of their own; what they do not understand is BadInput that begins so."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        with quiet_transformers(), torch.random.fork_rng(devices=[]):
+            yield
+    except BadInput:
+        raise
+    except (*BROKEN, StrictDataclassError) as error:
+        raise BadInput(f"{sentence}: {one_line(error)}.") from error
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Neither progress bars nor log messages of transformers inside; whatever the caller had chosen outside."""
+    """No progress bars, log messages or warnings of transformers inside; whatever the caller had chosen outside."""
     from transformers.utils import logging as theirs
 
     bars, level = theirs.is_progress_bar_enabled(), theirs.get_verbosity()
@@ -58,7 +105,8 @@ def quiet_transformers() -> Iterator[None]:
         theirs.disable_progress_bar()  # type: ignore[no-untyped-call]
     theirs.set_verbosity(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings(action="ignore"):
+            yield
     finally:
         theirs.set_verbosity(level)
         if bars:
@@ -95,4 +143,5 @@ def _is_our_vit(module: ImageTransformer, architecture: Architecture) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()).rstrip(".")[:300] or type(error).__name__
+    """What an exception of a library says, as a part of a sentence."""
+    return shortened(str(error)).rstrip(".") or type(error).__name__

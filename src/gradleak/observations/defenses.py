@@ -14,6 +14,8 @@ from torch import Tensor
 from gradleak.errors import BadInput
 from gradleak.observations.tensors import Tensors
 
+LARGEST_NOISE = 1e6
+
 
 class Defense(Protocol):
     """What every defense is; random: whether it gives something else each time."""
@@ -32,8 +34,8 @@ class GaussianNoise:
     std: float
 
     def __post_init__(self) -> None:
-        if not self.std >= 0:
-            raise BadInput(f"Noise has a standard deviation of at least 0, not {self.std:g}.")
+        if not 0 <= self.std <= LARGEST_NOISE:
+            raise BadInput(f"Noise has a standard deviation between 0 and {LARGEST_NOISE:g}, not {self.std:g}.")
 
     def apply(self, released: Tensors, generator: torch.Generator) -> Tensors:
         """The noisy gradients."""

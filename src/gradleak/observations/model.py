@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from gradleak.errors import BadInput
+from gradleak.errors import BadInput, shortened
 from gradleak.modalities.language_models import LanguageArchitecture
 from gradleak.modalities.losses import CROSS_ENTROPY, Loss
 from gradleak.modalities.modality import Blueprint, Fact, fact
@@ -112,15 +112,29 @@ class Model(Generic[A]):
         return self.criterion(*self.architecture.compared(self.logits(parameters, inputs), inputs, labels))
 
     def check_takes(self, inputs: Any) -> None:
-        """BadInput when the model fails on these inputs, or gives something else than logits of its classes."""
+        """BadInput when the model fails on these inputs, or gives something else than finite logits of its classes."""
         try:
             logits = self.logits({}, inputs)
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise BadInput(f"The model {self.architecture.name} fails on these data: {error}") from error
+        except (RuntimeError, ValueError, TypeError, LookupError) as error:
+            raise BadInput(
+                f"The model {self.architecture.name} fails on these data: {shortened(str(error))}"
+            ) from error
+        if not bool(logits.isfinite().all()):
+            raise BadInput(f"The model {self.architecture.name} gives logits that are NaN or infinite.")
         if self.architecture.classes > 1 and logits.shape != (len(inputs), self.architecture.classes):
             raise BadInput(
                 f"The model returned {tuple(logits.shape)}, not ({len(inputs)}, {self.architecture.classes}) logits."
             )
+
+    def check_works(self) -> None:
+        """BadInput when the model or its loss fails on any data."""
+        inputs, labels = self.architecture.probe()
+        inputs = inputs.to(next(iter(self.parameters.values()))) if isinstance(inputs, Tensor) else inputs
+        self.check_takes(inputs)
+        try:
+            self.loss({}, inputs, labels)
+        except (RuntimeError, ValueError, TypeError, LookupError) as error:
+            raise BadInput(f"{self.criterion} is no loss of this model: {shortened(str(error))}") from error
 
     def facts(self) -> list[Fact]:
         """Rows of the threat model: parameters, buffers where there are any, mode, loss."""

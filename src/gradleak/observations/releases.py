@@ -188,6 +188,7 @@ class Update(Release):
         return [fact("local training", True, str(self.recipe))]
 
 
+SMALLEST, LARGEST = 1e-6, 1e6  # the scaling of an adapter
 UNKNOWN = Recipe(learning_rate=1.0, steps=1)  # what is assumed of an adapter that comes without its recipe
 
 
@@ -217,14 +218,18 @@ class Adapter(Release):
 
     def check(self, model: Model[Any], released: Tensors) -> None:
         """BadInput naming the first module whose factors do not fit the model, or factor whose change does not fit it."""
-        for module in self.scaling:
+        if not 0 <= self.dropout < 1:
+            raise BadInput(f"Dropout has a probability below 1, not {self.dropout:g}.")
+        for module, s in self.scaling.items():
+            if not SMALLEST <= abs(s) <= LARGEST:
+                raise BadInput(f"The adapter of {module} is scaled by {s:g}: no adapter is.")
             if missing := [f for f in ("lora_A", "lora_B") if f"{module}.{f}" not in self.start]:
                 raise BadInput(f"The adapter of {module} has no {missing[0]}: both factors at the start are needed.")
             A, B, weight = self.start[f"{module}.lora_A"], self.start[f"{module}.lora_B"], f"{module}.weight"
             if weight not in model.parameters:
                 raise BadInput(f"The adapter changes {module}, which has no weight in the base model.")
             made, shape = (*B.shape[:1], *A.shape[1:]), oriented(model, module, model.parameters[weight]).shape
-            if B.shape[1:2] != A.shape[:1] or made != shape:
+            if B.shape[1:2] != A.shape[:1] or made != shape or not A.numel() or B.shape[2:].numel() != 1:
                 raise BadInput(
                     f"The adapter of {module} makes a weight of {by(made)}, the base model's is {by(shape)}: "
                     "they do not belong together."
@@ -465,6 +470,8 @@ def decay(recipe: Recipe | None) -> float:
     """What AdamW's weight decay has left of a parameter that had no gradient."""
     if recipe is None or recipe.optimizer != "adamw":
         return 1.0
+    if recipe.learning_rate * WEIGHT_DECAY >= 1:
+        raise BadInput(f"At a learning rate of {recipe.learning_rate:g}, the weight decay of AdamW leaves nothing.")
     return float((1 - recipe.learning_rate * WEIGHT_DECAY) ** recipe.steps)
 
 

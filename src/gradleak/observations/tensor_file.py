@@ -111,7 +111,9 @@ def opened(path: Path) -> Iterator[Any]:
                 "Convert it with safetensors.torch.save_file."
             ) from error
         reason = shortened(str(error))
-        raise BadInput(f"{path} is not a readable safetensors file ({reason}): truncated, or something else.") from error
+        raise BadInput(
+            f"{path} is not a readable safetensors file ({reason}): truncated, or something else."
+        ) from error
 
 
 def floating(tensors: Tensors, path: Path) -> Tensors:

@@ -79,7 +79,7 @@ SIZES: dict[Size, tuple[list[Setting], int, int]] = {  # settings, adapters of e
     "smoke": (
         [
             Setting(
-                model="convnet", recipe=replace(recipe, learning_rate=0.002), sizes=(1, 2, 4), rank=4, zoo=8, held_out=4
+                model="convnet", recipe=replace(recipe, learning_rate=0.002), sizes=(1, 2), rank=4, zoo=8, held_out=2
             )
             for recipe in (SINGLE, ONE)
         ],

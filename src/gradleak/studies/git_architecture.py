@@ -11,7 +11,7 @@ from gradleak.studies.learned_victims import fit, found_for, prepare, scores
 
 # pairs, epochs, unseen pictures
 SIZES: dict[Size, tuple[int, int, int]] = {
-    "smoke": (300, 1, 40),
+    "smoke": (100, 3, 20),
     "small": (10_000, 2, 1_000),
     "paper": (10_000, 30, 1_000),
 }

@@ -22,7 +22,7 @@ from gradleak.victims.gradient import capture_gradient
 
 # pairs, epochs of GIT, of LTI, seeds of GIT and the perceptron, of LTI, unseen pictures, pictures for searches, their steps
 SIZES: dict[Size, tuple[int, int, int, int, int, int, int, int]] = {
-    "smoke": (100, 2, 1, 2, 1, 20, 1, 50),
+    "smoke": (100, 3, 1, 2, 1, 20, 1, 50),
     "small": (10_000, 6, 10, 3, 1, 1_000, 4, 1_000),
     "paper": (10_000, 30, 200, 3, 3, 1_000, 20, 4_000),
 }

@@ -19,7 +19,7 @@ from gradleak.victims.training import train
 
 # pairs, epochs of the generator, unseen pictures, pictures of the victim
 SIZES: dict[Size, tuple[int, int, int, int]] = {
-    "smoke": (300, 1, 40, 100),
+    "smoke": (100, 3, 20, 100),
     "small": (10_000, 3, 1_000, 2_000),
     "paper": (10_000, 30, 1_000, 10_000),
 }

@@ -27,7 +27,7 @@ from gradleak.studies.learned_victims import Field, fit, found_for, scores
 WIDTH = 64
 # height and width of the pictures, pairs, seeds, unseen pictures, epochs of coarse GIT
 SIZES: dict[Size, tuple[int, int, int, int, int]] = {
-    "smoke": (8, 1_200, 3, 50, 4),
+    "smoke": (8, 600, 1, 20, 1),
     "small": (16, 3_000, 10, 100, 4),
     "paper": (32, 10_000, 10, 1_000, 30),
 }

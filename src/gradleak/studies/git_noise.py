@@ -21,7 +21,7 @@ DEFENSES: dict[str, Defense | None] = {
 }
 # pairs, epochs, unseen pictures
 SIZES: dict[Size, tuple[int, int, int]] = {
-    "smoke": (300, 1, 40),
+    "smoke": (100, 3, 20),
     "small": (10_000, 2, 1_000),
     "paper": (10_000, 30, 1_000),
 }

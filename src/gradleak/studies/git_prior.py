@@ -23,7 +23,7 @@ from gradleak.victims.gradient import capture_gradient
 
 # pairs, epochs, private pictures, steps of a search
 SIZES: dict[Size, tuple[int, int, int, tuple[int, ...]]] = {
-    "smoke": (100, 2, 2, (5, 10)),
+    "smoke": (100, 3, 2, (5, 10)),
     "small": (10_000, 3, 8, (100, 300, 1_000)),
     "paper": (10_000, 30, 20, (300, 4_000)),
 }

@@ -32,7 +32,7 @@ from gradleak.victims.weights import FullBatch, first_of_each, publish_weights
 PLAIN, DECAYED = "plain", "weight decay"
 DECAYS = {PLAIN: 0.0, DECAYED: 1e-3}
 SIZES: dict[Size, tuple[tuple[int, int, int, int], ...]] = {  # pictures per class, epochs, trials or none, steps of KKT
-    "smoke": ((1, 300, 0, 50),),
+    "smoke": ((1, 200, 0, 30),),
     "small": ((1, 20_000, 0, 1_500), (10, 20_000, 6, 1_000)),
     "paper": ((1, 20_000, 0, 1_500), (10, 20_000, 6, 1_000), (250, 1_000_000, 40, 50_000)),
 }

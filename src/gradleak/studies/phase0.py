@@ -20,13 +20,14 @@ from gradleak.studies.lora_victims import Base, before, full_gradient, prepare, 
 from gradleak.studies.phase2 import attacked
 
 COSINES, BATCHES = (1.0, 0.99, 0.95, 0.9, 0.85, 0.8), (1, 2, 4, 8, 16)
-# pictures for (mlp1000, convnet, vit), for the curve, batches; evaluations per prior weight; cosines of the curve, batch sizes
-SIZES: dict[Size, tuple[tuple[int, int, int], int, int, int, tuple[float, ...], tuple[int, ...]]] = {
-    "smoke": ((2, 2, 1), 1, 1, 5, (1.0, 0.9), (1, 2)),
-    "small": ((8, 12, 4), 6, 1, 60, COSINES, BATCHES),
-    "paper": ((50, 50, 20), 20, 5, 150, COSINES, BATCHES),
+SEARCH, SPAN = "map-inversion", "token-span"
+ATTACKS = (("mlp1000", SEARCH), ("convnet", SEARCH), ("vit", SEARCH), ("vit", SPAN))
+# pictures for each of ATTACKS, for the curve, batches; evaluations per prior weight; cosines of the curve, batch sizes
+SIZES: dict[Size, tuple[tuple[int, int, int, int], int, int, int, tuple[float, ...], tuple[int, ...]]] = {
+    "smoke": ((1, 1, 0, 1), 1, 1, 5, (1.0, 0.9), (1, 2)),
+    "small": ((8, 12, 4, 4), 6, 1, 60, COSINES, BATCHES),
+    "paper": ((50, 50, 20, 20), 20, 5, 150, COSINES, BATCHES),
 }
-VICTIMS = ("mlp1000", "convnet", "vit")
 
 
 def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]:
@@ -34,40 +35,30 @@ def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]
     counts, curve, batches, evaluations, cosines, batch_sizes = SIZES[size]
     rows: list[Row] = []
     bases = dict[str, Base]()
-    for name, count in zip(VICTIMS, counts, strict=True):
-        bases[name] = base = prepare(name, data, max(count, curve, *batch_sizes), size, start)
-        attack = MapInversion(prior=base.prior, evaluations=evaluations)
-        rows.append(measured(base, name, "map-inversion", attack, count, 1.0, 1, seed, start))
-        if name == "vit":
-            rows.append(measured(base, name, "token-span", TokenSpan(), count, 1.0, 1, seed, start))
-        yield findings(rows).after(before(data, size, bases.values()))
+
+    def attack(victim: str, name: str) -> TokenSpan | MapInversion:
+        return TokenSpan() if name == SPAN else MapInversion(prior=bases[victim].prior, evaluations=evaluations)
+
+    for (victim, name), count in zip(ATTACKS, counts, strict=True):
+        if victim not in bases:
+            bases[victim] = prepare(victim, data, max(*counts, curve, *batch_sizes), size, start)
+        if count:
+            rows.append(measured(bases[victim], name, attack(victim, name), count, 1.0, 1, seed, start))
+            yield findings(rows).after(before(data, size, bases.values()))
     for value in cosines:
-        for name, label in (("convnet", "map-inversion"), ("vit", "token-span")):
-            base = bases[name]
-            other = TokenSpan() if name == "vit" else MapInversion(prior=base.prior, evaluations=evaluations)
-            rows.append({**measured(base, name, label, other, curve, value, 1, seed, start), "curve": True})
+        for victim, name in (("convnet", SEARCH), ("vit", SPAN)):
+            row = measured(bases[victim], name, attack(victim, name), curve, value, 1, seed, start)
+            rows.append({**row, "curve": True})
         yield findings(rows).after(before(data, size, bases.values()))
+    base = bases["convnet"]
     for batch in batch_sizes:
-        base = bases["convnet"]
         if batch * batches <= len(base.private.labels):
-            attack = MapInversion(prior=base.prior, evaluations=evaluations)
-            rows.append(
-                measured(base, "convnet", "map-inversion, labels known", attack, batches, 1.0, batch, seed, start)
-            )
+            row = measured(base, SEARCH, attack("convnet", SEARCH), batches, 1.0, batch, seed, start)
+            rows.append({**row, "attack": f"{SEARCH}, labels known"})
             yield findings(rows).after(before(data, size, bases.values()))
 
 
-def measured(
-    base: Base,
-    name: str,
-    label: str,
-    attack: Any,
-    count: int,
-    value: float,
-    batch: int,
-    seed: int,
-    start: Start,
-) -> Row:
+def measured(base: Base, name: str, attack: Any, count: int, value: float, batch: int, seed: int, start: Start) -> Row:
     """One row: `count` batches, whose gradients are known to the cosine `value`."""
     generator = torch.Generator().manual_seed(seed)
     private = base.batches(batch, count)
@@ -75,8 +66,9 @@ def measured(
     seen = [
         replace(perturbed(full_gradient(base, p.images, p.labels), value, generator), labels=p.labels) for p in private
     ]
-    images, seconds = attacked(base, attack, seen, seed, start(f"{name}, cosine {value}, batch {batch}"))
-    about = {"victim": name, "data": name_of(base.private.source), "attack": label, "cosine": value, "batch": batch}
+    victim, source = base.model.architecture.name, name_of(base.private.source)
+    images, seconds = attacked(base, attack, seen, seed, start(f"{victim}, cosine {value}, batch {batch}"))
+    about = {"victim": victim, "data": source, "attack": name, "cosine": value, "batch": batch}
     return {**about, **scores(base, images, [p.images for p in private]), "seconds": round(seconds / len(seen), 2)}
 
 

@@ -44,7 +44,7 @@ class Effort:
 
 
 SIZES: dict[Size, Effort] = {
-    "smoke": Effort(held_out=4, pairs=120, ranks=(4, 8), batches=(2,), steps=(2,), fewer=(60,), descent=()),
+    "smoke": Effort(held_out=2, pairs=60, ranks=(4, 8), batches=(2,), steps=(2,), fewer=(30,), descent=()),
     "small": Effort(held_out=60, pairs=1_800),
     "paper": Effort(held_out=500, pairs=2_000),
 }

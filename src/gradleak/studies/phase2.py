@@ -33,27 +33,30 @@ from gradleak.studies.findings import Findings, Row, Size, Start, name_of, plot,
 from gradleak.studies.lora_victims import ONE_STEP, Base, before, blank, full_gradient, prepare, scores, trained
 
 FEW, PAIRS = 4, 1_000
-VICTIMS = (("convnet", 8), ("vit", 16), ("mlp1000", 8))
+RANK = {"convnet": 8, "vit": 16, "mlp1000": 8}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """pictures for each of VICTIMS, for the ablations, batches per cell of the map; evaluations per prior weight; the public
-    pictures that decoders and starts learn from; ranks and batch sizes of the map."""
+    """pictures for each model, for the ablations, batches per cell of the map; evaluations per prior weight; the public
+    pictures that decoders and starts learn from; steps of the ablations; ranks and batch sizes of the map."""
 
-    pictures: tuple[int, int, int]
+    pictures: dict[str, int]
     ablation: int
     per_cell: int
     evaluations: int
     pairs: int = PAIRS
+    steps: tuple[int, ...] = (2, 5, 10)
     ranks: tuple[int, ...] = (2, 4, 8, 16)
     batches: tuple[int, ...] = (1, 2, 4)
 
 
 SIZES: dict[Size, Effort] = {
-    "smoke": Effort(pictures=(2, 1, 2), ablation=1, per_cell=1, evaluations=5, pairs=100, ranks=(2, 8), batches=(1, 2)),
-    "small": Effort(pictures=(16, 16, 50), ablation=4, per_cell=2, evaluations=60),
-    "paper": Effort(pictures=(200, 50, 200), ablation=20, per_cell=10, evaluations=150),
+    "smoke": Effort(
+        pictures={"convnet": 1}, ablation=1, per_cell=1, evaluations=3, pairs=60, steps=(2,), ranks=(8,), batches=(1, 2)
+    ),
+    "small": Effort(pictures={"convnet": 16, "vit": 16, "mlp1000": 50}, ablation=4, per_cell=2, evaluations=60),
+    "paper": Effort(pictures={"convnet": 200, "vit": 50, "mlp1000": 200}, ablation=20, per_cell=10, evaluations=150),
 }
 
 
@@ -62,14 +65,14 @@ def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]
     effort = SIZES[size]
     rows: list[Row] = []
     bases = dict[str, Base]()
-    for (name, rank), count in zip(VICTIMS, effort.pictures, strict=True):
+    for name, count in effort.pictures.items():
         bases[name] = base = prepare(name, data, count, size, start)
-        for row in one_step(base, name, rank, effort, seed, start):
+        for row in one_step(base, name, RANK[name], effort, seed, start):
             rows.append(row)
             yield findings(rows).after(before(data, size, bases.values()))
     base = bases["convnet"]
     for recipe, known in (
-        *[(Recipe(learning_rate=0.01, steps=steps), True) for steps in (2, 5, 10)],
+        *[(Recipe(learning_rate=0.01, steps=steps), True) for steps in effort.steps],
         (ONE_STEP, False),
         (Recipe(optimizer="adam", learning_rate=1e-3, steps=1), False),
     ):
@@ -203,7 +206,7 @@ def cell(base: Base, rank: int, batch: int, count: int, evaluations: int, seed: 
 def findings(rows: list[Row]) -> Findings:
     """The table, both maps, and the best attack per model in words."""
     parts = []
-    for name, _ in VICTIMS:
+    for name in RANK:
         own = [row for row in rows if row["victim"] == name and row["attack"][0] in "(a"]
         if own:
             best = max(own, key=lambda row: row["psnr_db"])

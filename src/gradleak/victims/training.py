@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from gradleak.errors import BadInput
 from gradleak.formats.observation_file import load_state, load_tensors
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures
+from gradleak.observations import tensor_file
 from gradleak.observations.model import Model
 from gradleak.observations.tensors import Tensors, fingerprint
+
+SCHEMA = "gradleak/victim/1"
 
 
 def cache_folder() -> Path:
@@ -42,11 +45,13 @@ def prepare_model(
     key = f"{architecture}|{seed}|{start}|{train_on.source}|{train_on.split}|{len(train_on.labels)}|{epochs}"
     cached = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
     if cached.is_file():
-        load_state(module, load_tensors(cached))
-        return module
+        try:
+            load_state(module, load_tensors(cached))
+            return module
+        except BadInput:  # damaged: trained anew, and written over
+            pass
     train(module, train_on, epochs=epochs, seed=seed, on_step=on_step)
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    save_file(module.state_dict(), cached)
+    tensor_file.write(module.state_dict(), SCHEMA, {}, cached)
     return module
 
 

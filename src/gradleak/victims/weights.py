@@ -6,7 +6,7 @@ X X^T and the layer itself is written down once, at the end. The numbers are tho
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from gradleak.observations.fully_connected import FullyConnected, Target, explai
 from gradleak.observations.model import PictureModel
 from gradleak.observations.observation import Observation, PictureObservation
 from gradleak.observations.releases import Stationarity, Weights
-from gradleak.observations.tensors import fingerprint
+from gradleak.observations.tensors import Tensors, fingerprint
 from gradleak.victims.gradient import keep_secret
 
 PROGRESS = "gradleak/training/1"
@@ -136,12 +136,10 @@ def train(
     kept, epoch, saved = x.new_ones(()), torch.zeros((), dtype=torch.int64), time.monotonic()
     key = fingerprint({"x": x, "labels": labels, **network.parameters()}) + str({**asdict(recipe), "epochs": 0})
     if resume is not None and resume.is_file():
-        tensors, about = tensor_file.read(resume, PROGRESS)
-        if about.get("key") != key:
-            raise BadInput(f"{resume} holds the unfinished training of something else: choose another folder.")
-        z, moved, kept, epoch = (tensors[name] for name in ("z", "moved", "kept", "epoch"))
-        W = [tensors[f"weight{at}"] for at in range(len(W))]
-        b = [tensors.get(f"bias{at}") for at in range(len(W))]
+        state = unfinished(resume, key, progress(z, moved, kept, epoch, W, b))
+        z, moved, kept, epoch = (state[name] for name in ("z", "moved", "kept", "epoch"))
+        W = [state[f"weight{at}"] for at in range(len(W))]
+        b = [state.get(f"bias{at}") for at in range(len(W))]
     while int(epoch) < recipe.epochs:
         a, h = [z.relu()], list[Tensor]()
         for at, (weight, bias) in enumerate(zip(W, b, strict=True)):
@@ -176,15 +174,29 @@ def train(
             if value <= recipe.loss:
                 break
         if resume is not None and time.monotonic() - saved > SAVE_SECONDS:
-            state = {"z": z, "moved": moved, "kept": kept, "epoch": epoch}
-            state |= {f"weight{at}": w for at, w in enumerate(W)} | {
-                f"bias{at}": v for at, v in enumerate(b) if v is not None
-            }
-            tensor_file.write(state, PROGRESS, {"key": key}, resume)
+            tensor_file.write(progress(z, moved, kept, epoch, W, b), PROGRESS, {"key": key}, resume)
             saved = time.monotonic()
     first, bias = kept * network.weights[0] + moved.T @ x, network.biases[0]
     shifts = (None if bias is None else kept * bias + moved.sum(0), *b)
     return replace(network, weights=(first, *W), biases=shifts), int(epoch)
+
+
+def progress(
+    z: Tensor, moved: Tensor, kept: Tensor, epoch: Tensor, W: list[Tensor], b: Sequence[Tensor | None]
+) -> Tensors:
+    """The state of unfinished training as named tensors."""
+    state = {"z": z, "moved": moved, "kept": kept, "epoch": epoch} | {f"weight{at}": w for at, w in enumerate(W)}
+    return state | {f"bias{at}": v for at, v in enumerate(b) if v is not None}
+
+
+def unfinished(path: Path, key: str, like: Tensors) -> Tensors:
+    """The state in a file, whose tensors are like these; BadInput where it is of other training, or damaged."""
+    tensors, about = tensor_file.read(path, PROGRESS)
+    if about.get("key") != key:
+        raise BadInput(f"{path} holds the unfinished training of something else: choose another folder.")
+    if {k: (v.shape, v.dtype) for k, v in tensors.items()} != {k: (v.shape, v.dtype) for k, v in like.items()}:
+        raise BadInput(f"{path} is damaged: choose another folder, or remove it.")
+    return tensors
 
 
 def slope(outputs: Tensor, labels: Tensor, relative: bool = False) -> tuple[Tensor, Tensor]:

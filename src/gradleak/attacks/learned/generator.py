@@ -9,16 +9,18 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
+from msgspec import Meta
 from torch import Tensor, nn
 
 from gradleak.attacks.labels import known_or_recovered
 from gradleak.attacks.learned.pairs import Pairs
 from gradleak.attacks.reconstruction import Reconstruction, outcome_of
 from gradleak.attacks.search.descend import OnStep
-from gradleak.errors import BadInput, NotObserved
+from gradleak.errors import BadInput, NotObserved, checked, shortened
 from gradleak.modalities.networks import Architecture
 from gradleak.observations import tensor_file
 from gradleak.observations.model import PictureModel
@@ -26,6 +28,25 @@ from gradleak.observations.observation import PictureObservation
 from gradleak.observations.tensors import Tensors
 
 SCHEMA = "gradleak/generator/1"
+MOST = 8  # pictures of a batch: training compares all their orders
+
+
+class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How the network of a generator is built, beside the model."""
+
+    batch: Annotated[int, Meta(ge=1, le=MOST)] = 1
+
+
+class About(msgspec.Struct, frozen=True):
+    """The header of a generator."""
+
+    kind: str
+    options: Options
+    architecture: tuple[str, tuple[int, int, int], int]
+    state: str
+    trace: list[tuple[int, float | None]] = []
+
+
 Shards = Callable[[], Iterator[Pairs]]  # the same pairs, each time it is called
 
 
@@ -85,26 +106,35 @@ def load(path: Path, kind: str, build: Callable[..., nn.Module], model: PictureM
 
     Raises NotObserved for another kind, BadInput for a file that is no generator or is of another architecture.
     """
-    tensors, about = tensor_file.read(path, SCHEMA, "pictures")
-    if about.get("kind") != kind:
-        raise NotObserved(f"{path} holds a generator of the kind {about.get('kind')}, not {kind}.")
-    name, shape, classes = about["architecture"]
-    architecture = Architecture(name, (shape[0], shape[1], shape[2]), classes)
+    tensors, plain = tensor_file.read(path, SCHEMA)
+    about = checked(plain, About, f"{path} is damaged")
+    if about.kind != kind:
+        raise NotObserved(f"{path} holds a generator of the kind {shortened(about.kind)}, not {kind}.")
+    architecture = Architecture(*about.architecture)
     if architecture != model.architecture:
         raise BadInput(f"{path} was trained for {architecture}, the observation is of {model.architecture}.")
+    options = msgspec.to_builtins(about.options)
     with torch.random.fork_rng(devices=[]):
-        network = build(model, **about["options"])
+        network = build(model, **options)
     own, found = network.state_dict(), tensor_file.group(tensors, "network")
-    if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in found.items()}:
+    if {k: (v.shape, v.dtype) for k, v in own.items()} != {k: (v.shape, v.dtype) for k, v in found.items()}:
         raise BadInput(f"{path} does not fit the network that it names: it is damaged, or of another version.")
     network.load_state_dict(found)
-    trace = [(int(step), float(value)) for step, value in about.get("trace", [])]
-    return Generator(kind, about["options"], network.eval(), architecture, about["state"], tensors["pictures"], trace)
+    trace = [(step, float("nan") if value is None else value) for step, value in about.trace]
+    return Generator(kind, options, network.eval(), architecture, about.state, known_pictures(tensors, path), trace)
 
 
 def pictures_behind(path: Path) -> Tensor:
     """Hashes of the public pictures that the generator in this file was trained on; see `picture_hashes`."""
-    return tensor_file.read(path, SCHEMA, "pictures")[0]["pictures"]
+    return known_pictures(tensor_file.read(path, SCHEMA)[0], path)
+
+
+def known_pictures(tensors: Tensors, path: Path) -> Tensor:
+    """The hashes among the tensors of a generator; BadInput where there are none."""
+    pictures = tensors.get("pictures")
+    if pictures is None or pictures.ndim != 1 or pictures.dtype != torch.int64:
+        raise BadInput(f"{path} is damaged: it does not say which pictures it was trained on.")
+    return pictures
 
 
 def trained_on(path: Path | None, images: Tensor) -> int:
@@ -124,6 +154,8 @@ def reconstruct(
     trained = load(path, kind, build, observation.model)
     trained.check(observation)
     images = trained({name: gradient[None] for name, gradient in observation.as_gradient().items()})[0]
+    if not bool(images.isfinite().all()):
+        raise BadInput(f"The generator in {path} gives pixels that are NaN or infinite for this gradient.")
     if observation.batch_size not in (None, len(images)):
         raise BadInput(
             f"The generator was trained for batches of {len(images)}, the observation is of {observation.batch_size}."

@@ -4,26 +4,40 @@ Made many at once (`vmap` of `grad`), in shards that depend on the seed and thei
 that memory does not grow with their number, or to disk, where an interrupted run is resumed.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import msgspec
 import torch
+from msgspec import Meta
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from gradleak.attacks.search.descend import OnStep
-from gradleak.errors import BadInput
+from gradleak.errors import BadInput, checked, read_json
 from gradleak.modalities.pictures import Pictures
 from gradleak.observations import tensor_file
 from gradleak.observations.defenses import Defense
 from gradleak.observations.model import PictureModel
 from gradleak.observations.tensors import Tensors
 
-SCHEMA = "gradleak/pairs/1"
+SCHEMA, PLAN = "gradleak/pairs/1", "pairs.json"
 AT_ONCE = 2**26  # numbers in the gradients that are computed side by side
 MOST_AT_ONCE = 200  # pairs; more make it no faster
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """pairs.json: all that the pairs of a folder depend on."""
+
+    model: str
+    pictures: str
+    count: Annotated[int, Meta(ge=1, le=100_000_000)]
+    batch: Annotated[int, Meta(ge=1, le=1_000)]
+    defense: str
+    seed: int
+    shard: Annotated[int, Meta(ge=1, le=1_000_000)]
 
 
 @dataclass(frozen=True)
@@ -112,20 +126,15 @@ def write(
 
     Raises BadInput if the folder holds pairs of another model, seed or number.
     """
-    about = {
-        "model": model.state_hash(),
-        "pictures": f"{pictures.source} {pictures.split}",
-        "count": count,
-        "batch": batch,
-        "defense": repr(defense),
-        "seed": seed,
-        "shard": shard,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    plan = folder / "pairs.json"
-    if plan.is_file() and json.loads(plan.read_text()) != about:
+    made = {"model": model.state_hash(), "pictures": f"{pictures.source} {pictures.split}", "defense": repr(defense)}
+    about = checked(
+        {**made, "count": count, "batch": batch, "seed": seed, "shard": shard}, Plan, "No such pairs are made"
+    )
+    plan = folder / PLAN
+    if plan.exists() and read_plan(plan) != about:
         raise BadInput(f"{folder} holds pairs that were made in another way: choose another folder.")
-    plan.write_text(json.dumps(about))
+    folder.mkdir(parents=True, exist_ok=True)
+    plan.write_bytes(msgspec.json.encode(about))
     number = next(i for i in range(-(-count // shard) + 1) if not path_of(folder, i).is_file())
     for pairs in stream(
         model,
@@ -139,31 +148,49 @@ def write(
         on_step=on_step,
     ):
         tensors = {"images": pairs.images, "labels": pairs.labels, **tensor_file.prefixed("gradient", pairs.gradients)}
-        tensor_file.write(tensors, SCHEMA, about | {"number": number}, path_of(folder, number))
+        header = {**msgspec.to_builtins(about), "number": number}
+        tensor_file.write(tensors, SCHEMA, header, path_of(folder, number))
         number += 1
 
 
 def read(folder: Path, model: PictureModel) -> Iterator[Pairs]:
     """The shards of a folder; BadInput if one is missing, damaged, or was made with another model."""
-    plan = folder / "pairs.json"
-    if not plan.is_file():
+    if not (folder / PLAN).is_file():
         raise BadInput(f"{folder} holds no pairs: make some with `gradleak capture pairs`.")
-    try:
-        about = json.loads(plan.read_text())
-        count, shard, made_with = about["count"], about["shard"], about["model"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{plan} is damaged ({error}): make the pairs again.") from error
-    if made_with != model.state_hash():
+    plan = read_plan(folder / PLAN)
+    if plan.model != model.state_hash():
         raise BadInput(f"The pairs in {folder} were made with another model, or with other weights.")
-    for number in range(-(-count // shard)):
+    for number in range(-(-plan.count // plan.shard)):
         if not path_of(folder, number).is_file():
             raise BadInput(
                 f"{folder} lacks {path_of(folder, number).name}: run the same capture again, it goes on there."
             )
         tensors, _ = tensor_file.read(path_of(folder, number), SCHEMA, "images", "labels")
-        pairs = Pairs(tensors["images"], tensors["labels"], tensor_file.group(tensors, "gradient"))
+        gradients = tensor_file.floating(tensor_file.group(tensors, "gradient"), path_of(folder, number))
+        pairs = Pairs(tensors["images"], tensors["labels"], gradients)
+        check_fits(
+            pairs, model, (min(plan.shard, plan.count - number * plan.shard), plan.batch), path_of(folder, number)
+        )
         check(pairs, path_of(folder, number).name)
         yield pairs
+
+
+def read_plan(path: Path) -> Plan:
+    """What the pairs of a folder are; BadInput where the file is damaged."""
+    return checked(read_json(path), Plan, f"{path} is damaged: make the pairs again")
+
+
+def check_fits(pairs: Pairs, model: PictureModel, size: tuple[int, int], path: Path) -> None:
+    """BadInput where a shard does not hold so many pairs of so many pictures, with the gradients of this model."""
+    images, labels, trained = pairs.images, pairs.labels, model.trained
+    if images.shape != (*size, *model.architecture.input_shape) or images.dtype != torch.float32:
+        raise BadInput(f"{path} is damaged: it does not hold {size[0]:,} times {size[1]:,} pictures.")
+    if labels.shape != size or labels.dtype != torch.int64:
+        raise BadInput(f"{path} is damaged: its labels are no class indices.")
+    if int(labels.min()) < 0 or int(labels.max()) >= model.architecture.classes:
+        raise BadInput(f"{path} is damaged: a label is beyond the model's {model.architecture.classes} classes.")
+    if {n: g.shape for n, g in pairs.gradients.items()} != {n: (size[0], *p.shape) for n, p in trained.items()}:
+        raise BadInput(f"{path} is damaged: its gradients are not those of this model.")
 
 
 def path_of(folder: Path, number: int) -> Path:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -36,6 +37,13 @@ RANGES = {  # drawn log-uniformly
     "start_scale": (0.02, 0.5),
 }
 COMPARED = 4  # the best trials, between which agreement is measured
+
+
+class Trial(msgspec.Struct, frozen=True):
+    """The header of a finished trial."""
+
+    key: str
+    residual: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,18 +111,25 @@ class KKTSearch:
         kept = None if self.folder is None else self.folder / f"trial-{seed}.safetensors"
         key = json.dumps([state, asdict(attack)])
         if kept is not None and kept.is_file():
-            tensors, about = tensor_file.read(kept, TRIAL, "images", "labels")
-            if about.get("key") != key:
-                raise BadInput(f"{kept} holds a trial on other weights or settings: choose another folder.")
-            residual = checked(about.get("residual"), float, f"{kept} is damaged")
-            outcome = outcome_of(residual)
-            return Reconstruction(tensors["images"], tensors["labels"], residual, "", outcome, iterations=self.steps)
+            return self.finished(kept, key, observation.model.architecture.input_shape)
         found = attack(observation, generator=generator)
         if kept is not None:
             about = {"key": key, "residual": found.residual}
             assert found.labels is not None
             tensor_file.write({"images": found.value, "labels": found.labels}, TRIAL, about, kept)
         return found
+
+    def finished(self, kept: Path, key: str, shape: tuple[int, int, int]) -> Reconstruction:
+        """The trial in this file; BadInput where it is another, or is damaged."""
+        tensors, plain = tensor_file.read(kept, TRIAL, "images", "labels")
+        about = checked(plain, Trial, f"{kept} is damaged")
+        if about.key != key:
+            raise BadInput(f"{kept} holds a trial on other weights or settings: choose another folder.")
+        images, labels = tensors["images"], tensors["labels"]
+        if images.shape != (len(labels), *shape) or not len(labels) or labels.dtype != torch.int64 or labels.ndim != 1:
+            raise BadInput(f"{kept} is damaged: it holds no pictures with their labels.")
+        images, outcome = tensor_file.floating({"images": images}, kept)["images"], outcome_of(about.residual)
+        return Reconstruction(images, labels, about.residual, "", outcome, iterations=self.steps)
 
 
 def agreement(images: Tensor, others: list[Tensor]) -> Tensor:
