@@ -49,6 +49,24 @@ SHORT = ("--map-inversion.evaluations", 3, "--map-inversion.pairs", 0, "--invert
 Run = Callable[..., str]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Guess:
+    """An attack that takes no time: random pictures.
+
+    steps  how many times it does nothing
+    """
+
+    sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update, Adapter)
+    modality: ClassVar[str] = Architecture.modality
+
+    steps: int = 1
+
+    def __call__(self, observation: Any, *, generator: torch.Generator, on_step: object = None) -> Reconstruction:
+        shape = (observation.batch_size or 1, *observation.model.architecture.input_shape)
+        images = torch.rand(shape, generator=generator)
+        return Reconstruction(images, torch.zeros(len(images)).long(), 1.0, "Nothing was tried.", Outcome.NOTHING)
+
+
 @pytest.fixture
 def ok(capsys: pytest.CaptureFixture[str]) -> Run:
     """Run a command that must succeed; returns what it printed."""
@@ -160,7 +178,8 @@ def levels(row: Any) -> dict[str, str]:
 # --- The main job ---
 
 
-def test_capture_attack_audit_report_rerun(tmp_path: Path, ok: Run) -> None:
+def test_capture_attack_audit_report_rerun(tmp_path: Path, ok: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ATTACKS, "inverting-gradients", Guess)
     folder = tmp_path / "captured"
     said = ok("capture", "gradient", "--model", "mlp", *DIGITS, "--indices", 0, 1, "--seed", 4, "--out", folder)
     observation, secret = folder / "observation.safetensors", folder / "secret.safetensors"
@@ -216,8 +235,6 @@ def test_a_bare_audit_of_an_adapter(tmp_path: Path, captured: Path, ok: Run) -> 
     assert rows["inverting-gradients"]["parameters"]["steps"] == 2
     assert threats(tmp_path / "out")["recipe"]["revealed"]
     assert "Not tried: decode-pseudo-inverse, decode-ridge, decode-mlp, decode-unet." in said
-    ok("rerun", tmp_path / "out" / "record.json", "--out", tmp_path / "again")
-    assert scored(tmp_path / "again" / "record.json") == scored(tmp_path / "out" / "record.json")
 
 
 def test_capture_update_and_audit_it(tmp_path: Path, ok: Run) -> None:
@@ -274,22 +291,22 @@ def test_capture_adapter(tmp_path: Path, ok: Run) -> None:
 def test_the_folder_of_an_adapter_is_audited(tmp_path: Path, captured: Path, ok: Run, refused: Run) -> None:
     tuned = captured / "tuned"
     audit = ["audit", tuned / "adapter", *DIGITS]
-    based = [*audit, "--base", tuned / "base", *SHORT[:2], "--attacks", "map-inversion"]
+    based = [*audit, "--base", tuned / "base", "--attacks", "activation-patterns"]
 
     # Without the secret: nothing is scored, but it is said what the adapter determines, and what is not exact.
     said = ok(*based, "--out", tmp_path / "foreign")
     assert "the information is" in said
-    row = rows_of(tmp_path / "foreign")["map-inversion"]
+    row = rows_of(tmp_path / "foreign")["activation-patterns"]
     assert not row["scores"]
     assert row["observation"]["kind"] == "adapter"
     assert "not_exact" in levels(row)
-    assert str(row["parameters"]["prior"]).endswith("public pictures")
+    assert row["parameters"]["prior"].endswith("public pictures")
 
     # With it, and the recipe: exact, scored, recovered (64 pixels against hundreds of equations).
     secret = ["--lr", "1e-2", "--secret", tuned / "secret.safetensors"]
-    ok(*based, "activation-patterns", "dataset-size", "dlg", *secret, "--out", tmp_path / "known")
+    ok(*based, "dataset-size", "dlg", *secret, "--out", tmp_path / "known")
     rows = rows_of(tmp_path / "known")
-    assert "not_exact" not in levels(rows["map-inversion"])
+    assert "not_exact" not in levels(rows["activation-patterns"])
     assert rows["activation-patterns"]["scores"]["identification_rank"] == [1]
     assert rows["dlg"]["status"].startswith("Not run: ")
     assert rows["dataset-size"]["count"] == {
@@ -456,9 +473,8 @@ def test_a_model_that_does_not_give_the_release_voids_the_verdict(tmp_path: Path
     save_file(load_observation(seen(captured, "mlp")).released, tmp_path / "gradient.safetensors")
     save_file(MLP.build(1).state_dict(), tmp_path / "weights.safetensors")
     taken = ["--model", "mlp", "--weights", tmp_path / "weights.safetensors", "--input-shape", 1, 8, 8, *DIGITS]
-    secret = ["--secret", captured / "mlp" / "secret.safetensors", "--attacks", "inverting-gradients"]
-    short = ["--inverting-gradients.steps", 1]
-    said = ok("audit", tmp_path / "gradient.safetensors", *taken, *secret, *short, "--out", tmp_path / "out")
+    secret = ["--secret", captured / "mlp" / "secret.safetensors", "--attacks", "analytic"]
+    said = ok("audit", tmp_path / "gradient.safetensors", *taken, *secret, "--out", tmp_path / "out")
     made = record.read(tmp_path / "out" / "record.json")
     assert made["verdict"]["level"] == "void"
     assert "does not reproduce the release" in made["verdict"]["sentence"]
@@ -475,7 +491,7 @@ def test_the_demo_keeps_two_observations_apart(tmp_path: Path, ok: Run, monkeypa
     }
     assert tiny.keys() == DEMO.keys()
     monkeypatch.setattr(commands, "DEMO", tiny)
-    monkeypatch.setitem(ATTACKS, "inverting-gradients", Grey)
+    monkeypatch.setitem(ATTACKS, "inverting-gradients", Guess)
     said = ok("demo", "--out", tmp_path / "demo")
     made = record.read(tmp_path / "demo" / "record.json")
     names = [(row["observation"]["name"], row["observation"]["kind"], row["attack"]) for row in made["results"]]
@@ -511,7 +527,7 @@ def test_what_was_not_tried_on_one_observation_stays_said(
     """Also after a second observation has been audited into the same record."""
     gradient: Any = CaptureGradient(model="mlp", data="digits")
     monkeypatch.setattr(commands, "DEMO", {"first": (gradient, ("dlg",)), "second": (gradient, ("analytic",))})
-    monkeypatch.setitem(ATTACKS, "dlg", Grey)
+    monkeypatch.setitem(ATTACKS, "dlg", Guess)
     ok("demo", "--out", tmp_path / "demo")
     first, second = record.read(tmp_path / "demo" / "record.json")["verdicts"]
     assert (first["level"], second["level"]) == ("nothing", "recovered")
@@ -523,23 +539,6 @@ def test_every_attack_of_the_demo_reads_its_observation() -> None:
         assert isinstance(victim, CaptureAdapter if name == "adapter" else CaptureGradient)
         for attack in attacks:
             assert RELEASES[name] in ATTACKS[attack].sees  # type: ignore[attr-defined]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grey:
-    """An attack that takes no time: grey pictures.
-
-    steps  how many times it does nothing
-    """
-
-    sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update, Adapter)
-    modality: ClassVar[str] = "pictures"
-
-    steps: int = 1
-
-    def __call__(self, observation: Any, *, generator: torch.Generator, on_step: object = None) -> Reconstruction:
-        images = torch.full((observation.batch_size or 1, *observation.model.architecture.input_shape), 0.5)
-        return Reconstruction(images, None, 1.0, "Nothing was tried.", Outcome.NOTHING)
 
 
 # --- Help ---
@@ -603,7 +602,7 @@ def test_from_the_shell(tmp_path: Path, captured: Path) -> None:
     done = shell("attack", seen(captured, "mlp"), "--attack", "analytic", *DIGITS, "--out", tmp_path / "out")
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "out" / "record.json").is_file()
-    done = shell("report", tmp_path / "none", "--out", tmp_path / "report.html")
+    done = shell("nonsense")
     assert done.returncode == 2
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
@@ -613,7 +612,10 @@ def test_from_the_shell(tmp_path: Path, captured: Path) -> None:
 # --- Parameters of attacks and facts of training ---
 
 
-def test_steps_are_those_of_the_adapter(tmp_path: Path, captured: Path, ok: Run, refused: Run) -> None:
+def test_steps_are_those_of_the_adapter(
+    tmp_path: Path, captured: Path, ok: Run, refused: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ATTACKS, "inverting-gradients", Guess)
     attack = ["--attack", "inverting-gradients", "--inverting-gradients.steps", 2, *DIGITS]
     trained = ["--lr", "1e-2", "--steps", 3, "--optimizer", "momentum"]
     ok("attack", *adapter(captured), *trained, *attack, "--out", tmp_path / "out")
@@ -629,8 +631,8 @@ def test_steps_are_those_of_the_adapter(tmp_path: Path, captured: Path, ok: Run,
 def test_flags_reach_the_attack_whose_name_they_carry(
     tmp_path: Path, captured: Path, ok: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(ATTACKS, "dlg", Grey)
-    monkeypatch.setitem(ATTACKS, "inverting-gradients", Grey)
+    monkeypatch.setitem(ATTACKS, "dlg", Guess)
+    monkeypatch.setitem(ATTACKS, "inverting-gradients", Guess)
     flags = ["--attacks", "dlg", "inverting-gradients", "--dlg.steps", 5, "--inverting-gradients.steps=7"]
     ok("audit", seen(captured, "mlp"), *flags, *DIGITS, "--out", tmp_path / "out")
     rows = rows_of(tmp_path / "out")
@@ -863,13 +865,13 @@ def test_plain_weights_are_those_of_a_trained_network(tmp_path: Path, captured: 
     assert rows["batch size"]["detail"] == "2"
 
 
-@pytest.mark.parametrize("attack", ["analytic", "inverting-gradients", "idlg"])
+@pytest.mark.parametrize("attack", ["analytic", "idlg"])
 def test_a_plain_gradient_file_in_half_precision(tmp_path: Path, captured: Path, ok: Run, attack: str) -> None:
     released = load_observation(seen(captured, "mlp")).released
     save_file({name: tensor.half() for name, tensor in released.items()}, tmp_path / "half.safetensors")
     taken = ["--model", "mlp", "--weights", captured / "mlp.safetensors", "--input-shape", 1, 8, 8, *DIGITS]
     idlg = ["--idlg.evaluations", 2, "--idlg.rounds", 0, "--idlg.restarts", 1]
-    short = {"inverting-gradients": ["--inverting-gradients.steps", 2], "idlg": idlg}.get(attack, [])
+    short = idlg if attack == "idlg" else []
     ok("attack", tmp_path / "half.safetensors", "--attack", attack, *short, *taken, "--out", tmp_path / "o")
     assert rows_of(tmp_path / "o")[attack]["observation"]["precision"] == "float16"
 
@@ -944,7 +946,7 @@ def test_an_interrupt_leaves_what_was_finished(
     tmp_path: Path, captured: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     @dataclass(frozen=True, kw_only=True)
-    class Interrupted(Grey):
+    class Interrupted(Guess):
         def __call__(self, observation: Any, *, generator: torch.Generator, on_step: object = None) -> Reconstruction:
             raise KeyboardInterrupt
 
@@ -1082,17 +1084,15 @@ def test_every_study_takes_a_device_or_is_refused_one(tmp_path: Path, refused: R
 @pytest.mark.parametrize("kind", ["git", "lti"])
 def test_a_generator_is_trained_and_attacks(tmp_path: Path, captured: Path, ok: Run, refused: Run, kind: str) -> None:
     observation, pairs = seen(captured, "lenet"), tmp_path / "pairs"
-    made = ["capture", "pairs", observation, *DIGITS, "--count", 60, "--noise", 0.001, "--out", pairs]
+    made = ["capture", "pairs", observation, *DIGITS, "--count", 20, "--noise", 0.001, "--out", pairs]
     ok(*made)
     ok(*made)  # goes on, and there is nothing left
-    trained = ["--pairs", pairs, *DIGITS, "--training-epochs", 1, "--count", 60]
+    trained = ["--pairs", pairs, *DIGITS, "--training-epochs", 1, "--count", 20]
     ok("train", kind, observation, *trained, "--out", tmp_path / "trained")
     generator = [f"--{kind}.generator", tmp_path / "trained" / "generator.safetensors"]
     ok("attack", observation, "--attack", kind, *generator, *DIGITS, "--out", tmp_path / "found")
     inputs = record.read(tmp_path / "found" / "record.json")["command"]["inputs"]
     assert set(inputs) == {str(observation), str(generator[1])}
-    start = ["--start", tmp_path / "found" / "reconstruction.safetensors", "--inverting-gradients.steps", 2]
-    ok("attack", observation, "--attack", "inverting-gradients", *start, *DIGITS, "--out", tmp_path / "better")
     none = [*DIGITS, "--out", tmp_path / "none"]
     assert kind in refused("attack", observation, "--attack", kind, *none)
     other = refused("attack", other_state(tmp_path, captured), "--attack", kind, *generator, *none)

@@ -7,12 +7,12 @@ from itertools import permutations
 import pytest
 import torch
 
-from gradleak.attacks.dager.dager import FORWARD, Dager
-from gradleak.attacks.dager.ordering import fluent
-from gradleak.attacks.dager.outputs import Path
-from gradleak.attacks.dager.spans import Span, ended, excess, span_of, spans
+from gradleak.attacks.dager.dager import Dager
+from gradleak.attacks.dager.encoder import Path
+from gradleak.attacks.dager.spans import FORWARD, Span, excess, numerical_rank, span_of, spans_of
 from gradleak.attacks.dager.vocabulary import Embeddings, candidates
 from gradleak.attacks.reconstruction import Reconstruction
+from gradleak.attacks.text_ordering import fluent
 from gradleak.audit.loop import audit
 from gradleak.audit.metrics.texts import rouge1
 from gradleak.audit.scoring.texts import public
@@ -93,14 +93,14 @@ def test_a_full_matrix_refuses_nobody() -> None:
 def test_the_end_of_a_spectrum_by_hand() -> None:
     """Three values, and a tail at the rounding of float32: sqrt 50 roundings of what sums to about 4."""
     values = torch.tensor([3.0, 2.0, 1.5, 1e-7], dtype=torch.float64)
-    assert ended(values, torch.Size((50, 4)), 1.2e-7)[0] == 3
+    assert numerical_rank(values, torch.Size((50, 4)), 1.2e-7)[0] == 3
 
 
 def test_a_weak_direction_above_the_rounding_is_not_lost_behind_a_wider_gap() -> None:
     """Tokens that recur at positions leave one direction nearly empty: 1e-5 is above a flat tail of 6e-7, though the gap before
     it is wider."""
     values = torch.tensor([3.0, 2.0, 5e-3, 1e-5, 6e-7, 5.5e-7, 5.2e-7, 5e-7], dtype=torch.float64)
-    assert ended(values, torch.Size((1_000, 8)), 1.2e-7)[0] == 4
+    assert numerical_rank(values, torch.Size((1_000, 8)), 1.2e-7)[0] == 4
 
 
 @pytest.mark.parametrize("level", [1e-3, 0.1])
@@ -181,7 +181,7 @@ def test_a_factor_is_looked_through() -> None:
     span = span_of(clean @ A.T, A, "float64")
     assert span.rank == 5
     assert float(excess([span], clean[:9], 1e-9)[1].max()) <= 1
-    N = span.outside()
+    N = span.orthogonal()
     assert N.shape == (3, 40)
     assert float((N @ clean.T).abs().max()) < 1e-9 * float(clean.abs().max()) * 40
 
@@ -203,14 +203,10 @@ def test_the_output_of_the_attention_is_found_for_each_token_alone() -> None:
     seen, secret = captured("bert", "classification", 2)
     own, family = seen.model, seen.model.architecture.family
     exact = {name: p.double() for name, p in own.parameters.items()}
-    block, views = family.block(0), seen.sketches()
-    parts = ((family.output,), family.hidden, family.passed)
-    path = Path.of(
-        own, exact, [spans(views, tuple(f"{block}.{n}" for n in names), "float32") for names in parts], FORWARD
-    )
+    path = Path.of(seen, exact, FORWARD)
     assert path is not None
     for tokens in secret.inputs:
-        names = [family.queries(0)[0], f"{block}.{family.output}"]
+        names = [family.queries(0)[0], f"{family.block(0)}.{family.output}"]
         true = layer_inputs(own, names, torch.tensor([tokens]), parameters=exact)
         # Tokens that stand at one position in both sentences have two outputs, of which one is found.
         once = [
@@ -245,7 +241,7 @@ def test_the_screen_agrees_with_the_model_token_by_token(kind: Kind, task: Task)
     """Against the model's own inputs, computed one position at a time in float64."""
     seen, secret = captured(kind, task)
     own, family = seen.model, seen.model.architecture.family
-    first = spans(seen.sketches(), family.queries(0), "float32")
+    first = spans_of(seen, family.queries(0))
     found = candidates(Embeddings.of(own), first, rounding=FORWARD, most=500)
     exact = {name: p.double() for name, p in own.parameters.items()}
     name = family.queries(0)[0]

@@ -8,7 +8,7 @@ import torch
 from transformers import RobertaConfig
 
 from gradleak.attacks.dager.dager import Dager
-from gradleak.attacks.dager.masked_targets import unmask
+from gradleak.attacks.masked_targets import unmask
 from gradleak.attacks.reconstruction import Outcome, Reconstruction
 from gradleak.errors import BadInput
 from gradleak.formats.secret_file import Secret

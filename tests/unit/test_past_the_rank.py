@@ -85,7 +85,7 @@ def test_the_search_corrects_a_token_and_an_exchange() -> None:
     assert torch.equal(_sweep(target, likely, start, zero()).tokens, truth)
     for text in (truth[[0, 1, 5, 3, 4, 2, *range(6, len(truth))]], truth[[*range(4), *range(5, len(truth))]]):
         start = Searched(text, label(secret), float(target.distances(text[None], label(secret))))
-        assert torch.equal(_moved(target, likely, start).tokens, truth)
+        assert torch.equal(_moved(target, likely, start, 10).tokens, truth)
 
 
 def test_more_comes_back_than_frequent_words_would_give() -> None:

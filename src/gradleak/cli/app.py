@@ -6,6 +6,7 @@ Nothing heavy is imported before a command needs it: help, versions and typing e
 import difflib
 import importlib
 import inspect
+import io
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
@@ -38,16 +39,24 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "list": ("gradleak.cli.commands:list_all", "Attacks, what each needs and recovers; studies; models."),
 }
 GROUPS = ("capture", "train")  # whose commands have two words
-LONGEST = 2_000  # characters of a sentence on the terminal
+LONGEST = 1_000  # characters of a sentence on the terminal
+LARGEST_SEED = 2**32 - 1
+OUT_OF_MEMORY = ("allocate memory", "out of memory", "bad_alloc", "Storage size calculation overflowed")  # as torch says it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold what no terminal can write
     try:
         run(argv)
     except BadInput as error:
         return complain(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+            raise
+        return complain("This needs more memory than there is: take a smaller model, fewer samples or another machine.")
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             return 0
@@ -103,6 +112,8 @@ def perform(name: str, parsed: Any, options: dict[str, dict[str, Any]]) -> None:
     """Do a command with its arguments, and the parameters of attacks."""
     if (threads := getattr(parsed, "threads", None)) is not None:
         set_threads(threads)
+    if not 0 <= getattr(parsed, "seed", 0) <= LARGEST_SEED:
+        raise BadInput(f"A seed lies between 0 and {LARGEST_SEED:,}, not at {parsed.seed}.")
     command = located(COMMANDS[name][0])
     takes = inspect.signature(command).parameters
     more: dict[str, Any] = {"name": name} if "name" in takes else {}

@@ -12,10 +12,12 @@ from torch import nn
 from gradleak.errors import BadInput, checked, parsed, shortened
 from gradleak.modalities.language_models import LanguageArchitecture, Task, build
 from gradleak.modalities.networks import MODELS, Architecture
+from gradleak.modalities.pictures import LONGEST_SIDE, MOST_CLASSES
 from gradleak.modalities.transformers_networks import check_sizes, one_line, quiet_transformers, refusing
 from gradleak.observations.tensors import Tensors
 
 SPECIAL = ("unk_token", "pad_token", "cls_token", "sep_token", "mask_token", "bos_token", "eos_token")
+Side = Annotated[int, Meta(ge=1, le=LONGEST_SIDE)]
 PROBE = "Any text, to see whether the tokenizer works."
 
 
@@ -23,8 +25,8 @@ class PictureBlueprint(msgspec.Struct, frozen=True):
     """An `Architecture` as JSON."""
 
     name: Annotated[str, Meta(max_length=1_000)]
-    input_shape: tuple[int, int, int]
-    classes: int
+    input_shape: tuple[Side, Side, Side]
+    classes: Annotated[int, Meta(ge=1, le=MOST_CLASSES)]
 
 
 class TextBlueprint(msgspec.Struct, frozen=True):

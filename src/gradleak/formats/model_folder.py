@@ -140,7 +140,7 @@ def read_language_model(folder: Path, task: Task, *, classes: int = 2, seed: int
 
     if not is_language_model(folder):
         raise BadInput(f"{folder} holds no language model: it needs config.json, model.safetensors and tokenizer.json.")
-    config = read_config(folder)
+    config = read_config(folder, f"{folder} holds no language model that transformers can read")
     tokenizer = working_tokenizer(
         lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True),
         config,

@@ -52,7 +52,7 @@ RENAMED = (
 UNUSUAL = ("use_dora", "use_qalora", "layer_replication", "alora_invocation_tokens", "loftq_config")
 
 
-Rank = Annotated[int, Meta(ge=0, le=1_000_000)]
+Rank = Annotated[int, Meta(le=1_000_000)]
 Alpha = Annotated[float, Meta(ge=-1e6, le=1e6)]
 
 

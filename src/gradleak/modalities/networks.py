@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gradleak.errors import BadInput
 from gradleak.modalities.modality import Fact, by, fact
-from gradleak.modalities.pictures import Pictures, png
+from gradleak.modalities.pictures import LONGEST_SIDE, MOST_CLASSES, Pictures, png
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 MNIST_MEAN, MNIST_STD = (0.1307,), (0.3081,)
@@ -228,7 +228,6 @@ MODELS: dict[str, Callable[[tuple[int, int, int], int], nn.Module]] = {
     "convnet": convnet,
     "vit": vit,
 }
-LONGEST_SIDE, MOST_CLASSES = 4_096, 1_000_000
 BINARY = ("mlp1000",)  # these tell two classes apart: labels are taken modulo 2, for digits odd from even
 
 

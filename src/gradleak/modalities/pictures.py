@@ -14,6 +14,10 @@ from __future__ import annotations
 
 import base64
 import io
+import os
+import struct
+import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,10 +30,21 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from gradleak.errors import BadInput
+from gradleak.errors import BadInput, shortened
+
+LONGEST_SIDE = 4_096  # of a picture that a model sees
+MOST_CLASSES = 1_000_000
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")  # those that run no other program
 
 # `datasets`, `skimage` and `sklearn` are imported inside the functions that need them: together they take seconds,
 # which somebody who attacks a gradient of their own would pay for nothing.
+
+
+# What Pillow says to broken files.
+BROKEN = (
+    *(OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError),
+    *(MemoryError, struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,8 +128,8 @@ def public_pool(
 
 def resized(image: Tensor, size: tuple[int, int]) -> Tensor:
     """(channel, h, w) -> (channel, *size) by antialiased bicubic interpolation, clamped to [0, 1]."""
-    if min(size) < 1:
-        raise BadInput(f"A picture size is (height, width), both at least 1, not {size}.")
+    if min(size) < 1 or max(size) > LONGEST_SIDE:
+        raise BadInput(f"A picture size is (height, width), both between 1 and {LONGEST_SIDE:,}, not {size}.")
     if tuple(image.shape[1:]) == tuple(size):
         return image
     # bicubic overshoots at edges, hence the clamp
@@ -140,8 +155,6 @@ def png(image: Tensor) -> str:
 
 def _pictures(rows: _Rows, chosen: Sequence[int], images: Sequence[Tensor], source: str | Path, split: str) -> Pictures:
     labels = torch.tensor([int(rows.labels[i]) for i in chosen])
-    if bool((labels < 0).any()):
-        raise BadInput(f"Split {split!r} of {source} hides its labels (they are negative): take another split.")
     return Pictures(torch.stack(list(images)), labels, rows.classes, str(source), split)
 
 
@@ -268,11 +281,20 @@ def _hugging_face(source: str | Path, split: str) -> _Rows:
     def decode(i: int) -> Tensor:
         stored = raw[i][image[0]]
         try:
-            with Image.open(stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])) as picture:
-                return _tensor(picture)
-        # Pillow reports broken files by all of these
-        except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
-            raise BadInput(f"The picture in row {i} of {source} cannot be read: {error}") from error
+            with warnings.catch_warnings(action="ignore"):
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                file = stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
+                if isinstance(file, str) and not Path(file).is_file():
+                    raise BadInput(f"The picture in row {i} of {source} is not there.")
+                with Image.open(file) as picture:
+                    if picture.format not in FORMATS:
+                        raise BadInput(f"The picture in row {i} of {source} is {picture.format}, which is not read.")
+                    return _tensor(picture)
+        except BROKEN as error:
+            if isinstance(error, BadInput):
+                raise
+            reason = shortened(str(error))
+            raise BadInput(f"The picture in row {i} of {source} cannot be read: {reason}") from error
 
     return _Rows(labels, classes, decode)
 
@@ -280,8 +302,10 @@ def _hugging_face(source: str | Path, split: str) -> _Rows:
 def hugging_face_splits(source: str | Path) -> Mapping[str, Any]:
     import datasets
 
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_dir():
+        if path.resolve() == Path(path.resolve().anchor):
+            raise BadInput(f"{source} is everything on this machine: give a folder that holds data.")
         builder = "parquet" if next(path.rglob("*.parquet"), None) else "imagefolder"
         arguments = {"path": builder, "data_dir": str(path)}
     elif isinstance(source, Path) or path.exists() or source.startswith(("/", "./", "../", "~")):
@@ -292,8 +316,8 @@ def hugging_face_splits(source: str | Path) -> Mapping[str, Any]:
     try:
         with _quiet():
             splits: Mapping[str, Any] = datasets.load_dataset(**arguments)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
+    except (*BROKEN, datasets.exceptions.DatasetsError) as error:
+        reason = shortened(str(error)).rstrip(".")
         if path.is_dir():
             raise BadInput(f"{source} cannot be read as a folder of parquet files or pictures: {reason}.") from error
         raise BadInput(
@@ -313,11 +337,16 @@ def hugging_face_labels(table: Any, source: str | Path) -> tuple[Sequence[int], 
     if not columns:
         return [0] * len(table), ("unlabelled",)
     labels = table.select_columns(columns[:1]).with_format("numpy")[:][columns[0]]
-    if labels.dtype.kind not in "iu":
-        raise BadInput(f"The label column {columns[0]!r} of {source} has missing entries.")
-    if named:
-        return labels, tuple(table.features[columns[0]].names)
-    return labels, tuple(str(i) for i in range(int(labels.max(initial=0)) + 1))
+    what = f"The label column {shortened(columns[0])!r} of {source}"
+    if labels.dtype.kind not in "iu" or labels.ndim != 1:
+        raise BadInput(f"{what} has missing entries, or none that are whole numbers.")
+    names = tuple(table.features[columns[0]].names) if named else None
+    least, largest = int(labels.min(initial=0)), int(labels.max(initial=0))
+    if least < 0:
+        raise BadInput(f"{what} hides its labels (they are negative): take another split.")
+    if largest >= (MOST_CLASSES if names is None else len(names)):
+        raise BadInput(f"{what} has the label {largest:,}, which is no label.")
+    return labels, tuple(map(str, range(largest + 1))) if names is None else names
 
 
 @contextmanager

@@ -51,7 +51,11 @@ def load_texts(
     if not chosen:
         raise BadInput(f"No rows were selected from split {split!r} of {source}: give at least one index.")
     taken = torch.tensor([int(labels[i]) for i in chosen])
-    return Texts(tuple(str(texts[i]) for i in chosen), taken, classes, str(source), split)
+    lines = [texts[i] for i in chosen]
+    for i, line in zip(chosen, lines, strict=True):
+        if not isinstance(line, str):
+            raise BadInput(f"Row {i} of {source} holds a {type(line).__name__}, and no text.")
+    return Texts(tuple(lines), taken, classes, str(source), split)
 
 
 def test_split(source: str | Path) -> str:

@@ -41,8 +41,9 @@ def structure(folder: Path) -> tuple[ImageTransformer, Architecture]:
     """An image classifier of transformers from config.json alone: freshly initialised, no weights read, no code imported."""
     from transformers import AutoModelForImageClassification
 
-    config = read_config(folder)
-    with refusing(f"{folder} holds no image classifier that transformers can build"):
+    sentence = f"{folder} holds no image classifier that transformers can build"
+    config = read_config(folder, sentence)
+    with refusing(sentence):
         size, channels = getattr(config, "image_size", 224), config.num_channels
         height, width = (size, size) if isinstance(size, int) else size
         architecture = Architecture(str(folder), (channels, height, width), config.num_labels)
@@ -56,15 +57,18 @@ def structure(folder: Path) -> tuple[ImageTransformer, Architecture]:
     return module, replace(architecture, name="vit") if _is_our_vit(module, architecture) else architecture
 
 
-def read_config(folder: Path) -> Any:
-    """The configuration of a folder of transformers; BadInput where it makes no sense. No code is imported."""
+def read_config(folder: Path, sentence: str) -> Any:
+    """The configuration of a folder of transformers; BadInput that begins with this sentence where it makes no sense. No code is
+    imported."""
     from transformers import AutoConfig
 
-    about = read_json(folder / "config.json")
-    if not isinstance(about, dict):
-        raise BadInput(f"{folder / 'config.json'} holds no configuration of a model.")
-    check_sizes(about, str(folder))
-    with refusing(f"{folder} holds no configuration that transformers can read"):
+    try:
+        check_sizes(
+            checked(read_json(folder / "config.json"), dict[str, Any], f"{folder} has no configuration"), str(folder)
+        )
+    except BadInput as error:
+        raise BadInput(f"{sentence}: {error}") from error
+    with refusing(sentence):
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 

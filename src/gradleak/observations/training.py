@@ -15,7 +15,7 @@ from gradleak.observations.tensors import Tensors
 Optimizer = Literal["sgd", "momentum", "adam", "adamw"]
 MOMENTUM, BETAS, EPSILON, WEIGHT_DECAY = 0.9, (0.9, 0.999), 1e-8, 0.01  # torch.optim's defaults; momentum as is usual
 
-SMALLEST_RATE, LARGEST_RATE, MOST_STEPS = 1e-12, 1e6, 1_000_000
+SMALLEST_RATE, LARGEST_RATE, MOST_STEPS = 1e-30, 1e30, 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)

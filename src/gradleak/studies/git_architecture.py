@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from gradleak.studies.findings import Findings, Row, Size, Start, opening
-from gradleak.studies.learned_victims import fit, found_for, prepare, scores
+from gradleak.studies.learned_victims import GIT, fit, found_for, prepare, scores
 
 # pairs, epochs, unseen pictures
 SIZES: dict[Size, tuple[int, int, int]] = {
@@ -30,12 +30,12 @@ def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]
     before = opening(data, size, *field.notes(size, pairs, private))
     true = field.private.images
     rows.append({"layout": "control: mean image", **scores(field.public.images.mean(0).expand_as(true), true)})
-    alone, seconds = fit(field, "git", {"hidden": 64}, pairs=pairs, epochs=0, seed=seed)
+    alone, seconds = fit(field, "git", GIT[size], pairs=pairs, epochs=0, seed=seed)
     measured = {**scores(found_for(alone, field, field.private), true), "seconds": round(seconds, 1)}
     rows.append({"layout": "none: regression alone", **measured})
     for layout, options in LAYOUTS.items():
         git, seconds = fit(
-            field, "git", {"hidden": 64, **options}, pairs=pairs, epochs=epochs, seed=seed, on_step=start(layout)
+            field, "git", {**GIT[size], **options}, pairs=pairs, epochs=epochs, seed=seed, on_step=start(layout)
         )
         measured = {**scores(found_for(git, field, field.private), true), "seconds": round(seconds, 1)}
         rows.append({"layout": layout, **measured})

@@ -5,6 +5,7 @@ GIT's published mean squared error on CIFAR-10 with 10,000 pairs is 0.010, LTI's
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,51 +18,101 @@ from gradleak.attacks.learned.git import Transcript
 from gradleak.attacks.recursion.recursive import Recursive
 from gradleak.studies.data_sets import rows_of
 from gradleak.studies.findings import Findings, Row, Size, Start, interval, opening, plot
-from gradleak.studies.learned_victims import Field, equal_size, fit, found_for, prepare, scores
+from gradleak.studies.learned_victims import GIT, Field, equal_size, fit, found_for, prepare, scores
 from gradleak.victims.gradient import capture_gradient
 
-# pairs, epochs of GIT, of LTI, seeds of GIT and the perceptron, of LTI, unseen pictures, pictures for searches, their steps
-SIZES: dict[Size, tuple[int, int, int, int, int, int, int, int]] = {
-    "smoke": (100, 3, 1, 2, 1, 20, 1, 50),
-    "small": (10_000, 6, 10, 3, 1, 1_000, 4, 1_000),
-    "paper": (10_000, 30, 200, 3, 3, 1_000, 20, 4_000),
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """pairs, unseen: pictures; epochs of GIT and of LTI; seeds of GIT and the perceptron, and of LTI; widths of LTI; the attacks
+    that are not trained, and on how many pictures."""
+
+    pairs: int
+    unseen: int
+    epochs: int
+    lti_epochs: int
+    seeds: int
+    lti_seeds: int
+    lti: dict[str, Any] = field(default_factory=dict)
+    searched: int
+    dlg: DLG = field(default_factory=DLG)
+    inverting_gradients: InvertingGradients
+
+    @property
+    def searches(self) -> dict[str, Any]:
+        """By name."""
+        return {"recursive": Recursive(), "dlg": self.dlg, "inverting-gradients": self.inverting_gradients}
+
+
+SIZES: dict[Size, Effort] = {
+    "smoke": Effort(
+        pairs=100,
+        unseen=20,
+        epochs=3,
+        lti_epochs=1,
+        seeds=2,
+        lti_seeds=1,
+        lti={"widths": (100, 100)},
+        searched=1,
+        dlg=DLG(evaluations=20, rounds=0, restarts=1),
+        inverting_gradients=InvertingGradients(steps=20),
+    ),
+    "small": Effort(
+        pairs=10_000,
+        unseen=1_000,
+        epochs=6,
+        lti_epochs=10,
+        seeds=3,
+        lti_seeds=1,
+        searched=4,
+        inverting_gradients=InvertingGradients(steps=1_000),
+    ),
+    "paper": Effort(
+        pairs=10_000,
+        unseen=1_000,
+        epochs=30,
+        lti_epochs=200,
+        seeds=3,
+        lti_seeds=3,
+        searched=20,
+        inverting_gradients=InvertingGradients(steps=4_000),
+    ),
 }
 
 
 def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]:
     """Yields after every method and seed; the findings so far."""
-    pairs, epochs, lti_epochs, seeds, lti_seeds, private, searched, steps = SIZES[size]
-    rows = list[Row]()
-    before = ""
-    for s in range(seed, seed + seeds):
-        field = prepare("lenet", data, size, s, pairs, private)
-        before = opening(data, size, *field.notes(size, pairs, private))
-        true = field.private.images
-        mean = field.public.images.mean(0).expand_as(true)
+    effort, rows = SIZES[size], list[Row]()
+    pairs, epochs = effort.pairs, effort.epochs
+    for s in range(seed, seed + effort.seeds):
+        victim = prepare("lenet", data, size, s, pairs, effort.unseen)
+        before = opening(data, size, *victim.notes(size, pairs, effort.unseen))
+        true = victim.private.images
+        mean = victim.public.images.mean(0).expand_as(true)
         rows.append({"method": "control: mean image", "seed": s, **scores(mean, true), "seconds": 0.0})
-        row, network = trained(field, "git", "git", {"hidden": 64}, pairs, epochs, s, start)
+        row, network = trained(victim, "git", "git", GIT[size], pairs, epochs, s, start)
         rows.append(row)
         yield findings(rows).after(before)
-        row, _ = trained(field, "git, regression alone", "git", {"hidden": 64}, pairs, 0, s, start)
+        row, _ = trained(victim, "git, regression alone", "git", GIT[size], pairs, 0, s, start)
         rows.append(row)
         yield findings(rows).after(before)
         assert isinstance(network, Transcript)
-        widths = {"widths": equal_size(field, network)}
-        row, _ = trained(field, "perceptron of equal size", "lti", widths, pairs, 3 * epochs, s, start)
+        widths = {"widths": equal_size(victim, network)}
+        row, _ = trained(victim, "perceptron of equal size", "lti", widths, pairs, 3 * epochs, s, start)
         rows.append(row)
         yield findings(rows).after(before)
-        if s < seed + lti_seeds:
-            row, _ = trained(field, "lti", "lti", {}, pairs, lti_epochs, s, start, learning_rate=1e-3)
+        if s < seed + effort.lti_seeds:
+            row, _ = trained(victim, "lti", "lti", effort.lti, pairs, effort.lti_epochs, s, start, learning_rate=1e-3)
             rows.append(row)
             yield findings(rows).after(before)
-    searches = {"recursive": Recursive(), "dlg": DLG(), "inverting-gradients": InvertingGradients(steps=steps)}
-    for name, attack in searches.items():
-        rows.append(searched_for(prepare("lenet", data, size, seed, pairs, private), name, attack, searched, seed))
+    victim = prepare("lenet", data, size, seed, pairs, effort.unseen)
+    for name, attack in effort.searches.items():
+        rows.append(searched_for(victim, name, attack, effort.searched, seed))
         yield findings(rows).after(before)
 
 
 def trained(
-    field: Field,
+    victim: Field,
     method: str,
     kind: str,
     options: dict[str, Any],
@@ -74,21 +125,21 @@ def trained(
     """One row, of a generator trained here, and its network."""
     on_step = start(f"{method}, seed {seed}")
     made, seconds = fit(
-        field, kind, options, pairs=pairs, epochs=epochs, seed=seed, on_step=on_step, learning_rate=learning_rate
+        victim, kind, options, pairs=pairs, epochs=epochs, seed=seed, on_step=on_step, learning_rate=learning_rate
     )
-    measured = scores(found_for(made, field, field.private), field.private.images)
+    measured = scores(found_for(made, victim, victim.private), victim.private.images)
     return {"method": method, "seed": seed, **measured, "seconds": round(seconds, 1), "pairs": pairs}, made.network
 
 
-def searched_for(field: Field, name: str, attack: Any, count: int, seed: int) -> Row:
+def searched_for(victim: Field, name: str, attack: Any, count: int, seed: int) -> Row:
     """One row: an attack that is not trained, on the first private pictures, one after another."""
     recovered, seconds = [], 0.0
     for i in range(count):
-        observation, _ = capture_gradient(field.model, rows_of(field.private, i, 1))
+        observation, _ = capture_gradient(victim.model, rows_of(victim.private, i, 1))
         began = time.process_time()
         recovered.append(attack(observation, generator=torch.Generator().manual_seed(seed)).value)
         seconds += time.process_time() - began
-    measured = scores(torch.cat(recovered), field.private.images[:count])
+    measured = scores(torch.cat(recovered), victim.private.images[:count])
     return {"method": name, **measured, "seconds": round(seconds / count, 1), "seed": seed}
 
 

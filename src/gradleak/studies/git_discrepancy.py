@@ -14,7 +14,7 @@ from gradleak.observations.model import Model
 from gradleak.observations.tensors import flatten
 from gradleak.studies.data_sets import rows_of
 from gradleak.studies.findings import Findings, Row, Size, Start, opening, plot, shortage
-from gradleak.studies.learned_victims import fit, found_for, prepare, scores
+from gradleak.studies.learned_victims import GIT, fit, found_for, prepare, scores
 from gradleak.victims.training import train
 
 # pairs, epochs of the generator, unseen pictures, pictures of the victim
@@ -31,7 +31,7 @@ def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]
     """Yields after every state of the victim; the findings so far."""
     pairs, epochs, private, local = SIZES[size]
     field = prepare("lenet", data, size, seed, pairs, private)
-    git, _ = fit(field, "git", {"hidden": 64}, pairs=pairs, epochs=epochs, seed=seed, on_step=start("git"))
+    git, _ = fit(field, "git", GIT[size], pairs=pairs, epochs=epochs, seed=seed, on_step=start("git"))
     same = scores(found_for(git, field, field.private), field.private.images)
     rows: list[Row] = [{"share": 0.0, "epochs": 0, "weights_moved": 0.0, **same, "growth": 0.0}]
     architecture = field.model.architecture

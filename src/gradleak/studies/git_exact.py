@@ -22,7 +22,7 @@ from gradleak.observations.model import Model
 from gradleak.observations.tensors import Tensors
 from gradleak.studies.data_sets import blueprint
 from gradleak.studies.findings import Findings, Row, Size, Start, opening
-from gradleak.studies.learned_victims import Field, fit, found_for, scores
+from gradleak.studies.learned_victims import GIT, Field, fit, found_for, scores
 
 WIDTH = 64
 # height and width of the pictures, pairs, seeds, unseen pictures, epochs of coarse GIT
@@ -64,7 +64,7 @@ def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]
             field = Field(model, public, held)
             leaked.append(recovered(field, pairs, seed + number))
             on_step(number + 1, seeds, min(leaked[-1]["cosines"]))
-        made, _ = fit(field, "git", {"hidden": 64}, pairs=pairs, epochs=epochs, seed=seed, on_step=start("coarse GIT"))
+        made, _ = fit(field, "git", GIT[size], pairs=pairs, epochs=epochs, seed=seed, on_step=start("coarse GIT"))
         coarse = scores(found_for(made, field, held), held.images)
         blind = scores(public.images.mean(0).expand_as(held.images), held.images)
         controls = {"git_psnr_db": coarse["psnr_db"], "mean_image_psnr_db": blind["psnr_db"]}

@@ -15,7 +15,7 @@ from gradleak.modalities.pictures import Pictures, public_pool
 from gradleak.observations.model import Model
 from gradleak.studies.data_sets import beside
 from gradleak.studies.findings import Findings, Row, Size, Start, opening
-from gradleak.studies.learned_victims import Field, equal_size, fit, found_for, prepare, scores
+from gradleak.studies.learned_victims import GIT, Field, equal_size, fit, found_for, prepare, scores
 
 # pairs, epochs, unseen pictures
 SIZES: dict[Size, tuple[int, int, int]] = {"smoke": (60, 1, 20), "small": (2_000, 5, 300), "paper": (10_000, 30, 1_000)}
@@ -43,7 +43,7 @@ def run_faces(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Fin
     public, private = (chosen(every, rows) for rows in (known, ~known))
     architecture = Architecture("lenet", (1, 32, 32), len(every.classes))
     field = Field(Model.of(architecture.build(seed).eval(), architecture), public, private)
-    for findings in compared(field, len(public.images), 10 * SIZES[size][1], seed, start):
+    for findings in compared(field, size, len(public.images), 10 * SIZES[size][1], seed, start):
         yield findings.after(opening(data, size, used=str(faces)))
 
 
@@ -58,11 +58,11 @@ def of_classifier(
     """The model on training pictures of the data, against test pictures."""
     pairs, epochs, private = SIZES[size]
     field = prepare(name, data, size, seed, pairs, private)
-    for findings in compared(field, pairs, epochs, seed, start):
+    for findings in compared(field, size, pairs, epochs, seed, start):
         yield findings.after(opening(data, size, reservation, *field.notes(size, pairs, private)))
 
 
-def compared(field: Field, pairs: int, epochs: int, seed: int, start: Start) -> Iterator[Findings]:
+def compared(field: Field, size: Size, pairs: int, epochs: int, seed: int, start: Start) -> Iterator[Findings]:
     """GIT, its regression alone, and a perceptron of its size."""
     true, name = field.private.images, field.model.architecture.name
     parts = " > ".join(unit.name for unit in units(field.model))
@@ -76,9 +76,9 @@ def compared(field: Field, pairs: int, epochs: int, seed: int, start: Start) -> 
         return Findings(rows, f"Mean squared error on {len(true)} unseen pictures: {errors}. GIT reads {parts}.")
 
     yield with_row("control: mean image", field.public.images.mean(0).expand_as(true), 0.0)
-    git, seconds = fit(field, "git", {"hidden": 64}, pairs=pairs, epochs=epochs, seed=seed, on_step=start("git"))
+    git, seconds = fit(field, "git", GIT[size], pairs=pairs, epochs=epochs, seed=seed, on_step=start("git"))
     yield with_row("git", found_for(git, field, field.private), seconds)
-    alone, seconds = fit(field, "git", {"hidden": 64}, pairs=pairs, epochs=0, seed=seed)
+    alone, seconds = fit(field, "git", GIT[size], pairs=pairs, epochs=0, seed=seed)
     yield with_row("git, regression alone", found_for(alone, field, field.private), seconds)
     assert isinstance(git.network, Transcript)
     widths = equal_size(field, git.network)

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from gradleak.observations.defenses import Defense, GaussianNoise, Sign, TopK
 from gradleak.studies.findings import Findings, Row, Size, Start, opening, plot
-from gradleak.studies.learned_victims import fit, found_for, prepare, scores
+from gradleak.studies.learned_victims import GIT, fit, found_for, prepare, scores
 
 DEFENSES: dict[str, Defense | None] = {
     "none": None,
@@ -31,7 +31,7 @@ def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]
     """Yields after every defense; the findings so far."""
     pairs, epochs, private = SIZES[size]
     field, rows = prepare("lenet", data, size, seed, pairs, private), list[Row]()
-    clean, _ = fit(field, "git", {"hidden": 64}, pairs=pairs, epochs=epochs, seed=seed, on_step=start("no defense"))
+    clean, _ = fit(field, "git", GIT[size], pairs=pairs, epochs=epochs, seed=seed, on_step=start("no defense"))
     mean = field.public.images.mean(0).expand_as(field.private.images)
     rows.append({"shared": "nothing (mean image)", "trained_on": "", **scores(mean, field.private.images)})
     for name, defense in DEFENSES.items():
@@ -40,7 +40,7 @@ def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]
         if defense is not None:
             on_step = start(name)
             own, _ = fit(
-                field, "git", {"hidden": 64}, pairs=pairs, epochs=epochs, seed=seed, on_step=on_step, defense=defense
+                field, "git", GIT[size], pairs=pairs, epochs=epochs, seed=seed, on_step=on_step, defense=defense
             )
             measured = scores(found_for(own, field, field.private, defense), field.private.images)
             rows.append({"shared": name, "trained_on": "the same defense", **measured})

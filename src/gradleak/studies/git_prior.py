@@ -18,12 +18,12 @@ from gradleak.attacks.search.start import Given
 from gradleak.audit.metrics import psnr_db
 from gradleak.studies.data_sets import rows_of
 from gradleak.studies.findings import Findings, Row, Size, Start, interval, opening, plot
-from gradleak.studies.learned_victims import Field, fit, found_for, prepare, scores
+from gradleak.studies.learned_victims import GIT, Field, fit, found_for, prepare, scores
 from gradleak.victims.gradient import capture_gradient
 
 # pairs, epochs, private pictures, steps of a search
 SIZES: dict[Size, tuple[int, int, int, tuple[int, ...]]] = {
-    "smoke": (100, 3, 2, (5, 10)),
+    "smoke": (100, 3, 1, (5,)),
     "small": (10_000, 3, 8, (100, 300, 1_000)),
     "paper": (10_000, 30, 20, (300, 4_000)),
 }
@@ -33,7 +33,7 @@ def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]
     """Yields after every search; the findings so far."""
     pairs, epochs, private, budgets = SIZES[size]
     field = prepare("lenet", data, size, seed, pairs, private)
-    git, _ = fit(field, "git", {"hidden": 64}, pairs=pairs, epochs=epochs, seed=seed, on_step=start("git"))
+    git, _ = fit(field, "git", GIT[size], pairs=pairs, epochs=epochs, seed=seed, on_step=start("git"))
     images, true = found_for(git, field, field.private), field.private.images
     rows: list[Row] = [{"search": "none", "start": "git", "steps": 0, **scores(images, true), "seconds": 0.0}]
     guesses = zip(images, field.private.labels, strict=True)

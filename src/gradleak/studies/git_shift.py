@@ -7,7 +7,7 @@ from dataclasses import replace
 from gradleak.modalities.pictures import public_pool
 from gradleak.studies.data_sets import beside, rows_of
 from gradleak.studies.findings import Findings, Row, Size, Start, opening
-from gradleak.studies.learned_victims import fit, found_for, prepare, scores
+from gradleak.studies.learned_victims import GIT, fit, found_for, prepare, scores
 
 # pairs, epochs, unseen pictures
 SIZES: dict[Size, tuple[int, int, int]] = {
@@ -22,7 +22,7 @@ def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]
     pairs, epochs, private = SIZES[size]
     field, rows = prepare("lenet", data, size, seed, pairs, private), list[Row]()
     before = opening(data, size, *field.notes(size, pairs, private))
-    git, _ = fit(field, "git", {"hidden": 64}, pairs=pairs, epochs=epochs, seed=seed, on_step=start("git"))
+    git, _ = fit(field, "git", GIT[size], pairs=pairs, epochs=epochs, seed=seed, on_step=start("git"))
     kinds = {"unseen, same kind": field.private}
     for name in ("imagenet_sample", "orl_faces"):
         if (folder := beside(data, name)) is not None:
@@ -35,7 +35,7 @@ def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]
         yield findings(rows).after(before)
     for fewer in (n for n in (pairs // 10, pairs // 100) if n >= 30):
         few, on_step = replace(field, public=rows_of(field.public, 0, fewer)), start(f"{fewer} pairs")
-        made, _ = fit(few, "git", {"hidden": 64}, pairs=fewer, epochs=4 * epochs, seed=seed, on_step=on_step)
+        made, _ = fit(few, "git", GIT[size], pairs=fewer, epochs=4 * epochs, seed=seed, on_step=on_step)
         measured = scores(found_for(made, field, field.private), field.private.images)
         blind = scores(mean.expand_as(field.private.images), field.private.images)
         rows.append({"pairs": fewer, "private": "unseen, same kind", **measured, "mean_image_mse": blind["mse"]})

@@ -23,6 +23,11 @@ from gradleak.observations.tensors import Tensors
 from gradleak.studies.data_sets import blueprint, shrunk
 from gradleak.studies.findings import Row, Size, shortage
 
+GIT: dict[Size, dict[str, Any]] = {
+    "smoke": {"hidden": 8},
+    "small": {"hidden": 64},
+    "paper": {"hidden": 64},
+}  # its options
 BUILD: dict[str, Callable[..., nn.Module]] = {"git": Transcript, "lti": Perceptron}
 
 

@@ -53,7 +53,7 @@ class Effort:
 
 SIZES: dict[Size, Effort] = {
     "smoke": Effort(
-        pictures={"convnet": 1}, ablation=1, per_cell=1, evaluations=3, pairs=60, steps=(2,), ranks=(8,), batches=(1, 2)
+        pictures={"convnet": 1}, ablation=1, per_cell=1, evaluations=3, pairs=60, steps=(2,), ranks=(8,), batches=(1,)
     ),
     "small": Effort(pictures={"convnet": 16, "vit": 16, "mlp1000": 50}, ablation=4, per_cell=2, evaluations=60),
     "paper": Effort(pictures={"convnet": 200, "vit": 50, "mlp1000": 200}, ablation=20, per_cell=10, evaluations=150),

@@ -1,59 +1,90 @@
-"""Which sentences are right: what goes into the layers behind the first attention depends on the whole sentence, or on all of
-it up to there, and has to lie in the spans that were seen."""
+"""Whether a sentence is right. The inputs of the layers behind the first attention depend on the whole sentence, in a decoder on
+all of it up to there. They have to lie in the spans which the gradients of these layers show."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from gradleak.attacks.dager.spans import Span, excess
+from gradleak.attacks.dager.spans import Span, excess, spans_of, telling
+from gradleak.attacks.dager.vocabulary import random_tokens
+from gradleak.attacks.reconstruction import Outcome
 from gradleak.observations.layers import layer_inputs
 from gradleak.observations.model import LanguageModel
+from gradleak.observations.observation import TextObservation
 from gradleak.observations.tensors import Tensors
 
-ROWS = 256  # sentences at a time
+ROWS = 256  # sentences at a time: memory alone depends on it
+# A proof needs random rows to be refused by the factor MARGIN: docs/findings/text.md, "What is proven". LUCKY of the 256 may
+# pass: a decoder's first token is right whatever follows, "Decoders" there.
+MARGIN, SENTENCES, LUCKY = 10.0, 8, 2
 
 
 @dataclass(frozen=True)
-class Found:
-    """A sentence, and how its rows fit into what was seen.
+class Sentence:
+    """Token ids, and how their rows fit into the spans behind the first attention.
 
     distance  the largest relative distance of a row
-    excess    the largest ratio of a row's distance to what noise allows: at most 1 where every token passes in all layers
-    proven    whether it passes, and nothing else could
+    excess    the largest ratio of a row's distance to what noise allows
+    outcome   SOLVED: every row passes, and nothing else could. CLOSE: every row passes. GUESSED: it fits best as a whole,
+              where noise hides single tokens. STUCK: a row is outside what noise allows
     mean      of the distances
     """
 
     tokens: tuple[int, ...]
     distance: float
     excess: float
-    proven: bool
+    outcome: Outcome
     mean: float = 0.0
 
     @property
     def passes(self) -> bool:
         """Whether every token passes in all layers."""
-        return self.excess <= 1
+        return self.outcome in (Outcome.SOLVED, Outcome.CLOSE)
 
 
 @dataclass(frozen=True)
 class Judge:
     """Spans of the inputs of layers behind the first attention.
 
-    exact     the parameters up to there in float64
-    spans     {module: spans of its inputs}
-    rounding  {module: relative precision of its inputs themselves}
+    exact       the parameters up to there in float64
+    spans       {module: spans of its inputs}
+    rounding    {module: relative precision of its inputs themselves}
+    convincing  whether random sentences fail so clearly that passing is a proof
     """
 
     model: LanguageModel
     exact: Tensors
     spans: dict[str, list[Span]]
     rounding: dict[str, float]
+    convincing: bool = False
+
+    @classmethod
+    def of(
+        cls, observation: TextObservation, rank: int, rounding: dict[str, float], generator: torch.Generator
+    ) -> "Judge":
+        """Of the layers whose spans can tell sentences apart, tested on random ones.
+
+        rank: of the first layer's inputs. A span of lower rank lacks members.
+        """
+        model, exact, spans = observation.model, _exact(observation.model), dict[str, list[Span]]()
+        random = torch.stack([random_tokens(model, generator)[0] for _ in range(SENTENCES)])
+        inputs = layer_inputs(model, list(rounding), random, parameters=exact)
+        for name, modules in layers_behind(model).items():
+            whole = [span for span in spans_of(observation, modules) if span.rank >= min(rank, span.basis.shape[1])]
+            if kept := telling(whole, inputs[name].flatten(0, 1), rounding[name]):
+                spans[name] = kept
+        judge = cls(model, exact, spans, rounding)
+        if not spans:
+            return judge
+        ratios = judge.rows(random)[1].flatten().sort().values
+        return replace(judge, convincing=float(ratios[LUCKY]) > MARGIN)
 
     @property
     def clearest(self) -> Span:
         """The span with the widest gap."""
-        return max((span for found in self.spans.values() for span in found), key=lambda span: span.clearance)
+        return max((span for spans in self.spans.values() for span in spans), key=lambda span: span.clearance)
 
     def rows(self, sentences: Tensor, *, quick: bool = False) -> tuple[Tensor, Tensor]:
         """(distance, ratio to what is allowed) of every token's row, the largest of all layers: (n, length) each.
@@ -63,10 +94,10 @@ class Judge:
         parameters, names = self.model.parameters if quick else self.exact, list(self.spans)
         distances, ratios = list[Tensor](), list[Tensor]()
         for part in torch.split(sentences, ROWS):
-            seen = layer_inputs(self.model, names, part, parameters=parameters)
-            told = [excess(self.spans[name], seen[name], self.rounding[name]) for name in names]
-            distances.append(torch.stack([distance for distance, _ in told]).amax(0))
-            ratios.append(torch.stack([ratio for _, ratio in told]).amax(0))
+            inputs = layer_inputs(self.model, names, part, parameters=parameters)
+            layers = [excess(self.spans[name], inputs[name], self.rounding[name]) for name in names]
+            distances.append(torch.stack([distance for distance, _ in layers]).amax(0))
+            ratios.append(torch.stack([ratio for _, ratio in layers]).amax(0))
         return torch.cat(distances), torch.cat(ratios)
 
     def ends(self, prefixes: Tensor, limit: float, *, quick: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,24 +109,29 @@ class Judge:
         parameters = self.model.parameters if quick else self.exact
         kept = torch.arange(len(prefixes))
         distance, ratio = torch.zeros(2, len(prefixes), dtype=torch.float64)
-        for name, found in self.spans.items():
+        for name, spans in self.spans.items():
             parts = torch.split(prefixes[kept], ROWS)
             x = [layer_inputs(self.model, [name], part, parameters=parameters)[name][:, -1] for part in parts]
-            far, times = (told.double() for told in excess(found, torch.cat(x), self.rounding[name]))
-            distance[kept] = torch.maximum(distance[kept], far)
-            ratio[kept] = torch.maximum(ratio[kept], times)
-            kept = kept[times <= limit]
+            distances, ratios = (numbers.double() for numbers in excess(spans, torch.cat(x), self.rounding[name]))
+            distance[kept] = torch.maximum(distance[kept], distances)
+            ratio[kept] = torch.maximum(ratio[kept], ratios)
+            kept = kept[ratios <= limit]
             if not len(kept):
                 break
         return kept, distance[kept], ratio[kept]
 
-    def verdict(self, tokens: tuple[int, ...]) -> Found:
+    def passing(self, certain: bool = True) -> Outcome:
+        """The outcome of a sentence that passes."""
+        return Outcome.SOLVED if certain and self.convincing else Outcome.CLOSE
+
+    def verdict(self, tokens: tuple[int, ...]) -> Sentence:
         """The sentence as it stands."""
         distance, ratio = self.rows(torch.tensor([tokens]))
         most = float(ratio.max())
-        return Found(tokens, float(distance.max()), most, most <= 1, float(distance.mean()))
+        outcome = self.passing() if most <= 1 else Outcome.STUCK
+        return Sentence(tokens, float(distance.max()), most, outcome, float(distance.mean()))
 
-    def corrected(self, tokens: tuple[int, ...], choices: list[list[int]], budget: int) -> Found:
+    def corrected(self, tokens: tuple[int, ...], choices: Sequence[Sequence[int]], budget: int) -> Sentence:
         """The sentence after replacing one token at a time, the worst row's first, as long as that brings the rows nearer.
 
         choices: token ids per position. budget: replacements that may be tried.
@@ -114,9 +150,30 @@ class Judge:
             trials[:, place] = torch.tensor(other)
             rows = self.rows(trials, quick=True)[0].square()
             best = int(rows.mean(1).argmin())
-            if float(rows[best].mean()) < float(distance.mean()) * (1 - 1e-6):
+            if float(rows[best].mean()) < float(distance.mean()) * (1 - 1e-6):  # by more than float32 rounds
                 current, distance = trials[best], rows[best]
                 untried = set(range(1, len(tokens))) - {place}
-                if float(distance.max()) < 1e-6:  # as near as float32 can tell
+                if float(distance.max()) < 1e-6:  # no row is further than three digits, which leaves nothing to correct
                     break
         return self.verdict(tuple(current.tolist()))
+
+
+def layers_behind(model: LanguageModel) -> dict[str, tuple[str, ...]]:
+    """Layers behind the first attention whose inputs depend on the sentence: {module: those that read the same input}."""
+    family = model.architecture.family
+    layers = [tuple(f"{family.block(0)}.{name}" for name in names) for names in ((family.output,), family.hidden)]
+    if model.architecture.config.num_hidden_layers > 1:
+        layers.append(family.queries(1))
+    return {modules[0]: modules for modules in layers}
+
+
+def _exact(model: LanguageModel) -> Tensors:
+    """The parameters up to the second block in float64."""
+    family = model.architecture.family
+    near = tuple(f"{family.block(number)}." for number in (0, 1))
+    base, blocks = f"{family.base}.", f"{family.base}.{family.layers}."
+    return {
+        name: parameter.double()
+        for name, parameter in model.parameters.items()
+        if name.startswith(near) or (name.startswith(base) and not name.startswith(blocks))
+    }

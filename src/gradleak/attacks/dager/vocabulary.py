@@ -1,12 +1,14 @@
-"""Every token of the vocabulary at every position against the span of the first layer's inputs, without computing most of
-them.
+"""Which tokens may stand where: the whole vocabulary at every position against the span of the first layer's inputs.
 
-The input of the first layer is norm(u_a + v_p), token plus position. With W = V diag(gamma) its coordinates in the span,
-its length and its deviation are sums of a part of the token, a part of the position and one product of the two: three
-products of (vocabulary x width) with (width x rank + positions) in place of one per position. What passes this float32
-screen is computed again in float64. The vocabulary is streamed in chunks.
+The first layer's input is norm(u_a + v_p), token plus position. With W = V diag(gamma), its coordinates in the span, its
+length and its deviation are sums of a part of the token, a part of the position, and one product of the two. Three products
+of (vocabulary x width) with (width x rank + positions) replace one per position. What passes this screen in float32 is
+computed again in float64. The vocabulary is streamed in chunks.
+
+Tokens that recur at several positions make every token pass at every position. `likeliest` ranks such candidates.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,21 +18,23 @@ from gradleak.attacks.dager.spans import Span, excess
 from gradleak.errors import NotObserved
 from gradleak.observations.layers import layer_inputs
 from gradleak.observations.model import LanguageModel
+from gradleak.observations.observation import TextObservation
 
-CHUNK = 4_096  # tokens at a time
-STAND_IN = 10  # tokens for a position where none passes
-HIDDEN = 3  # such positions in a row that are the end
-BLOCK = 32  # positions at a time
-SCREEN = 1e-4  # float32 leaves less than this of the squared relative distance of a member
+CHUNK, BLOCK = (
+    4_096,
+    32,
+)  # tokens and positions at a time: memory alone depends on them (docs/findings/text.md, "Memory")
+SCREEN = 1e-4  # rounding of float32 to a squared distance: 840 eps, for sums of up to 840 terms
+TOKENS = 32  # random tokens a sentence; eight sentences make the 256 rows of docs/findings/text.md, "What is proven"
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Inputs of the first layer as norm(tokens[a] + places[p]), centred where the norm centres.
+    """Inputs of the first layer as norm(tokens[a] + places[p]).
 
-    tokens  (vocabulary, width) float32, at the first position
+    tokens  (vocabulary, width) float32, at the first position; centred where the norm centres
     places  (positions, width): what a position adds to that
-    gamma, beta, eps, centred  of the normalisation
+    gamma, beta, eps  of the normalisation
     """
 
     tokens: Tensor
@@ -38,124 +42,163 @@ class Embeddings:
     gamma: Tensor
     beta: Tensor
     eps: float
-    centred: bool
 
     @classmethod
     def of(cls, model: LanguageModel) -> "Embeddings":
-        """Read off the model by watching what enters its first normalisation; checked against what enters its first layer."""
-        family = model.architecture.family
-        name = family.first_norm()
+        """Reads them off what enters the model's first normalisation. NotObserved where its first layer reads something else
+        than token plus position, normalised."""
+        family, size = model.architecture.family, model.architecture.config.vocab_size
+        name, at = family.first_norm(), family.offset
         norm = model.module.get_submodule(name)
-        ids = torch.arange(model.architecture.config.vocab_size)
-        first = family.offset
-        chunks = [layer_inputs(model, [name], part[:, None], at=first)[name][:, 0] for part in torch.split(ids, CHUNK)]
-        tokens = torch.cat(chunks)
+        chunks = torch.split(torch.arange(size)[:, None], CHUNK)
+        tokens = torch.cat([layer_inputs(model, [name], ids, at=at)[name][:, 0] for ids in chunks])
         places = torch.zeros(1, tokens.shape[1])
         if family.placed:
-            row = torch.zeros(1, model.architecture.positions - first, dtype=torch.long)
-            seen = layer_inputs(model, [name], row, at=first)[name][0]
-            places = seen - seen[0]
+            row = torch.zeros(1, model.architecture.positions - at, dtype=torch.long)
+            inputs = layer_inputs(model, [name], row, at=at)[name][0]
+            places = inputs - inputs[0]
         gamma = model.parameters[f"{name}.weight"].detach()
-        beta = model.parameters.get(f"{name}.bias")
+        beta = model.parameters.get(f"{name}.bias", torch.zeros_like(gamma)).detach()
         eps = float(getattr(norm, "eps", None) or norm.variance_epsilon)  # type: ignore[arg-type]
-        centred = isinstance(norm, nn.LayerNorm)
-        if centred:
-            tokens = tokens - tokens.mean(1, keepdim=True)
-            places = places - places.mean(1, keepdim=True)
-        made = cls(tokens, places, gamma, torch.zeros_like(gamma) if beta is None else beta.detach(), eps, centred)
-        made._check(model)
-        return made
+        if isinstance(norm, nn.LayerNorm):
+            tokens, places = (part - part.mean(1, keepdim=True) for part in (tokens, places))
+        embeddings = cls(tokens, places, gamma, beta, eps)
+        ids = torch.arange(2, 2 + min(8, model.architecture.positions - at)) % size
+        query = family.queries(0)[0]
+        true = layer_inputs(model, [query], ids[None], at=at)[query][0].double()
+        listed = embeddings.inputs(ids, torch.arange(len(ids)) if family.placed else torch.zeros_like(ids))
+        if float((listed - true).norm() / true.norm()) > 1e-4:  # float32 leaves 1e-6
+            raise NotObserved(
+                "The first layer's inputs are not token plus position, normalised: they cannot be listed."
+            )
+        return embeddings
 
     def inputs(self, ids: Tensor, places: Tensor) -> Tensor:
         """The first layer's inputs of (n,) tokens at (n,) positions, in float64: (n, width)."""
         y = self.tokens[ids].double() + self.places[places].double()
         return self.gamma.double() * y / (y.square().mean(1, keepdim=True) + self.eps).sqrt() + self.beta.double()
 
-    def _check(self, model: LanguageModel) -> None:
-        """NotObserved where this model's first inputs are something else than token plus position, normalised."""
-        name = model.architecture.family.queries(0)[0]
-        length = min(8, model.architecture.positions - model.architecture.family.offset)
-        ids = torch.arange(2, 2 + length) % model.architecture.config.vocab_size
-        true = layer_inputs(model, [name], ids[None], at=model.architecture.family.offset)[name][0].double()
-        places = torch.arange(length) if model.architecture.family.placed else torch.zeros(length, dtype=torch.long)
-        own = self.inputs(ids, places)
-        if float((own - true).norm() / true.norm()) > 1e-4:
-            raise NotObserved(
-                "The first layer's inputs are not token plus position, normalised: they cannot be listed."
-            )
+
+def random_tokens(model: LanguageModel, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Random tokens at the first positions, (n,) each: they have no reason to pass any check."""
+    count = min(TOKENS, model.architecture.positions - model.architecture.family.offset)
+    ids = torch.randint(model.architecture.config.vocab_size, (count,), generator=generator)
+    return ids, torch.arange(count) if model.architecture.family.placed else torch.zeros(count, dtype=torch.long)
 
 
-def candidates(embeddings: Embeddings, found: list[Span], *, rounding: float, most: int) -> list[Tensor]:
+def candidates(
+    embeddings: Embeddings, spans: Sequence[Span], *, rounding: float, most: int, stand_ins: int = 10, hidden: int = 3
+) -> list[Tensor]:
     """Token ids that may stand at each position, nearest first, at most `most` each; ends before positions with none.
 
-    Noise may hide the only token of a position: where none passes but others soon do, the nearest stand in.
+    Noise may hide the only token of a position. Where none passes, the nearest `stand_ins` are candidates, unless none passes
+    at `hidden` positions in a row: there the texts have ended. 5 to 20, and 2 to 6, change none of 18 small sentences.
     """
-    kept: list[Tensor] = []
+    allowed: list[Tensor] = []
     end, places = 0, embeddings.places
-    for start in range(0, len(places), BLOCK):
-        block = torch.arange(start, min(start + BLOCK, len(places)))
-        passed = _screen(embeddings, found, block, rounding, most)
-        for place, ids in zip(block.tolist(), passed, strict=True):
-            distance, ratio = excess(found, embeddings.inputs(ids, torch.full_like(ids, place)), rounding)
+    for block in torch.split(torch.arange(len(places)), BLOCK):
+        screened = _screen(embeddings, spans, block, rounding, most)
+        for place, ids in zip(block.tolist(), screened, strict=True):
+            distance, ratio = excess(spans, embeddings.inputs(ids, torch.full_like(ids, place)), rounding)
             near = distance.argsort()
-            passes = near[ratio[near] <= 1]
-            kept.append(ids[passes] if len(passes) else ids[near[:STAND_IN]])
-            end = place + 1 if len(passes) else end
-            if place + 1 - end == HIDDEN:
-                return kept[:end]
-    return kept[:end]
+            passing = near[ratio[near] <= 1]
+            allowed.append(ids[passing] if len(passing) else ids[near[:stand_ins]])
+            end = place + 1 if len(passing) else end
+            if place + 1 - end == hidden:
+                return allowed[:end]
+    return allowed[:end]
 
 
-def _screen(e: Embeddings, found: list[Span], block: Tensor, rounding: float, most: int) -> list[Tensor]:
+def _screen(e: Embeddings, spans: Sequence[Span], block: Tensor, rounding: float, most: int) -> list[Tensor]:
     """Token ids per position of the block that are near every span, up to float32 and to what noise allows."""
-    width, count = e.tokens.shape[1], len(block)
-    places = e.places[block]
-    near: list[list[Tensor]] = [[] for _ in range(count)]
-    sizes: list[list[Tensor]] = [[] for _ in range(count)]
-    for first in range(0, len(e.tokens), CHUNK):
-        tokens = e.tokens[first : first + CHUNK]
-        variance = (_square(tokens)[:, None] + 2 * tokens @ places.T + _square(places)) / width + e.eps
-        deviation = variance.sqrt()  # (chunk, block)
+    places, width, outside = e.places[block], e.tokens.shape[1], list[Tensor]()
+    for tokens in torch.split(e.tokens, CHUNK):
+        deviation = (_squares(tokens, places) / width + e.eps).sqrt()  # (chunk, block)
         worst = torch.zeros_like(deviation)
-        passes = torch.ones_like(deviation, dtype=torch.bool)
-        for span in found:
-            inside = _projected(span.basis @ _factor(span, width), tokens, places, deviation, e)
-            total = _length(tokens, places, deviation, e) if span.factor is None else None
-            if total is None:
-                total = _projected(_factor(span, width), tokens, places, deviation, e)
-            left = 1 - inside / total
-            limit = SCREEN + (span.worst + rounding) ** 2
-            passes &= left <= limit
-            worst = torch.maximum(worst, left)
-        for column in range(count):
-            ids = passes[:, column].nonzero()[:, 0]
-            near[column].append(ids + first)
-            sizes[column].append(worst[ids, column])
-    chosen = []
-    for ids, left in zip(map(torch.cat, near), map(torch.cat, sizes), strict=True):
-        best = left.argsort()[:most]
-        chosen.append(ids[best])
-    return chosen
+        for span in spans:
+            basis = span.basis if span.factor is None else span.basis @ span.factor
+            inside, total = (_lengths(W, tokens, places, deviation, e) for W in (basis, span.factor))
+            distance = 1 - inside / total
+            refused = distance > SCREEN + (span.worst + rounding) ** 2
+            worst = torch.maximum(worst, distance).masked_fill(refused, torch.inf)
+        outside.append(worst)
+    near = list[Tensor]()
+    for column in torch.cat(outside).T:
+        ids = column.isfinite().nonzero()[:, 0]
+        near.append(ids[column[ids].argsort()[:most]])
+    return near
 
 
-def _factor(span: Span, width: int) -> Tensor:
-    return torch.eye(width, dtype=torch.float64) if span.factor is None else span.factor
+def _lengths(W: Tensor | None, tokens: Tensor, places: Tensor, deviation: Tensor, e: Embeddings) -> Tensor:
+    """|W x|^2 for every token and position, W the identity where it is None: (chunk, block)."""
+    if W is None:
+        A, P, b = tokens * e.gamma, places * e.gamma, e.beta
+    else:
+        W = W.to(tokens)
+        A, P, b = tokens @ (W * e.gamma).T, places @ (W * e.gamma).T, W @ e.beta
+    return _squares(A, P) / deviation**2 + 2 * ((A @ b)[:, None] + P @ b) / deviation + b.square().sum()
 
 
-def _projected(W: Tensor, tokens: Tensor, places: Tensor, deviation: Tensor, e: Embeddings) -> Tensor:
-    """|W x|^2 for every token and position: (chunk, block)."""
-    own = W.to(tokens)
-    A, P, b = tokens @ (own * e.gamma).T, places @ (own * e.gamma).T, own @ e.beta
-    squares = _square(A)[:, None] + 2 * A @ P.T + _square(P)
-    return squares / deviation**2 + 2 * ((A @ b)[:, None] + P @ b) / deviation + b.square().sum()
+def _squares(A: Tensor, P: Tensor) -> Tensor:
+    """|a + p|^2 for every row a of A and p of P."""
+    return A.square().sum(1)[:, None] + 2 * A @ P.T + P.square().sum(1)
 
 
-def _length(tokens: Tensor, places: Tensor, deviation: Tensor, e: Embeddings) -> Tensor:
-    """|x|^2 for every token and position: (chunk, block)."""
-    A, P = tokens * e.gamma, places * e.gamma
-    squares = _square(A)[:, None] + 2 * A @ P.T + _square(P)
-    return squares / deviation**2 + 2 * ((A @ e.beta)[:, None] + P @ e.beta) / deviation + e.beta.square().sum()
+@dataclass(frozen=True)
+class Pairs:
+    """Candidates (token, position): ids (m,), places (m,), what enters the first layer (m, width) in float64."""
+
+    ids: Tensor
+    places: Tensor
+    x: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def by_place(self) -> list[list[int]]:
+        """Token ids per position, in the order of the candidates."""
+        return [self.ids[self.places == place].tolist() for place in range(int(self.places.max()) + 1)]
+
+    def only_sentence(self) -> tuple[int, ...] | None:
+        """The only sentence there can be, when each position has one candidate."""
+        order = self.places.argsort()
+        alone = torch.equal(self.places[order], torch.arange(len(self)))
+        return tuple(self.ids[order].tolist()) if alone else None
 
 
-def _square(x: Tensor) -> Tensor:
-    return x.square().sum(-1)
+def likeliest(
+    observation: TextObservation, embeddings: Embeddings, allowed: Sequence[Tensor], rank: int, most: int
+) -> Pairs:
+    """The candidates of all positions; if these are more than the rank of the first layer's inputs, `most` of them, ranked by
+    their share of their position's deltas."""
+    ids = torch.cat(list(allowed))
+    places = torch.cat([torch.full_like(part, place) for place, part in enumerate(allowed)])
+    pairs = Pairs(ids, places, embeddings.inputs(ids, places))
+    family = observation.model.architecture.family
+    whole = [sketch.measured for sketch in observation.sketches(family.queries(0)) if sketch.factor is None]
+    if not family.placed or not whole or len(pairs) <= rank:
+        return pairs
+    best = shares(embeddings, pairs, torch.cat(whole)).argsort(descending=True)[:most]
+    return Pairs(ids[best], places[best], pairs.x[best])
+
+
+def shares(embeddings: Embeddings, pairs: Pairs, measured: Tensor) -> Tensor:
+    """How much of each position's sum of deltas is that of the token: (m,), near 1 where a token stands once in the batch.
+
+    dL/dW = sum_i delta_i x_i^T with x_i = gamma (u_a + v_p) / s_i + beta is solved for the sums of delta_i / s_i per token and
+    per position. A position's sum is that of the tokens that stand there.
+
+    measured: gradients of the first layer's query, key and value (rows, width), stacked.
+    """
+    tokens, which = torch.unique(pairs.ids, return_inverse=True)
+    count = int(pairs.places.max()) + 1
+    gamma, beta = embeddings.gamma.double(), embeddings.beta.double()
+    design = torch.cat(
+        [gamma * embeddings.tokens[tokens].double(), gamma * embeddings.places[:count].double(), beta[None]]
+    )
+    sums = torch.linalg.lstsq(design.T, measured.double().T, driver="gelsd").solution  # (tokens + positions + 1, rows)
+    of_tokens, of_places = sums[: len(tokens)], sums[len(tokens) : -1]
+    # The tokens' embeddings contain the first position's part: the sums of both are determined up to what is common to all.
+    share = of_places @ torch.linalg.pinv(of_tokens, rtol=1e-6)  # (positions, tokens); 1e-6: the rounding of float32
+    per_pair: Tensor = share[pairs.places, which]
+    return per_pair

@@ -29,12 +29,16 @@ from gradleak.observations.tensors import Tensors
 
 SCHEMA = "gradleak/generator/1"
 MOST = 8  # pictures of a batch: training compares all their orders
+Width = Annotated[int, Meta(ge=1, le=16_384)]
 
 
-class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How the network of a generator is built, beside the model."""
+class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """How the network of a generator is built, beside the model. The layout of git is none: no file can name code to import."""
 
     batch: Annotated[int, Meta(ge=1, le=MOST)] = 1
+    width: Width | None = None
+    hidden: Width | None = None
+    widths: Annotated[tuple[Width, ...], Meta(min_length=1, max_length=8)] | None = None
 
 
 class About(msgspec.Struct, frozen=True):

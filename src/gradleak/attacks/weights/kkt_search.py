@@ -43,7 +43,7 @@ class Trial(msgspec.Struct, frozen=True):
     """The header of a finished trial."""
 
     key: str
-    residual: float
+    residual: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,8 +128,9 @@ class KKTSearch:
         images, labels = tensors["images"], tensors["labels"]
         if images.shape != (len(labels), *shape) or not len(labels) or labels.dtype != torch.int64 or labels.ndim != 1:
             raise BadInput(f"{kept} is damaged: it holds no pictures with their labels.")
-        images, outcome = tensor_file.floating({"images": images}, kept)["images"], outcome_of(about.residual)
-        return Reconstruction(images, labels, about.residual, "", outcome, iterations=self.steps)
+        images, residual = tensor_file.floating({"images": images}, kept)["images"], about.residual
+        residual = float("nan") if residual is None else residual
+        return Reconstruction(images, labels, residual, "", outcome_of(residual), iterations=self.steps)
 
 
 def agreement(images: Tensor, others: list[Tensor]) -> Tensor:

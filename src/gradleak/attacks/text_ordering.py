@@ -1,9 +1,9 @@
 """An order for a bag of tokens, by the gradient that it would give. Own.
 
-Where nothing behind the first attention was released, the tokens are certain and the sentences are not: without positions in the first
-layer's inputs their order, with positions which of them go together. Exchanges of tokens, and of ends of sentences, are kept as
-long as they bring the gradient of the whole nearer to what was released. At the true sentences it agrees to rounding. A causal
-language model's own loss gives a second start.
+Where nothing behind the first attention was released, DAGER's tokens are certain and its sentences are not: without positions in
+the first layer's inputs their order, with positions which of them go together. Exchanges of tokens, and of ends of sentences, are
+kept as long as they bring the gradient of the whole nearer to the release. At the true sentences it agrees to rounding. A
+causal language model's own loss gives a second start.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,8 +17,8 @@ from gradleak.observations.model import LanguageModel
 from gradleak.observations.observation import TextObservation
 from gradleak.observations.tensors import flatten
 
-BEAM = 64  # orders that are continued
-EXACT = 1e-5  # distance from which on it is rounding
+BEAM = 64  # orders that are continued: more than the 24 of four tokens, for which the search is exact (test_dager.py)
+EXACT = 1e-5  # rounding: float32 leaves 1e-7 at the true sentences (docs/findings/text.md, "Order alone")
 
 
 @dataclass(frozen=True)
@@ -27,57 +27,33 @@ class Ordered:
 
     sentences: Tokens
     labels: tuple[int, ...]
-    distance: float
+    distance: float = torch.inf
 
 
 def ordered(
     observation: TextObservation, choices: list[list[int]], *, generator: torch.Generator, budget: int
 ) -> Ordered:
-    """The nearest sentences that were found.
+    """The sentences whose gradient comes nearest.
 
-    choices: tokens per position, likeliest first; one list of all of them where positions are not seen, for a single text.
-    budget: gradients that may be computed.
+    choices: tokens per position, likeliest first; one list of all of them where the first layer's inputs have no positions,
+    for a single text. budget: gradients that may be computed.
     """
-    placed, model = observation.model.architecture.family.placed, observation.model
-    first = {
-        name: t for name, t in observation.released.items() if name.startswith(f"{model.architecture.family.block(0)}.")
-    }
+    architecture, block = observation.model.architecture, observation.model.architecture.family.block(0)
+    first = {name: tensor for name, tensor in observation.released.items() if name.startswith(f"{block}.")}
     observation = replace(observation, released=first)  # the embeddings' gradients would be most of the work
     starts: list[Tokens] = [(tuple(choices[0]),)]
-    if placed:
-        starts = [_start(choices, observation.batch_size or 1, model.architecture.tokenizer.sep_token_id)]
-    elif model.architecture.task == "causal-lm":
-        starts.append((fluent(model, choices[0]),))
-    found = [_descended(observation, start, choices, generator, iter(range(budget // len(starts)))) for start in starts]
-    return min(found, key=lambda entry: entry.distance)
+    if architecture.family.placed:
+        starts = [_dealt(choices, observation.batch_size or 1, architecture.tokenizer.sep_token_id)]
+    elif architecture.task == "causal-lm":
+        starts.append((fluent(observation.model, choices[0]),))
+    ends = [_descended(observation, start, choices, generator, iter(range(budget // len(starts)))) for start in starts]
+    return min(ends, key=lambda end: end.distance)
 
 
-def _descended(
-    observation: TextObservation,
-    start: Tokens,
-    choices: list[list[int]],
-    generator: torch.Generator,
-    tries: Iterator[int],
-) -> Ordered:
-    """Moves from there as long as one comes nearer."""
-    placed, model = observation.model.architecture.family.placed, observation.model
-    classes = model.architecture.config.num_labels if model.architecture.task == "classification" else 1
-    current = Ordered(start, (0,) * len(start), torch.inf)
-    current = _nearest(observation, current, _labellings(current, classes), tries)
-    while current.distance > EXACT:
-        before = current
-        for kind in (
-            [*_labellings(current, classes), *_exchanges(current, placed)],
-            _changes(current, choices, placed),
-        ):
-            moves = list(kind)
-            shuffled = [moves[i] for i in torch.randperm(len(moves), generator=generator).tolist()]
-            current = _nearest(observation, current, shuffled, tries, first=True)
-            if current is not before:
-                break
-        else:
-            break
-    return current
+def closed(model: LanguageModel, sentences: Sequence[tuple[int, ...]]) -> Tokens:
+    """With the end-of-text token behind each, which a causal language model only predicts."""
+    end = model.architecture.tokenizer.eos_token_id if model.architecture.task == "causal-lm" else None
+    return tuple(tokens if end is None else (*tokens, end) for tokens in sentences)
 
 
 def fluent(model: LanguageModel, tokens: Sequence[int]) -> tuple[int, ...]:
@@ -88,16 +64,16 @@ def fluent(model: LanguageModel, tokens: Sequence[int]) -> tuple[int, ...]:
         ids = torch.tensor([prefix for prefix, _ in beam])
         with torch.no_grad():
             logits = functional_call(model.module, model.parameters, (), {"input_ids": ids}).logits[:, -1]
-        likely = torch.log_softmax(logits, dim=-1)
+        likelihood = torch.log_softmax(logits, dim=-1)
         if length == len(tokens):
-            ended = [
+            scores = [
                 score + (float(row[end]) if end is not None else 0.0)
-                for (_, score), row in zip(beam, likely, strict=True)
+                for (_, score), row in zip(beam, likelihood, strict=True)
             ]
-            return beam[max(range(len(beam)), key=ended.__getitem__)][0]
+            return beam[max(range(len(beam)), key=scores.__getitem__)][0]
         longer = [
             ((*prefix, token), score + float(row[token]))
-            for (prefix, score), row in zip(beam, likely, strict=True)
+            for (prefix, score), row in zip(beam, likelihood, strict=True)
             for token in tokens
             if token not in prefix
         ]
@@ -105,36 +81,62 @@ def fluent(model: LanguageModel, tokens: Sequence[int]) -> tuple[int, ...]:
     return ()
 
 
+def _descended(
+    observation: TextObservation,
+    start: Tokens,
+    choices: list[list[int]],
+    generator: torch.Generator,
+    budget: Iterator[int],
+) -> Ordered:
+    """Moves from there as long as one comes nearer."""
+    architecture = observation.model.architecture
+    placed, classes = architecture.family.placed, 1
+    if architecture.task == "classification":
+        classes = architecture.config.num_labels
+    current = Ordered(start, (0,) * len(start))
+    current = _nearest(observation, current, _labellings(current, classes), budget)
+    while current.distance > EXACT:
+        before = current
+        for kind in (
+            [*_labellings(current, classes), *_exchanges(current, placed)],
+            _changes(current, choices, placed),
+        ):
+            moves = list(kind)
+            shuffled = [moves[i] for i in torch.randperm(len(moves), generator=generator).tolist()]
+            current = _nearest(observation, current, shuffled, budget, first=True)
+            if current is not before:
+                break
+        else:
+            break
+    return current
+
+
 def _nearest(
     observation: TextObservation,
     current: Ordered,
     moves: Sequence[Ordered],
-    tries: Iterator[int],
+    budget: Iterator[int],
     *,
     first: bool = False,
 ) -> Ordered:
     """The best of these, or the first that is better; the current one if none is, or the budget is spent."""
     best = current
-    for move, _ in zip(moves, tries, strict=False):
+    for move, _ in zip(moves, budget, strict=False):
         distance = _distance(observation, move)
         if distance < best.distance:
-            best = Ordered(move.sentences, move.labels, distance)
+            best = replace(move, distance=distance)
             if first:
                 break
     return best
 
 
 def _distance(observation: TextObservation, move: Ordered) -> float:
-    model = observation.model
-    end = model.architecture.tokenizer.eos_token_id if model.architecture.task == "causal-lm" else None
-    tokens = [(*row, end) if end is not None else row for row in move.sentences]
-    if model.architecture.task == "causal-lm" and max(map(len, tokens)) < 2:
+    tokens, task = closed(observation.model, move.sentences), observation.model.architecture.task
+    if task == "causal-lm" and max(map(len, tokens)) < 2:
         return torch.inf
-    made = observation.simulate(
-        tokens, torch.tensor(move.labels) if model.architecture.task == "classification" else None
-    )
+    gradient = observation.simulate(tokens, torch.tensor(move.labels) if task == "classification" else None)
     released = flatten(observation.released)
-    return float((flatten({name: made[name] for name in observation.released}) - released).norm() / released.norm())
+    return float((flatten({name: gradient[name] for name in observation.released}) - released).norm() / released.norm())
 
 
 def _labellings(current: Ordered, classes: int) -> list[Ordered]:
@@ -146,11 +148,12 @@ def _labellings(current: Ordered, classes: int) -> list[Ordered]:
         for new in range(classes)
         if new != old
     ]
-    return [Ordered(current.sentences, changed, torch.inf) for changed in labels]
+    return [Ordered(current.sentences, changed) for changed in labels]
 
 
 def _exchanges(current: Ordered, placed: bool) -> Iterator[Ordered]:
-    """The same tokens otherwise: two sentences exchange a token or their ends; without positions, tokens move in a sentence."""
+    """The same tokens in another order: two sentences exchange a token or their ends; without positions, tokens move in a
+    sentence."""
     rows = current.sentences
     for s in range(len(rows)):
         for t in range(s):
@@ -187,23 +190,23 @@ def _changes(current: Ordered, choices: list[list[int]], placed: bool) -> Iterat
 
 def _with(current: Ordered, changed: dict[int, tuple[int, ...]]) -> Ordered:
     rows = tuple(changed.get(number, row) for number, row in enumerate(current.sentences))
-    return Ordered(rows, current.labels, torch.inf)
+    return Ordered(rows, current.labels)
 
 
-def _start(choices: list[list[int]], count: int, close: int | None) -> Tokens:
+def _dealt(choices: list[list[int]], count: int, close: int | None) -> Tokens:
     """Tokens dealt out position by position; a text ends with its closing token, or where there are fewer tokens than texts."""
     rows: list[list[int]] = [[] for _ in range(count)]
     open_ = list(range(count))
     for place, ids in enumerate(choices):
         likely = ids[: len(open_)]
         plain = [token for token in likely if token != close]
-        ended = place > 0 and (close in likely if close is not None else len(plain) < len(open_))
-        if ended and close is not None:
-            done = len(open_) if place == len(choices) - 1 else 1
-            for number in open_[:done]:
+        ends = place > 0 and (close in likely if close is not None else len(plain) < len(open_))
+        if ends and close is not None:
+            complete = len(open_) if place == len(choices) - 1 else 1
+            for number in open_[:complete]:
                 rows[number].append(close)
-            open_ = open_[done:]
-        elif ended:
+            open_ = open_[complete:]
+        elif ends:
             open_ = open_[: len(plain)]
         for i, number in enumerate(open_):
             if plain:
