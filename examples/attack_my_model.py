@@ -12,8 +12,7 @@ from matplotlib.image import imsave
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from gradleak import DLG, Architecture, Gradient, Model, replay
-from gradleak.modalities.pictures import load
+from gradleak import DLG, Architecture, Model, Observation, load, replay
 
 folder = Path(tempfile.mkdtemp(prefix="gradleak-"))
 known = load("embedded", "test", indices=[0], resize=(16, 16))  # the batch behind the gradient, to check the set-up
@@ -30,10 +29,10 @@ else:  # what a training loop of yours would have written
     gradient = load_file(folder / "gradient.safetensors")
 
 model = Model.of(module, Architecture("mine", (3, 16, 16), classes=10), mode="eval")
-observation = Gradient(model=model, released=gradient, batch_size=1)
+observation = Observation(model=model, released=gradient, batch_size=1)
 print(replay(observation, known.images, known.labels)[0]["sentence"])
 found = DLG()(observation, generator=torch.Generator().manual_seed(0))
 print(found.status, "Labels:", found.labels.tolist())
-for number, image in enumerate(found.images):
+for number, image in enumerate(found.value):
     imsave(folder / f"image-{number}.png", image.permute(1, 2, 0).numpy())
 print("Pictures in", folder)

@@ -775,7 +775,9 @@ def attributes(tree: ast.AST, variable: str) -> list[str]:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == variable:
             found.append(node.attr)
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr" and ast.unparse(node.args[0]) == variable:
-            found += [part.value for part in node.args[1:2] if isinstance(part, ast.Constant)]
+            found += [
+                part.value for part in node.args[1:2] if isinstance(part, ast.Constant) and isinstance(part.value, str)
+            ]
     return found
 
 
@@ -813,7 +815,7 @@ def test_flags_that_say_nothing_about_the_observation(
         "weights": [captured / "mlp.safetensors", *taken[:2]],
         "adapter": [*adapter(captured)],
     }
-    said = refused("audit", *seen_as[given], *flags, "--out", tmp_path / "out")
+    said = refused("attack", *seen_as[given], *flags, "--attack", "analytic", "--out", tmp_path / "out")
     assert f"{flags[0]} says nothing about" in said
 
 
@@ -912,7 +914,7 @@ def test_a_plain_gradient_file_with_another_picture_size(
         ([*DIGITS, "--split", "validation"], "'train', 'test'"),
         ([*DIGITS, "--weights", "no-such-file"], "no file"),
         ([*DIGITS, "--model", "convnet64"], "convnet64"),
-        ([*DIGITS, "--resize", "0", "8"], "at least 1"),
+        ([*DIGITS, "--resize", "0", "8"], "not (0, 8)"),
         ([*DIGITS, "--threads", "0"], "between 1 and 1,024"),
         ([*DIGITS, "--threads", "-1"], "between 1 and 1,024"),
     ],

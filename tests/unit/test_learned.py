@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,16 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
+import trained
 from gradleak.attacks.learned import generator as learned
 from gradleak.attacks.learned.git import RIDGE, Git, Transcript, units
-from gradleak.attacks.learned.lti import LTI, Perceptron
+from gradleak.attacks.learned.lti import LTI
 from gradleak.attacks.learned.pairs import Pairs, stream
 from gradleak.audit.loop import audit
 from gradleak.audit.metrics import psnr_db
 from gradleak.errors import BadInput, NotObserved
 from gradleak.modalities.networks import Architecture
-from gradleak.modalities.pictures import Pictures, load, public_pool
+from gradleak.modalities.pictures import load
 from gradleak.observations.model import Model, PictureModel
 from gradleak.observations.tensors import fingerprint
 from gradleak.victims.gradient import capture_gradient
@@ -36,49 +36,23 @@ def model(name: str = "lenet", seed: int = 0, shape: tuple[int, int, int] = SHAP
     return Model.of(architecture.build(seed).eval(), architecture)
 
 
-@pytest.fixture(scope="module")
-def public() -> Pictures:
-    return public_pool("digits", "train", shape=SHAPE, limit=1_000)
-
-
-@cache
-def pairs(batch: int) -> list[Pairs]:
-    """A thousand pictures, in shards."""
-    public = public_pool("digits", "train", shape=SHAPE, limit=1_000)
-    return list(stream(model(), public, count=1_000 // batch, batch=batch, shard=200))
-
-
-def trained(kind: str, batch: int = 1, *, epochs: int) -> learned.Generator:
-    options = {"batch": batch} | ({"widths": (150,)} if kind == "lti" else {"width": 16, "hidden": 32})
-    build = {"git": Transcript, "lti": Perceptron}[kind]
-    return learned.train(
-        kind,
-        build,
-        options,
-        model(),
-        lambda: iter(pairs(batch)),
-        epochs=epochs,
-        generator=torch.Generator().manual_seed(0),
-    )
-
-
 @pytest.fixture(scope="module", params=["git", "lti"])
 def generator(request: pytest.FixtureRequest) -> learned.Generator:
-    return trained(request.param, epochs={"git": 3, "lti": 5}[request.param])
+    return trained.generator(request.param)
 
 
-def test_unseen_digits_come_back_better_than_their_mean(generator: learned.Generator, public: Pictures) -> None:
+def test_unseen_digits_come_back_better_than_their_mean(generator: learned.Generator) -> None:
     """The mean digit is at 0.073 mean squared error; a linear map alone would explain most of it."""
     unseen = load("digits", indices=range(100))
     seen = next(stream(model(), unseen, count=100))
     error = (generator(seen.gradients) - seen.images).square().mean()
-    blind = (public.images.mean(0) - unseen.images).square().mean()
+    blind = (trained.public().images.mean(0) - unseen.images).square().mean()
     assert float(error) < 0.5 * float(blind)
 
 
-def test_no_weight_of_the_leaked_model_enters(generator: learned.Generator, public: Pictures) -> None:
+def test_no_weight_of_the_leaked_model_enters(generator: learned.Generator) -> None:
     """Built from the structure only: another state of the architecture gives the same network."""
-    build = {"git": Transcript, "lti": Perceptron}[generator.kind]
+    build = trained.BUILD[generator.kind]
     networks = []
     for leaked in (model(), model(seed=1)):
         torch.manual_seed(0)
@@ -131,15 +105,13 @@ def test_generators_of_something_else_are_refused(generator: learned.Generator, 
         attack(gradient, generator=torch.Generator())
 
 
-def test_a_secret_among_the_training_pictures_is_flagged(
-    generator: learned.Generator, public: Pictures, tmp_path: Path
-) -> None:
+def test_a_secret_among_the_training_pictures_is_flagged(generator: learned.Generator, tmp_path: Path) -> None:
     generator.save(tmp_path / "generator")
     attack = {generator.kind: ATTACK[generator.kind](generator=tmp_path / "generator")}
-    for pictures, seen in ((public, True), (load("digits", indices=[5]), False)):
+    for pictures, seen in ((trained.public(), True), (load("digits", indices=[5]), False)):
         one = replace(pictures, images=pictures.images[:1], labels=pictures.labels[:1])
         observation, secret = capture_gradient(Model.of(LENET.build(0), LENET), one)
-        [row] = list(audit(observation, attack, public, secret=replace(secret, source="")))
+        [row] = list(audit(observation, attack, trained.public(), secret=replace(secret, source="")))
         assert ("secret_in_training" in {flag["name"] for flag in row.result["flags"]}) == seen
 
 
@@ -174,9 +146,9 @@ def test_each_shard_is_learnt_with_what_was_solved_without_it() -> None:
     assert made.network.held is None  # and in use, with what was solved over all
 
 
-def test_the_regression_of_a_shard_has_not_seen_it(public: Pictures) -> None:
+def test_the_regression_of_a_shard_has_not_seen_it() -> None:
     """Against ridge regressions by numpy, one for each of five folds of the shards; the last has seen all."""
-    shards = list(stream(model(), public, count=210, shard=30))  # seven: the first and the sixth share a fold
+    shards = list(stream(model(), trained.public(), count=210, shard=30))  # seven: the first and the sixth share a fold
     network = Transcript(model(), width=8, hidden=8)
     network.prepare(lambda: iter(shards))
     first = network.bootstrap(shards[0].gradients).double().numpy()
@@ -211,11 +183,11 @@ def test_batches_are_matched_in_their_best_order() -> None:
 
 
 @pytest.mark.parametrize("kind", ["git", "lti"])
-def test_a_batch_of_two_is_learnt(kind: str, public: Pictures) -> None:
-    made = trained(kind, 2, epochs={"git": 10, "lti": 6}[kind])
+def test_a_batch_of_two_is_learnt(kind: str) -> None:
+    made = trained.generator(kind, 2)
     assert made.trace[-1][1] < 0.8 * made.trace[0][1]
     seen = next(stream(model(), load("digits", indices=range(40)), count=20, batch=2))
-    mean = public.images.mean(0).expand_as(seen.images)
+    mean = trained.public().images.mean(0).expand_as(seen.images)
     error, blind = (learned.assigned_error(found, seen.images) for found in (made(seen.gradients), mean))
     assert float(error) < float(blind)
 

@@ -31,10 +31,11 @@ PREDICTED, EXPLAINED = 1e-3, 0.1
 def unmask(observation: TextObservation, reconstruction: Reconstruction) -> Reconstruction:
     """The sentences with the tokens that were predicted in place of those that the model saw; the status says how many.
 
-    Unchanged, with a word about the reason, where the head's gradient was not released or the tokens exceed its width.
+    Unchanged for another task; and, with the reason in the status, where the head's gradient was not released or the tokens
+    exceed its width.
     """
     model, sentences, head = observation.model, reconstruction.value, observation.model.architecture.family.head
-    if not sentences or head is None:
+    if model.architecture.task != "masked-lm" or not sentences or head is None:
         return reconstruction
     dense = ".".join(head)
     gradients = observation.sketches([dense])

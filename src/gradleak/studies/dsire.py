@@ -32,7 +32,7 @@ from gradleak.observations.training import Recipe, train
 from gradleak.report.record import Plot
 from gradleak.studies.data_sets import blueprint, rows_of, shrunk
 from gradleak.studies.findings import Findings, Row, Size, Start, interval, opening, plot, rectangular, shortage
-from gradleak.victims.adapter import fine_tune, lora_start
+from gradleak.victims.adapter import check_converged, fine_tune, lora_start
 from gradleak.victims.training import prepare_model
 
 FEW, MANY = (1, 2, 3, 4, 5, 6), (1, 2, 3, 5, 8, 12, 20, 30, 40, 50)
@@ -244,7 +244,10 @@ class Bench:
         return real, twins, sizes
 
     def trained(self, recipe: Recipe, starts: Tensors, images: Tensor, labels: Tensor) -> list[PictureObservation]:
-        """One adapter per start, images (k, n, channel, height, width), labels (k, n): their A is where training ended."""
+        """One adapter per start, images (k, n, channel, height, width), labels (k, n): their A is where training ended.
+
+        Raises BadInput when one diverges.
+        """
         scaling, model = dict.fromkeys(self.modules, 1.0), self.model.to(self.device)
         whole = Adapter(start={}, scaling=scaling)  # every factor is given
 
@@ -254,6 +257,7 @@ class Bench:
         starts = {name: tensor.to(self.device) for name, tensor in starts.items()}
         ends = vmap(ended)(starts, images.to(self.device), labels.to(self.device))
         ends = {name: tensor.detach().cpu() for name, tensor in ends.items()}
+        check_converged(ends.values(), recipe)
         found = []
         for k in range(len(images)):
             changes = {name: tensor[k].clone() for name, tensor in ends.items() if name.endswith("lora_B")}
@@ -328,7 +332,7 @@ def setting_of(row: Row) -> str:
 def findings(rows: list[Row], answers: dict[str, list[tuple[int, Estimate]]]) -> Findings:
     """The table, its plots, and in words how many settings were read, how well, and what the zoo did elsewhere."""
     like = [row for row in rows if row["asked"] == LIKE and "mae" in row]
-    failed = "; ".join(f"{setting_of(row)}, {row['asked']}: {row['note']}" for row in rows if "note" in row)
+    failed = " ".join(f"{setting_of(row)}, {row['asked']}: {row['note']}" for row in rows if "note" in row)
     if not like:
         return Findings(rectangular(rows), f"No zoo could be made. {failed}")
     total = sum(row["held_out"] for row in like)

@@ -9,10 +9,10 @@ from torch import Tensor
 from gradleak.modalities.pictures import Pictures
 from gradleak.observations.model import PictureModel
 from gradleak.observations.observation import Observation, PictureObservation
-from gradleak.observations.releases import Adapter, Update, check_finite
+from gradleak.observations.releases import Adapter, Update
 from gradleak.observations.tensors import Tensors
 from gradleak.observations.training import Objective, Recipe, train
-from gradleak.victims.adapter import lora_start
+from gradleak.victims.adapter import check_converged, lora_start
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def fine_tuned(
     lambda_ic is the learning rate over n times the softmax's probability of class c for picture i, summed along the path.
     Raises BadInput when the training diverges.
     """
-    before: Tensors = model.parameters
+    before, recipe = model.parameters, Recipe(learning_rate=rate, steps=steps, batch_size=len(batch.labels))
     if isinstance(released, LowRank):
         modules = [name.removesuffix(".weight") for name, tensor in model.parameters.items() if tensor.dim() == 2]
         start = lora_start(model, modules, released.rank, torch.Generator().manual_seed(seed))
@@ -69,12 +69,12 @@ def fine_tuned(
     else:
         after, share = path(model.loss, before, lambda own: own, model, batch, rate, steps)
     change = {name: (tensor - before[name]).detach() for name, tensor in after.items()}
-    check_finite(change)
+    check_converged(change.values(), recipe)
     if isinstance(released, Truncated):
         change = {name: truncated(tensor, released.rank) for name, tensor in change.items()}
     update = Observation(
         model=replace(model, frozen=tuple(name for name in model.parameters if name not in change)),
-        release=Update(recipe=Recipe(learning_rate=rate, steps=steps, batch_size=len(batch.labels))),
+        release=Update(recipe=recipe),
         released=change,
         batch_size=len(batch.labels),
         labels=batch.labels,

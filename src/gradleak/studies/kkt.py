@@ -172,8 +172,8 @@ def sentence(rows: list[Row]) -> str:
             f"{row['over_0.4']} ({row['over_0.4_and_controls']} of them closer "
             f"than any control; mean SSIM {row['mean_ssim']:.2f}; mean image {row['mean_image_over_0.4']}, another model "
             f"{row['another_model_over_0.4']}, its training images {row['its_training_images_over_0.4']})"
-            if "over_0.4" in row
-            else row["note"]
+            if not row["note"]
+            else row["note"].rstrip(".")
         )
         for row in rows
     ]

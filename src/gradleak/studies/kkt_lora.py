@@ -176,7 +176,7 @@ def sentence(rows: list[Row]) -> str:
     """Mean SSIM by rank."""
     parts = [
         f"{row['images']} images, rank {row['rank']}, "
-        + (f"{row['left_hand_side']}: {row['mean_ssim']:.2f}" if "mean_ssim" in row else row["note"])
+        + (row["note"].rstrip(".") or f"{row['left_hand_side']}: {row['mean_ssim']:.2f}")
         for row in rows
     ]
     blind = next((f" (mean image {row['mean_image_ssim']:.2f})" for row in rows[::-1] if "mean_ssim" in row), "")

@@ -19,7 +19,7 @@ from gradleak.observations.training import Recipe
 from gradleak.priors.gaussian import GaussianPrior
 from gradleak.studies.data_sets import beside, blueprint, rows_of, shrunk, unseen
 from gradleak.studies.findings import Row, Size, Start, name_of, opening, shortage
-from gradleak.victims.adapter import lora_start
+from gradleak.victims.adapter import check_converged, lora_start
 from gradleak.victims.training import prepare_model
 
 # public pictures, of which the base models are trained on at most 5,000, and for how many epochs
@@ -104,8 +104,10 @@ def blank(
 
 
 def trained(adapter: PictureObservation, images: Tensor, labels: Tensor) -> PictureObservation:
-    """The adapter after its recipe on these pictures, beside the A that it started from."""
-    return replace(adapter, released={k: v.detach() for k, v in adapter.simulate(images, labels).items()})
+    """The adapter after its recipe on these pictures, beside the A that it started from; BadInput when it diverges."""
+    change = {k: v.detach() for k, v in adapter.simulate(images, labels).items()}
+    check_converged(change.values(), adapter.adapter.recipe or ONE_STEP)
+    return replace(adapter, released=change)
 
 
 def full_gradient(base: Base, images: Tensor, labels: Tensor) -> PictureObservation:

@@ -4,7 +4,7 @@ what a decoder's fidelity is worth); batches.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,38 +22,56 @@ from gradleak.studies.phase2 import attacked
 COSINES, BATCHES = (1.0, 0.99, 0.95, 0.9, 0.85, 0.8), (1, 2, 4, 8, 16)
 SEARCH, SPAN = "map-inversion", "token-span"
 ATTACKS = (("mlp1000", SEARCH), ("convnet", SEARCH), ("vit", SEARCH), ("vit", SPAN))
-# pictures for each of ATTACKS, for the curve, batches; evaluations per prior weight; cosines of the curve, batch sizes
-SIZES: dict[Size, tuple[tuple[int, int, int, int], int, int, int, tuple[float, ...], tuple[int, ...]]] = {
-    "smoke": ((1, 1, 0, 1), 1, 1, 5, (1.0, 0.9), (1, 2)),
-    "small": ((8, 12, 4, 4), 6, 1, 60, COSINES, BATCHES),
-    "paper": ((50, 50, 20, 20), 20, 5, 150, COSINES, BATCHES),
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """pictures for each of ATTACKS, for the curve; batches of each size; of the search: evaluations per prior weight, and public
+    pictures that its start is learnt from; cosines of the curve; batch sizes."""
+
+    pictures: tuple[int, int, int, int]
+    curve: int
+    batches: int
+    evaluations: int
+    pairs: int = 1_000
+    cosines: tuple[float, ...] = COSINES
+    batch_sizes: tuple[int, ...] = BATCHES
+
+
+SIZES: dict[Size, Effort] = {
+    "smoke": Effort(
+        pictures=(1, 1, 0, 1), curve=1, batches=1, evaluations=3, pairs=40, cosines=(1.0, 0.9), batch_sizes=(1, 2)
+    ),
+    "small": Effort(pictures=(8, 12, 4, 4), curve=6, batches=1, evaluations=60),
+    "paper": Effort(pictures=(50, 50, 20, 20), curve=20, batches=5, evaluations=150),
 }
 
 
 def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]:
     """Yields after every attack; the findings so far."""
-    counts, curve, batches, evaluations, cosines, batch_sizes = SIZES[size]
+    effort, most = SIZES[size], max(*SIZES[size].pictures, SIZES[size].curve, *SIZES[size].batch_sizes)
     rows: list[Row] = []
     bases = dict[str, Base]()
 
     def attack(victim: str, name: str) -> TokenSpan | MapInversion:
-        return TokenSpan() if name == SPAN else MapInversion(prior=bases[victim].prior, evaluations=evaluations)
+        search = MapInversion(prior=bases[victim].prior, evaluations=effort.evaluations, pairs=effort.pairs)
+        return TokenSpan() if name == SPAN else search
 
-    for (victim, name), count in zip(ATTACKS, counts, strict=True):
+    for (victim, name), count in zip(ATTACKS, effort.pictures, strict=True):
         if victim not in bases:
-            bases[victim] = prepare(victim, data, max(*counts, curve, *batch_sizes), size, start)
+            bases[victim] = prepare(victim, data, most, size, start)
         if count:
             rows.append(measured(bases[victim], name, attack(victim, name), count, 1.0, 1, seed, start))
             yield findings(rows).after(before(data, size, bases.values()))
-    for value in cosines:
+    for value in effort.cosines:
         for victim, name in (("convnet", SEARCH), ("vit", SPAN)):
-            row = measured(bases[victim], name, attack(victim, name), curve, value, 1, seed, start)
+            row = measured(bases[victim], name, attack(victim, name), effort.curve, value, 1, seed, start)
             rows.append({**row, "curve": True})
         yield findings(rows).after(before(data, size, bases.values()))
     base = bases["convnet"]
-    for batch in batch_sizes:
-        if batch * batches <= len(base.private.labels):
-            row = measured(base, SEARCH, attack("convnet", SEARCH), batches, 1.0, batch, seed, start)
+    for batch in effort.batch_sizes:
+        if batch * effort.batches <= len(base.private.labels):
+            row = measured(base, SEARCH, attack("convnet", SEARCH), effort.batches, 1.0, batch, seed, start)
             rows.append({**row, "attack": f"{SEARCH}, labels known"})
             yield findings(rows).after(before(data, size, bases.values()))
 

@@ -76,11 +76,11 @@ def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]
         (ONE_STEP, False),
         (Recipe(optimizer="adam", learning_rate=1e-3, steps=1), False),
     ):
-        rows.append(recipes(base, recipe, known, effort.ablation, effort.evaluations, seed))
+        rows.append(recipes(base, recipe, known, effort.ablation, effort.evaluations, seed, effort.pairs // 2))
         yield findings(rows).after(before(data, size, bases.values()))
     for batch in effort.batches:
         for rank in effort.ranks:
-            rows.append(cell(base, rank, batch, effort.per_cell, effort.evaluations, seed, start))
+            rows.append(cell(base, rank, batch, effort.per_cell, effort.evaluations, seed, start, effort.pairs // 2))
             yield findings(rows).after(before(data, size, bases.values()))
 
 
@@ -168,9 +168,9 @@ def raw(adapter: PictureObservation) -> PictureObservation:
     return as_observation(adapter, made)
 
 
-def recipes(base: Base, recipe: Recipe, known: bool, count: int, evaluations: int, seed: int) -> Row:
+def recipes(base: Base, recipe: Recipe, known: bool, count: int, evaluations: int, seed: int, pairs: int) -> Row:
     """More steps, or a recipe that the attacker does not know; where training diverges, its reason as `note`."""
-    private, attack = base.batches(1, count), MapInversion(prior=base.prior, evaluations=evaluations, pairs=500)
+    private, attack = base.batches(1, count), MapInversion(prior=base.prior, evaluations=evaluations, pairs=pairs)
     about: Row = {"victim": "convnet", "data": name_of(base.private.source)}
     about |= {"attack": "recipe known" if known else "recipe unknown", "rank": 8, "batch": 1}
     about |= {"steps": recipe.steps, "optimizer": recipe.optimizer, "empty": 0}
@@ -184,9 +184,11 @@ def recipes(base: Base, recipe: Recipe, known: bool, count: int, evaluations: in
     return {**about, **scores(base, images, [one.images for one in private]), "seconds": round(seconds / len(seen), 2)}
 
 
-def cell(base: Base, rank: int, batch: int, count: int, evaluations: int, seed: int, start: Start) -> Row:
+def cell(
+    base: Base, rank: int, batch: int, count: int, evaluations: int, seed: int, start: Start, pairs: int = PAIRS // 2
+) -> Row:
     """One cell of the map: rank against batch size, labels known, and what is identifiable at noise 1e-3."""
-    attack = MapInversion(prior=base.prior, evaluations=evaluations, pairs=500)
+    attack = MapInversion(prior=base.prior, evaluations=evaluations, pairs=pairs)
     private = base.batches(batch, count)
     seen = [
         replace(trained(blank(base, rank, batch=batch, seed=seed), some.images, some.labels), labels=some.labels)

@@ -113,7 +113,7 @@ def drawn(rows: list[Row], ranks: Sequence[int], counts: Sequence[int]) -> Plot:
     """One map per release; the line is the predicted threshold."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2), (ADAPTER, CHANGE), strict=True):
-        own = [row for row in rows if row["released"] == name and "ssim" in row]
+        own = [row for row in rows if row["released"] == name and not row.get("note")]
         grid = torch.full((len(counts), len(ranks)), torch.nan)
         for row in own:
             at = counts.index(row["images"]), ranks.index(row["rank"])
@@ -137,7 +137,7 @@ def sentence(rows: list[Row]) -> str:
     """Mean SSIM on both sides of the predicted threshold."""
     parts = []
     for name in dict.fromkeys(row["released"] for row in rows):
-        own = [row for row in rows if row["released"] == name and "ssim" in row]
+        own = [row for row in rows if row["released"] == name and not row.get("note")]
         sides = [
             [row["ssim"] for row in own if (row["rank"] < row["predicted_threshold"]) == low] for low in (True, False)
         ]

@@ -163,7 +163,7 @@ def findings(rows: Sequence[Row], by: Sequence[str], data: str, size: Size) -> F
     """The table, and ROUGE-1 in words, told apart by these columns."""
     parts = [
         f"{', '.join(f'{key} {row[key]}' for key in by)}: "
-        + (f"{row['rouge1']} ({row['proven']} % proven)" if "rouge1" in row else row["note"])
+        + (f"{row['rouge1']} ({row['proven']} % proven)" if "rouge1" in row else row["note"].rstrip("."))
         for row in rows
     ]
     stand_in = f"a small bert, as {STAND_IN}" if STAND_IN in rows[0]["model"] else ""

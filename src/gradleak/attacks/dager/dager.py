@@ -74,16 +74,16 @@ class Dager:
         """Raises NotObserved where the first block's projections are missing, or the tokens fill the space in which they
         were seen."""
         check_sees(self, observation)
-        model, family = observation.model, observation.model.architecture.family
+        family = observation.model.architecture.family
 
         # The span of the first layer's inputs
         first = spans_of(observation, family.queries(0))
         if not first:
             names = ", ".join(family.queries(0))
             raise NotObserved(f"None of {names} was released: no token can be told from another.")
-        embeddings = Embeddings.of(model)
+        embeddings = Embeddings.of(observation.model)
         drift, drifts = _drift(observation, embeddings, generator)
-        first = telling(first, embeddings.inputs(*random_tokens(model, generator)), FORWARD + drift)
+        first = telling(first, embeddings.inputs(*random_tokens(observation.model, generator)), FORWARD + drift)
         if not first:
             raise NotObserved(
                 "The tokens of the batch fill all directions in which they were seen: any token of the vocabulary would pass. "
@@ -96,7 +96,8 @@ class Dager:
             return _nothing(first[0])
         bag = tuple(sorted({token for ids in allowed for token in ids.tolist()}))
 
-        # Their sentences, by the spans behind the attention; without these, by gradient distance
+        # Their sentences: a decoder's token by token, an encoder's by the outputs of its attention, and by gradient distance where
+        # no span behind the attention is left that could judge them
         rounding = {name: FORWARD + moved for name, moved in drifts.items()}
         judge = Judge.of(observation, min(span.rank for span in first), rounding, generator)
         sentences = self._decoder(observation, allowed, judge, generator) if family.causal else []
@@ -105,8 +106,7 @@ class Dager:
             if not judge.spans:
                 return self._by_gradient(observation, bag, pairs, generator)
             sentences = self._encoder(observation, embeddings, pairs, judge, generator, on_step)
-        reconstruction = _result(observation, sentences, bag, first[0])
-        return unmask(observation, reconstruction) if model.architecture.task == "masked-lm" else reconstruction
+        return unmask(observation, _result(observation, sentences, bag, first[0]))
 
     def _decoder(
         self, observation: TextObservation, allowed: list[Tensor], judge: Judge, generator: torch.Generator
@@ -121,7 +121,7 @@ class Dager:
         if not wanted or (passed and complete) or (judge.convincing and len(passed) == wanted):
             return passed
 
-        # The inputs of the output projection depend on the whole prefix, and federated updates show them best
+        # Noise and updates leave most of the output projection's inputs, which depend on the whole prefix: they weigh sentences
         name, modules = next(iter(layers_behind(observation.model).items()))
         spans = [span for span in spans_of(observation, modules) if span.rank and span.factor is None]
         if not spans:
@@ -169,14 +169,13 @@ class Dager:
         model, only, positions = observation.model, pairs.only_sentence(), int(pairs.places.max()) + 1
         placed, single = model.architecture.family.placed, observation.batch_size == 1
         status = (
-            f"{len(bag)} tokens pass in the first block, in up to {positions} positions; nothing behind its attention "
+            f"{len(bag)} tokens pass in the first block, in up to {positions} positions; nothing behind its attention was "
+            "released that could tell more"
         )
-        status += "was released that could tell more"
         if only is not None and placed and single:
             status += ", but at each position only one passes."
             return Reconstruction(closed(model, (only,)), None, 0.0, status, Outcome.GUESSED, (False,), bag)
-        orderable = only is not None or placed or single
-        order = self._ordered(observation, pairs, generator) if orderable else None
+        order = self._ordered(observation, pairs, generator) if only is not None or placed or single else None
         if order is None:
             return Reconstruction((), None, 1.0, f"{status}, so they cannot be put together.", Outcome.GUESSED, (), bag)
         sentences = closed(model, order.sentences)
@@ -202,9 +201,9 @@ def _drift(
     farthest = change.topk(length).indices
     shuffled = (farthest[torch.randperm(length, generator=generator)] for _ in range(SENTENCES - 1))
     ids = torch.stack([farthest, *shuffled])
-    before, then = (layer_inputs(ends, layers, ids) for ends in (model, trained))
-    moved = {n: ((then[n] - before[n]).norm(dim=-1) / before[n].norm(dim=-1)).max() for n in layers}
-    return float(change.max()), {name: float(most) for name, most in moved.items()}
+    start, end = (layer_inputs(ends, layers, ids) for ends in (model, trained))
+    moved = {name: (end[name] - start[name]).norm(dim=-1) / start[name].norm(dim=-1) for name in layers}
+    return float(change.max()), {name: float(most.max()) for name, most in moved.items()}
 
 
 def _nothing(first: Span) -> Reconstruction:
@@ -237,7 +236,7 @@ def _result(
 
 
 def _evidence(sentences: Sequence[Sentence], proven: int, wanted: int | None, tokens: int) -> str:
-    """What speaks for the sentences."""
+    """The checks that the sentences passed, in words."""
     if not sentences:
         return f"{tokens} tokens pass, but no sentence of them does"
     outcomes = [sentence.outcome for sentence in sentences]
@@ -251,7 +250,5 @@ def _evidence(sentences: Sequence[Sentence], proven: int, wanted: int | None, to
         return f"{outside}: the sentences are guesses"
     if wanted is None or proven >= wanted:
         return "every token passes in all layers"
-    others = (
-        "the others are guesses, identical to these, or their beginnings" if proven else "the sentences are guesses"
-    )
-    return f"every token passes in all layers; {others}"
+    others = "the others are guesses, identical to these, or their beginnings"
+    return f"every token passes in all layers; {others if proven else 'the sentences are guesses'}"

@@ -34,9 +34,9 @@ from gradleak.observations.tensors import Tensors
 ROWS = 64  # candidates at a time: memory alone depends on it
 DAMPING = 1e-6  # of the mean curvature, which is computed in float32: its rounding
 # Gauss-Newton takes four steps (docs/findings/text.md, "Why batches are harder"): three times as many at most, and from the
-# fourth on only where a step takes a fifth off the residual. These three, and the efforts below, are chosen by hand: half and
-# twice of each leave the same 15 of 18 sentences right (texts of the package in batches of 3 to 6, BERTs of width 64 to 128),
-# but FIRST = 6, which finds two more in a quarter more time, and TOGETHER = 16, which loses one.
+# fourth on only where a step takes a fifth off the residual. These three, and the efforts below, are chosen by hand: about half
+# and twice of each (an eighth of AT_ONCE) leave the same 15 of 18 sentences right (texts of the package in batches of 3 to 6,
+# BERTs of width 64 to 128), but FIRST = 6, which finds two more in a quarter more time, and TOGETHER = 16, which loses one.
 STEPS, FIRST, SLOW = 12, 3, 0.8
 AT_ONCE = 1_024  # candidates whose outputs are computed before sentences are sought
 TWICE = 2  # proposals that may hold a token before it is no focus any more, until more outputs are known

@@ -16,8 +16,8 @@ from gradleak.observations.observation import TextObservation
 from gradleak.observations.tensors import Tensors
 
 ROWS = 256  # sentences at a time: memory alone depends on it
-# A proof needs random rows to be refused by the factor MARGIN: docs/findings/text.md, "What is proven". LUCKY of the 256 may
-# pass: a decoder's first token is right whatever follows, "Decoders" there.
+# A proof needs a margin of 10 between 256 random rows and what passes: docs/findings/text.md, "What is proven". Two of the rows
+# may come nearer, because the first token of a decoder's random sentence may be a true one: "Decoders" there.
 MARGIN, SENTENCES, LUCKY = 10.0, 8, 2
 
 
@@ -153,7 +153,7 @@ class Judge:
             if float(rows[best].mean()) < float(distance.mean()) * (1 - 1e-6):  # by more than float32 rounds
                 current, distance = trials[best], rows[best]
                 untried = set(range(1, len(tokens))) - {place}
-                if float(distance.max()) < 1e-6:  # no row is further than three digits, which leaves nothing to correct
+                if float(distance.max()) < 1e-6:  # squares: every row agrees to three digits
                     break
         return self.verdict(tuple(current.tolist()))
 

@@ -32,4 +32,4 @@ def read(path: Path, kind: str, *needed: str) -> tuple[str, Tensors]:
         raise BadInput(f"{path} holds a decoder of the kind {shortened(about.kind)}, not {kind}.")
     if missing := [name for name in needed if name not in tensors]:
         raise BadInput(f"{path} lacks {missing[0]}: it is damaged.")
-    return about.fitted, tensor_file.floating(tensors, path)
+    return about.fitted, tensors

@@ -119,7 +119,10 @@ def load(path: Path, kind: str, build: Callable[..., nn.Module], model: PictureM
         raise BadInput(f"{path} was trained for {architecture}, the observation is of {model.architecture}.")
     options = msgspec.to_builtins(about.options)
     with torch.random.fork_rng(devices=[]):
-        network = build(model, **options)
+        try:
+            network = build(model, **options)
+        except TypeError as error:
+            raise BadInput(f"{path} is damaged: its options are not those of {kind}.") from error
     own, found = network.state_dict(), tensor_file.group(tensors, "network")
     if {k: (v.shape, v.dtype) for k, v in own.items()} != {k: (v.shape, v.dtype) for k, v in found.items()}:
         raise BadInput(f"{path} does not fit the network that it names: it is damaged, or of another version.")
