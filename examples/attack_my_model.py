@@ -32,7 +32,7 @@ model = Model.of(module, Architecture("mine", (3, 16, 16), classes=10), mode="ev
 observation = Observation(model=model, released=gradient, batch_size=1)
 print(replay(observation, known.images, known.labels)[0]["sentence"])
 found = DLG()(observation, generator=torch.Generator().manual_seed(0))
-print(found.status, "Labels:", found.labels.tolist())
+print(found.status, "Labels:", found.labels)
 for number, image in enumerate(found.value):
     imsave(folder / f"image-{number}.png", image.permute(1, 2, 0).numpy())
 print("Pictures in", folder)

@@ -41,7 +41,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
 GROUPS = ("capture", "train")  # whose commands have two words
 LONGEST = 1_000  # characters of a sentence on the terminal
 LARGEST_SEED = 2**32 - 1
-OUT_OF_MEMORY = ("allocate memory", "out of memory", "bad_alloc", "Storage size calculation overflowed")  # as torch says it
+OUT_OF_MEMORY = (
+    "allocate memory",
+    "out of memory",
+    "bad_alloc",
+    "Storage size calculation overflowed",
+)  # as torch says it
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,7 +3,6 @@
 import base64
 import csv
 import inspect
-import json
 import re
 import sys
 import textwrap
@@ -27,9 +26,10 @@ from gradleak.cli.attack_flags import built
 from gradleak.cli.inputs import check_device, file_hash, fresh_folder, observed, observed_files
 from gradleak.cli.progress import progress
 from gradleak.errors import BadInput, shortened
-from gradleak.formats.observation_file import load_observation
+from gradleak.formats.observation_file import load_observation, usable_labels
 from gradleak.formats.reconstruction_file import load_reconstruction, save_reconstruction
 from gradleak.formats.secret_file import Secret, load_secret
+from gradleak.formats.shown_files import save_shown
 from gradleak.modalities.networks import MODELS
 from gradleak.observations.observation import Observation
 from gradleak.report import html, record
@@ -57,7 +57,7 @@ def attack(args: flags.Attack, options: dict[str, dict[str, Any]]) -> None:
                 raise BadInput(done.result["status"].removeprefix("Not run: "))
             written["results"].append(done.result)
             save_reconstruction(done.reconstruction, out / "reconstruction.safetensors")
-            save_shown(done, out)
+            keep_shown(done, out)
             judged(written, {})
             finish(written, out)
             print(said(done), f"See {out / 'report.html'}.", sep="\n")
@@ -74,6 +74,8 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> None:
         modality = observation.model.architecture.modality
         attacks = {n: a for n, a in attacks.items() if a.modality == modality and not getattr(a, "by_name_only", False)}
     secret = load_secret(args.secret) if args.secret else None
+    if secret is not None and args.secret is not None:
+        usable_labels(secret.labels, observation.model, len(secret), args.secret)
     inputs = [*observed_files(args), *([args.secret] if args.secret else [])]
     written = new_record("audit", args, {name: options[name] for name in attacks}, inputs)
     audit_one(observation, attacks, public_data(args, observation), secret, written, {}, out, args.seed, args.device)
@@ -123,7 +125,7 @@ def audit_one(
         ):
             written["results"].append(done.result)
             judged(written, left)
-            save_shown(done, out)
+            keep_shown(done, out)
             finish(written, out)
             save_sheet(written, out / "pictures.png")
             if done.reconstruction is not None:
@@ -299,31 +301,11 @@ def finish(written: record.Record, out: Path) -> None:
     (out / "report.html").write_text(html.render(written), encoding="utf-8")
 
 
-def save_shown(done: Audited, out: Path) -> None:
-    """What an attack returned, to look at: ATTACK-0.png, ... eight times as large as its pixels, or ATTACK-texts.json."""
+def keep_shown(done: Audited, out: Path) -> None:
+    """What an attack returned, in files to look at."""
     row, found = done.result, done.reconstruction
-    if found is None or "shown" not in row:
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    shown = row["shown"]["reconstruction"]
-    if row["media"] == "text/plain":
-        about = {"texts": shown, "tokens": found.value, "proven": found.proven, "bag": found.bag}
-        about |= {"residual": found.residual, "status": found.status}
-        text = json.dumps(about, ensure_ascii=False, indent=1)
-        (out / f"{row['attack']}-texts.json").write_text(text, encoding="utf-8", errors="replace")
-        return
-    for number, uri in enumerate(shown):
-        enlarge(uri, out / f"{row['attack']}-{number}.png")
-
-
-def enlarge(uri: str, path: Path) -> None:
-    """A picture out of its data URI, each pixel eight times as large."""
-    import io
-
-    from PIL import Image
-
-    picture = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
-    picture.resize((picture.width * 8, picture.height * 8), Image.Resampling.NEAREST).save(path)
+    if found is not None and "shown" in row:
+        save_shown(row["attack"], row["shown"]["reconstruction"], row["media"], found, out)
 
 
 def save_table(rows: list[dict[str, Any]], path: Path) -> None:

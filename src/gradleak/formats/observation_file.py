@@ -24,6 +24,7 @@ from gradleak.observations.releases import RELEASES, Release
 from gradleak.observations.tensors import Tensors
 
 SCHEMA = "gradleak/observation/2"
+LEFT_OUT = -100  # the label of a token that no loss is taken of
 Precision = Literal["float64", "float32", "float16", "bfloat16"]
 
 
@@ -169,16 +170,20 @@ def is_tensors(release: Any, name: str) -> bool:
 
 
 def usable_labels(labels: Any, model: Model[Any], batch_size: int | None, path: Path) -> Any:
-    """The labels of a file; BadInput where they are no class indices of this many inputs."""
+    """The labels of a file; BadInput where they are not those of so many inputs of this model."""
     if labels is None:
         return None
-    most = 1 if model.architecture.classes > 1 else 2  # dimensions
-    if labels.dtype != torch.int64 or not 1 <= labels.ndim <= most or not len(labels):
+    classes = model.architecture.classes
+    if labels.dtype != torch.int64 or labels.ndim != (1 if classes > 1 else 2) or not labels.numel():
         raise BadInput(f"{path} is damaged: its labels are no class indices.")
     if batch_size is not None and len(labels) != batch_size:
         raise BadInput(f"{path} is damaged: it has {len(labels)} labels for {batch_size} inputs.")
-    if labels.ndim == 1 and (int(labels.min()) < 0 or int(labels.max()) >= model.architecture.classes):
-        raise BadInput(f"{path} is damaged: a label is beyond the model's {model.architecture.classes} classes.")
+    if classes == 1:  # tokens, where they are not left out
+        classes, labels_there = model.logits({}, model.architecture.probe()[0]).shape[-1], labels[labels != LEFT_OUT]
+    else:
+        labels_there = labels
+    if labels_there.numel() and (int(labels_there.min()) < 0 or int(labels_there.max()) >= classes):
+        raise BadInput(f"{path} is damaged: a label is beyond the model's {classes} classes.")
     return labels
 
 

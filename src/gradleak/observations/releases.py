@@ -218,6 +218,8 @@ class Adapter(Release):
 
     def check(self, model: Model[Any], released: Tensors) -> None:
         """BadInput naming the first module whose factors do not fit the model, or factor whose change does not fit it."""
+        if not self.scaling:
+            raise BadInput("The adapter changes no module.")
         if not 0 <= self.dropout < 1:
             raise BadInput(f"Dropout has a probability below 1, not {self.dropout:g}.")
         for module, s in self.scaling.items():
@@ -295,9 +297,13 @@ class Adapter(Release):
 
     def as_gradient(self, model: Model[Any], released: Tensors) -> Tensors:
         """{module.weight: the gradient of least norm that explains its sketch}: M = S (F F^T)^-1 F."""
+        sketches = sorted(self.sketches(model, released, "float32", None), key=lambda s: s.side)  # B's change stays
+        if not sketches:
+            raise NotObserved(
+                "The adapter measures no gradient: the other factor of each that is released starts at zero."
+            )
         return {
-            f"{s.module}.weight": weight_shaped(model, s, s.measured @ torch.linalg.pinv(s.through).T)
-            for s in sorted(self.sketches(model, released, "float32", None), key=lambda s: s.side)  # B's change stays
+            f"{s.module}.weight": weight_shaped(model, s, s.measured @ torch.linalg.pinv(s.through).T) for s in sketches
         }
 
     def after(self, model: Model[Any], released: Tensors) -> Tensors | None:

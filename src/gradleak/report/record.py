@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
 
 from msgspec import Meta
 
-from gradleak.errors import BadInput, checked, shortened
+from gradleak.errors import BadInput, checked, parsed, shortened
 from gradleak.report.old_record import OLD, modern
 
 FAMILY, VERSION = "gradleak/record/", 2
@@ -115,6 +115,14 @@ class Plot(TypedDict):
     image: str
 
 
+class Seen(TypedDict, total=False):
+    """What was attacked, beside more of the same kind: name, kind of release, and what of it was revealed."""
+
+    name: str
+    kind: str
+    revealed: Sequence[str]
+
+
 class Result(TypedDict):
     """One attack run. Every list that is "per sample" is in matched order: entry i is about true sample i.
 
@@ -125,7 +133,7 @@ class Result(TypedDict):
 
     attack: str
     parameters: Mapping[str, Any]
-    observation: Mapping[str, Any]  # {"name": ..., "kind": ..., ...}
+    observation: Seen
     defense: Mapping[str, Any] | None
     status: str
     residual: float | None  # distance between the observation and the re-simulated one
@@ -177,7 +185,7 @@ def new_result(
     return {
         "attack": attack,
         "parameters": parameters,
-        "observation": observation,
+        "observation": observation,  # type: ignore[typeddict-item]
         "defense": None,
         "status": "",
         "residual": None,
@@ -241,16 +249,12 @@ def read(path: Path) -> Record:
     try:
         if path.stat().st_size > LARGEST:
             raise BadInput(f"{path} is too large for a record.")
-        value = _finite(json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant))
+        if not path.is_file():
+            raise BadInput(f"Cannot read the record {shortened(str(path))}: it is no file.")
+        text = path.read_bytes()
     except OSError as error:
         raise BadInput(f"Cannot read the record {shortened(str(path))}: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:  # ValueError: bad JSON, bad UTF-8, a number of thousands of digits
-        if isinstance(error, BadInput):
-            raise
-        reason = shortened(str(error))
-        raise BadInput(
-            f"{shortened(str(path))} is not JSON ({reason}); give a record.json that gradleak wrote."
-        ) from error
+    value = _finite(parsed(text, f"Give a record.json that gradleak wrote: {path} is not JSON"))
     if not isinstance(value, dict) or not isinstance(schema := value.get("schema"), str):
         raise BadInput(f"{path} is not a gradleak record: it has no schema; give a record.json that gradleak wrote.")
     if schema == OLD:
@@ -283,10 +287,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
 
 
 def _finite(value: object) -> object:
