@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from matplotlib.image import imsave
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -33,6 +33,6 @@ observation = Observation(model=model, released=gradient, batch_size=1)
 print(replay(observation, known.images, known.labels)[0]["sentence"])
 found = DLG()(observation, generator=torch.Generator().manual_seed(0))
 print(found.status, "Labels:", found.labels)
-for number, image in enumerate(found.value):
-    imsave(folder / f"image-{number}.png", image.permute(1, 2, 0).numpy())
+for number, image in enumerate((255 * found.value).round().byte()):  # (channel, height, width), channels 3
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"image-{number}.png")
 print("Pictures in", folder)

@@ -146,9 +146,9 @@ def test_only_victims_formats_audit_studies_and_what_runs_them_open_the_secret()
 def blind_files() -> Iterator[str]:
     for name in FILES:
         where = place(name)
-        if any(where == b or where.startswith(b + "/") for b in BLIND):
-            if not any(where == e or where.startswith(e + "/") for e in EXEMPT):
-                yield name
+        blind, exempt = (any(where == p or where.startswith(p + "/") for p in paths) for paths in (BLIND, EXEMPT))
+        if blind and not exempt:
+            yield name
 
 
 @pytest.mark.parametrize("name", list(blind_files()))

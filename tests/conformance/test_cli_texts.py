@@ -108,7 +108,7 @@ def rows_of(out: Path) -> dict[str, Any]:
 
 def texts_of(out: Path) -> list[str]:
     """The texts that `attack --attack dager` has left, spaces at the ends apart."""
-    return [text.strip() for text in json.loads((out / "dager-texts.json").read_text(encoding="utf-8"))["shown"]]
+    return [text.strip() for text in json.loads((out / "dager-texts.json").read_text(encoding="utf-8"))["texts"]]
 
 
 @dataclass(frozen=True, kw_only=True)

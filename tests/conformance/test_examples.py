@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,8 @@ def test_attack_my_model_recovers_its_picture(tmp_path: Path) -> None:
     assert "The model reproduces the release" in done.stdout
     assert "Labels: tensor([0])" in done.stdout  # the astronaut is the first class
     truth = load("embedded", "test", indices=[0], resize=(16, 16)).images[0]
-    # Writing 8-bit pixels costs up to 1/255; as much again is left for the search, whose residual is below 1e-4.
+    # Writing 8-bit pixels costs up to 1/510, reading them nothing; three times as much is left for the search, whose residual
+    # is below 1e-4.
     assert (written(tmp_path) - truth).abs().max() <= 2 / 255
 
 
@@ -172,18 +174,19 @@ def test_the_attack_of_the_page(attack: Any) -> None:
     before = fingerprint({**observation.released, **observation.model.parameters})
     found = attack(observation, generator=torch.Generator().manual_seed(0))
     assert fingerprint({**observation.released, **observation.model.parameters}) == before
-    again = attack(observation, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(found.value, again.value)
     assert found.residual == observation.residual(found.value, found.labels)
     # The last steps are 1e-4 long. A search that ends within 100 of them, 0.01, of the truth has 40 dB.
     assert psnr_db(found.value, secret.inputs) >= 40
+    short = replace(attack, steps=5)
+    first, again = (short(observation, generator=torch.Generator().manual_seed(0)) for _ in range(2))
+    assert torch.equal(first.value, again.value)
 
 
 def test_the_attack_of_the_page_is_audited_like_any_other(attack: Any) -> None:
     observation, secret = observe()
     public = public_pool("digits", "train", shape=(1, 8, 8), limit=200)
-    (done,) = audit(observation, {"plain-matching": attack}, public, secret=secret)
-    assert json.loads(json.dumps(done.result["parameters"])) == {"steps": 400, "step_size": 0.1}
+    (done,) = audit(observation, {"plain-matching": replace(attack, steps=100)}, public, secret=secret)
+    assert json.loads(json.dumps(done.result["parameters"])) == {"steps": 100, "step_size": 0.1}
     assert done.result["scores"]["identification_rank"] == [1]
     assert {f["name"]: f["level"] for f in done.result["flags"]} == {"replay": "info"}
 

@@ -1,4 +1,4 @@
-"""The parts of the studies of adapters that carry an exact statement, and the studies of texts at their smallest."""
+"""The parts of the studies of adapters that carry an exact statement, and what studies of texts start from."""
 
 from dataclasses import replace
 from importlib.util import find_spec
@@ -14,7 +14,7 @@ from gradleak.modalities.texts import load_texts
 from gradleak.observations.model import Model
 from gradleak.observations.tensors import flatten
 from gradleak.priors.gaussian import GaussianPrior
-from gradleak.studies import RECIPES, phase0, phase1, phase2
+from gradleak.studies import phase0, phase1, phase2
 from gradleak.studies.lora_victims import Base, blank, full_gradient, scores, trained
 from gradleak.studies.text_victims import PACKAGE, Sources, encoder
 from gradleak.victims.gradient import capture_gradient
@@ -32,8 +32,8 @@ def base() -> Base:
 
 @pytest.mark.parametrize("value", phase0.COSINES)
 def test_a_perturbed_gradient_has_exactly_that_cosine(base: Base, value: float) -> None:
-    """Up to the rounding of its float32 sums over n entries, at most 8 sqrt(n) 2^-24 of the product of the lengths, unless the
-    processor is out of luck with probability 2e-14 (Higham and Mary 2019, theorem 2.4: lambda = 8).
+    """Up to the rounding of its float32 sums over n entries, at most 8 sqrt(n) 2^-24 of the product of the lengths, but for
+    a probability below 1e-7 if its rounding errors are independent (Higham and Mary 2019: 2 n exp(-lambda^2 / 2), lambda = 8).
 
     With that error in the projection of the noise and in each of two lengths, the cosine c is off by up to 2 sqrt(1 - c^2) times
     as much, and the length by less than that.
@@ -70,8 +70,8 @@ def test_raw_is_minus_b_a(base: Base) -> None:
     module = base.modules[-1]
     B, A = adapter.released[f"{module}.lora_B"].double(), adapter.adapter.start[f"{module}.lora_A"].double()
     error = phase2.raw(adapter).released[f"{module}.weight"] + B @ A
-    # a sum of four products in float32, whatever cancels
-    assert bool((error.abs() <= 4 * 2**-24 * (B.abs() @ A.abs())).all())
+    # a sum of four products in float32, whatever cancels: four roundings each, and their squares
+    assert bool((error.abs() <= 4.001 * 2**-24 * (B.abs() @ A.abs())).all())
 
 
 def test_scores_of_the_truth_and_of_the_mean(base: Base) -> None:
@@ -99,19 +99,6 @@ def test_every_row_of_the_map_has_its_place(base: Base) -> None:
 
 
 # --- Texts ---
-
-
-@pytest.mark.parametrize("name", ["dager-encoder", "dager-decoder", "lora-text", "past-the-rank"])
-def test_studies_of_texts_run_on_embedded_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the small model even where the package with the large one is installed."""
-    monkeypatch.setattr("gradleak.studies.text_victims.find_spec", lambda package: None)
-    *_, last = RECIPES[name]("embedded", "smoke", seed=0, start=lambda title: lambda *report: None)
-    assert last.table
-    for row in last.table:
-        assert 0 <= row["frequent_words_rouge1"] < 100
-        if name.startswith("dager"):
-            assert row["rouge1"] == 100  # the paper's tables 1 and 2, at batches of so few tokens
-    assert "ROUGE-1" in last.sentence
 
 
 def test_data_sets_beside_a_folder_are_found(tmp_path: Path) -> None:

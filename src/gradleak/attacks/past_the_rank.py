@@ -74,8 +74,8 @@ class PastTheRank:
         self, observation: TextObservation, *, generator: torch.Generator, on_step: OnStep | None = None
     ) -> Reconstruction:
         """Raises NotObserved for what is no adapter of one text, or has fewer tokens than its rank."""
-        model, family = observation.model, observation.model.architecture.family
         check_sees(self, observation)
+        model, family = observation.model, observation.model.architecture.family
         sketches = [sketch for sketch in observation.sketches() if sketch.side == "right"]
         first = [sketch for sketch in sketches if sketch.module in family.queries(0)]
         if not first:

@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
 
 from msgspec import Meta
 
-from gradleak.errors import BadInput, checked, parsed, shortened
+from gradleak.errors import BadInput, checked, shortened
 from gradleak.report.old_record import OLD, modern
 
 FAMILY, VERSION = "gradleak/record/", 2
@@ -116,10 +116,8 @@ class Plot(TypedDict):
 
 
 class Seen(TypedDict, total=False):
-    """What was attacked, beside more of the same kind: name, kind of release, and what of it was revealed."""
+    """What was attacked: name, kind of release, and more; `revealed` is what of the threat model the attacker had."""
 
-    name: str
-    kind: str
     revealed: Sequence[str]
 
 
@@ -185,7 +183,7 @@ def new_result(
     return {
         "attack": attack,
         "parameters": parameters,
-        "observation": observation,  # type: ignore[typeddict-item]
+        "observation": cast(Seen, observation),
         "defense": None,
         "status": "",
         "residual": None,
@@ -240,12 +238,7 @@ def write(record: Record, path: Path) -> None:
 
 
 def read(path: Path) -> Record:
-    """Read a record and check its shape.
-
-    Raises:
-        BadInput: the file cannot be read, is not strict JSON, has no schema or one that this version does not know,
-            lacks a key or has a value of the wrong type; the sentence names which.
-    """
+    """Read a record; BadInput, with what is wrong, for anything else and for a schema that this version does not know."""
     try:
         if path.stat().st_size > LARGEST:
             raise BadInput(f"{path} is too large for a record.")
@@ -254,7 +247,11 @@ def read(path: Path) -> Record:
         text = path.read_bytes()
     except OSError as error:
         raise BadInput(f"Cannot read the record {shortened(str(path))}: {error.strerror}.") from error
-    value = _finite(parsed(text, f"Give a record.json that gradleak wrote: {path} is not JSON"))
+    try:  # not `parsed`: a text that was recovered may hold half a surrogate pair
+        value = _finite(json.loads(text.decode(), parse_constant=_refuse_constant))
+    except (ValueError, RecursionError) as error:  # ValueError: bad JSON, bad UTF-8, a number of thousands of digits
+        reason = shortened(str(error))
+        raise BadInput(f"{path} is not JSON ({reason}); give a record.json that gradleak wrote.") from error
     if not isinstance(value, dict) or not isinstance(schema := value.get("schema"), str):
         raise BadInput(f"{path} is not a gradleak record: it has no schema; give a record.json that gradleak wrote.")
     if schema == OLD:
@@ -287,6 +284,10 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")
 
 
 def _finite(value: object) -> object:
