@@ -25,6 +25,8 @@ def checked(value: Any, kind: type[T], what: str) -> T:
         return msgspec.convert(value, kind, strict=True)
     except msgspec.ValidationError as error:
         raise BadInput(f"{what} ({shortened(str(error))}).") from error
+    except UnicodeError as error:
+        raise BadInput(f"{what} (it holds half a surrogate pair).") from error
     except RecursionError as error:
         raise BadInput(f"{what} (it is nested too deeply).") from error
 

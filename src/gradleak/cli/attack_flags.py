@@ -2,6 +2,7 @@
 share a flag."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from gradleak.cli.app import near
 from gradleak.errors import BadInput, checked, shortened
 
 OPTION = {"attack": "--attack", "audit": "--attacks"}
+MOST = 1_000_000  # steps, trials, candidates, ...
 PLAIN = (str, int, float, bool, Path)
 
 
@@ -125,7 +127,12 @@ def typed(value: Any, kind: Any, what: str) -> Any:
     if kind in (Path, Path | None):
         text = checked(value, str | None, what)  # type: ignore[arg-type]
         return None if text is None else Path(text)
-    return checked(value, kind, what)
+    number = checked(value, kind, what)
+    if isinstance(number, float) and not math.isfinite(number):
+        raise BadInput(f"{what}: it is not finite.")
+    if isinstance(number, int) and not 0 <= number <= MOST:
+        raise BadInput(f"{what}: it lies between 0 and {MOST:,}, not at {number:,}.")
+    return number
 
 
 def field_of(attack: str) -> str:

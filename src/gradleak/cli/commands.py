@@ -75,6 +75,7 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> None:
         attacks = {n: a for n, a in attacks.items() if a.modality == modality and not getattr(a, "by_name_only", False)}
     secret = load_secret(args.secret) if args.secret else None
     if secret is not None and args.secret is not None:
+        SCORING[observation.model.architecture.modality].check(secret.inputs, observation.model)
         usable_labels(secret.labels, observation.model, len(secret), args.secret)
     inputs = [*observed_files(args), *([args.secret] if args.secret else [])]
     written = new_record("audit", args, {name: options[name] for name in attacks}, inputs)
@@ -234,7 +235,7 @@ def rerun(args: flags.Rerun) -> None:
         raise BadInput(f"{args.record} does not say how it was made: {name} has no argument {shortened(unknown[0])!r}.")
     try:
         parsed: Any = msgspec.convert(values, kind, dec_hook=lambda kind, value: kind(value))
-    except (msgspec.ValidationError, TypeError) as error:
+    except (msgspec.ValidationError, TypeError, ValueError) as error:
         raise BadInput(f"{args.record} does not say how it was made ({shortened(str(error))}).") from error
     perform(name, parsed, options)
 

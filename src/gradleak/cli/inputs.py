@@ -15,6 +15,7 @@ from gradleak.formats.plain_file import has_folder, read_of_language_model, read
 from gradleak.observations.observation import Observation
 from gradleak.observations.training import Recipe
 
+LARGEST = 2**40  # bytes of an input file
 OF_ADAPTERS = ("base", "lr", "steps", "optimizer", "initial")
 OF_FILES = ("weights", "mode")
 OF_PLAIN_FILES = ("input_shape", "classes")
@@ -107,6 +108,8 @@ def file_hash(path: Path) -> str:
     try:
         if not path.is_file():
             raise BadInput(f"There is no file {shortened(str(path))}.")
+        if path.stat().st_size > LARGEST:
+            raise BadInput(f"{shortened(str(path))} is too large to be an input.")
         digest = hashlib.sha256()
         with path.open("rb") as file:
             while part := file.read(2**20):

@@ -118,6 +118,7 @@ class Plot(TypedDict):
 class Seen(TypedDict, total=False):
     """What was attacked: name, kind of release, and more; `revealed` is what of the threat model the attacker had."""
 
+    name: str
     revealed: Sequence[str]
 
 
