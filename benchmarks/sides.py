@@ -75,22 +75,23 @@ def ours(job: Run) -> Run:
     """One job with gradleak."""
     import torch
 
-    from gradleak import DLG, Architecture, Gradient, InvertingGradients, Pictures, recover_labels
-    from gradleak.modalities import pictures as data
+    from gradleak import DLG, Architecture, InvertingGradients, Model, Observation, Pictures, load, recover_labels
     from gradleak.victims.gradient import capture_gradient
 
     torch.set_num_threads(1)
     architecture = Architecture(job["model"], *CIFAR)
 
-    def observe(module: torch.nn.Module, images: Array, labels: Array, *, reveal_labels: bool = True) -> Gradient:
+    def observe(
+        model: Model[Architecture], images: Array, labels: Array, *, reveal_labels: bool = True
+    ) -> Observation[Architecture]:
         pictures = Pictures(torch.from_numpy(images), torch.from_numpy(labels), (), "cifar10", "test")
-        return capture_gradient(module, architecture, pictures, reveal_labels=reveal_labels)[0]
+        return capture_gradient(model, pictures, reveal_labels=reveal_labels)[0]
 
     if job["kind"] == "case":
         module = architecture.build(job["seed"]).eval()
-        pictures = data.load(job["data"], "test", indices=range(job["row"], job["row"] + job["count"]))
+        pictures = load(job["data"], "test", indices=range(job["row"], job["row"] + job["count"]))
         images, labels = pictures.images.numpy(), pictures.labels.numpy()
-        released = observe(module, images[:1], labels[:1]).released
+        released = observe(Model.of(module, architecture), images[:1], labels[:1]).released
         stored = {f"state{i:04d}": t.numpy() for i, t in enumerate(module.state_dict().values())}
         stored |= {f"gradient{i:04d}": released[name].numpy() for i, (name, _) in enumerate(module.named_parameters())}
         np.savez(job["case"], images=images, labels=labels, **cast(Any, stored))
@@ -99,7 +100,7 @@ def ours(job: Run) -> Run:
 
     case = np.load(job["case"])
     images, labels = case["images"], case["labels"]
-    module = fill(architecture.build(0), case)
+    model = Model.of(fill(architecture.build(0), case), architecture)
     generator, stamps = torch.Generator().manual_seed(job["seed"]), Stamps()
 
     def on_step(step: int, _steps: int, _value: float) -> None:
@@ -109,15 +110,15 @@ def ours(job: Run) -> Run:
         right: dict[int, list[int]] = {size: [] for size in job["sizes"]}
         for size in right:
             for rows in batches(job["count"], size):
-                found = recover_labels(observe(module, images[rows], labels[rows], reveal_labels=False))
+                found = recover_labels(observe(model, images[rows], labels[rows], reveal_labels=False))
                 right[size].append(counts_right(found.tolist(), labels[rows]))
         return {"right": right}
     known = job["kind"] == "invert"
     attack = InvertingGradients(steps=job["steps"], **job.get("options", {})) if known else DLG()
     ones = batches(job.get("count", 1), 1)
-    seen = [observe(module, images[one], labels[one], reveal_labels=known) for one in ones]
+    seen = [observe(model, images[one], labels[one], reveal_labels=known) for one in ones]
     start = cpu_seconds()
-    found_images = [r.images[0] for r in attack.many(seen, generator=generator, on_step=on_step)]
+    found_images = [r.value[0] for r in attack.many(seen, generator=generator, on_step=on_step)]
     end = cpu_seconds()
     return measured(start, stamps, end) | {
         "psnr_db": psnr_db(torch.stack(found_images).numpy(), images[: len(seen)]),

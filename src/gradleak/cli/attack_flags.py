@@ -2,7 +2,6 @@
 share a flag."""
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,8 @@ from gradleak.cli.app import near
 from gradleak.errors import BadInput, checked, shortened
 
 OPTION = {"attack": "--attack", "audit": "--attacks"}
-MOST = 1_000_000  # steps, trials, candidates, ...
+MOST = 1_000_000  # steps, trials, candidates, ...; no parameter is negative
+FROM_ONE = ("restarts", "trials")  # without one there is no result
 PLAIN = (str, int, float, bool, Path)
 
 
@@ -115,23 +115,21 @@ def built(options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         converted = {
             key: value
             if isinstance(value, Path)
-            else typed(value, hints[key], f"The parameter {key} of {name} is unusable")
+            else typed(value, hints[key], f"The parameter {key} of {name} is unusable", int(key in FROM_ONE))
             for key, value in values.items()
         }
         attacks[name] = ATTACKS[name](**converted)
     return attacks
 
 
-def typed(value: Any, kind: Any, what: str) -> Any:
-    """A plain value as the field's type; paths are written as text."""
+def typed(value: Any, kind: Any, what: str, least: int) -> Any:
+    """A plain value as the field's type, numbers within bounds; paths are written as text."""
     if kind in (Path, Path | None):
         text = checked(value, str | None, what)  # type: ignore[arg-type]
         return None if text is None else Path(text)
     number = checked(value, kind, what)
-    if isinstance(number, float) and not math.isfinite(number):
-        raise BadInput(f"{what}: it is not finite.")
-    if isinstance(number, int) and not 0 <= number <= MOST:
-        raise BadInput(f"{what}: it lies between 0 and {MOST:,}, not at {number:,}.")
+    if isinstance(number, int | float) and not least <= number <= MOST:
+        raise BadInput(f"{what}: it lies between {least} and {MOST:,}, not at {number:,}.")
     return number
 
 

@@ -267,7 +267,7 @@ def new_record(
     """A record that knows its command, with the value of every argument, and its input files by hash."""
     given = {field.name: getattr(args, field.name) for field in fields(RERUNNABLE[name])}
     attacks = plain({attack: dict(values) for attack, values in options.items()})
-    files = [*inputs, *(value for o in options.values() for value in o.values() if isinstance(value, Path))]
+    files = [*inputs, *(v for o in options.values() for v in o.values() if isinstance(v, Path) and v.is_file())]
     hashes = {str(path): file_hash(path) for path in files if not path.is_dir()}
     command: record.Command = {"name": name, "arguments": plain(given), "attacks": attacks, "inputs": hashes}
     return record.new_record(command, args.seed, [])
