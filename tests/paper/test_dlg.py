@@ -82,8 +82,8 @@ def test_objective_is_equation_2_and_the_box() -> None:
 
 
 def test_images_and_labels_out_of_single_gradients() -> None:
-    private = digits(0, 1, 2, 3)
-    rows = [observe(digits(i)) for i in range(4)]
+    private = digits(0, 1)
+    rows = [observe(digits(i)) for i in range(2)]
     before = [fingerprint({**o.released, **o.model.parameters}) for o in rows]
     found = DLG().many(rows, generator=seed())
     assert [fingerprint({**o.released, **o.model.parameters}) for o in rows] == before
@@ -101,20 +101,21 @@ def test_images_and_labels_out_of_single_gradients() -> None:
 
 def test_progress_moves_forward() -> None:
     reports: list[tuple[int, int, float]] = []
-    DLG()(observe(digits(7)), generator=seed(), on_step=lambda *report: reports.append(report))
+    attack = DLG(evaluations=40, rounds=2, round_evaluations=15, restarts=1)
+    attack(observe(digits(7)), generator=seed(), on_step=lambda *report: reports.append(report))
     steps = [step for step, _, _ in reports]
     assert steps == sorted(steps)
-    assert {total for _, total, _ in reports} == {600 + 5 * 150}
+    assert {total for _, total, _ in reports} == {40 + 2 * 15}
 
 
-def test_batches_of_two() -> None:
-    batches = [digits(0, 1), digits(4, 5)]
-    for found, private in zip(DLG().many([observe(b) for b in batches], generator=seed()), batches, strict=True):
-        order = match(found.value, private.images)
-        # 30 dB, 3 % of the grey range: a batch mixes the images' gradients, so less sensitivity is left for each.
-        assert psnr_db(found.value[order], private.images).min() >= 30
-        assert found.labels is not None
-        assert found.labels[order].tolist() == private.labels.tolist()
+def test_a_batch_of_two() -> None:
+    private = digits(0, 1)
+    found = DLG()(observe(private), generator=seed())
+    order = match(found.value, private.images)
+    # 30 dB, 3 % of the grey range: a batch mixes the images' gradients, so less sensitivity is left for each.
+    assert psnr_db(found.value[order], private.images).min() >= 30
+    assert found.labels is not None
+    assert found.labels[order].tolist() == private.labels.tolist()
 
 
 def test_given_labels_are_kept() -> None:
