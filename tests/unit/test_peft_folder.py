@@ -531,7 +531,7 @@ def spoilt(folder: Path) -> None:
         (edited("preprocessor_config.json", image_std=[0.5, 0.5]), "for each of 3 channels"),
         (edited("preprocessor_config.json", image_std=[0.5, 0.5, 0]), "above zero"),
         (lambda f: (f / "model.safetensors").unlink(), "other formats can run code"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"PK"), "cannot be loaded"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"PK"), "is a pickle"),
         (without("classifier.weight"), "lack classifier.weight"),
         (spoilt, "NaN or infinite"),
     ],

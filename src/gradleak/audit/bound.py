@@ -137,7 +137,7 @@ def compare(
             left = [float(_posterior(gram, noise, root).mean()) for noise in noises]
         found.append(
             Identifiability(
-                release=type(observation).__name__.lower(),
+                release=observation.release.name,
                 unknowns=n,
                 equations=equations,
                 singular_values=values,

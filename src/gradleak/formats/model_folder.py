@@ -204,11 +204,14 @@ def _read_transformers(folder: Path) -> tuple[nn.Module, Architecture]:
     from transformers import AutoModelForImageClassification
 
     module, architecture = structure(folder)
-    if not any(folder.glob("model*.safetensors")):
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
         raise BadInput(
             f"{folder} has no model.safetensors: other formats can run code, so they are not opened. "
             "Save the model again with save_pretrained."
         )
+    for file in files:
+        load_tensors(file)  # BadInput for what transformers would take as it is: NaN, 1e38, a damaged file
     with refusing(f"The weights in {folder} cannot be loaded"):
         module.network, info = AutoModelForImageClassification.from_pretrained(
             folder,

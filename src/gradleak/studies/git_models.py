@@ -18,7 +18,7 @@ from gradleak.studies.findings import Findings, Row, Size, Start, opening
 from gradleak.studies.learned_victims import GIT, Field, equal_size, fit, found_for, prepare, scores
 
 # pairs, epochs, unseen pictures
-SIZES: dict[Size, tuple[int, int, int]] = {"smoke": (60, 1, 20), "small": (2_000, 5, 300), "paper": (10_000, 30, 1_000)}
+SIZES: dict[Size, tuple[int, int, int]] = {"smoke": (20, 1, 10), "small": (2_000, 5, 300), "paper": (10_000, 30, 1_000)}
 PRIVATE_PEOPLE = 6
 
 

@@ -31,7 +31,7 @@ STEPS = (1, 2, 5, 10, 20, 50, 100, 500, 1_000)
 SWEPT: tuple[Released, ...] = (*map(Truncated, (1, 2)), *map(LowRank, (1, 8, 64, 256, 784)))
 # fine-tunings per setting, T, T of the rank sweep, what it releases, steps of the search
 SIZES: dict[Size, tuple[int, tuple[int, ...], tuple[int, ...], tuple[Released, ...], int]] = {
-    "smoke": (1, (1,), (5,), (Truncated(1), LowRank(8)), 20),
+    "smoke": (1, (1,), (5,), (Truncated(1), LowRank(8)), 10),
     "small": (4, STEPS, (1, 100), SWEPT, 600),
     "paper": (20, STEPS, (1, 10, 100, 1_000), SWEPT, 1_500),
 }

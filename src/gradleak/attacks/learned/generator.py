@@ -203,10 +203,11 @@ def train(
     network.prepare(shards)  # type: ignore[operator]
     steps = epochs * sum(-(-n // batch) for n in sizes)
     optimiser = torch.optim.AdamW(network.parameters(), learning_rate, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, total_steps=max(steps, 2), pct_start=0.1)
+    total = 11 if steps == 10 else max(steps, 2)  # a tenth of ten, less one, is a rise of no length: torch divides by it
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, total_steps=total, pct_start=0.1)
     step, trace = 0, list[tuple[int, float]]()
     for _ in range(epochs):
-        total, seen = 0.0, 0
+        error, seen = 0.0, 0
         for number, pairs in enumerate(shards()):
             network.hold_out(number)  # type: ignore[operator]
             for rows in torch.randperm(len(pairs.images), generator=generator).split(batch):  # type: ignore[no-untyped-call]
@@ -216,10 +217,10 @@ def train(
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimiser.step()
                 schedule.step()
-                step, seen, total = step + 1, seen + len(rows), total + float(loss.detach()) * len(rows)
+                step, seen, error = step + 1, seen + len(rows), error + float(loss.detach()) * len(rows)
                 if on_step is not None and step % 10 == 0:
-                    on_step(step, steps, total / seen)
-        trace.append((step, total / seen))
+                    on_step(step, steps, error / seen)
+        trace.append((step, error / seen))
     network.hold_out(None)  # type: ignore[operator]
     pictures = torch.cat(hashes).unique()  # type: ignore[no-untyped-call]
     return Generator(kind, options, network.eval(), model.architecture, model.state_hash(), pictures, trace)
