@@ -60,7 +60,7 @@ def test_the_adapter_is_the_sketch_of_the_full_gradient(base: Base) -> None:
     gradient = full_gradient(base, images, labels).released
     for sketch in adapter.sketches():
         M = gradient[f"{sketch.module}.weight"].flatten(1)
-        expected = M @ sketch.factor.T
+        expected = M @ sketch.through.T
         # S = G A^T exactly (one SGD step from B = 0); float32 sums
         assert torch.allclose(sketch.measured, expected, atol=1e-4 * float(expected.abs().max()))
 

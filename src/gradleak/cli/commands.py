@@ -48,7 +48,7 @@ def attack(args: flags.Attack, options: dict[str, dict[str, Any]]) -> None:
     public = public_data(args, observation)
     inputs = observed_files(args)
     if args.start is not None:
-        chosen, inputs = started(name, chosen, args.start), [*inputs, args.start]
+        chosen, inputs = started(name, chosen, args.start, observation), [*inputs, args.start]
     written = new_record("attack", args, options, inputs)
     describe(written, observation, "")
     with progress() as start:
@@ -150,12 +150,14 @@ def reading(observation: Observation[Any]) -> str:
     return f"Attacks that do: {', '.join(untried(observation, {}))}."
 
 
-def started(name: str, attack: Any, path: Path) -> Any:
-    """The attack, beginning at the reconstruction in this file."""
+def started(name: str, attack: Any, path: Path, observation: Observation[Any]) -> Any:
+    """The attack on this observation, beginning at the reconstruction in this file."""
     if "start" not in {field.name for field in fields(attack)}:
         able = [other for other, kind in ATTACKS.items() if "start" in {field.name for field in fields(kind)}]
         raise BadInput(f"{name} is no search and has no start: --start goes with {', '.join(able)}.")
-    return replace(attack, start=Given(load_reconstruction(path)))
+    found = load_reconstruction(path)
+    usable_labels(found.labels, observation.model, len(found.value), path)
+    return replace(attack, start=Given(found))
 
 
 def public_data(args: flags.Observed, observation: Observation[Any]) -> Any:

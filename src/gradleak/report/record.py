@@ -132,7 +132,7 @@ class Result(TypedDict):
 
     attack: str
     parameters: Mapping[str, Any]
-    observation: Seen
+    observation: Mapping[str, Any]  # a `Seen`, and more
     defense: Mapping[str, Any] | None
     status: str
     residual: float | None  # distance between the observation and the re-simulated one
@@ -184,7 +184,7 @@ def new_result(
     return {
         "attack": attack,
         "parameters": parameters,
-        "observation": cast(Seen, observation),
+        "observation": observation,
         "defense": None,
         "status": "",
         "residual": None,
@@ -227,7 +227,7 @@ def write(record: Record, path: Path) -> None:
         TypeError: the record holds something that JSON has no word for, such as a tensor.
     """
     plain = _finite(record)
-    checked(plain, Record, "This record cannot be written")
+    fitting(plain, "This record cannot be written")
     text = json.dumps(plain, indent=1, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -262,7 +262,13 @@ def read(path: Path) -> Record:
         if version and int(version[1]) > VERSION:
             raise BadInput(f"{path} was written by a newer gradleak: upgrade, for this one reads only {SCHEMA!r}.")
         raise BadInput(f"{path} has the unknown schema {shortened(schema)[:60]!r}; this gradleak reads {SCHEMA!r}.")
-    checked(value, Record, f"{path} is not a valid {SCHEMA!r}")
+    return fitting(value, f"{path} is not a valid {SCHEMA!r}")
+
+
+def fitting(value: Any, what: str) -> Record:
+    """The record itself; BadInput where it does not have the shape of `Record`."""
+    for row in checked(value, Record, what)["results"]:
+        checked(row["observation"], Seen, what)
     return cast(Record, value)
 
 

@@ -203,7 +203,7 @@ def train(
     network.prepare(shards)  # type: ignore[operator]
     steps = epochs * sum(-(-n // batch) for n in sizes)
     optimiser = torch.optim.AdamW(network.parameters(), learning_rate, weight_decay=1e-3)
-    total = 11 if steps == 10 else max(steps, 2)  # a tenth of ten, less one, is a rise of no length: torch divides by it
+    total = 11 if steps == 10 else max(steps, 2)  # torch divides by a tenth of the steps, less one
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, total_steps=total, pct_start=0.1)
     step, trace = 0, list[tuple[int, float]]()
     for _ in range(epochs):
