@@ -656,6 +656,13 @@ def test_attacks_need_a_name(tmp_path: Path, captured: Path, refused: Run) -> No
     assert "Unknown attack ''" in refused("attack", seen(captured, "mlp"), "--attack=", *out)
 
 
+def test_attacks_named_twice_run_once(tmp_path: Path, captured: Path, ok: Run, refused: Run) -> None:
+    audit = ["audit", seen(captured, "mlp"), *DIGITS, "--attacks", "analytic"]
+    ok(*audit, "analytic", "--out", tmp_path / "out")
+    assert list(rows_of(tmp_path / "out")) == ["analytic"]
+    assert "what is to run is dlg" in refused(*audit, "--attacks", "dlg", "--out", tmp_path / "none")
+
+
 def test_unknown_names_are_answered_with_near_ones(tmp_path: Path, captured: Path, refused: Run) -> None:
     out = ["--out", tmp_path / "out"]
     attack = ["attack", seen(captured, "mlp"), *out, "--attack"]

@@ -35,7 +35,7 @@ def selected(command: str, given: list[str]) -> list[str]:
     if not names:
         raise BadInput(f"{OPTION[command]} needs a name: one of {', '.join(ATTACKS)}.")
     check_names(names)
-    return names
+    return list(dict.fromkeys(names))
 
 
 def check_names(names: list[str]) -> None:

@@ -15,7 +15,7 @@ from gradleak.observations.tensors import Tensors
 Optimizer = Literal["sgd", "momentum", "adam", "adamw"]
 MOMENTUM, BETAS, EPSILON, WEIGHT_DECAY = 0.9, (0.9, 0.999), 1e-8, 0.01  # torch.optim's defaults; momentum as is usual
 
-SMALLEST_RATE, LARGEST_RATE, MOST_STEPS = 1e-30, 1e30, 1_000_000
+SMALLEST_RATE, LARGEST_RATE, MOST = 1e-30, 1e30, 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +36,11 @@ class Recipe:
     def __post_init__(self) -> None:
         if not (self.learning_rate > 0 and self.steps > 0 and (self.batch_size is None or self.batch_size > 0)):
             raise BadInput("Training needs a learning rate, a number of steps and a batch size above zero.")
-        if not SMALLEST_RATE <= self.learning_rate <= LARGEST_RATE or self.steps > MOST_STEPS:
+        most = max(self.steps, self.batch_size or 1)
+        if not SMALLEST_RATE <= self.learning_rate <= LARGEST_RATE or most > MOST:
             raise BadInput(
-                f"Nobody trains with a learning rate of {self.learning_rate:g} for {self.steps:,} steps: rates lie between "
-                f"{SMALLEST_RATE:g} and {LARGEST_RATE:g}, and {MOST_STEPS:,} steps are the most."
+                f"Nobody trains with a learning rate of {self.learning_rate:g}, or with {most:,} steps or samples a step: rates "
+                f"lie between {SMALLEST_RATE:g} and {LARGEST_RATE:g}, and {MOST:,} is the most of the others."
             )
 
     def __str__(self) -> str:

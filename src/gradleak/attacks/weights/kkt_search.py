@@ -111,7 +111,7 @@ class KKTSearch:
         kept = None if self.folder is None else self.folder / f"trial-{seed}.safetensors"
         key = json.dumps([state, asdict(attack)])
         if kept is not None and kept.is_file():
-            return self.finished(kept, key, observation.model.architecture.input_shape)
+            return self.finished(kept, key, observation.model.architecture)
         found = attack(observation, generator=generator)
         if kept is not None:
             about = {"key": key, "residual": found.residual}
@@ -119,14 +119,16 @@ class KKTSearch:
             tensor_file.write({"images": found.value, "labels": found.labels}, TRIAL, about, kept)
         return found
 
-    def finished(self, kept: Path, key: str, shape: tuple[int, int, int]) -> Reconstruction:
+    def finished(self, kept: Path, key: str, architecture: Architecture) -> Reconstruction:
         """The trial in this file; BadInput where it is another, or is damaged."""
         tensors, plain = tensor_file.read(kept, TRIAL, "images", "labels")
         about = checked(plain, Trial, f"{kept} is damaged")
         if about.key != key:
             raise BadInput(f"{kept} holds a trial on other weights or settings: choose another folder.")
         images, labels = tensors["images"], tensors["labels"]
-        if images.shape != (len(labels), *shape) or not len(labels) or labels.dtype != torch.int64 or labels.ndim != 1:
+        if labels.ndim != 1 or images.shape != (len(labels), *architecture.input_shape) or labels.dtype != torch.int64:
+            raise BadInput(f"{kept} is damaged: it holds no pictures with their labels.")
+        if not len(labels) or int(labels.min()) < 0 or int(labels.max()) >= architecture.classes:
             raise BadInput(f"{kept} is damaged: it holds no pictures with their labels.")
         images, residual = tensor_file.floating({"images": images}, kept)["images"], about.residual
         residual = float("nan") if residual is None else residual
