@@ -27,7 +27,7 @@ from torch import Tensor
 from gradleak.attacks.decoders.mlp import MLP
 from gradleak.cli.app import main
 from gradleak.errors import BadInput
-from gradleak.formats.model_folder import write_base
+from gradleak.formats.model_folder import read_model, write_base
 from gradleak.formats.observation_file import load_observation
 from gradleak.formats.reconstruction_file import load_reconstruction
 from gradleak.formats.secret_file import load_secret
@@ -74,7 +74,7 @@ def audit(observation: str, name: str) -> Callable[[Path, Path], Command]:
 
 def adapter(file: Path, good: Path) -> Command:
     folder = file.parents[1]
-    small = ["--map-inversion.evaluations", 1, "--map-inversion.pairs", 0]
+    small = ["--map-inversion.evaluations", 1, "--map-inversion.pairs", 0, "--data", "digits"]
     return ["attack", folder / "adapter", "--base", folder / "base", "--attack", "map-inversion", *small]
 
 
@@ -88,7 +88,7 @@ def train(file: Path, good: Path) -> Command:
 
 def search(file: Path, good: Path) -> Command:
     small = ["--kkt-search.steps", 1, "--kkt-search.trials", 1, "--kkt-search.folder", file.parent]
-    return ["attack", good / "weights" / OBSERVATION, "--attack", "kkt-search", *small]
+    return ["attack", good / "weights" / OBSERVATION, "--attack", "kkt-search", "--data", "digits", *small]
 
 
 def go_on(file: Path, good: Path) -> Command:
@@ -96,12 +96,12 @@ def go_on(file: Path, good: Path) -> Command:
 
 
 def start(file: Path, good: Path) -> Command:
-    steps = ["--inverting-gradients.steps", 1]
+    steps = ["--inverting-gradients.steps", 1, "--data", "digits"]
     return ["attack", good / "gradient" / OBSERVATION, "--attack", "inverting-gradients", "--start", file, *steps]
 
 
 def generate(file: Path, good: Path) -> Command:
-    return ["attack", good / "lenet" / OBSERVATION, "--attack", "git", "--git.generator", file]
+    return ["attack", good / "lenet" / OBSERVATION, "--attack", "git", "--data", "digits", "--git.generator", file]
 
 
 def plain(file: Path, good: Path) -> Command:
@@ -113,6 +113,10 @@ def plain(file: Path, good: Path) -> Command:
 def weights_alone(file: Path, good: Path) -> Command:
     shape = ["--input-shape", 1, 8, 8, "--classes", 10]
     return ["attack", file, "--attack", "kkt", "--kkt.steps", 1, "--model", "mlp", *shape]
+
+
+def read_folder(file: Path) -> object:
+    return read_model(file.parent)
 
 
 def seen(folder: str, command: Callable[[Path, Path], Command], *loose: str) -> Kind:
@@ -149,8 +153,8 @@ KINDS = {
     "unfinished training": Kind("unfinished/training.safetensors", go_on, "unfinished"),
     "PEFT folder": Kind("adapter/adapter/adapter_model.safetensors", adapter, "adapter"),
     "base of ours": Kind("adapter/base/model.safetensors", adapter, "adapter"),
-    "base of transformers": Kind("vit/base/model.safetensors", adapter, "vit", loose=("whole",)),
-    "language model": Kind("lm/model.safetensors", capture, "lm"),
+    "base of transformers": Kind("vit/base/model.safetensors", adapter, "vit", ("whole",), read_folder),
+    "language model": Kind("lm/model.safetensors", capture, "lm", read=read_folder),
     "plain gradient": Kind("plain.safetensors", plain, loose=("missing",)),
     "plain weights": Kind("adapter/base/model.safetensors", weights_alone),
 }
@@ -425,7 +429,7 @@ def test_unaltered_files_are_read(good: Path, name: str) -> None:
     kind.read(good / kind.file)
 
 
-@pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if not kind.read and name != "language model"])
+@pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if not kind.read])
 def test_commands_read_unaltered_files(good: Path, tmp_path: Path, name: str) -> None:
     command = KINDS[name].command(copied(KINDS[name], good, tmp_path), good)
     command = [*command, *([] if "--out" in command else ["--out", tmp_path / "out"])]

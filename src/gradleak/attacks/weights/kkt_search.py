@@ -126,9 +126,8 @@ class KKTSearch:
         if about.key != key:
             raise BadInput(f"{kept} holds a trial on other weights or settings: choose another folder.")
         images, labels = tensors["images"], tensors["labels"]
-        if labels.ndim != 1 or images.shape != (len(labels), *architecture.input_shape) or labels.dtype != torch.int64:
-            raise BadInput(f"{kept} is damaged: it holds no pictures with their labels.")
-        if not len(labels) or int(labels.min()) < 0 or int(labels.max()) >= architecture.classes:
+        fits = images.shape[1:] == architecture.input_shape and labels.shape == images.shape[:1]
+        if not (fits and len(labels) and set(labels.tolist()) <= set(range(architecture.classes))):
             raise BadInput(f"{kept} is damaged: it holds no pictures with their labels.")
         images, residual = tensor_file.floating({"images": images}, kept)["images"], about.residual
         residual = float("nan") if residual is None else residual
