@@ -808,6 +808,7 @@ def attributes(tree: ast.AST, variable: str) -> list[str]:
         ("adapter", ["--mode", "eval"]),
         ("adapter", ["--input-shape", "1", "8", "8"]),
         ("adapter", ["--classes", "10"]),
+        ("adapter", ["--task", "causal-lm"]),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )

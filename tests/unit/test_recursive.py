@@ -359,7 +359,7 @@ def test_the_solution_is_that_of_the_stacked_weighted_equations(outputs: int) ->
 
 @pytest.mark.parametrize("layer", [nn.Sigmoid(), nn.Tanh(), nn.LeakyReLU(0.2), nn.GELU(), nn.ReLU()], ids=str)
 def test_an_activation_is_inverted_with_its_slope(layer: nn.Module) -> None:
-    z = torch.linspace(-3, 3, 61).double()[:-1].requires_grad_()
+    z = torch.linspace(-2.95, 2.95, 60).double().requires_grad_()  # no point at 0, where a slope jumps
     a = layer(z)
     (slope,) = torch.autograd.grad(a.sum(), z)
     guess = z.detach() + 0.01

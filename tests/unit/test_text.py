@@ -181,6 +181,12 @@ def test_labels_have_to_fit() -> None:
         capture_gradient(model(), replace(texts(), labels=torch.tensor([0, 5])))
 
 
+@pytest.mark.parametrize(("kind", "task"), [("gpt2", "causal-lm"), ("bert", "masked-lm")])
+def test_labels_that_are_the_text_are_not_revealed(kind: Kind, task: Task) -> None:
+    with pytest.raises(BadInput, match="reveal"):
+        capture_gradient(model(kind, task), texts(), reveal_labels=True)
+
+
 def test_a_tokenizer_of_another_model_is_refused() -> None:
     other = train_tokenizer(load_texts("embedded", "train").texts, "bert", size=350)
     with pytest.raises(BadInput, match="do not belong together"):

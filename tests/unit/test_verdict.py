@@ -122,6 +122,14 @@ def test_without_a_secret_the_best_explanation_is_named() -> None:
     assert found["sentence"].startswith("analytic explains the observation best (relative residual 1e-07)")
 
 
+def test_nothing_is_said_to_explain_that_has_no_residual() -> None:
+    found = judged(row("lti", residual=float("nan")), row("count", residual=None))
+    assert found["level"] == "unscored"
+    assert found["sentence"].startswith("lti, count ran; without the secret, nothing was scored.")
+    found = judged(row("lti", residual=float("nan")), row("dlg", residual=0.5))
+    assert found["sentence"].startswith("dlg explains the observation best (relative residual 0.5)")
+
+
 def test_the_number_of_samples_is_told() -> None:
     counted = row("dataset-size", residual=None, status="Trained on 3 samples.", count={"recovered": 3})
     assert "Trained on 3 samples." in judged(row(), counted)["sentence"]

@@ -3,6 +3,7 @@
 Errors void it. What is proven needs no secret. "Not found" is not "safe": only a release that does not hold the information is.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -61,12 +62,14 @@ def proof(row: Result) -> str:
 
 def unscored(ran: Sequence[Result]) -> str:
     """What can be said without the secret."""
-    best = min(ran, key=lambda row: float("inf") if row["residual"] is None else row["residual"])
-    residual = best["residual"]
-    how = "" if residual is None else f" (relative residual {residual:.2g})"
+    explaining = [row for row in ran if row["residual"] is not None and math.isfinite(row["residual"])]
+    best = min(explaining, key=lambda row: float(row["residual"] or 0), default=ran[0])
     counts = [row for row in ran if "count" in row]
     why = "nothing of the data themselves was scored" if any("true" in row["count"] for row in counts) else NO_SECRET
-    sentence = f"{best['attack']} explains the observation best{how}; {why}."
+    if explaining:
+        sentence = f"{best['attack']} explains the observation best (relative residual {best['residual']:.2g}); {why}."
+    else:
+        sentence = f"{', '.join(row['attack'] for row in ran)} ran; {why}."
     sentence += "".join(f" {row['status']}" for row in counts)
     return sentence + "".join(" " + f["sentence"] for f in best["flags"] if f["name"].startswith("information_"))
 

@@ -86,9 +86,11 @@ def keep_secret(model: Model[Any], private: Any, *, seed: int = 0) -> Secret:
     return Secret(inputs, labels, f"{private.source} {private.split}")
 
 
-def told(secret: Secret) -> torch.Tensor | None:
-    """The labels as they may be revealed; BadInput where they are the private data themselves."""
-    if secret.labels is not None and secret.labels.ndim > 1:
+def told(secret: Secret) -> torch.Tensor:
+    """The labels as they may be revealed; BadInput where there are none, or they are the private data themselves."""
+    if secret.labels is None:
+        raise BadInput("A causal language model has no labels that could be revealed: its text is all that it reads.")
+    if secret.labels.ndim > 1:
         raise BadInput("The labels of a masked language model are its text: they cannot be revealed.")
     return secret.labels
 
