@@ -7,11 +7,12 @@ from itertools import permutations
 import pytest
 import torch
 
-from gradleak.attacks.dager.dager import Dager
+from gradleak.attacks.dager.dager import Dager, evidence
 from gradleak.attacks.dager.encoder import Path
+from gradleak.attacks.dager.judge import Sentence
 from gradleak.attacks.dager.spans import FORWARD, Span, excess, numerical_rank, span_of, spans_of
 from gradleak.attacks.dager.vocabulary import Embeddings, candidates
-from gradleak.attacks.reconstruction import Reconstruction
+from gradleak.attacks.reconstruction import Outcome, Reconstruction
 from gradleak.attacks.text_ordering import fluent
 from gradleak.audit.loop import audit
 from gradleak.audit.metrics.texts import rouge1
@@ -427,3 +428,41 @@ def test_the_audit_scores_beside_controls() -> None:
     pool = public("embedded", "train", seen.model, limit=50)
     [row] = audit(seen, {"dager": Dager()}, pool, secret=secret)
     assert row.result["scores"]["exact_match"] == [1.0, 1.0]
+
+
+PASSES, GUESSES = "every token passes in all layers", "the sentences are guesses"
+OUTSIDE = "a row is up to 1.4 times outside what noise allows"
+
+
+@pytest.mark.parametrize(
+    ("excesses", "proven", "wanted", "said"),
+    [
+        ((), 0, 2, "7 tokens pass, but no sentence of them does"),
+        ((0.3, 0.9), 2, 2, PASSES),
+        ((0.3, 0.9), 1, 2, f"{PASSES}; the others are guesses, identical to these, or their beginnings"),
+        ((0.3, 0.9), 0, 2, f"{PASSES}; {GUESSES}"),
+        ((0.3,), 0, None, PASSES),
+        (
+            (0.3, 1.4),
+            1,
+            2,
+            f"every token of 1 of 2 sentences passes in all layers; of the others {OUTSIDE}: they are guesses",
+        ),
+        ((76, 82), 0, 2, f"a row is up to 82 times outside what noise allows: {GUESSES}"),
+    ],
+)
+def test_the_evidence_is_what_the_sentences_passed(
+    excesses: tuple[float, ...], proven: int, wanted: int | None, said: str
+) -> None:
+    """A row is inside what noise allows, or the sentence is not said to pass."""
+    sentences = [
+        Sentence((5, 6), 0.1, excess, Outcome.STUCK if excess > 1 else Outcome.SOLVED if i < proven else Outcome.CLOSE)
+        for i, excess in enumerate(excesses)
+    ]
+    assert evidence(sentences, proven, wanted, 7) == said
+
+
+def test_sentences_that_noise_hides_are_called_guesses() -> None:
+    sentences = [Sentence((5, 6), 0.1, 0.5, Outcome.SOLVED), Sentence((7,), 0.1, 0.5, Outcome.GUESSED)]
+    assert "are guesses" in evidence(sentences, 0, 2, 7)
+    assert "passes" not in evidence(sentences, 0, 2, 7)

@@ -317,7 +317,7 @@ def hugging_face_splits(source: str | Path) -> Mapping[str, Any]:
         with _quiet():
             splits: Mapping[str, Any] = datasets.load_dataset(**arguments)
     except (*BROKEN, datasets.exceptions.DatasetsError) as error:
-        reason = shortened(str(error)).rstrip(".")
+        reason = shortened(str(error.__cause__ or error)).rstrip(".")
         if path.is_dir():
             raise BadInput(f"{source} cannot be read as a folder of parquet files or pictures: {reason}.") from error
         raise BadInput(
@@ -351,17 +351,19 @@ def hugging_face_labels(table: Any, source: str | Path) -> tuple[Sequence[int], 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars from `datasets` inside; whatever the caller had chosen outside."""
+    """Neither progress bars nor log messages of `datasets` inside; whatever the caller had chosen outside."""
     import datasets
 
-    if datasets.are_progress_bars_disabled():
-        yield
-        return
-    datasets.disable_progress_bars()
+    bars, level = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
+    if bars:
+        datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         yield
     finally:
-        datasets.enable_progress_bars()
+        datasets.logging.set_verbosity(level)
+        if bars:
+            datasets.enable_progress_bars()
 
 
 def _tensor(image: Image.Image) -> Tensor:

@@ -220,7 +220,7 @@ def _result(
     """The sentences, with what is certain of them in words."""
     model, wanted = observation.model, observation.batch_size
     proven = [sentence.outcome is Outcome.SOLVED for sentence in sentences]
-    notes = [_evidence(sentences, sum(proven), wanted, len(bag))]
+    notes = [evidence(sentences, sum(proven), wanted, len(bag))]
     if model.architecture.task == "causal-lm" and model.architecture.tokenizer.eos_token_id is None:
         notes.append("the last token of a text is no input of the loss and cannot be seen")
     status = (
@@ -235,7 +235,7 @@ def _result(
     return Reconstruction(value, None, residual, status, outcome, tuple(proven), bag)
 
 
-def _evidence(sentences: Sequence[Sentence], proven: int, wanted: int | None, tokens: int) -> str:
+def evidence(sentences: Sequence[Sentence], proven: int, wanted: int | None, tokens: int) -> str:
     """The checks that the sentences passed, in words."""
     if not sentences:
         return f"{tokens} tokens pass, but no sentence of them does"
