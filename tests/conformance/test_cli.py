@@ -656,6 +656,13 @@ def test_attacks_need_a_name(tmp_path: Path, captured: Path, refused: Run) -> No
     assert "Unknown attack ''" in refused("attack", seen(captured, "mlp"), "--attack=", *out)
 
 
+def test_a_model_of_pictures_has_no_task(tmp_path: Path, captured: Path, refused: Run) -> None:
+    said = refused(
+        "attack", *adapter(captured), "--task", "causal-lm", "--attack", "analytic", "--out", tmp_path / "out"
+    )
+    assert "holds no language model" in said
+
+
 def test_attacks_named_twice_run_once(tmp_path: Path, captured: Path, ok: Run, refused: Run) -> None:
     audit = ["audit", seen(captured, "mlp"), *DIGITS, "--attacks", "analytic"]
     ok(*audit, "analytic", "--out", tmp_path / "out")
@@ -808,7 +815,6 @@ def attributes(tree: ast.AST, variable: str) -> list[str]:
         ("adapter", ["--mode", "eval"]),
         ("adapter", ["--input-shape", "1", "8", "8"]),
         ("adapter", ["--classes", "10"]),
-        ("adapter", ["--task", "causal-lm"]),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )

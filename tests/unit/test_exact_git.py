@@ -64,11 +64,11 @@ def test_every_layer_is_recovered(recovered: tuple[str, learned.Generator]) -> N
     name, made = recovered
     network = made.network
     assert isinstance(network, Recovered)
-    weights, told, true = network.weights(), network.told(), model(name).parameters
+    weights, determined, true = network.weights(), network.determined(), model(name).parameters
     for layer in network.chain.names:
         W = true[f"{layer}.weight"]
         W = W - W.mean(0) if layer == network.chain.names[-1] else W  # softmax does not see what all classes share
-        known = told[f"{layer}.weight"]
+        known = determined[f"{layer}.weight"]
         assert float(known.double().mean()) > 0.6, layer
         assert float(F.cosine_similarity(weights[f"{layer}.weight"][known], W[known], dim=0)) >= 0.99, layer
 

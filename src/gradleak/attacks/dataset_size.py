@@ -120,8 +120,8 @@ class DatasetSize:
             raise BadInput("An interval needs a level between 0 and 1, and two folds or more.")
         counts = Counter(int(n) for n in sizes)
         if len(counts) < 2 or min(counts) < 1 or min(counts.values()) < FEWEST:
-            found = ", ".join(f"{count} of size {n}" for n, count in sorted(counts.items()))
-            raise BadInput(f"A zoo needs two sizes or more, from 1 up, and {FEWEST} adapters of each; here: {found}.")
+            given = ", ".join(f"{count} of size {n}" for n, count in sorted(counts.items()))
+            raise BadInput(f"A zoo needs two sizes or more, from 1 up, and {FEWEST} adapters of each; here: {given}.")
         first = adapters[0]
         layout = layout_of(first)
         for adapter in adapters:
@@ -252,15 +252,15 @@ def log_spectra(adapter: PictureObservation, *, norm: bool = True) -> Tensors:
 
     Without `norm`, each layer's are divided by its largest, which is left out, and so is a layer that has only one.
     """
-    found = {}
+    spectra = {}
     for module in sorted(adapter.adapter.scaling):
         sigma = singular_values(adapter, module)
         logs = sigma.clamp_min(float(sigma[0]) * FLOOR).clamp_min(torch.finfo(sigma.dtype).tiny).log()
         if norm or len(logs) > 1:
-            found[module] = logs if norm else logs[1:] - logs[0]
-    if not found:
+            spectra[module] = logs if norm else logs[1:] - logs[0]
+    if not spectra:
         raise BadInput("Every layer has one singular value, which is all norm: leave the norm in (norm=True).")
-    return found
+    return spectra
 
 
 def singular_values(adapter: PictureObservation, module: str) -> Tensor:

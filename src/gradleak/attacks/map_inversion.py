@@ -118,10 +118,10 @@ class MapInversion:
             status = f"Finished {done} evaluations at objective {value:.3g}, relative residual {residual:.2g}."
             if not math.isfinite(value):
                 status = "Not started: the objective is no finite number at the start; check the model's parameters."
-            own = [(step, values[row]) for step, values in trace]
+            curve = [(step, values[row]) for step, values in trace]
             outcome = outcome_of(residual)
             found_here = Reconstruction(
-                images.cpu(), y[row].cpu(), residual, status, outcome, iterations=done, trace=own
+                images.cpu(), y[row].cpu(), residual, status, outcome, iterations=done, trace=curve
             )
             results.append(found_here)
         return results

@@ -76,11 +76,11 @@ def outside(observation: PictureObservation, *, tokens: int, unknowns: int) -> T
     released = views(observation)
     if not released:
         raise NotObserved("Neither query, key nor value of the first attention layer was released.")
-    found, most = [], max(len(factor) for factor, _ in released)
+    unseen, most = [], max(len(factor) for factor, _ in released)
     for factor, sketches in released:  # all that was seen through one factor (r, width) spans one space
         stacked = torch.cat([S / S.norm() for S in sketches])  # (rows, r)
-        found.append(torch.linalg.svd(stacked).Vh[tokens:] @ factor)
-    N = torch.cat(found)
+        unseen.append(torch.linalg.svd(stacked).Vh[tokens:] @ factor)
+    N = torch.cat(unseen)
     if len(N) < unknowns:
         raise NotObserved(
             f"{tokens} tokens were seen through {most} directions, which leaves {len(N)} equations for {unknowns} unknowns "
@@ -94,5 +94,5 @@ def views(observation: PictureObservation) -> list[tuple[Tensor, list[Tensor]]]:
     names = [f"network.vit.layers.0.attention.{part}_proj" for part in "qkv"]
     sketches = [s for s in observation.sketches(names) if s.side == "right" and bool(s.measured.any())]
     whole = [s.measured.double() for s in sketches if s.factor is None]
-    found = [(s.factor.double(), [s.measured.double()]) for s in sketches if s.factor is not None]
-    return [(torch.eye(whole[0].shape[1], dtype=torch.float64), whole)] if whole else found
+    through_factors = [(s.factor.double(), [s.measured.double()]) for s in sketches if s.factor is not None]
+    return [(torch.eye(whole[0].shape[1], dtype=torch.float64), whole)] if whole else through_factors

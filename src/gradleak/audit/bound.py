@@ -125,7 +125,7 @@ def compare(
     if 0.0 in sizes:
         raise BadInput("At these pictures every released number is zero: there is no size to measure noise by.")
     grams = jacobian_grams(observations, images, labels, on_step=on_step)
-    found = []
+    bounds = []
     for observation, gram, equations, rms in zip(observations, grams, map(len, releases), sizes, strict=True):
         values = singular_values(gram, equations)
         noises = [level * rms for level in noise_levels]
@@ -135,7 +135,7 @@ def compare(
         else:
             whitened, blind = singular_values(root.T @ gram @ root, equations), float(root.square().sum() / n)
             left = [float(_posterior(gram, noise, root).mean()) for noise in noises]
-        found.append(
+        bounds.append(
             Identifiability(
                 release=observation.release.name,
                 unknowns=n,
@@ -149,7 +149,7 @@ def compare(
                 blind_psnr_db=-10 * math.log10(blind),
             )
         )
-    return found
+    return bounds
 
 
 def singular_values(gram: Tensor, equations: int | None = None) -> Tensor:

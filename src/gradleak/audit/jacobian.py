@@ -175,15 +175,15 @@ def _release(
         delta, seen = grad(nudged, has_aux=True)({k: x.new_zeros(shape) for k, shape in outputs.items()}, x[:size])
         found: dict[Key, Tensor] = {}
         for name in outputs:
-            own = [i for i, o in enumerate(adapters) if f"{name}.lora_B" in o.released]
+            holding = [i for i, o in enumerate(adapters) if f"{name}.lora_B" in o.released]
             A = torch.cat(
-                [_step(adapters[i], name) * adapters[i].adapter.start[f"{name}.lora_A"] for i in own]
+                [_step(adapters[i], name) * adapters[i].adapter.start[f"{name}.lora_A"] for i in holding]
             )  # (ranks, ...)
             Z = _applied(module.get_submodule(name), A, seen[name])
             channel = -1 if A.dim() == 2 else 1
             changes = delta[name].movedim(channel, 0).flatten(1) @ Z.movedim(channel, 0).flatten(1).T  # (out, ranks)
-            ranks = [len(adapters[i].adapter.start[f"{name}.lora_A"]) for i in own]
-            found |= {(i, f"{name}.lora_B"): B for i, B in zip(own, changes.split(ranks, dim=1), strict=True)}
+            ranks = [len(adapters[i].adapter.start[f"{name}.lora_A"]) for i in holding]
+            found |= {(i, f"{name}.lora_B"): B for i, B in zip(holding, changes.split(ranks, dim=1), strict=True)}
         return dict(sorted(found.items()))
 
     return release

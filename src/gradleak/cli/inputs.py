@@ -12,7 +12,6 @@ from gradleak.formats.model_folder import read_model
 from gradleak.formats.observation_file import check_provenance, has_provenance, load_observation
 from gradleak.formats.peft import is_adapter, read_adapter
 from gradleak.formats.plain_file import has_folder, read_of_language_model, read_of_network
-from gradleak.modalities.language_models import LanguageArchitecture
 from gradleak.observations.observation import Observation
 from gradleak.observations.training import Recipe
 
@@ -59,9 +58,7 @@ def observed_adapter(args: flags.Observed) -> Observation[Any]:
         raise BadInput(f"{args.observation} is no folder of a LoRA adapter: it has no adapter_config.json.")
     if args.base is None:
         raise BadInput(f"{args.observation} holds an adapter: say with --base which model it belongs to.")
-    model = read_model(args.base, factory=args.model, task=args.task or "classification")
-    if args.task is not None and not isinstance(model.architecture, LanguageArchitecture):
-        raise BadInput("--task says nothing about a model of pictures: leave it out.")
+    model = read_model(args.base, factory=args.model, task=args.task)
     recipe = None
     if args.lr is not None:
         recipe = Recipe(optimizer=args.optimizer or "sgd", learning_rate=args.lr, steps=args.steps or 1)

@@ -70,18 +70,18 @@ def check_state(module: nn.Module, tensors: Tensors, *, partial: bool = False) -
     partial: buffers may be missing.
     """
     parameters = dict(module.named_parameters())
-    own = {**parameters, **{name: b for name, b in module.named_buffers() if name in module.state_dict()}}
+    state = {**parameters, **{name: b for name, b in module.named_buffers() if name in module.state_dict()}}
     for name, tensor in tensors.items():
-        if name not in own:
+        if name not in state:
             raise BadInput(
                 f"The weights hold {name[:120]}, which the model does not have: they belong to another architecture."
             )
-        if tensor.shape != own[name].shape:
-            shapes = f"{tuple(tensor.shape)} in the weights and {tuple(own[name].shape)} in the model"
+        if tensor.shape != state[name].shape:
+            shapes = f"{tuple(tensor.shape)} in the weights and {tuple(state[name].shape)} in the model"
             raise BadInput(f"Tensor {name} is {shapes}: the weights belong to another architecture.")
-        if tensor.is_floating_point() != own[name].is_floating_point():
+        if tensor.is_floating_point() != state[name].is_floating_point():
             raise BadInput(f"Tensor {name} holds {tensor.dtype} numbers: the weights belong to another architecture.")
-    for name in parameters if partial else own:
+    for name in parameters if partial else state:
         if name not in tensors:
             raise BadInput(f"The weights lack {name}, which the model needs: they belong to another architecture.")
 

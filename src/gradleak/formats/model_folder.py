@@ -49,14 +49,17 @@ def is_language_model(folder: Path) -> bool:
     return (folder / "config.json").is_file() and (folder / "tokenizer.json").is_file()
 
 
-def read_model(base: str | Path, *, factory: str | None = None, task: Task = "classification") -> Model[Any]:
-    """The model in a folder or, by its name, on the Hugging Face hub, in eval mode. task: of a language model.
+def read_model(base: str | Path, *, factory: str | None = None, task: Task | None = None) -> Model[Any]:
+    """The model in a folder or, by its name, on the Hugging Face hub, in eval mode.
 
-    Raises BadInput as `read_base` and `read_language_model`.
+    task: of a language model, classification if none is given. Raises BadInput for that of another model, and as `read_base` and
+    `read_language_model`.
     """
     folder = located(base)
     if is_language_model(folder):
-        return read_language_model(folder, task)
+        return read_language_model(folder, task or "classification")
+    if task is not None:
+        raise BadInput(f"{base} holds no language model, and a task (--task) says nothing about another: leave it out.")
     return Model.of(*read_base(folder, factory=factory))
 
 

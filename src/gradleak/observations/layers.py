@@ -33,8 +33,8 @@ def calls(model: Model[Any], inputs: Any) -> list[Call]:
 
         return hook
 
-    own = [(name, layer) for name, layer in model.module.named_modules() if list(layer.parameters(recurse=False))]
-    handles = [layer.register_forward_hook(listen(name)) for name, layer in own]
+    layers = [(name, layer) for name, layer in model.module.named_modules() if list(layer.parameters(recurse=False))]
+    handles = [layer.register_forward_hook(listen(name)) for name, layer in layers]
     try:
         with torch.no_grad():
             model.logits({}, inputs)

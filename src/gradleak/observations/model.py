@@ -87,8 +87,8 @@ class Model(Generic[A]):
     def solid(self) -> nn.Module:
         """A module of its own that holds the parameters and buffers: for training, and for saving."""
         names = {id(p): name for name, p in self.module.named_parameters()}
-        own = {key: nn.Parameter(self.parameters[name].clone()) for key, name in names.items()}
-        module = copy.deepcopy(self.module, dict(own))
+        parameters = {key: nn.Parameter(self.parameters[name].clone()) for key, name in names.items()}
+        module = copy.deepcopy(self.module, dict(parameters))
         module.load_state_dict(self.buffers or {}, strict=False)
         return module
 

@@ -127,13 +127,13 @@ class Gradient(Release):
         self, model: Model[Any], released: Tensors, precision: str, modules: Collection[str] | None
     ) -> list[Sketch]:
         """The gradients of linear layers' weights; the noise is the rounding to a format shorter than float32."""
-        found = []
+        sketches = []
         for module, tensor in linear_weights(model, released, modules):
             noise = (
                 None if precision in ("float32", "float64") else UNEVEN * rounding(tensor, getattr(torch, precision))
             )
-            found.append(Sketch(module, "right", tensor, None, noise))
-        return found
+            sketches.append(Sketch(module, "right", tensor, None, noise))
+        return sketches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,13 +167,13 @@ class Update(Release):
         self, model: Model[Any], released: Tensors, precision: str, modules: Collection[str] | None
     ) -> list[Sketch]:
         """As of a gradient; a difference of parameters carries the rounding of the parameters, that of every step."""
-        found = []
+        sketches = []
         for sketch in Gradient().sketches(model, released, precision, modules):
             weight = oriented(model, sketch.module, model.parameters[f"{sketch.module}.weight"])
             noise = rounding(weight, torch.float32) * self.recipe.steps**0.5
             noise = noise if sketch.noise is None else torch.hypot(noise, sketch.noise)
-            found.append(replace(sketch, measured=self.unit * sketch.measured, noise=abs(self.unit) * noise))
-        return found
+            sketches.append(replace(sketch, measured=self.unit * sketch.measured, noise=abs(self.unit) * noise))
+        return sketches
 
     def after(self, model: Model[Any], released: Tensors) -> Tensors | None:
         """theta_0 + released."""
@@ -283,17 +283,17 @@ class Adapter(Release):
     ) -> list[Sketch]:
         """One equation per released factor: exact for one SGD step, else a mean over the steps."""
         recipe = self.recipe or UNKNOWN
-        found = []
+        sketches = []
         for module, s in self.scaling.items():
             if modules is not None and module not in modules:
                 continue
             unit = 1 / s if self.gradient else -1 / (recipe.learning_rate * recipe.steps * s)
             A, B = (self.start[f"{module}.{factor}"].flatten(1) for factor in ("lora_A", "lora_B"))
             if f"{module}.lora_B" in released and bool(A.any()):
-                found.append(Sketch(module, "right", unit * released[f"{module}.lora_B"].flatten(1), A))
+                sketches.append(Sketch(module, "right", unit * released[f"{module}.lora_B"].flatten(1), A))
             if f"{module}.lora_A" in released and bool(B.any()):
-                found.append(Sketch(module, "left", unit * released[f"{module}.lora_A"].flatten(1).T, B.T))
-        return found
+                sketches.append(Sketch(module, "left", unit * released[f"{module}.lora_A"].flatten(1).T, B.T))
+        return sketches
 
     def as_gradient(self, model: Model[Any], released: Tensors) -> Tensors:
         """{module.weight: the gradient of least norm that explains its sketch}: M = S (F F^T)^-1 F."""
@@ -491,13 +491,13 @@ def inexact(recipe: Recipe) -> str:
 def linear_weights(model: Model[Any], released: Tensors, modules: Collection[str] | None) -> list[tuple[str, Tensor]]:
     """(module, its released weight as (out, in)) of the linear layers; of these modules, or of all."""
     layers: dict[str, nn.Module] = dict(model.module.named_modules())
-    found = []
+    weights = []
     for name, tensor in released.items():
         module = name.removesuffix(".weight")
         wanted = name.endswith(".weight") and tensor.ndim == 2 and (modules is None or module in modules)
         if wanted and module in layers and is_linear(layers[module]):
-            found.append((module, oriented(model, module, tensor)))
-    return found
+            weights.append((module, oriented(model, module, tensor)))
+    return weights
 
 
 def weight_shaped(model: Model[Any], sketch: Sketch, M: Tensor) -> Tensor:

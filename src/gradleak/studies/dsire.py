@@ -258,14 +258,14 @@ class Bench:
         ends = vmap(ended)(starts, images.to(self.device), labels.to(self.device))
         ends = {name: tensor.detach().cpu() for name, tensor in ends.items()}
         check_converged(ends.values(), recipe)
-        found = []
+        adapters = []
         for k in range(len(images)):
             changes = {name: tensor[k].clone() for name, tensor in ends.items() if name.endswith("lora_B")}
             zeros = {name: torch.zeros_like(tensor) for name, tensor in changes.items()}
             start = zeros | {name: tensor[k].clone() for name, tensor in ends.items() if name.endswith("lora_A")}
             release = Adapter(start=start, scaling=scaling)
-            found.append(Observation(model=self.model, release=release, released=changes))
-        return found
+            adapters.append(Observation(model=self.model, release=release, released=changes))
+        return adapters
 
 
 def described(setting: Setting) -> Row:

@@ -1,7 +1,7 @@
 """Exact-GIT on perceptrons: how close the weights recovered from pairs come to the leaked ones, layer by layer, over seeds;
 and what they reconstruct, next to coarse GIT on the same pairs.
 
-Scored are the entries that pairs can tell (leaked_weights.told), the last layer up to a constant over the classes. A seed counts as
+Scored are the entries that pairs can tell (leaked_weights.determined), the last layer up to a constant over the classes. A seed counts as
 diverged if a layer's cosine is below 0.99 or not a number.
 """
 
@@ -85,11 +85,11 @@ def recovered(field: Field, pairs: int, seed: int) -> Row:
     seconds = time.process_time() - began
     assert isinstance(network, Recovered)
     cosines, shares = list[float](), list[float]()
-    weights, told = network.weights(), network.told()
+    weights, determined = network.weights(), network.determined()
     for name in (f"{layer}.weight" for layer in network.chain.names):
         true = field.model.parameters[name]
         true = true - true.mean(0) if name.startswith(network.chain.names[-1]) else true
-        known = told[name]
+        known = determined[name]
         cosines.append(float(F.cosine_similarity(weights[name][known], true[known], dim=0)) if known.any() else 0.0)
         shares.append(float(known.double().mean()))
     shape = field.model.architecture.input_shape
@@ -104,9 +104,9 @@ def each(network: Recovered, shape: tuple[int, ...], biases: bool, gradients: Te
     weights = {name: tensor.double() for name, tensor in network.weights().items()}
     top, found = network.chain.names[-1], list[Tensor]()
     for number in range(len(gradients[f"{top}.bias"])):
-        own = {name: g[number].double() for name, g in gradients.items() if biases or name.endswith("weight")}
+        gradient = {name: g[number].double() for name, g in gradients.items() if biases or name.endswith("weight")}
         delta = gradients[f"{top}.bias"][number].double()[None]
-        found.append(invert(network.chain, weights, own, delta))
+        found.append(invert(network.chain, weights, gradient, delta))
     return torch.stack(found).view(-1, 1, *shape).clamp(0, 1).float()
 
 

@@ -57,8 +57,10 @@ def findings(rows: list[Row]) -> Findings:
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.subplots()
     for trained in ("whole gradients", "the same defense"):
-        own = [row for row in rows if row["trained_on"] == trained]
-        axes.plot([row["shared"] for row in own], [row["mse"] for row in own], "o-", label=f"trained on {trained}")
+        series = [row for row in rows if row["trained_on"] == trained]
+        axes.plot(
+            [row["shared"] for row in series], [row["mse"] for row in series], "o-", label=f"trained on {trained}"
+        )
     axes.axhline(rows[0]["mse"], color="black", linestyle="--", label="mean image")
     axes.set(yscale="log", ylabel="mean squared error")
     axes.tick_params(axis="x", rotation=20)

@@ -85,9 +85,9 @@ def findings(rows: list[Row]) -> Findings:
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     for name, origin in dict.fromkeys((r["search"], r["start"]) for r in rows[1:]):
-        own = [r for r in rows if (r["search"], r["start"]) == (name, origin)]
+        series = [r for r in rows if (r["search"], r["start"]) == (name, origin)]
         style = "o-" if origin == "git" else "o--"
-        axes.plot([r["steps"] for r in own], [r["psnr_db"] for r in own], style, label=f"{name} from {origin}")
+        axes.plot([r["steps"] for r in series], [r["psnr_db"] for r in series], style, label=f"{name} from {origin}")
     axes.axhline(rows[0]["psnr_db"], color="black", linestyle=":", label="git alone")
     axes.set(xscale="log", xlabel="steps", ylabel="PSNR in dB")
     axes.legend(fontsize=6)

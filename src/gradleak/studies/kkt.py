@@ -124,8 +124,10 @@ def halves(both: Pictures) -> tuple[Pictures, Pictures]:
     """The first half of each class, and the second."""
     n = len(both.labels) // 4
     first = torch.cat([torch.arange(n), torch.arange(2 * n, 3 * n)])
-    made = [Pictures(both.images[r], both.labels[r], both.classes, both.source, both.split) for r in (first, first + n)]
-    return made[0], made[1]
+    drawn = [
+        Pictures(both.images[r], both.labels[r], both.classes, both.source, both.split) for r in (first, first + n)
+    ]
+    return drawn[0], drawn[1]
 
 
 def mean_of(source: str, per_class: int) -> Tensor:

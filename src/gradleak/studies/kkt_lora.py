@@ -63,7 +63,7 @@ def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]
                 on_step = start(f"{2 * per_class} images, rank {rank or 'full'}, {name}")
                 extraction = extracted(attack, seen, seed, on_step)
                 blind = extracted(attack, wrong[name], seed, on_step)
-                own, another, middle = (
+                score, another, middle = (
                     ssim(nearest(images, truth), truth) for images in (extraction.value, blind.value, mean)
                 )
                 rows.append(
@@ -73,7 +73,7 @@ def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]
                         **training(seen, private),
                         "factors_truth_residual": factors,
                         "residual": extraction.residual,
-                        **scores(own),
+                        **scores(score),
                         "mean_image_ssim": float(middle.mean()),
                         "another_adapter_ssim": float(another.mean()),
                         "another_adapter_over_0.4": scores(another)["over_0.4"],
@@ -98,9 +98,9 @@ def sides(
     began = replace(adapter, release=replace(adapter.adapter, start={**adapter.adapter.start, **A}))
     seen, known = composed(adapter), composed(began)
     base = {name: adapter.model.parameters[name].double() for name in seen.released}
-    made = {"W0 + BA": seen, "BA": beginning_at(seen, base), "B(A - A0)": beginning_at(seen, known.released)}
+    views = {"W0 + BA": seen, "BA": beginning_at(seen, base), "B(A - A0)": beginning_at(seen, known.released)}
     network = seen.expect(Weights).network(seen.model, seen.released)
-    return made, in_factors(adapter, began, network, pictures)
+    return views, in_factors(adapter, began, network, pictures)
 
 
 def beginning_at(seen: PictureObservation, initial: Tensors | None) -> PictureObservation:
@@ -120,14 +120,14 @@ def composed(adapter: PictureObservation) -> PictureObservation:
     """W0 + s B A as trained weights in float64, whose biases were not trained."""
     exact, start, scaling = adapter.to(torch.float64), adapter.adapter.start, adapter.adapter.scaling
     factors = {name: tensor.double() + exact.released.get(name, 0) for name, tensor in start.items()}
-    made = {
+    weights = {
         f"{module}.weight": exact.model.parameters[f"{module}.weight"]
         + s * product(factors[f"{module}.lora_A"], factors[f"{module}.lora_B"])
         for module, s in scaling.items()
     }
-    frozen = tuple(name for name in exact.model.parameters if name not in made)
-    model = replace(exact.model, parameters={**exact.model.parameters, **made}, frozen=frozen)
-    return Observation(model=model, release=Weights(), released=made, batch_size=adapter.batch_size)
+    frozen = tuple(name for name in exact.model.parameters if name not in weights)
+    model = replace(exact.model, parameters={**exact.model.parameters, **weights}, frozen=frozen)
+    return Observation(model=model, release=Weights(), released=weights, batch_size=adapter.batch_size)
 
 
 def in_factors(

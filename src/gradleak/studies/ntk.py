@@ -160,8 +160,11 @@ def sentence(rows: list[Row]) -> str:
     """SSIM after one step, and the number of steps at which it falls under a half."""
     parts, whole = [], [row for row in rows if row["released"] == str(ALL)]
     for key in dict.fromkeys((row["start"], row["images"], row["learning_rate"]) for row in whole):
-        own = [row for row in whole if (row["start"], row["images"], row["learning_rate"]) == key]
-        finite, diverged = [row for row in own if "ssim" in row], [row["steps"] for row in own if "ssim" not in row]
+        series = [row for row in whole if (row["start"], row["images"], row["learning_rate"]) == key]
+        finite, diverged = (
+            [row for row in series if "ssim" in row],
+            [row["steps"] for row in series if "ssim" not in row],
+        )
         fallen = next((row["steps"] for row in finite if row["ssim"] < 0.5), None)
         words = [f"{row['ssim']:.3f} after {row['steps']} step" for row in finite[:1]]
         words += [f"under 0.5 from {fallen} steps on"] if fallen else []

@@ -119,10 +119,10 @@ def transfer(rows: list[Row]) -> Plot:
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name in ("convnet", "vit"):
-        own = [row for row in rows if "curve" in row and row["victim"] == name]
-        label = f"{name}, {own[0]['attack']}"
-        left.plot([row["cosine"] for row in own], [row["psnr_db"] for row in own], marker="o", label=label)
-        left.axhline(own[0]["mean_image_psnr_db"], linestyle="--", color="black")
+        series = [row for row in rows if "curve" in row and row["victim"] == name]
+        label = f"{name}, {series[0]['attack']}"
+        left.plot([row["cosine"] for row in series], [row["psnr_db"] for row in series], marker="o", label=label)
+        left.axhline(series[0]["mean_image_psnr_db"], linestyle="--", color="black")
     left.set(xlabel="cosine to the true gradient", ylabel="PSNR in dB", title="transfer curve (dashed: mean image)")
     left.legend(fontsize=7)
     batches = [row for row in rows if "labels known" in row["attack"]]

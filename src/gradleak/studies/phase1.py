@@ -161,8 +161,8 @@ def proxies(base: Base, data: str, held_out: int) -> Iterator[tuple[str, Picture
 
 def findings(rows: list[Row]) -> Findings:
     """The table, the curves by rank and by steps, and the ridge decoder in words."""
-    own = [row for row in rows if row["decoder"] == "ridge" and "fit_seconds" in row and row["public"] == "same"]
-    best = {row["rank"]: row["cosine"] for row in reversed(own) if row["cosine"] is not None}
+    ridge = [row for row in rows if row["decoder"] == "ridge" and "fit_seconds" in row and row["public"] == "same"]
+    best = {row["rank"]: row["cosine"] for row in reversed(ridge) if row["cosine"] is not None}
     words = ", ".join(f"{value:.3f} at r = {rank}" for rank, value in sorted(best.items()))
     sentence = f"Cosine of the gradient decoded by ridge to the true one, one picture, one step: {words}."
     return Findings(rectangular(rows), sentence, [curves(rows)] if len(best) > 1 else [])

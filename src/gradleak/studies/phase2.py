@@ -163,9 +163,9 @@ def labelled(gradient: PictureObservation, adapter: PictureObservation) -> Pictu
 def raw(adapter: PictureObservation) -> PictureObservation:
     """B A taken for the gradient, as if nothing had to be decoded."""
     start, scaling = adapter.adapter.start, adapter.adapter.scaling
-    own = {**start, **{name: start[name] + change for name, change in adapter.released.items()}}
-    made = {f"{m}.weight": -product(own[f"{m}.lora_A"], own[f"{m}.lora_B"]) for m in scaling}
-    return as_observation(adapter, made)
+    factors = {**start, **{name: start[name] + change for name, change in adapter.released.items()}}
+    weights = {f"{m}.weight": -product(factors[f"{m}.lora_A"], factors[f"{m}.lora_B"]) for m in scaling}
+    return as_observation(adapter, weights)
 
 
 def recipes(base: Base, recipe: Recipe, known: bool, count: int, evaluations: int, seed: int, pairs: int) -> Row:
@@ -209,9 +209,9 @@ def findings(rows: list[Row]) -> Findings:
     """The table, both maps, and the best attack per model in words."""
     parts = []
     for name in RANK:
-        own = [row for row in rows if row["victim"] == name and row["attack"][0] in "(a"]
-        if own:
-            best = max(own, key=lambda row: row["psnr_db"])
+        victim_rows = [row for row in rows if row["victim"] == name and row["attack"][0] in "(a"]
+        if victim_rows:
+            best = max(victim_rows, key=lambda row: row["psnr_db"])
             parts.append(
                 f"{name}, rank {best['rank']}: {best['attack']} {best['psnr_db']} dB against {best['mean_image_psnr_db']} "
                 f"dB of the mean image, better on {best['beats_mean_psnr']:.0%}, top-1 of 100 {best['top1_of_100']:.0%}"

@@ -113,15 +113,15 @@ def drawn(rows: list[Row], ranks: Sequence[int], counts: Sequence[int]) -> Plot:
     """One map per release; the line is the predicted threshold."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2), (ADAPTER, CHANGE), strict=True):
-        own = [row for row in rows if row["released"] == name and not row.get("note")]
+        of_release = [row for row in rows if row["released"] == name and not row.get("note")]
         grid = torch.full((len(counts), len(ranks)), torch.nan)
-        for row in own:
+        for row in of_release:
             at = counts.index(row["images"]), ranks.index(row["rank"])
             grid[at] = row["ssim"]
             ink = "white" if row["ssim"] < 0.6 else "black"
             axes.text(at[1], at[0] + 0.25, f"{row['ssim']:.2f}", ha="center", va="center", color=ink)
         image = axes.imshow(grid.numpy(), cmap="viridis", vmin=0, vmax=1, aspect="auto", origin="lower")
-        thresholds = {row["images"]: row["predicted_threshold"] for row in own}
+        thresholds = {row["images"]: row["predicted_threshold"] for row in of_release}
         # Both axes are logarithmic: every cell doubles.
         places = [torch.tensor(r / ranks[0]).log2().item() for r in thresholds.values()]
         axes.plot(places, [counts.index(n) for n in thresholds], "r--", label="predicted threshold")
@@ -137,9 +137,10 @@ def sentence(rows: list[Row]) -> str:
     """Mean SSIM on both sides of the predicted threshold."""
     parts = []
     for name in dict.fromkeys(row["released"] for row in rows):
-        own = [row for row in rows if row["released"] == name and not row.get("note")]
+        of_release = [row for row in rows if row["released"] == name and not row.get("note")]
         sides = [
-            [row["ssim"] for row in own if (row["rank"] < row["predicted_threshold"]) == low] for low in (True, False)
+            [row["ssim"] for row in of_release if (row["rank"] < row["predicted_threshold"]) == low]
+            for low in (True, False)
         ]
         low, high = (f"{sum(side) / len(side):.2f}" if side else "not measured" for side in sides)
         parts.append(f"{name}: {low} below the predicted threshold, {high} from it on")

@@ -27,7 +27,7 @@ from gradleak.observations.observation import Observation
 from gradleak.observations.releases import Adapter
 from gradleak.observations.tensors import Tensors
 from gradleak.observations.training import OPTIMISERS, Recipe
-from gradleak.victims.gradient import keep_secret, told
+from gradleak.victims.gradient import keep_secret, revealable
 
 Init = bool | Literal["gaussian", "pissa", "olora", "lora_ga"]  # of PEFT's init_lora_weights; True is its default
 A = TypeVar("A", bound=Blueprint)
@@ -63,7 +63,7 @@ def fine_tune(
     Raises BadInput when the model cannot take these data, has no such modules, or the training diverges.
     """
     secret = keep_secret(model, private, seed=seed)
-    labels = told(secret) if reveal_labels else None
+    labels = revealable(secret) if reveal_labels else None
     module = model.solid().eval()
     network = module.network if isinstance(module, ImageTransformer) else module
     # What "all-linear" means for a network of transformers is left to PEFT, but its LoRA-GA wants names.
@@ -210,15 +210,15 @@ def module_names(network: nn.Module, wanted: tuple[str, ...] | str) -> list[str]
         return able
     chosen = []
     for name in (wanted,) if isinstance(wanted, str) else wanted:
-        found = [module for module in able if module == name or module.endswith(f".{name}")]
-        if not found:
+        matching = [module for module in able if module == name or module.endswith(f".{name}")]
+        if not matching:
             known = sorted({ending for module in able for ending in (module, module.rpartition(".")[2])})
             close = difflib.get_close_matches(name, known, n=3) or known[:10]
             raise BadInput(
                 f"The model has no linear or convolutional layer called {name!r}: choose among {', '.join(close)}, "
                 "or all-linear, or all."
             )
-        chosen += found
+        chosen += matching
     return list(dict.fromkeys(chosen))
 
 

@@ -42,7 +42,7 @@ def capture_gradient(
         model=revealed,
         released=share(model, Gradient(), model.trained, secret, precision, defenses, seed),
         batch_size=len(secret) if reveal_batch_size else None,
-        labels=told(secret) if reveal_labels else None,
+        labels=revealable(secret) if reveal_labels else None,
         precision=str(precision).removeprefix("torch."),
         defenses=tuple(defenses),
     )
@@ -86,7 +86,7 @@ def keep_secret(model: Model[Any], private: Any, *, seed: int = 0) -> Secret:
     return Secret(inputs, labels, f"{private.source} {private.split}")
 
 
-def told(secret: Secret) -> torch.Tensor:
+def revealable(secret: Secret) -> torch.Tensor:
     """The labels as they may be revealed; BadInput where there are none, or they are the private data themselves."""
     if secret.labels is None:
         raise BadInput("A causal language model has no labels that could be revealed: its text is all that it reads.")

@@ -175,7 +175,7 @@ def invert(
         raise NotObserved("A decoder is fitted on public pictures, and there are none.")
     observation = observation.to(torch.device("cpu"))
     gradient = replace(decoder(observation), labels=known_or_recovered(observation))
-    found = (inversion or MapInversion(pairs=0))(gradient, generator=generator, on_step=on_step)
-    residual = observation.residual(found.value, found.labels)
-    status = f"Decoded, then inverted: relative residual {residual:.2g} of the adapter, {found.residual:.2g} of the gradient."
-    return replace(found, residual=residual, status=status, outcome=outcome_of(residual))
+    inverted = (inversion or MapInversion(pairs=0))(gradient, generator=generator, on_step=on_step)
+    residual = observation.residual(inverted.value, inverted.labels)
+    status = f"Decoded, then inverted: relative residual {residual:.2g} of the adapter, {inverted.residual:.2g} of the gradient."
+    return replace(inverted, residual=residual, status=status, outcome=outcome_of(residual))

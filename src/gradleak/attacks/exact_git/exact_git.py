@@ -63,8 +63,8 @@ class Recovered(nn.Module):
         """{parameter: recovered}."""
         return {name.replace("/", "."): p.detach() for name, p in self.recovered.items()}
 
-    def told(self) -> Tensors:
-        """{weight name: (out, in) bool}, see leaked_weights.told."""
+    def determined(self) -> Tensors:
+        """{weight name: (out, in) bool}, see leaked_weights.determined."""
         return {name: self.get_buffer(f"told/{name}".replace(".", "/")) for name in self.weights() if "weight" in name}
 
     def hold_out(self, shard: int | None) -> None:
@@ -75,7 +75,7 @@ class Recovered(nn.Module):
         seen = leaked_weights.factorise(self.chain, shards())
         for name, tensor in leaked_weights.solve(self.chain, seen).items():
             self.recovered[name.replace(".", "/")].data.copy_(tensor)
-        for name, tensor in leaked_weights.told(self.chain, seen).items():
+        for name, tensor in leaked_weights.determined(self.chain, seen).items():
             self.get_buffer(f"told/{name}".replace(".", "/")).copy_(tensor)
 
 

@@ -6,7 +6,7 @@ The gradient of one picture is g_l = delta_l a_{l-1}^T, so that every pair tells
 are linear equations for W_l: the first for its rows, the second for its columns. Each row and column is projected on
 what its own equations tell, and conjugate gradients join both (`solve_layer`). The first layer has rows only: it takes more
 pairs than pixels, of a ReLU unit more that activate it. No pair tells of weights between units that were never active
-together (`told`); these are close to 0.
+together (`determined`); these are close to 0.
 """
 
 from collections.abc import Iterable
@@ -136,8 +136,8 @@ def factorise(chain: Chain, shards: Iterable[Pairs]) -> Factors:
         for place, name in enumerate(chain.names):
             g, b = (pairs.gradients[f"{name}.{kind}"] for kind in ("weight", "bias"))
             if place == 0:  # the picture is known
-                told = (g @ x[:, :, None])[:, :, 0].double() + b
-                deltas.append(told / (x.double().square().sum(1, keepdim=True) + 1))
+                weighted = (g @ x[:, :, None])[:, :, 0].double() + b
+                deltas.append(weighted / (x.double().square().sum(1, keepdim=True) + 1))
             else:
                 g, delta = g.double(), b.double()
                 for _ in range(2):  # alternating least squares
@@ -167,9 +167,9 @@ def check_model(chain: Chain, pairs: Pairs) -> None:
         for key, shape in ((f"{name}.weight", size), (f"{name}.bias", size[:1])):
             g = pairs.gradients.get(key)
             if g is None or tuple(g.shape[1:]) != shape:
-                found = "none" if g is None else tuple(g.shape[1:])
+                shape_given = "none" if g is None else tuple(g.shape[1:])
                 raise BadInput(
-                    f"The model's {key} is {shape}, its gradient in the pairs {found}: they are of another model."
+                    f"The model's {key} is {shape}, its gradient in the pairs {shape_given}: they are of another model."
                 )
 
 
@@ -271,7 +271,7 @@ def solve_first(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
     return W
 
 
-def told(chain: Chain, seen: Factors) -> Tensors:
+def determined(chain: Chain, seen: Factors) -> Tensors:
     """{weight name: (out, in) bool}: the entries that the pairs can tell.
 
     Above the first layer, some pair must have had both units active. In the first, the unit must have been active in more pairs than
@@ -280,7 +280,7 @@ def told(chain: Chain, seen: Factors) -> Tensors:
     active = [(delta.abs() > 1e-6 * delta.abs().amax(1, keepdim=True)).double() for delta in seen.deltas]
     x, counts = seen.pixels.double(), active[0].sum(0)[:, None]  # (n, pixels), (units, 1)
     variance = (active[0].T @ x.square() - (active[0].T @ x).square() / counts.clamp_min(1)) / counts.clamp_min(1)
-    found = {f"{chain.names[0]}.weight": (counts > x.shape[1] + 1) & (variance > 1e-6)}
+    known = {f"{chain.names[0]}.weight": (counts > x.shape[1] + 1) & (variance > 1e-6)}
     for layer in range(1, len(chain.names)):
-        found[f"{chain.names[layer]}.weight"] = active[layer].T @ active[layer - 1] > 0
-    return found
+        known[f"{chain.names[layer]}.weight"] = active[layer].T @ active[layer - 1] > 0
+    return known

@@ -89,24 +89,24 @@ def units(model: PictureModel) -> list[Unit]:
                 f"GIT cannot read {name}: it is called {len(calls)} times. Read the module around it as one."
             )
     trained = [name for name in model.parameters if name not in model.frozen]
-    found = []
+    layers = []
     for name, [(given, made)] in shapes.items():
-        own = tuple(p for p in trained if p.startswith(f"{name}."))
-        if own:
-            found.append(Unit(name, own, given, made))
-    return found
+        parameters = tuple(p for p in trained if p.startswith(f"{name}."))
+        if parameters:
+            layers.append(Unit(name, parameters, given, made))
+    return layers
 
 
 def assumed(model: PictureModel, layout: str) -> list[Unit]:
     """The units of another architecture, each with the parameters of the unit of `model` that stands at the same height."""
     true, architecture = units(model), replace(model.architecture, name=layout)
     other = units(Model.of(architecture.build(0), architecture))
-    found = []
+    units_of_layout = []
     for i, unit in enumerate(other):
         first, end = (j * len(true) // len(other) for j in (i, i + 1))
-        own = true[first : max(end, first + 1)]
-        found.append(replace(unit, parameters=tuple(name for part in own for name in part.parameters)))
-    return found
+        standing = true[first : max(end, first + 1)]
+        units_of_layout.append(replace(unit, parameters=tuple(name for part in standing for name in part.parameters)))
+    return units_of_layout
 
 
 class Reader(nn.Module):
@@ -175,9 +175,9 @@ class Mirror(nn.Module):
             found: Tensor = self.net(torch.cat([g, h.flatten(1)], dim=1))
             return found.view(-1, *self.after)
         width, height, across = h.shape[1:]
-        told = self.told(g)
-        maps = told[:, width:].view(-1, 2, height, across)
-        h = h + self.mix(F.gelu(torch.cat([h + told[:, :width, None, None], maps], dim=1)))
+        film = self.told(g)
+        maps = film[:, width:].view(-1, 2, height, across)
+        h = h + self.mix(F.gelu(torch.cat([h + film[:, :width, None, None], maps], dim=1)))
         h = h + self.again(F.gelu(h))
         h = F.pixel_shuffle(self.up(F.gelu(h)), self.factor)
         return h if h.shape[1:] == self.after else F.interpolate(h, self.after[1:])

@@ -126,9 +126,9 @@ def write(
 
     Raises BadInput if the folder holds pairs of another model, seed or number.
     """
-    made = {"model": model.state_hash(), "pictures": f"{pictures.source} {pictures.split}", "defense": repr(defense)}
+    origin = {"model": model.state_hash(), "pictures": f"{pictures.source} {pictures.split}", "defense": repr(defense)}
     about = checked(
-        {**made, "count": count, "batch": batch, "seed": seed, "shard": shard}, Plan, "No such pairs are made"
+        {**origin, "count": count, "batch": batch, "seed": seed, "shard": shard}, Plan, "No such pairs are made"
     )
     plan = folder / PLAN
     if plan.exists() and read_plan(plan) != about:

@@ -66,8 +66,8 @@ class NTK:
         found = search(network, target_of(change), x, y, space, settings, generator, on_step)
         best = int(found.residuals.argmin())
         ends = ((x[0], y[0]), (found.x[best], found.labels[best]))  # the first start may be exact, and is kept if it is
-        told = [self.told(observation, network, *end) for end in ends]
-        images, labels, residual = min(told, key=lambda one: one[2])
+        candidates = [self.replayed(observation, network, *end) for end in ends]
+        images, labels, residual = min(candidates, key=lambda one: one[2])
         linear = float(found.residuals[best])
         return Reconstruction(
             value=images,
@@ -100,7 +100,7 @@ class NTK:
         best = found.x[int(found.residuals.argmin())]
         return network.images(best, observation.model.architecture.input_shape).clamp(0, 1).float()
 
-    def told(
+    def replayed(
         self, observation: PictureObservation, network: FullyConnected, x: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor, float]:
         """Images, labels, and the residual that training on them leaves: x (m, in)."""
@@ -169,11 +169,11 @@ def distinct(pool: Tensor, labels: Tensor, weight: Tensor, many: int) -> Tensor:
 def frozen(observation: PictureObservation) -> tuple[FullyConnected, FullyConnected]:
     """The network at theta_0 and the change of its parameters, laid out alike, in float64."""
     model, sign = observation.model, 1.0 if isinstance(observation.release, Update) else -1.0
-    made = [
+    networks = [
         FullyConnected.of(model.module, tensors, model.architecture.input_shape).to(torch.float64)
         for tensors in (model.parameters, {name: sign * tensor for name, tensor in observation.released.items()})
     ]
-    return made[0], replace(made[1], shift=made[0].shift, scale=made[0].scale)
+    return networks[0], replace(networks[1], shift=networks[0].shift, scale=networks[0].scale)
 
 
 def target_of(change: FullyConnected) -> Target:

@@ -50,6 +50,6 @@ def identification(reconstruction: Tensor, truth: Tensor, decoys: Tensor) -> Ten
         raise BadInput(
             f"{tuple(reconstruction.shape)} reconstructions do not line up with {tuple(truth.shape)} truths."
         )
-    own = (reconstruction.double() - truth.double()).square().flatten(1).mean(1)
+    unchanged = (reconstruction.double() - truth.double()).square().flatten(1).mean(1)
     others = pairwise_mse(reconstruction, decoys)
-    return 1 + (~(others > own[:, None])).sum(1)  # "not farther" instead of "closer": counts ties and NaN
+    return 1 + (~(others > unchanged[:, None])).sum(1)  # "not farther" instead of "closer": counts ties and NaN
