@@ -56,14 +56,14 @@ class Analytic:
         shape = observation.model.architecture.input_shape
         images = ((inputs - shift) / scale).reshape(-1, *shape).clamp(0, 1)
         batch = observation.batch_size or max(len(images), 1)
-        found = min(len(images), batch)
-        images = torch.cat([images[:found], images.new_full((batch - found, *shape), 0.5)])
+        count = min(len(images), batch)
+        images = torch.cat([images[:count], images.new_full((batch - count, *shape), 0.5)])
         labels = observation.labels
         if labels is None:
             observation = replace(observation, batch_size=batch)
-            labels = labels_of_images(observation, images) if found == batch else recover_labels(observation)
-        status = f"{found} of {batch} images solved in closed form from layer {name}"
-        status += f" ({', '.join(map(str, support[:found]))} units agree)." if found else ": no unit isolates an image."
+            labels = labels_of_images(observation, images) if count == batch else recover_labels(observation)
+        status = f"{count} of {batch} images solved in closed form from layer {name}"
+        status += f" ({', '.join(map(str, support[:count]))} units agree)." if count else ": no unit isolates an image."
         if reason := observation.release.inexact():
             status += f" Not exact: {reason}."
         residual = observation.residual(images, labels)

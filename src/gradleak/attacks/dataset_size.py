@@ -157,10 +157,10 @@ class DatasetSize:
     def __call__(self, adapter: PictureObservation) -> Estimate:
         """Raises BadInput when the adapter has other modules or ranks than the zoo."""
         check_layout(adapter, self.layout)
-        own = log_spectra(adapter, norm=self.norm)
-        x = torch.cat(list(own.values()))[None]
+        spectrum = log_spectra(adapter, norm=self.norm)
+        x = torch.cat(list(spectrum.values()))[None]
         votes = Counter(
-            int(self.sizes[(zoo - own[module]).norm(dim=1).argmin()]) for module, zoo in self.spectra.items()
+            int(self.sizes[(zoo - spectrum[module]).norm(dim=1).argmin()]) for module, zoo in self.spectra.items()
         )
         size = round(math.exp(float(self.whole.predict(x))))
         low, high = (math.exp(bound) for bound in self.interval(x))

@@ -86,7 +86,7 @@ class InvertingGradients:
             distance = cosine(_minus(simulated, origin), _minus(released, origin))
             return distance + prior.energy(x)
 
-        found = descend(
+        search = descend(
             objective,
             start,
             (y, released, origin),
@@ -96,7 +96,7 @@ class InvertingGradients:
             compiled=self.compiled,
         )
         results = []
-        for o, x, row, value, trace in best_of_restarts(found, observations, labels):
+        for o, x, row, value, trace in best_of_restarts(search, observations, labels):
             residual = o.residual(x, row)
             status = f"Finished {self.steps} steps at objective {value:.3g}, relative residual {residual:.2g}."
             if not math.isfinite(value):

@@ -102,18 +102,18 @@ class MapInversion:
             w = torch.full((len(y),), weight).to(where)
             report = None if on_step is None else partial(_report, on_step, stage)
             search = partial(_without_graph, evaluate, (y, released, w))
-            found = lbfgs(search, z, evaluations=self.evaluations, history=30, on_step=report)
-            z, trace = found.x, [*trace, *((done + step, values) for step, values in found.trace)]
-            done += found.iterations
+            minimum = lbfgs(search, z, evaluations=self.evaluations, history=30, on_step=report)
+            z, trace = minimum.x, [*trace, *((done + step, values) for step, values in minimum.trace)]
+            done += minimum.iterations
             if stage == 1 and tries > 1:  # wrong labels do not fit: go on with the best
-                best = found.value.view(-1, tries).argmin(1) + tries * torch.arange(len(observations)).to(z.device)
+                best = minimum.value.view(-1, tries).argmin(1) + tries * torch.arange(len(observations)).to(z.device)
                 z, y, tries = z[best], y[best], 1
                 released = {name: tensor[best] for name, tensor in released.items()}
                 trace = [(step, [values[int(i)] for i in best]) for step, values in trace]
                 evaluate = rowwise(objective, z, (y, released, w[best]))
         results = []
         for row, o in enumerate(observations):
-            images, value = pictures(z[row]).clamp(0, 1).detach(), float(found.value[row])
+            images, value = pictures(z[row]).clamp(0, 1).detach(), float(minimum.value[row])
             residual = o.residual(images, y[row])
             status = f"Finished {done} evaluations at objective {value:.3g}, relative residual {residual:.2g}."
             if not math.isfinite(value):

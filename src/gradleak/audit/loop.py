@@ -69,31 +69,34 @@ def audit(
         report, start = on_step(title) if on_step is not None else None, time.perf_counter()
         try:
             ready = prepared(attack, observation, rest, seed)
-            found = ready(observation.to(where), generator=torch.Generator().manual_seed(seed), on_step=report)
+            reconstruction = ready(observation.to(where), generator=torch.Generator().manual_seed(seed), on_step=report)
         except NotObserved as error:
             yield Audited(not_run(title, attack, about, general, str(error)), None)
             continue
         row = new_result(title, parameters(ready), about, general)
         row["defense"] = about["defense"]
-        row |= evidence(found, time.perf_counter() - start)
-        if isinstance(found.value, int):
-            row["count"] = {"recovered": found.value} | ({} if secret is None else {"true": len(secret)})  # type: ignore[typeddict-item]
-            yield Audited(row, found)
+        row |= evidence(reconstruction, time.perf_counter() - start)
+        if isinstance(reconstruction.value, int):
+            row["count"] = {"recovered": reconstruction.value} | ({} if secret is None else {"true": len(secret)})  # type: ignore[typeddict-item]
+            yield Audited(row, reconstruction)
             continue
-        row |= {"media": scoring.media, "shown": {"reconstruction": model.architecture.show(found.value)}}  # type: ignore[typeddict-item]
+        row |= {"media": scoring.media, "shown": {"reconstruction": model.architecture.show(reconstruction.value)}}  # type: ignore[typeddict-item]
         if secret is None:
-            count = observation.batch_size or len(found.value)
-            labels = None if found.labels is None else found.labels[:count]
-            row["flags"] = [*general, *information(observation, found.value[:count], labels, "at this reconstruction")]
+            count = observation.batch_size or len(reconstruction.value)
+            labels = None if reconstruction.labels is None else reconstruction.labels[:count]
+            row["flags"] = [
+                *general,
+                *information(observation, reconstruction.value[:count], labels, "at this reconstruction"),
+            ]
         elif public is not None:
-            other = others(observation, scoring, public, max(len(found.value), len(secret)), seed).to(where)
+            other = others(observation, scoring, public, max(len(reconstruction.value), len(secret)), seed).to(where)
             try:
                 wrong = ready(other, generator=torch.Generator().manual_seed(seed)).value
             except NotObserved:
                 wrong = model.architecture.blank(len(secret))
-            score(row, observation, scoring, found, wrong, secret, public, decoys)
+            score(row, observation, scoring, reconstruction, wrong, secret, public, decoys)
             row["flags"] = [*row["flags"], *trained_on_secret(ready, secret)]
-        yield Audited(row, found)
+        yield Audited(row, reconstruction)
 
 
 def not_run(name: str, attack: Attack, about: Mapping[str, Any], flags: list[Flag], reason: str) -> Result:

@@ -88,14 +88,14 @@ def extended(kind: type, attacks: list[str]) -> type:
     """The arguments of a command, with the settings of these attacks, each under its name."""
     fields: list[Any] = []
     for name in attacks:
-        made = settings(name)
-        if dataclasses.fields(made):
-            fields.append((field_of(name), made, dataclasses.field(default=made())))
+        attack = settings(name)
+        if dataclasses.fields(attack):
+            fields.append((field_of(name), attack, dataclasses.field(default=attack())))
     if not fields:
         return kind
-    made = dataclasses.make_dataclass(kind.__name__, fields, bases=(kind,), kw_only=True, frozen=True)
-    made.__doc__ = kind.__doc__
-    return made
+    attack = dataclasses.make_dataclass(kind.__name__, fields, bases=(kind,), kw_only=True, frozen=True)
+    attack.__doc__ = kind.__doc__
+    return attack
 
 
 def options(parsed: Any, attacks: list[str]) -> dict[str, dict[str, Any]]:

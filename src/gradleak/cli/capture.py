@@ -27,9 +27,9 @@ GENERATORS: dict[str, Any] = {"train git": Transcript, "train exact-git": Recove
 
 def with_common(victim: type) -> type:
     """A victim's settings, as the arguments of a command."""
-    made = dataclasses.make_dataclass(victim.__name__, [], bases=(victim, flags.Common), kw_only=True, frozen=True)
-    made.__doc__ = victim.__doc__
-    return made
+    command = dataclasses.make_dataclass(victim.__name__, [], bases=(victim, flags.Common), kw_only=True, frozen=True)
+    command.__doc__ = victim.__doc__
+    return command
 
 
 def capture(args: Any) -> None:

@@ -155,9 +155,9 @@ def started(name: str, attack: Any, path: Path, observation: Observation[Any]) -
     if "start" not in {field.name for field in fields(attack)}:
         able = [other for other, kind in ATTACKS.items() if "start" in {field.name for field in fields(kind)}]
         raise BadInput(f"{name} is no search and has no start: --start goes with {', '.join(able)}.")
-    found = load_reconstruction(path)
-    usable_labels(found.labels, observation.model, len(found.value), path)
-    return replace(attack, start=Given(found))
+    reconstruction = load_reconstruction(path)
+    usable_labels(reconstruction.labels, observation.model, len(reconstruction.value), path)
+    return replace(attack, start=Given(reconstruction))
 
 
 def public_data(args: flags.Observed, observation: Observation[Any]) -> Any:

@@ -153,9 +153,9 @@ def read_language_model(folder: Path, task: Task, *, classes: int = 2, seed: int
         classes = config.num_labels
     with torch.device("meta"):
         shapes = build(config, task, classes=classes, tokenizer=tokenizer, seed=seed)[0]
-    found = _own(load_tensors(folder / "model.safetensors"), shapes, folder)
+    state = _own(load_tensors(folder / "model.safetensors"), shapes, folder)
     module, config = build(config, task, classes=classes, tokenizer=tokenizer, seed=seed)
-    module.load_state_dict(found, strict=False)
+    module.load_state_dict(state, strict=False)
     model = Model.of(module, LanguageArchitecture(str(folder), config, task, tokenizer))
     model.check_works()
     return model
@@ -163,23 +163,23 @@ def read_language_model(folder: Path, task: Task, *, classes: int = 2, seed: int
 
 def _own(stored: Tensors, module: Any, folder: Path) -> Tensors:
     """{name in the module: stored tensor}, of those that it has; BadInput where one does not fit, or the body lacks one."""
-    own, base, found = module.state_dict(), f"{module.base_model_prefix}.", {}
+    expected, base, state = module.state_dict(), f"{module.base_model_prefix}.", {}
     for name, tensor in stored.items():
         plain = name.replace(".gamma", ".weight").replace(".beta", ".bias")
-        key = plain if plain in own else base + plain
-        if key in own:
-            if own[key].shape != tensor.shape or not tensor.is_floating_point():
-                shapes = f"{tuple(tensor.shape)} in the weights and {tuple(own[key].shape)} in the model"
+        key = plain if plain in expected else base + plain
+        if key in expected:
+            if expected[key].shape != tensor.shape or not tensor.is_floating_point():
+                shapes = f"{tuple(tensor.shape)} in the weights and {tuple(expected[key].shape)} in the model"
                 raise BadInput(f"Tensor {name} of {folder} is {shapes}: they do not belong together.")
-            found[key] = tensor.to(own[key].dtype)
-    missing = [name for name, _ in module.named_parameters() if name.startswith(base) and name not in found]
+            state[key] = tensor.to(expected[key].dtype)
+    missing = [name for name, _ in module.named_parameters() if name.startswith(base) and name not in state]
     # A pooler is a head in all but name: encoders that were not trained with one come without it.
     missing = [name for name in missing if ".pooler." not in name]
     if missing:
         raise BadInput(f"The weights of {folder} lack {missing[0]}: they belong to another architecture.")
-    if sum(tensor.numel() for name, tensor in own.items() if name not in found) > MOST_FRESH:
+    if sum(tensor.numel() for name, tensor in expected.items() if name not in state) > MOST_FRESH:
         raise BadInput(f"The weights of {folder} are far fewer than config.json says: they do not belong together.")
-    return found
+    return state
 
 
 def _read_ours(folder: Path, factory: str | None) -> tuple[nn.Module, Architecture]:

@@ -136,15 +136,15 @@ def read_factors(
     factors: Tensors = {}
     names: dict[str, str] = {}  # the base model's module -> what the adapter calls it
     for key, tensor in tensors.items():
-        found = next((match for pattern in FACTOR if (match := pattern.fullmatch(key))), None)
-        if found is None:
+        match_of_key = next((match for pattern in FACTOR if (match := pattern.fullmatch(key))), None)
+        if match_of_key is None:
             _check_other(key, tensor, model, recipe, folder)
             continue
-        module = _module(found["module"], targets, folder)
-        factor = f"{module}.{SIDE[found['factor']]}"
+        module = _module(match_of_key["module"], targets, folder)
+        factor = f"{module}.{SIDE[match_of_key['factor']]}"
         if factor in factors:
             raise BadInput(f"The adapter in {folder} holds {factor} twice, once as {key}.")
-        factors[factor], names[module] = tensor.float(), found["module"]
+        factors[factor], names[module] = tensor.float(), match_of_key["module"]
     if not factors:
         raise BadInput(f"{folder / WEIGHTS} holds no LoRA factor of a linear or convolutional layer.")
     scaling = {module: _checked_scaling(module, name, factors, config, model, folder) for module, name in names.items()}

@@ -63,10 +63,10 @@ def test_split(source: str | Path) -> str:
     if source == "embedded":
         return "test"
     splits = hugging_face_splits(source)
-    found = next((name for name in ("test", "validation") if name in splits), None)
-    if found is None:
+    held_out = next((name for name in ("test", "validation") if name in splits), None)
+    if held_out is None:
         raise BadInput(f"{source} has neither a test nor a validation split: it has {', '.join(splits)}.")
-    return found
+    return held_out
 
 
 def _embedded(split: str) -> tuple[list[str], list[int], int]:

@@ -139,10 +139,10 @@ def _is_our_vit(module: ImageTransformer, architecture: Architecture) -> bool:
     shape = architecture.input_shape
     if shape[1] != shape[2] or shape[1] % 8 or shape[0] not in (1, 3):
         return False
-    own = cast(ImageTransformer, replace(architecture, name="vit").build(seed=0))
-    configs = [cast(Any, m.network).config.to_dict() for m in (module, own)]
+    network = cast(ImageTransformer, replace(architecture, name="vit").build(seed=0))
+    configs = [cast(Any, m.network).config.to_dict() for m in (module, network)]
     same = all(configs[0].get(k) == v for k, v in configs[1].items() if k not in NOT_OF_THE_MODEL)
-    first, other = (m.normalise for m in (module, own))
+    first, other = (m.normalise for m in (module, network))
     return same and torch.equal(first.mean, other.mean) and torch.equal(first.std, other.std)
 
 

@@ -105,11 +105,11 @@ class FullyConnected:
         if self.single:
             return x, (2 * labels.to(x) - 1)[:, None]
         outputs = len(self.weights[-1])
-        own = torch.eye(outputs).to(x)[labels]  # (n, outputs)
-        signals = own[:, None] - torch.eye(outputs).to(
+        true_class = torch.eye(outputs).to(x)[labels]  # (n, outputs)
+        signals = true_class[:, None] - torch.eye(outputs).to(
             x
         )  # (n, outputs, outputs), zero where the other class is the own
-        wrong = own == 0
+        wrong = true_class == 0
         return x.repeat_interleave(outputs - 1, dim=0), signals[wrong]
 
     def combination(self, x: Tensor, C: Tensor) -> Tensors:
@@ -200,19 +200,19 @@ def distance(
             to_delta.append(torch.zeros_like(delta[at]))
             to_a.append(torch.zeros_like(a[at]))
             continue
-        own = target.weights is None
+        unweighted = target.weights is None
         goal, shift = (W[at], b[at]) if target.weights is None else (target.weights[at], target.biases[at])
         n, (high, wide) = x.shape[-2], goal.shape
         if 2 * n * (wide + high) < 3 * wide * high:
-            along = z[at] if own else F.linear(a[at], goal, shift)
-            joined = joined or (own and at == 0)
-            back = None if own and at == 0 else u[at - 1] if own else delta[at] @ goal
-            found = by_grams(delta[at], a[at], along, back, biased=shift is not None)
+            along = z[at] if unweighted else F.linear(a[at], goal, shift)
+            joined = joined or (unweighted and at == 0)
+            back = None if unweighted and at == 0 else u[at - 1] if unweighted else delta[at] @ goal
+            step = by_grams(delta[at], a[at], along, back, biased=shift is not None)
         else:
-            found = by_sum(delta[at], a[at], goal, shift)
-        value = value + factors[at] * found[0]
-        to_delta.append(found[1].mul_(2 * factors[at]))
-        to_a.append(found[2].mul_(2 * factors[at]))
+            step = by_sum(delta[at], a[at], goal, shift)
+        value = value + factors[at] * step[0]
+        to_delta.append(step[1].mul_(2 * factors[at]))
+        to_a.append(step[2].mul_(2 * factors[at]))
 
     slope = list[Tensor]()  # through the ReLU's derivatives, against the direction in which delta was made
     for at in range(count - 1):
@@ -289,8 +289,8 @@ def cone(K: Tensor, t: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(K.double())
     values = values.clamp_min(1e-12 * float(values[-1].clamp_min(1e-300))).sqrt()
     root, side = (vectors * values).T, (vectors.T @ t.double()) / values
-    found, _ = nnls(root.cpu().numpy(), side.cpu().numpy(), maxiter=100 * len(t))
-    return torch.as_tensor(found).to(t)
+    weights, _ = nnls(root.cpu().numpy(), side.cpu().numpy(), maxiter=100 * len(t))
+    return torch.as_tensor(weights).to(t)
 
 
 def explained(network: FullyConnected, x: Tensor, C: Tensor, target: Target = Target()) -> tuple[float, Tensor]:

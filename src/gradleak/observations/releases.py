@@ -230,10 +230,10 @@ class Adapter(Release):
             A, B, weight = self.start[f"{module}.lora_A"], self.start[f"{module}.lora_B"], f"{module}.weight"
             if weight not in model.parameters:
                 raise BadInput(f"The adapter changes {module}, which has no weight in the base model.")
-            made, shape = (*B.shape[:1], *A.shape[1:]), oriented(model, module, model.parameters[weight]).shape
-            if B.shape[1:2] != A.shape[:1] or made != shape or not A.numel() or B.shape[2:].numel() != 1:
+            product_shape, shape = (*B.shape[:1], *A.shape[1:]), oriented(model, module, model.parameters[weight]).shape
+            if B.shape[1:2] != A.shape[:1] or product_shape != shape or not A.numel() or B.shape[2:].numel() != 1:
                 raise BadInput(
-                    f"The adapter of {module} makes a weight of {by(made)}, the base model's is {by(shape)}: "
+                    f"The adapter of {module} makes a weight of {by(product_shape)}, the base model's is {by(shape)}: "
                     "they do not belong together."
                 )
         for name, tensor in released.items():

@@ -56,8 +56,8 @@ def read(path: Path, schema: str, *needed: str) -> tuple[Tensors, dict[str, Any]
 def described(header: dict[str, str], schema: str, path: Path) -> dict[str, Any]:
     """What `write` was given as `about`, out of a raw header; BadInput where it is of another schema, or is no object."""
     if header.get("schema") != schema:
-        found = shortened(header.get("schema", "no gradleak header"))
-        raise BadInput(f"{path} is not a {schema.split('/')[1]} file of this version ({found}, not {schema}).")
+        schema_given = shortened(header.get("schema", "no gradleak header"))
+        raise BadInput(f"{path} is not a {schema.split('/')[1]} file of this version ({schema_given}, not {schema}).")
     about = parsed(header.get("gradleak", ""), f"{path} has a damaged header")
     if not isinstance(about, dict):
         raise BadInput(f"{path} has a damaged header: {type(about).__name__} in place of an object.")

@@ -117,10 +117,10 @@ def _names(record: Record) -> list[str]:
 
 def _part(record: Record, name: str, is_one_of_several: bool, numbers: Iterator[int]) -> dict[str, Any]:
     """What the template needs to draw one observation. A fact of the threat model that names none is about all of them."""
-    own: Verdict | None = record["verdict"]
+    verdict: Verdict | None = record["verdict"]
     if is_one_of_several:
-        own = next((entry for entry in record.get("verdicts", []) if entry.get("observation") == name), None)
-    level = "unscored" if own is None else own["level"]
+        verdict = next((entry for entry in record.get("verdicts", []) if entry.get("observation") == name), None)
+    level = "unscored" if verdict is None else verdict["level"]
     legend = Legend(record.get("metrics", {}), record.get("controls", {}))
     rows = [row for row in record["results"] if str(row["observation"].get("name", "")) == name]
     ran = [row for row in rows if _did_run(row)]
@@ -133,7 +133,7 @@ def _part(record: Record, name: str, is_one_of_several: bool, numbers: Iterator[
     about = {key: value for key, value in (rows[0]["observation"] if rows else {}).items() if _is_short(key, value)}
     return {
         "name": name,
-        "verdict": own,
+        "verdict": verdict,
         "is_void": level == "void",
         "about": describe(about) if about else "",
         "threat_model": [row for row in record["threat_model"] if row.get("observation", name) == name],
@@ -254,14 +254,14 @@ def _labels(row: Result, given: bool) -> str:
     labels = row.get("labels")
     if not labels or not labels["recovered"]:
         return ""
-    own = _classes(labels["recovered"])
+    recovered = _classes(labels["recovered"])
     if given:
-        return f"The attacker was given {own}."
+        return f"The attacker was given {recovered}."
     if "true" not in labels:
-        return f"Recovered {own}."
+        return f"Recovered {recovered}."
     right, total = (Counter(labels["recovered"]) & Counter(labels["true"])).total(), len(labels["true"])
     order = ", in whatever order" if total > 1 else ""
-    return f"Recovered {own}; true {_classes(labels['true'])}: {right} of {total} right{order}."
+    return f"Recovered {recovered}; true {_classes(labels['true'])}: {right} of {total} right{order}."
 
 
 def _classes(labels: Sequence[int | str]) -> str:

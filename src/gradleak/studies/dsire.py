@@ -292,19 +292,19 @@ def scored(
     sizes: Tensor,
 ) -> Row:
     """One row: what the zoo of `setting` says of the adapters `held`, which were trained on `sizes` images."""
-    found, shapes = [fitted(adapter) for adapter in held], [by_shape(adapter) for adapter in held]
-    covered = [float(e.low <= n <= e.high) for e, n in zip(found, sizes.tolist(), strict=True)]
+    fits, shapes = [fitted(adapter) for adapter in held], [by_shape(adapter) for adapter in held]
+    covered = [float(e.low <= n <= e.high) for e, n in zip(fits, sizes.tolist(), strict=True)]
     coverage = sum(covered) / len(covered)
     each = [float(torch.tensor(covered)[sizes == n].mean()) for n in set(sizes.tolist())]
-    widths = sorted(e.high / e.low for e in found)
+    widths = sorted(e.high / e.low for e in fits)
     return {
         **described(setting),
         "asked": asked,
         "held_out": len(held),
-        "mae": mean_error([e.size for e in found], sizes),
-        "mae_interval": round(interval([abs(e.size - n) for e, n in zip(found, sizes.tolist(), strict=True)]) or 0, 3),
-        "exact": round(sum(e.size == n for e, n in zip(found, sizes.tolist(), strict=True)) / len(found), 3),
-        "vote_mae": mean_error([e.voted for e in found], sizes),
+        "mae": mean_error([e.size for e in fits], sizes),
+        "mae_interval": round(interval([abs(e.size - n) for e, n in zip(fits, sizes.tolist(), strict=True)]) or 0, 3),
+        "exact": round(sum(e.size == n for e, n in zip(fits, sizes.tolist(), strict=True)) / len(fits), 3),
+        "vote_mae": mean_error([e.voted for e in fits], sizes),
         "shape_only_mae": mean_error([e.size for e in shapes], sizes),
         "median_size_mae": mean_error([float(fitted.sizes.double().quantile(0.5))] * len(held), sizes),
         "shuffled_mae": None,
@@ -312,7 +312,7 @@ def scored(
         "coverage_error": round((coverage * (1 - coverage) / len(covered)) ** 0.5, 3),  # one binomial sigma
         "coverage_of_the_worst_size": round(min(each), 3),
         "high_over_low": round(widths[len(widths) // 2], 3),
-        "out_of_range": round(sum(not e.in_range for e in found) / len(found), 3),
+        "out_of_range": round(sum(not e.in_range for e in fits) / len(fits), 3),
         "shape_out_of_range": round(sum(not e.in_range for e in shapes) / len(shapes), 3),
         "same_as_simulated": None,
     }

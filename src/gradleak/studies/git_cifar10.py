@@ -124,11 +124,11 @@ def trained(
 ) -> tuple[Row, nn.Module]:
     """One row, of a generator trained here, and its network."""
     on_step = start(f"{method}, seed {seed}")
-    made, seconds = fit(
+    generator, seconds = fit(
         victim, kind, options, pairs=pairs, epochs=epochs, seed=seed, on_step=on_step, learning_rate=learning_rate
     )
-    measured = scores(found_for(made, victim, victim.private), victim.private.images)
-    return {"method": method, "seed": seed, **measured, "seconds": round(seconds, 1), "pairs": pairs}, made.network
+    measured = scores(found_for(generator, victim, victim.private), victim.private.images)
+    return {"method": method, "seed": seed, **measured, "seconds": round(seconds, 1), "pairs": pairs}, generator.network
 
 
 def searched_for(victim: Field, name: str, attack: Any, count: int, seed: int) -> Row:

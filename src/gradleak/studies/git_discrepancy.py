@@ -35,13 +35,13 @@ def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]
     same = scores(found_for(git, field, field.private), field.private.images)
     rows: list[Row] = [{"share": 0.0, "epochs": 0, "weights_moved": 0.0, **same, "growth": 0.0}]
     architecture = field.model.architecture
-    own = public_pool(data, "train", shape=architecture.input_shape, limit=local, seed=2)
-    own = replace(own, labels=own.labels % architecture.classes)
-    short = (*field.notes(size, pairs, private), shortage("pictures of the victim", local, len(own.images)))
+    local_pool = public_pool(data, "train", shape=architecture.input_shape, limit=local, seed=2)
+    local_pool = replace(local_pool, labels=local_pool.labels % architecture.classes)
+    short = (*field.notes(size, pairs, private), shortage("pictures of the victim", local, len(local_pool.images)))
     start_of_sentence = opening(data, size, *short)
     before = flatten(field.model.parameters)
     for share in SHARES:
-        pictures = rows_of(own, 0, max(round(share * len(own.images)), 2))
+        pictures = rows_of(local_pool, 0, max(round(share * len(local_pool.images)), 2))
         for many in EPOCHS:
             module = architecture.build(seed)
             train(module, pictures, epochs=many, seed=seed, on_step=start(f"victim, {share:.0%}, {many} epochs"))

@@ -39,10 +39,10 @@ def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]
         rows.append({"shared": name, "trained_on": "whole gradients", **measured})
         if defense is not None:
             on_step = start(name)
-            own, _ = fit(
+            trained_generator, _ = fit(
                 field, "git", GIT[size], pairs=pairs, epochs=epochs, seed=seed, on_step=on_step, defense=defense
             )
-            measured = scores(found_for(own, field, field.private, defense), field.private.images)
+            measured = scores(found_for(trained_generator, field, field.private, defense), field.private.images)
             rows.append({"shared": name, "trained_on": "the same defense", **measured})
         yield findings(rows).after(opening(data, size, *field.notes(size, pairs, private)))
 

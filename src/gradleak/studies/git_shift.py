@@ -35,8 +35,8 @@ def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]
         yield findings(rows).after(before)
     for fewer in (n for n in (pairs // 10, pairs // 100) if n >= 30):
         few, on_step = replace(field, public=rows_of(field.public, 0, fewer)), start(f"{fewer} pairs")
-        made, _ = fit(few, "git", GIT[size], pairs=fewer, epochs=4 * epochs, seed=seed, on_step=on_step)
-        measured = scores(found_for(made, field, field.private), field.private.images)
+        generator, _ = fit(few, "git", GIT[size], pairs=fewer, epochs=4 * epochs, seed=seed, on_step=on_step)
+        measured = scores(found_for(generator, field, field.private), field.private.images)
         blind = scores(mean.expand_as(field.private.images), field.private.images)
         rows.append({"pairs": fewer, "private": "unseen, same kind", **measured, "mean_image_mse": blind["mse"]})
         yield findings(rows).after(before)

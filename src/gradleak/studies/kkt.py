@@ -133,8 +133,8 @@ def halves(both: Pictures) -> tuple[Pictures, Pictures]:
 def mean_of(source: str, per_class: int) -> Tensor:
     """The mean of pictures that neither model saw: (1, channel, height, width)."""
     more = first_of_each(source, "train", 2 * per_class + 40)
-    own = len(more.labels) // 2
-    unseen = torch.cat([torch.arange(2 * per_class, own), torch.arange(own + 2 * per_class, 2 * own)])
+    per_model = len(more.labels) // 2
+    unseen = torch.cat([torch.arange(2 * per_class, per_model), torch.arange(per_model + 2 * per_class, 2 * per_model)])
     return more.images[unseen].mean(0, keepdim=True)
 
 

@@ -114,11 +114,11 @@ def attacked(
     on_step: OnStep,
 ) -> tuple[dict[str, float], str]:
     """SSIM of what is found, also with the true coefficients; the mean image's; how far the regime was left; and a note."""
-    found = attack(update, generator=torch.Generator().manual_seed(seed), on_step=on_step)
+    reconstruction = attack(update, generator=torch.Generator().manual_seed(seed), on_step=on_step)
     knowing = attack.knowing(update, batch.labels, shares, generator=torch.Generator().manual_seed(seed))
-    images = {"ssim": found.value, "ssim_coefficients_known": knowing, "mean_image_ssim": mean}
+    images = {"ssim": reconstruction.value, "ssim_coefficients_known": knowing, "mean_image_ssim": mean}
     similar = {key: float(ssim(nearest(made, batch.images), batch.images).mean()) for key, made in images.items()}
-    return similar | drift(update, batch), diverged(found)
+    return similar | drift(update, batch), diverged(reconstruction)
 
 
 def tiny(architecture: Architecture, seed: int) -> nn.Module:

@@ -49,8 +49,8 @@ def run(data: str, size: Size, *, seed: int, start: Start) -> Iterator[Findings]
     for part in parts:
         for row in part:
             rows.append(row)
-            found = Findings(rectangular(rows), sentence(rows), [drawn(rows, ranks, counts)])
-            yield found.after(opening(data, size, used=source))
+            findings = Findings(rectangular(rows), sentence(rows), [drawn(rows, ranks, counts)])
+            yield findings.after(opening(data, size, used=source))
 
 
 def adapters(

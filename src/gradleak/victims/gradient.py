@@ -58,8 +58,8 @@ def share_update(
     Raises BadInput when the training diverges.
     """
     precision, release = getattr(torch, gradient.precision), Update(recipe=recipe)
-    own, defenses = model or gradient.model, gradient.defenses or ()
-    released = share(own, release, gradient.released, secret, precision, defenses, seed)
+    whole, defenses = model or gradient.model, gradient.defenses or ()
+    released = share(whole, release, gradient.released, secret, precision, defenses, seed)
     if not all(bool(tensor.isfinite().all()) for tensor in released.values()):
         raise BadInput(f"Local training diverged at learning rate {recipe.learning_rate:g}: choose a smaller one.")
     return replace(gradient, release=release, released=released)

@@ -58,17 +58,17 @@ def first_of_each(source: str, split: str, per_class: int, *, resize: tuple[int,
     rows = 4 * per_class + 16
     while True:
         try:
-            found = load(source, split, indices=range(rows), resize=resize)
+            pictures = load(source, split, indices=range(rows), resize=resize)
         except BadInput:
-            found = load(source, split, resize=resize)
-        labels = two_classes(found)
+            pictures = load(source, split, resize=resize)
+        labels = two_classes(pictures)
         chosen = torch.cat([torch.nonzero(labels == label)[:per_class, 0] for label in (1, 0)])
         if len(chosen) == 2 * per_class:
             break
         if len(labels) < rows:
             raise BadInput(f"{source} has fewer than {per_class} pictures of one of the two classes.")
         rows *= 2
-    return Pictures(found.images[chosen], labels[chosen], ("0", "1"), found.source, found.split)
+    return Pictures(pictures.images[chosen], labels[chosen], ("0", "1"), pictures.source, pictures.split)
 
 
 def two_classes(pictures: Pictures) -> Tensor:

@@ -69,8 +69,8 @@ def batches(
     sketches = adapter.sketches()
     for first in range(0, len(images), size):
         rows = slice(first, first + size)
-        found = factors(adapter, images[rows], labels[rows])
-        yield rows, [(s, measure(s, oriented(s, found)), oriented(s, found)) for s in sketches]
+        changes = factors(adapter, images[rows], labels[rows])
+        yield rows, [(s, measure(s, oriented(s, changes)), oriented(s, changes)) for s in sketches]
 
 
 def oriented(sketch: Sketch, found: dict[str, Factors]) -> Factors:

@@ -222,15 +222,15 @@ def project(given: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tens
     k, units = given.shape[1], target.shape[1]
     P, solution = given.new_zeros(units, k, k), given.new_zeros(units, k)
     for unit in range(units):
-        own = weight[:, unit]
-        if not unit or not torch.equal(own, weight[:, unit - 1]):
-            rows = own.nonzero()[:, 0]
-            X = given[rows] * own[rows, None]
+        row_of_unit = weight[:, unit]
+        if not unit or not torch.equal(row_of_unit, weight[:, unit - 1]):
+            rows = row_of_unit.nonzero()[:, 0]
+            X = given[rows] * row_of_unit[rows, None]
             values, vectors = torch.linalg.eigh(X.T @ X)
             V = vectors[:, values > max(100 * k, RIDGE * float(values[-1]))]
             kept = values[len(values) - V.shape[1] :]
         P[unit] = V @ V.T
-        solution[unit] = V @ ((V.T @ (X.T @ (target[rows, unit] * own[rows]))) / kept)
+        solution[unit] = V @ ((V.T @ (X.T @ (target[rows, unit] * row_of_unit[rows]))) / kept)
     return P, solution
 
 
@@ -260,14 +260,14 @@ def solve_first(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
     """[W, b] (units, k) of the same equations for a long x (n, k), by a ridge in place of a projector."""
     W = x.new_zeros(z.shape[1], x.shape[1])
     for unit in range(len(W)):
-        own = weight[:, unit]
-        if not unit or not torch.equal(own, weight[:, unit - 1]):
-            rows = own.nonzero()[:, 0]
-            X = x[rows] * own[rows, None]
+        row_of_unit = weight[:, unit]
+        if not unit or not torch.equal(row_of_unit, weight[:, unit - 1]):
+            rows = row_of_unit.nonzero()[:, 0]
+            X = x[rows] * row_of_unit[rows, None]
             gram = X.T @ X
             gram.diagonal().add_(max(x.shape[1], RIDGE * float(gram.trace())))
             factor = torch.linalg.cholesky(gram)
-        W[unit] = torch.cholesky_solve((X.T @ (z[rows, unit] * own[rows]))[:, None], factor)[:, 0]
+        W[unit] = torch.cholesky_solve((X.T @ (z[rows, unit] * row_of_unit[rows]))[:, None], factor)[:, 0]
     return W
 
 

@@ -123,10 +123,10 @@ def load(path: Path, kind: str, build: Callable[..., nn.Module], model: PictureM
             network = build(model, **options)
         except TypeError as error:
             raise BadInput(f"{path} is damaged: its options are not those of {kind}.") from error
-    own, found = network.state_dict(), tensor_file.group(tensors, "network")
-    if {k: (v.shape, v.dtype) for k, v in own.items()} != {k: (v.shape, v.dtype) for k, v in found.items()}:
+    expected, state = network.state_dict(), tensor_file.group(tensors, "network")
+    if {k: (v.shape, v.dtype) for k, v in expected.items()} != {k: (v.shape, v.dtype) for k, v in state.items()}:
         raise BadInput(f"{path} does not fit the network that it names: it is damaged, or of another version.")
-    network.load_state_dict(found)
+    network.load_state_dict(state)
     trace = [(step, float("nan") if value is None else value) for step, value in about.trace]
     return Generator(kind, options, network.eval(), architecture, about.state, known_pictures(tensors, path), trace)
 
@@ -211,8 +211,8 @@ def train(
         for number, pairs in enumerate(shards()):
             network.hold_out(number)  # type: ignore[operator]
             for rows in torch.randperm(len(pairs.images), generator=generator).split(batch):  # type: ignore[no-untyped-call]
-                found = network({name: g[rows] for name, g in pairs.gradients.items()})
-                loss = assigned_error(found, pairs.images[rows])
+                predicted = network({name: g[rows] for name, g in pairs.gradients.items()})
+                loss = assigned_error(predicted, pairs.images[rows])
                 optimiser.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimiser.step()

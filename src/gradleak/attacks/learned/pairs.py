@@ -87,15 +87,15 @@ def stream(
     released = vmap(grad(model.loss), in_dims=(None, 0, 0), randomness="different")
     size = max(min(AT_ONCE // sum(p.numel() for p in trained.values()), MOST_AT_ONCE), 1)
     for number in range(first, -(-count // shard)):
-        own = rows[number * shard : (number + 1) * shard]
+        part_rows = rows[number * shard : (number + 1) * shard]
         parts = []
-        for part in own.split(size):  # type: ignore[no-untyped-call]
+        for part in part_rows.split(size):  # type: ignore[no-untyped-call]
             found = released(trained, images[part], labels[part])
             parts.append({name: tensor.detach() for name, tensor in found.items()})
         gradients = {name: torch.cat([part[name] for part in parts]) for name in trained}
         if defense is not None:
             gradients = defense.apply(gradients, torch.Generator().manual_seed((seed << 20) + number))
-        pairs = Pairs(images[own], labels[own], gradients)
+        pairs = Pairs(images[part_rows], labels[part_rows], gradients)
         check(pairs, f"shard {number}")
         if on_step is not None:
             on_step(min((number + 1) * shard, count), count, float(number))

@@ -100,9 +100,9 @@ def invert_features(
     for weight in weights:
         evaluate = _without_graph(recorded, torch.tensor([weight]))
         report = None if on_step is None else _shifted(on_step, done, evaluations)
-        found = lbfgs(evaluate, z, evaluations=-(-evaluations // len(weights)), history=30, on_step=report)
-        z, trace = found.x, [*trace, *((done + step, values[0]) for step, values in found.trace)]
-        done += found.iterations
+        minimum = lbfgs(evaluate, z, evaluations=-(-evaluations // len(weights)), history=30, on_step=report)
+        z, trace = minimum.x, [*trace, *((done + step, values[0]) for step, values in minimum.trace)]
+        done += minimum.iterations
     return (mean + z @ F).view(1, *shape), done, trace
 
 

@@ -91,14 +91,16 @@ def _by_gradient(
     """The chances, once each cell's part in the gradient is compared with what the other cells leave over."""
     U, chance = layer.patches(u.flatten()), chance.clone()
     gram, along = U.T @ U, G @ U  # (positions, positions), (out, positions)
-    own = gram.diagonal()
+    squares = gram.diagonal()
     where = _cells(torch.arange(size[1] * size[2]).view(1, *size[1:]), k)[0]  # (h, w, k * k)
     delta = _whole(chance * d[..., None], k, size)  # (out, positions)
     for y in range(where.shape[0]):
         for x in range(where.shape[1]):
             q, here = where[y, x], d[:, y, x, None]
             others = delta @ gram[:, q] - (chance[:, y, x] * here) @ gram[q][:, q]
-            gain = here * (along[:, q] - others) - here.square() * own[q] / 2  # half the fall of the squared residual
+            gain = (
+                here * (along[:, q] - others) - here.square() * squares[q] / 2
+            )  # half the fall of the squared residual
             chance[:, y, x] = (gain / noise[:, None] + log_chance[:, y, x]).softmax(-1)
             delta[:, q] = chance[:, y, x] * here
     return chance

@@ -73,14 +73,14 @@ class Recursive:
         check_sees(self, observation)
         network = Network.of(observation)
         observation = observation.to(torch.device("cpu")).to(torch.float64)
-        found = recurse(network)
-        labels = torch.tensor([found.label]) if observation.labels is None else observation.labels
-        images, iterations, trace = self.search(observation, network, found, labels, on_step)
+        estimate = recurse(network)
+        labels = torch.tensor([estimate.label]) if observation.labels is None else observation.labels
+        images, iterations, trace = self.search(observation, network, estimate, labels, on_step)
         images = images.clamp(0, 1).float()
         residual = observation.residual(images.double(), labels)
-        status = f"Closed form down to {found.reason or 'the picture'}; noise of {found.noise:.2g}"
+        status = f"Closed form down to {estimate.reason or 'the picture'}; noise of {estimate.noise:.2g}"
         status += f", {iterations} evaluations of a search, relative residual {residual:.2g}."
-        if not (found.layer or network.coarse(found.noise)) and residual > 0.01:
+        if not (estimate.layer or network.coarse(estimate.noise)) and residual > 0.01:
             status += " That is no solution: a layer was too ill-conditioned, or an activation went back the wrong way."
         outcome = outcome_of(residual)
         return Reconstruction(images, labels, residual, status, outcome, iterations=iterations, trace=trace)
@@ -113,30 +113,30 @@ def features(observation: PictureObservation) -> Features:
 
 def recurse(network: Network) -> Features:
     """From the last layer down as far as it goes."""
-    found = last_layer(network)
-    while found.layer:
-        below = max(filter(network.has_matrix, range(found.layer)), default=-1)
-        signals = back(network, found, below)
+    estimate = last_layer(network)
+    while estimate.layer:
+        below = max(filter(network.has_matrix, range(estimate.layer)), default=-1)
+        signals = back(network, estimate, below)
         signal = signals[-1]
-        if len(signals) < found.layer - below or (below < 0 and (signal.pool > 1 or signal.choice > 1)):
-            return _stopped(network, found, signals)
+        if len(signals) < estimate.layer - below or (below < 0 and (signal.pool > 1 or signal.choice > 1)):
+            return _stopped(network, estimate, signals)
         if below < 0:
-            return replace(found, layer=0, input=signal.value, delta=signal.delta)
+            return replace(estimate, layer=0, input=signal.value, delta=signal.delta)
         if signal.choice > 1:
-            winners = unpool(network, below, signal, found.noise)
+            winners = unpool(network, below, signal, estimate.noise)
             if winners is None:
-                return _stopped(network, found, signals)
+                return _stopped(network, estimate, signals)
             signals.append(winners)
         for _ in range(GUESSES):
-            solved = solve(network, below, signals[-1], found)
+            solved = solve(network, below, signals[-1], estimate)
             if not any(s.doubtful for s in signals):
                 break
-            again = back(network, found, below, network.layers[below][1](solved.input.value[None])[0])
+            again = back(network, estimate, below, network.layers[below][1](solved.input.value[None])[0])
             if torch.equal(again[-1].delta.value, signals[-1].delta.value):
                 break
             signals = again
-        found = solved
-    return found
+        estimate = solved
+    return estimate
 
 
 def last_layer(network: Network) -> Features:

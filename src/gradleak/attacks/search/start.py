@@ -45,20 +45,20 @@ def begin(
     """
     rows = []
     for i, observation in enumerate(observations):
-        found, shape = start(observation, generator=generator), observation.model.architecture.input_shape
+        guess, shape = start(observation, generator=generator), observation.model.architecture.input_shape
         batch = observation.batch_size if labels is None else len(labels[i])
         if (
-            found.labels is None
-            or tuple(found.value.shape[1:]) != tuple(shape)
-            or batch not in (None, len(found.value))
+            guess.labels is None
+            or tuple(guess.value.shape[1:]) != tuple(shape)
+            or batch not in (None, len(guess.value))
         ):
             raise BadInput(
-                f"The search is for {batch} pictures of {tuple(shape)} and cannot start from {len(found.value)} of "
-                f"{tuple(found.value.shape[1:])}: start from a reconstruction of this observation."
+                f"The search is for {batch} pictures of {tuple(shape)} and cannot start from {len(guess.value)} of "
+                f"{tuple(guess.value.shape[1:])}: start from a reconstruction of this observation."
             )
-        images = found.value
-        if labels is not None and torch.equal(found.labels.cpu().sort().values, labels[i].cpu().sort().values):
-            theirs, ours = found.labels.cpu().argsort(stable=True), labels[i].cpu().argsort(stable=True)
+        images = guess.value
+        if labels is not None and torch.equal(guess.labels.cpu().sort().values, labels[i].cpu().sort().values):
+            theirs, ours = guess.labels.cpu().argsort(stable=True), labels[i].cpu().argsort(stable=True)
             images = images[theirs[ours.argsort()]]
         rows.append(images)
     return torch.stack(rows)

@@ -117,20 +117,20 @@ class KKT:
     ) -> Reconstruction:
         """NotObserved for anything but the weights of a fully connected ReLU network."""
         seen = trained(self, observation)
-        found = self.search(seen, generator=generator, on_step=on_step)
-        best = int(found.residuals.argmin())
-        order = found.coefficients[best].sum(-1).argsort(descending=True)
+        solutions = self.search(seen, generator=generator, on_step=on_step)
+        best = int(solutions.residuals.argmin())
+        order = solutions.coefficients[best].sum(-1).argsort(descending=True)
         network, shape = seen.network, observation.model.architecture.input_shape
-        images = network.images(found.x[best][order].to(network.shift), shape).clamp(0, 1).float()
-        residual = float(found.residuals[best])
+        images = network.images(solutions.x[best][order].to(network.shift), shape).clamp(0, 1).float()
+        residual = float(solutions.residuals[best])
         return Reconstruction(
             value=images,
-            labels=found.labels[best][order],
+            labels=solutions.labels[best][order],
             residual=residual,
             status=f"{len(images)} candidates leave {residual:.2f} of the weights unexplained." + reservations(seen),
             outcome=outcome_of(residual),
             iterations=self.steps,
-            trace=found.trace,
+            trace=solutions.trace,
         )
 
     def search(self, seen: Trained, *, generator: torch.Generator, on_step: OnStep | None = None) -> Search:
@@ -262,13 +262,13 @@ def signalling(
     if network.single:
         sign = (2 * labels - 1)[..., None].to(network.shift)
         return (lambda share: sign * share), (lambda C: sign * C)
-    own = F.one_hot(labels, len(network.weights[-1])).to(network.shift)
+    true_class = F.one_hot(labels, len(network.weights[-1])).to(network.shift)
 
     def signals(share: Tensor) -> Tensor:  # what belongs to the own class itself is not used
-        others = share * (1 - own)
-        return own * others.sum(-1, keepdim=True) - others
+        others = share * (1 - true_class)
+        return true_class * others.sum(-1, keepdim=True) - others
 
-    return signals, lambda C: (1 - own) * ((own * C).sum(-1, keepdim=True) - C)
+    return signals, lambda C: (1 - true_class) * ((true_class * C).sum(-1, keepdim=True) - C)
 
 
 def adam(momenta: list[Tensor], gradient: Tensor, square: Tensor, step: int) -> Tensor:

@@ -73,22 +73,22 @@ class KKTSearch:
     ) -> Reconstruction:
         """NotObserved for anything but the weights of a fully connected ReLU network."""
         seen = trained(self, observation)
-        found, since, best = list[Reconstruction](), 0, float("inf")
+        trials, since, best = list[Reconstruction](), 0, float("inf")
         seeds = torch.randint(2**31, (self.trials,), generator=generator).tolist()
         for number, seed in enumerate(seeds):
-            found.append(self.trial(observation, seed, observation.model.state_hash()))
-            since, best = (0, found[-1].residual) if found[-1].residual < best else (since + 1, best)
+            trials.append(self.trial(observation, seed, observation.model.state_hash()))
+            since, best = (0, trials[-1].residual) if trials[-1].residual < best else (since + 1, best)
             if on_step is not None:
                 on_step(number + 1, self.trials, best)
             if since >= self.patience:
                 break
-        found.sort(key=lambda trial: trial.residual)
-        first, others = found[0], found[1:COMPARED]
+        trials.sort(key=lambda trial: trial.residual)
+        first, others = trials[0], trials[1:COMPARED]
         shared = agreement(first.value, [other.value for other in others])
         order = shared.argsort(descending=True)
         common = int((shared > 0.9).sum())
         evidence = (
-            f" {len(found)} trials; {common} candidates are in the other best trials too (correlation above 0.9)."
+            f" {len(trials)} trials; {common} candidates are in the other best trials too (correlation above 0.9)."
         )
         return replace(
             first,
@@ -96,8 +96,8 @@ class KKTSearch:
             labels=None if first.labels is None else first.labels[order],
             status=f"{len(order)} candidates leave {first.residual:.2f} of the weights unexplained.{evidence}"
             + reservations(seen),
-            iterations=len(found) * self.steps,
-            trace=[(k + 1, min(trial.residual for trial in found[: k + 1])) for k in range(len(found))],
+            iterations=len(trials) * self.steps,
+            trace=[(k + 1, min(trial.residual for trial in trials[: k + 1])) for k in range(len(trials))],
         )
 
     def trial(self, observation: PictureObservation, seed: int, state: str) -> Reconstruction:
@@ -112,12 +112,12 @@ class KKTSearch:
         key = json.dumps([state, asdict(attack)])
         if kept is not None and kept.is_file():
             return self.finished(kept, key, observation.model.architecture)
-        found = attack(observation, generator=generator)
+        reconstruction = attack(observation, generator=generator)
         if kept is not None:
-            about = {"key": key, "residual": found.residual}
-            assert found.labels is not None
-            tensor_file.write({"images": found.value, "labels": found.labels}, TRIAL, about, kept)
-        return found
+            about = {"key": key, "residual": reconstruction.residual}
+            assert reconstruction.labels is not None
+            tensor_file.write({"images": reconstruction.value, "labels": reconstruction.labels}, TRIAL, about, kept)
+        return reconstruction
 
     def finished(self, kept: Path, key: str, architecture: Architecture) -> Reconstruction:
         """The trial in this file; BadInput where it is another, or is damaged."""

@@ -63,12 +63,15 @@ class NTK:
         many = observation.batch_size or max(rank_of(change), 1)
         x, y = self.starts(network, change, space, many, observation.labels, generator)
         settings = Settings(self.steps, self.step_size, self.coefficient_step, 0.0, self.sharpness)
-        found = search(network, target_of(change), x, y, space, settings, generator, on_step)
-        best = int(found.residuals.argmin())
-        ends = ((x[0], y[0]), (found.x[best], found.labels[best]))  # the first start may be exact, and is kept if it is
+        solutions = search(network, target_of(change), x, y, space, settings, generator, on_step)
+        best = int(solutions.residuals.argmin())
+        ends = (
+            (x[0], y[0]),
+            (solutions.x[best], solutions.labels[best]),
+        )  # the first start may be exact, and is kept if it is
         candidates = [self.replayed(observation, network, *end) for end in ends]
         images, labels, residual = min(candidates, key=lambda one: one[2])
-        linear = float(found.residuals[best])
+        linear = float(solutions.residuals[best])
         return Reconstruction(
             value=images,
             labels=labels,
@@ -76,7 +79,7 @@ class NTK:
             outcome=outcome_of(residual),
             status=f"{len(images)} images; frozen features leave {linear:.2g} of the change unexplained, training on them {residual:.2g}.",
             iterations=self.steps,
-            trace=found.trace,
+            trace=solutions.trace,
         )
 
     def knowing(
@@ -96,8 +99,8 @@ class NTK:
         x = torch.stack([start[fit.argmax(1)] for start, fit in zip(x, fitting, strict=True)])
         y, known = labels.expand(len(x), -1), coefficients.expand(len(x), -1, -1)
         settings = Settings(self.steps, self.step_size, self.coefficient_step, 0.0, self.sharpness)
-        found = search(network, target_of(change), x, y, space, settings, generator, known=known)
-        best = found.x[int(found.residuals.argmin())]
+        solutions = search(network, target_of(change), x, y, space, settings, generator, known=known)
+        best = solutions.x[int(solutions.residuals.argmin())]
         return network.images(best, observation.model.architecture.input_shape).clamp(0, 1).float()
 
     def replayed(

@@ -40,8 +40,8 @@ def rank_of(network: FullyConnected) -> int:
     values = torch.linalg.svdvals(W)
     beta = min(W.shape) / max(W.shape)
     omega = 0.56 * beta**3 - 0.95 * beta**2 + 1.82 * beta + 1.43
-    found = int(((values > omega * values.median()) & (values > ROUNDING * values[0])).sum())
-    return found if found < len(values) / 2 else len(values)
+    rank = int(((values > omega * values.median()) & (values > ROUNDING * values[0])).sum())
+    return rank if rank < len(values) / 2 else len(values)
 
 
 def span_of(network: FullyConnected) -> Span | None:

@@ -122,9 +122,9 @@ def _lpips_weights(path: Path) -> dict[str, Tensor]:
             (f"lin{k}", heads[0] if heads else f"lin{k}.weight", (1, width, 1, 1)),
         ):
             if old not in stored or tuple(stored[old].shape) != shape:
-                found = f"has shape {tuple(stored[old].shape)}" if old in stored else "is missing"
+                misfit = f"has shape {tuple(stored[old].shape)}" if old in stored else "is missing"
                 raise BadInput(
-                    f"{path}, named by GRADLEAK_LPIPS, does not hold LPIPS weights for AlexNet: {old} {found}, "
+                    f"{path}, named by GRADLEAK_LPIPS, does not hold LPIPS weights for AlexNet: {old} {misfit}, "
                     f"expected {shape}."
                 )
             weights[new] = stored[old]
