@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradleak.attacks.decoders import DECODERS
 from gradleak.attacks.decoders.mlp import MLP
 from gradleak.attacks.decoders.pairs import batches, factors, identity, measure, sketched_moment
 from gradleak.attacks.decoders.readout import decode
@@ -403,7 +402,3 @@ def test_what_cannot_be_decoded_is_refused(adapter: PictureObservation, public: 
     grouped = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(64, 10))
     with pytest.raises(BadInput, match="ungrouped"):
         factors(adapter_of(grouped, "grouped", ["1"], rank=2), x, y)
-
-
-def test_names_are_the_classes() -> None:
-    assert {"pseudo-inverse": PseudoInverse, "ridge": Ridge, "mlp": MLP, "unet": UNet} == DECODERS

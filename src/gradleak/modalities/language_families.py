@@ -22,7 +22,6 @@ class Family:
     after       of encoders: the normalisation between the attention and the perceptron, on the sum of both branches
     placed      whether the first layer's inputs depend on the position
     offset      the position id of the first token
-    transposed  weights are stored as (in, out)
     head        of masked language models: the module from the last block's outputs to logits, and its first linear layer
     """
 
@@ -37,7 +36,6 @@ class Family:
     after: str | None = None
     placed: bool = True
     offset: int = 0
-    transposed: bool = False
     head: tuple[str, str] | None = None
 
     def block(self, number: int) -> str:
@@ -97,7 +95,6 @@ FAMILIES = {
         output="attn.c_proj",
         hidden=("mlp.c_fc",),
         passed=("mlp.c_proj",),
-        transposed=True,
     ),
     "llama": _LLAMA,
     "mistral": _LLAMA,

@@ -16,22 +16,6 @@ Inputs = (
 Fact = dict[str, str | bool]  # one row of the threat-model table: item, revealed, detail
 
 
-class Batch(Protocol):
-    """Labelled data as they were read, before a model takes them."""
-
-    @property
-    def labels(self) -> Tensor:
-        """(n,) int64."""
-
-    @property
-    def source(self) -> str:
-        """Where they came from."""
-
-    @property
-    def split(self) -> str:
-        """Of the source."""
-
-
 class Blueprint(Protocol):
     """The public part of a model."""
 

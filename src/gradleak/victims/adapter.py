@@ -31,7 +31,6 @@ from gradleak.victims.gradient import keep_secret, revealable
 
 Init = bool | Literal["gaussian", "pissa", "olora", "lora_ga"]  # of PEFT's init_lora_weights; True is its default
 A = TypeVar("A", bound=Blueprint)
-Batches = list[tuple[Any, Tensor | None]]
 
 
 def fine_tune(
