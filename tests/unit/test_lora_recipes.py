@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from gradleak.attacks.dager.dager import Dager
+from gradleak.attacks.weights.ntk import NTK
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures, load, public_pool
 from gradleak.modalities.texts import load_texts
 from gradleak.observations.model import Model
 from gradleak.observations.tensors import flatten
 from gradleak.priors.gaussian import GaussianPrior
-from gradleak.studies import phase0, phase1, phase2
+from gradleak.studies import dager_encoder, ntk, phase0, phase1, phase2, text_victims
 from gradleak.studies.lora_victims import Base, blank, full_gradient, scores, trained
 from gradleak.studies.text_victims import PACKAGE, Sources, encoder
 from gradleak.victims.gradient import capture_gradient
@@ -115,3 +116,25 @@ def test_the_pretrained_encoder_gives_two_texts_away() -> None:
     seen, secret = capture_gradient(encoder("embedded", 0), load_texts("embedded", indices=[0, 1]))
     found = Dager()(seen, generator=torch.Generator().manual_seed(0))
     assert sorted(found.value) == sorted(secret.inputs)
+
+
+def test_an_encoder_that_stands_in_is_named_in_the_first_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No number of a small random encoder passes for one of the pretrained encoder."""
+    monkeypatch.setattr(text_victims, "find_spec", lambda name: None)
+    first = next(dager_encoder.run("embedded", "smoke", seed=0, start=lambda title: lambda *step: None))
+    assert "not pretrained" in str(first.table[0]["model"])
+    assert f"a small bert, as {text_victims.STAND_IN}" in first.sentence
+
+
+# --- Fine-tuning in the regime of the neural tangent kernel ---
+
+
+@pytest.mark.parametrize(("rate", "repeats"), [(1e9, 0), (1e-3, 1)])
+def test_a_fine_tuning_that_diverges_is_a_row_with_a_reason(rate: float, repeats: int) -> None:
+    architecture = Architecture("mlp", (1, 8, 8), 10)
+    model, private = Model.of(architecture.build(0), architecture), load("digits", indices=range(2))
+    setting, mean = ntk.Setting("trained", 2, rate, 20), torch.zeros(1, 1, 8, 8)
+    attack = NTK(steps=1, restarts=1)
+    found = ntk.row(attack, setting, model, private, 1, mean, 0, lambda title: lambda *step: None)
+    assert found["repeats"] == repeats
+    assert ("diverged" in str(found["note"])) == (repeats == 0)
