@@ -64,7 +64,9 @@ class Grey:
 
 @dataclass(frozen=True, kw_only=True)
 class Blind:
-    """An attack that cannot run."""
+    """An attack that cannot run, for this reason."""
+
+    reason: Exception
 
     sees: ClassVar[tuple[type[Release], ...]] = (Gradient,)
     modality: ClassVar[str] = "pictures"
@@ -72,7 +74,7 @@ class Blind:
     def __call__(
         self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
     ) -> Reconstruction:
-        raise NotObserved("The moon was not revealed.")
+        raise self.reason
 
 
 @dataclass(frozen=True)
@@ -229,13 +231,20 @@ def test_without_the_secret_nothing_is_scored(tmp_path: Path) -> None:
     assert row["residual"] < 1e-5
 
 
-def test_an_attack_that_cannot_run_says_why_and_the_others_go_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        (NotObserved("The moon was not revealed."), "The moon was not revealed."),
+        (torch.linalg.LinAlgError("eigh: error 3"), "The numbers are too uneven for linear algebra."),  # type: ignore[attr-defined]
+    ],
+)
+def test_an_attack_that_cannot_run_says_why_and_the_others_go_on(tmp_path: Path, reason: Exception, said: str) -> None:
     observation, secret = captured(3)
-    attacks: dict[str, Any] = {"blind": Blind(), "analytic": Analytic()}
+    attacks: dict[str, Any] = {"blind": Blind(reason=reason), "analytic": Analytic()}
     rows = run(attacks, observation, secret)
     back = written(rows, observation, tmp_path / "record.json")
     blind, analytic = back["results"]
-    assert blind["status"] == "Not run: The moon was not revealed."
+    assert blind["status"] == f"Not run: {said}"
     assert blind["residual"] is None
     assert blind["scores"] == {}
     assert rows[0].reconstruction is None
@@ -263,7 +272,10 @@ def test_results_are_yielded_as_they_finish_and_progress_is_passed_on() -> None:
         begun.append(name)
         return lambda *report: reports.append(report)
 
-    attacks: dict[str, Any] = {"inverting": InvertingGradients(steps=3), "blind": Blind()}
+    attacks: dict[str, Any] = {
+        "inverting": InvertingGradients(steps=3),
+        "blind": Blind(reason=NotObserved("The moon was not revealed.")),
+    }
     rows = audit(observation, attacks, PUBLIC, on_step=start)
     assert next(rows).result["attack"] == "inverting"
     assert begun == ["inverting"]

@@ -24,6 +24,8 @@ from gradleak.observations.observation import Observation
 from gradleak.report.record import Flag, Result, new_result
 
 RANK = "identification_rank"
+UNABLE = (NotObserved, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
+UNEVEN = "The numbers are too uneven for linear algebra."
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,9 @@ def audit(
         try:
             ready = prepared(attack, observation, rest, seed)
             reconstruction = ready(observation.to(where), generator=torch.Generator().manual_seed(seed), on_step=report)
-        except NotObserved as error:
-            yield Audited(not_run(title, attack, about, general, str(error)), None)
+        except UNABLE as error:
+            reason = str(error) if isinstance(error, NotObserved) else UNEVEN
+            yield Audited(not_run(title, attack, about, general, reason), None)
             continue
         row = new_result(title, parameters(ready), about, general)
         row["defense"] = about["defense"]
@@ -92,7 +95,7 @@ def audit(
             other = others(observation, scoring, public, max(len(reconstruction.value), len(secret)), seed).to(where)
             try:
                 wrong = ready(other, generator=torch.Generator().manual_seed(seed)).value
-            except NotObserved:
+            except UNABLE:
                 wrong = model.architecture.blank(len(secret))
             score(row, observation, scoring, reconstruction, wrong, secret, public, decoys)
             row["flags"] = [*row["flags"], *trained_on_secret(ready, secret)]
