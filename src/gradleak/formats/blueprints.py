@@ -1,5 +1,6 @@
 """The public part of a model on disk: one entry per kind of data, {modality: how to write it, how to build it again}."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Annotated, Any
@@ -13,7 +14,7 @@ from gradleak.errors import BadInput, checked, parsed, shortened
 from gradleak.modalities.language_models import LanguageArchitecture, Task, build
 from gradleak.modalities.networks import MODELS, Architecture
 from gradleak.modalities.pictures import LONGEST_SIDE, MOST_CLASSES
-from gradleak.modalities.transformers_networks import check_sizes, one_line, quiet_transformers, refusing
+from gradleak.modalities.transformers_networks import LARGEST, check_sizes, one_line, quiet_transformers, refusing
 from gradleak.observations.tensors import Tensors
 
 SPECIAL = ("unk_token", "pad_token", "cls_token", "sep_token", "mask_token", "bos_token", "eos_token")
@@ -27,6 +28,28 @@ class PictureBlueprint(msgspec.Struct, frozen=True):
     name: Annotated[str, Meta(max_length=1_000)]
     input_shape: tuple[Side, Side, Side]
     classes: Annotated[int, Meta(ge=1, le=MOST_CLASSES)]
+
+
+Id = Annotated[int, Meta(ge=0, le=LARGEST)]
+
+
+class AddedToken(msgspec.Struct, frozen=True):
+    """What matters of a token beside the vocabulary."""
+
+    id: Id
+
+
+class Vocabulary(msgspec.Struct, frozen=True):
+    """{token: id}, or of some kinds of models a list."""
+
+    vocab: dict[str, Id] | list[Any]
+
+
+class TokenizerFile(msgspec.Struct, frozen=True):
+    """What matters in tokenizer.json."""
+
+    model: Vocabulary
+    added_tokens: list[AddedToken] | None = None
 
 
 class TextBlueprint(msgspec.Struct, frozen=True):
@@ -115,7 +138,10 @@ def build_texts(
         config = AutoConfig.for_model(**settings)
         classes = int(config.num_labels or 2)
     tokenizer = working_tokenizer(
-        lambda: kind(tokenizer_object=Tokenizer.from_str(known.tokenizer), **known.special), config, where
+        parsed(known.tokenizer, f"{where} holds no tokenizer"),
+        lambda: kind(tokenizer_object=Tokenizer.from_str(known.tokenizer), **known.special),
+        config,
+        where,
     )
     with torch.device("meta"):
         shapes = build(config, known.task, classes=classes, tokenizer=tokenizer, seed=0)[0]
@@ -124,22 +150,37 @@ def build_texts(
     return module, LanguageArchitecture(known.name, config, known.task, tokenizer)
 
 
-def working_tokenizer(make: Callable[[], Any], config: Any, where: str) -> Any:
-    """What `make` returns; BadInput where it is no fast tokenizer, cannot read a text, or has tokens that the model has not."""
+def working_tokenizer(settings: Any, make: Callable[[], Any], config: Any, where: str) -> Any:
+    """What `make` returns; BadInput where it is no fast tokenizer, cannot read a text, or has tokens that the model has not.
+
+    settings: its tokenizer.json, of which nothing is made before its numbers are known to be small.
+    """
+    checked(settings, TokenizerFile, f"{where} holds no tokenizer that can be read")
     try:
         with quiet_transformers():
             tokenizer = make()
+            check_templates(json.loads(tokenizer.backend_tokenizer.to_str())["post_processor"])
             tokenizer.decode(tokenizer(PROBE)["input_ids"])
             largest = max(tokenizer.get_vocab().values())
             size = int(config.vocab_size)
-            tokenizer.backend_tokenizer.to_str()
-    except Exception as error:
+    except BaseException as error:  # a panic of Rust is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         raise BadInput(f"{where} holds no tokenizer that can be read: {one_line(error)}.") from error
     if largest >= size:
         raise BadInput(
             f"{where} has a token of number {largest:,} and a model of {size:,}: they do not belong together."
         )
     return tokenizer
+
+
+def check_templates(processor: Any) -> None:
+    """KeyError where a template has special tokens that it does not define: the library would print a panic."""
+    for inner in (processor or {}).get("processors", []):
+        check_templates(inner)
+    pieces = [piece for name in ("single", "pair") for piece in (processor or {}).get(name, [])]
+    for token in [piece["SpecialToken"]["id"] for piece in pieces if "SpecialToken" in piece]:
+        processor["special_tokens"][token]
 
 
 BLUEPRINTS: dict[str, tuple[Callable[..., dict[str, Any]], Callable[..., tuple[nn.Module, Any]]]] = {

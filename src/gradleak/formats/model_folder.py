@@ -145,6 +145,7 @@ def read_language_model(folder: Path, task: Task, *, classes: int = 2, seed: int
         raise BadInput(f"{folder} holds no language model: it needs config.json, model.safetensors and tokenizer.json.")
     config = read_config(folder, f"{folder} holds no language model that transformers can read")
     tokenizer = working_tokenizer(
+        read_json(folder / "tokenizer.json"),
         lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True),
         config,
         str(folder),
