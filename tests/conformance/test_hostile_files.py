@@ -33,6 +33,7 @@ from gradleak.formats.reconstruction_file import load_reconstruction
 from gradleak.formats.secret_file import load_secret
 from gradleak.modalities.texts import load_texts
 from gradleak.observations import tensor_file
+from gradleak.observations.tensors import fingerprint
 from gradleak.report import record
 from gradleak.victims import weights as training
 from gradleak.victims.play import UNFINISHED
@@ -505,6 +506,37 @@ def test_whole_numbers_that_nobody_means_are_refused_at_once(good: Path, tmp_pat
         file.write_bytes(joined({**header, "__metadata__": meta}, file.read_bytes()))
         refused(KINDS[name].command(file, good), f"{name} {place}")
     assert time.process_time() - began < 10
+
+
+@pytest.mark.parametrize("name", ["gradient", "update", "adapter", "gradient of texts", "old gradient"])
+def test_weights_that_overflow_are_refused(good: Path, tmp_path: Path, refused: Refused, name: str) -> None:
+    """Every number is finite, and the hash in the header is made good again: only the model's own outputs show it. Three layers
+    of 1e14 are beyond float32, whose largest number is 3e38; of a transformer, the scores of attention are."""
+    file = copied(KINDS[name], good, tmp_path)
+    tensors, (header, about) = load_file(file), opened(file.read_bytes())
+    hostile = {
+        key: torch.full_like(tensor, 1e14) if key.startswith("parameters/") else tensor
+        for key, tensor in tensors.items()
+    }
+    about["state_hash"] = fingerprint(tensor_file.group(hostile, "parameters"))
+    save_file(hostile, file, metadata={**header["__metadata__"], "gradleak": json.dumps(about)})
+    assert "NaN or infinite" in refused(KINDS[name].command(file, good))
+
+
+def test_tokenizers_that_would_panic_or_fill_the_memory(good: Path, tmp_path: Path, refused: Refused) -> None:
+    """The tokenizers library makes room for every id up to the largest, and ends in a panic over templates of unknown tokens."""
+    file = copied(JSON_KINDS["tokenizer"], good, tmp_path)
+    held = json.loads(file.read_bytes())
+    vocabulary = {**held["model"], "vocab": {**held["model"]["vocab"], "x": 10**9}}
+    unlike = {**held["added_tokens"][0], "id": 10**9, "content": "x"}
+    changes: dict[str, dict[str, Any]] = {
+        "vocabulary": {"model": vocabulary},
+        "beside it": {"added_tokens": [*held["added_tokens"], unlike]},
+        "template": {"post_processor": {**held["post_processor"], "special_tokens": {}}},
+    }
+    for what, change in changes.items():
+        file.write_text(json.dumps({**held, **change}))
+        refused(capture(file, good), what)
 
 
 def test_special_files(good: Path, tmp_path: Path, refused: Refused) -> None:

@@ -78,7 +78,7 @@ def build_pictures(about: Any, parameters: Tensors, factory: str | None, where: 
     architecture = Architecture(known.name, known.input_shape, known.classes)
     if factory is None:
         check_state(outline(architecture), parameters, partial=True)
-    return replace(architecture, name=factory or known.name).build(seed=0), architecture
+    return replace(architecture, name=known.name if factory is None else factory).build(seed=0), architecture
 
 
 def outline(architecture: Architecture) -> nn.Module:

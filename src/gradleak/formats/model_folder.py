@@ -199,7 +199,7 @@ def _read_ours(folder: Path, factory: str | None) -> tuple[nn.Module, Architectu
     state = load_tensors(folder / "model.safetensors")
     if factory is None:
         check_state(outline(architecture), state)
-    module = replace(architecture, name=factory or architecture.name).build(seed=0)
+    module = replace(architecture, name=architecture.name if factory is None else factory).build(seed=0)
     load_state(module, state)
     return module, architecture
 

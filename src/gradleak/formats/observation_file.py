@@ -173,13 +173,15 @@ def usable_labels(labels: Any, model: Model[Any], batch_size: int | None, path: 
     """The labels of a file; BadInput where they are not those of so many inputs of this model."""
     if labels is None:
         return None
-    classes = model.architecture.classes
+    classes, (probe, probed) = model.architecture.classes, model.architecture.probe()
+    if probed is None:
+        raise BadInput(f"{path} is damaged: it has labels, and what the model was trained for has none.")
     if labels.dtype != torch.int64 or labels.ndim != (1 if classes > 1 else 2) or not labels.numel():
         raise BadInput(f"{path} is damaged: its labels are no class indices.")
     if batch_size is not None and len(labels) != batch_size:
         raise BadInput(f"{path} is damaged: it has {len(labels)} labels for {batch_size} inputs.")
     if classes == 1:  # tokens, where they are not left out
-        classes, labels_there = model.logits({}, model.architecture.probe()[0]).shape[-1], labels[labels != LEFT_OUT]
+        classes, labels_there = model.logits({}, probe).shape[-1], labels[labels != LEFT_OUT]
     else:
         labels_there = labels
     if labels_there.numel() and (int(labels_there.min()) < 0 or int(labels_there.max()) >= classes):

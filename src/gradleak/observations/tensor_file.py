@@ -20,6 +20,7 @@ FORMATS = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
 )
+MOST = 100_000  # tensors in a file
 LARGEST = 1e15  # a magnitude whose squares, and sums of them, are still float32 numbers
 
 
@@ -69,7 +70,9 @@ def open_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
     computes with, or entries that are NaN, infinite or so large that their squares would be."""
     with opened(path) as file:
         header = file.metadata() or {}
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        if len(names := file.keys()) > MOST:
+            raise BadInput(f"{path} holds {len(names):,} tensors: no model has so many.")
+        tensors = {name: file.get_tensor(name) for name in names}
     for name, tensor in tensors.items():
         if tensor.dtype not in FORMATS:
             raise BadInput(f"{path}: tensor {shortened(name)} holds {tensor.dtype} numbers: convert them to float32.")

@@ -37,7 +37,7 @@ def curve(trace: Sequence[tuple[int, float | None]]) -> Curve | None:
     is_log = min(values) > 0
     every = math.ceil(len(clean) / MOST_POINTS)
     left, right = _limits([float(i) for i, _ in clean])
-    low, high = _limits([math.log10(v) if is_log else v for v in values])
+    low, high = _limits([math.log10(v) for v in values], tiny=1e-12, most=1.0) if is_log else _limits(values)
 
     def x(iteration: float) -> float:
         return LEFT + WIDTH * (iteration - left) / (right - left)
@@ -63,10 +63,14 @@ def curve(trace: Sequence[tuple[int, float | None]]) -> Curve | None:
     return Curve([" ".join(piece) for piece in pieces if piece], across, up, is_log, every)
 
 
-def _limits(values: list[float]) -> tuple[float, float]:
-    """The smallest and the largest value, moved apart where they are (nearly) the same."""
+def _limits(values: list[float], tiny: float = 0.0, most: float = math.inf) -> tuple[float, float]:
+    """The smallest and the largest value, moved apart where they are (nearly) the same, at `most` so far.
+
+    tiny: a difference that is none, whatever the values.
+    """
     low, high = min(values), max(values)
-    room = 0.0 if high - low > 1e-12 * max(abs(low), abs(high)) else abs(low) / 10 or 1.0
+    differ = high - low > max(tiny, 1e-12 * max(abs(low), abs(high)))
+    room = 0.0 if differ else min(abs(low) / 10, most) if abs(low) > tiny else 1.0
     return low - room, high + room
 
 
