@@ -21,7 +21,7 @@ from gradleak.victims.small_language import Kind, small_model, train_tokenizer
 
 SHAPE = (1, 8, 8)
 LENET = Architecture("lenet", SHAPE, 10)
-PERCEPTRON = Architecture("gradleak.studies.git_exact:relu3", SHAPE, 10)
+PERCEPTRON = Architecture("gradleak.studies.learned_weights:relu3", SHAPE, 10)
 BUILD: dict[str, Callable[..., nn.Module]] = {"git": Transcript, "lti": Perceptron, "exact-git": Recovered}
 OPTIONS: dict[str, dict[str, Any]] = {"git": {"width": 8, "hidden": 16}, "lti": {"widths": (150,)}, "exact-git": {}}
 EPOCHS = {("git", 1): 2, ("git", 2): 10, ("lti", 1): 8, ("lti", 2): 6, ("exact-git", 1): 0}  # kind, pictures of a batch

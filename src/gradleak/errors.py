@@ -1,6 +1,8 @@
 """How gradleak says no: two errors, each with one sentence that a user can act on (the command line prints it and exits with
 2), and the check that what is read from a file has the shape that it should have."""
 
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,3 +62,9 @@ def shortened(text: str) -> str:
     """One printable line of at most a few hundred characters: what a file says is not trusted on a terminal."""
     line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
     return line if len(line) <= LONGEST else f"{line[:LONGEST]} ..."
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """ ", did you mean ...?" when something similar is known."""
+    close = difflib.get_close_matches(name.lower(), list(known), n=3, cutoff=0.4)
+    return f": did you mean {' or '.join(close)}?" if close else ""

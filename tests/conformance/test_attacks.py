@@ -42,7 +42,7 @@ from oracles import psnr_db_by_hand
 
 SHAPE = (1, 8, 8)
 LENET, MLP, VIT = (Architecture(name, SHAPE, 10) for name in ("lenet", "mlp", "vit"))
-SIGMOID = Architecture("gradleak.studies.git_exact:sigmoid3", SHAPE, 10)
+SIGMOID = Architecture("gradleak.studies.learned_weights:sigmoid3", SHAPE, 10)
 HOMOGENEOUS = Architecture("homogeneous1000", SHAPE, 2)
 ONE_STEP = Recipe(learning_rate=0.1, steps=1)
 Seen = tuple[Observation[Any], Any]  # and the private inputs behind it

@@ -3,7 +3,6 @@ and exit code 2. What the commands do with texts is in test_cli_texts.py."""
 
 import ast
 import dataclasses
-import inspect
 import io
 import json
 import subprocess
@@ -35,8 +34,7 @@ from gradleak.observations.releases import RELEASES, Adapter, Gradient, Release,
 from gradleak.observations.tensors import fingerprint
 from gradleak.observations.training import Recipe
 from gradleak.report import record
-from gradleak.studies import RECIPES
-from gradleak.studies.findings import Findings
+from gradleak.studies.catalogue import STUDIES
 from gradleak.victims.demo import DEMO
 from gradleak.victims.play import CaptureAdapter, CaptureGradient
 
@@ -546,7 +544,7 @@ def test_every_attack_of_the_demo_reads_its_observation() -> None:
 
 def test_list_names_everything(ok: Run) -> None:
     said = ok("list")
-    for name in (*ATTACKS, *MODELS, *RECIPES):
+    for name in (*ATTACKS, *MODELS, *STUDIES):
         assert name in said
     headers = {sys.modules[kind.__module__].__doc__ for kind in ATTACKS.values()}
     for header in headers:  # of a file, which may hold several attacks
@@ -682,7 +680,7 @@ def test_unknown_names_are_answered_with_near_ones(tmp_path: Path, captured: Pat
     assert "did you mean audit" in refused("AUDIT", *out)
     assert "capture gradient" in refused("capture", "photograph", *out)
     assert "resnet20" in refused("capture", "gradient", "--model", "resnet21", *out)
-    assert "fresh-vs-saved" in refused("reproduce", "fresh", *out)
+    assert "did you mean fresh-vs-saved" in refused("reproduce", "fresh-vs", *out)
     assert "no_such_module" in refused("capture", "gradient", "--model", "no_such_module:build", *out)
 
 
@@ -985,7 +983,7 @@ def test_a_secret_that_is_none_or_another_ones(tmp_path: Path, captured: Path, o
     assert "(3, 32, 32)" in said
 
 
-@pytest.mark.parametrize("command", ["capture", "attack", "audit", "train", "demo", "reproduce", "rerun", "a file"])
+@pytest.mark.parametrize("command", ["capture", "attack", "audit", "train", "demo", "study", "rerun", "a file"])
 def test_results_are_never_overwritten(tmp_path: Path, captured: Path, ok: Run, refused: Run, command: str) -> None:
     out = tmp_path / "out"
     if command == "a file":
@@ -999,7 +997,7 @@ def test_results_are_never_overwritten(tmp_path: Path, captured: Path, ok: Run, 
         "audit": ["audit", seen(captured, "mlp"), "--attacks", "analytic", *DIGITS],
         "train": ["train", "lti", seen(captured, "mlp"), "--count", 10, *DIGITS],
         "demo": ["demo"],
-        "reproduce": ["reproduce", "phase0"],
+        "study": ["study", "closed-form"],
     }
     if command == "rerun":
         ok(*argv["attack"], "--out", tmp_path / "first")
@@ -1038,59 +1036,6 @@ def test_a_device_that_is_not_there(tmp_path: Path, captured: Path, refused: Run
         assert device in refused("attack", seen(captured, "mlp"), "--attack", "analytic", *argv)
         assert device in refused("audit", seen(captured, "mlp"), *argv)
         assert device in refused("demo", *argv)
-
-
-# --- Studies ---
-
-
-PLOT: record.Plot = {"title": "Nothing", "image": "data:image/png;base64,AAAA"}
-
-
-def study(data: str, size: str, *, seed: int, start: Any) -> Iterator[Findings]:
-    """Two pieces of a study on the CPU."""
-    for rows in (1, 2):
-        yield Findings([{"row": row, "seed": seed} for row in range(rows)], f"{rows} of 2 on {data}, {size}.", [PLOT])
-
-
-def study_anywhere(data: str, size: str, *, seed: int, start: Any, device: str) -> Iterator[Findings]:
-    """One piece of a study that can choose where it computes."""
-    yield Findings([{"device": device}], f"On {device}.")
-
-
-def test_a_study_is_reproduced_and_rerun(tmp_path: Path, ok: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(RECIPES, "phase0", study)
-    said = ok("reproduce", "phase0", *DIGITS, "--size", "smoke", "--seed", 3, "--out", tmp_path / "out")
-    made = record.read(tmp_path / "out" / "record.json")
-    assert said == "2 of 2 on digits, smoke.\n"
-    assert made["table"] == [{"row": 0, "seed": 3}, {"row": 1, "seed": 3}]
-    assert (tmp_path / "out" / "table.csv").read_text().split() == ["row,seed", "0,3", "1,3"]
-    assert (tmp_path / "out" / "plot-0.png").read_bytes() == bytes(3)
-    assert (tmp_path / "out" / "report.html").is_file()
-    ok("rerun", tmp_path / "out" / "record.json", "--out", tmp_path / "again")
-    assert record.read(tmp_path / "again" / "record.json")["table"] == made["table"]
-
-
-def test_a_device_goes_to_studies_that_can_choose(
-    tmp_path: Path, ok: Run, refused: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(RECIPES, "phase0", study)
-    monkeypatch.setitem(RECIPES, "phase1", study_anywhere)
-    out = ["--out", tmp_path / "out"]
-    assert "phase0 computes on the CPU only: leave --device out" in refused(
-        "reproduce", "phase0", "--device", "cpu", *out
-    )
-    assert "abacus" in refused("reproduce", "phase1", "--device", "abacus", *out)
-    assert ok("reproduce", "phase1", *out) == "On cpu.\n"
-    assert ok("reproduce", "phase1", "--device", "cpu:0", "--out", tmp_path / "there") == "On cpu:0.\n"
-
-
-def test_every_study_takes_a_device_or_is_refused_one(tmp_path: Path, refused: Run) -> None:
-    out = ["--out", tmp_path / "out"]
-    for name, run in RECIPES.items():
-        if "device" in inspect.signature(run).parameters:
-            assert "abacus" in refused("reproduce", name, "--device", "abacus", *out)
-        else:
-            assert f"{name} computes on the CPU only" in refused("reproduce", name, "--device", "cpu", *out)
 
 
 # --- Learned attacks ---

@@ -20,7 +20,7 @@ from gradleak.modalities.networks import Architecture, Normalise
 from gradleak.modalities.pictures import load, public_pool
 from gradleak.observations.distances import relative_residual
 from gradleak.observations.model import Model, PictureModel
-from gradleak.studies.git_exact import VICTIMS
+from gradleak.studies.learned_weights import VICTIMS
 from gradleak.victims.gradient import capture_gradient
 from oracles import labels_of
 
@@ -28,7 +28,7 @@ SHAPE = (1, 8, 8)
 
 
 def architecture(name: str) -> Architecture:
-    return Architecture(f"gradleak.studies.git_exact:{name}", SHAPE, 10)
+    return Architecture(f"gradleak.studies.learned_weights:{name}", SHAPE, 10)
 
 
 def model(name: str = "relu3", seed: int = 0) -> PictureModel:

@@ -4,12 +4,14 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gradleak.attacks.dlg import DLG
+from gradleak.attacks.reconstruction import Outcome, Reconstruction
 from gradleak.attacks.weights.kkt import KKT
 from gradleak.attacks.weights.kkt_search import KKTSearch
 from gradleak.attacks.weights.ntk import NTK
@@ -27,9 +29,9 @@ from gradleak.observations.fully_connected import FullyConnected, Target, cone, 
 from gradleak.observations.model import Model
 from gradleak.observations.observation import PictureObservation
 from gradleak.observations.releases import Weights
-from gradleak.studies.fine_tuning import ALL, All, LowRank, Released, Truncated, fine_tuned
-from gradleak.studies.kkt_lora import sides
-from gradleak.studies.rank_heatmap import CHANGE, cell, drawn
+from gradleak.studies.rank_against_samples import CHANGE, compared, drawn
+from gradleak.studies.trained_adapters import sides
+from gradleak.victims.fine_tuning import ALL, All, LowRank, Released, Truncated, fine_tuned
 from gradleak.victims.gradient import capture_gradient
 from gradleak.victims.weights import FullBatch, first_of_each, publish_weights, train
 from oracles import gradient_descent_by_autograd, kkt_distance_by_autograd, labels_of
@@ -320,7 +322,8 @@ def test_both_signs_are_tried_where_labels_are_not_known() -> None:
 
 def test_an_adapter_composed_tells_what_training_made_of_its_weights() -> None:
     pictures = first_of_each("digits", "train", 1)
-    made, residual = sides(BINARY, pictures, 3, 150, 0)
+    made, residual = sides("digits", 2, 3, 150, 0)
+    assert made["BA"].model.architecture == BINARY
     released, change, known = made.values()
     assert released.model.frozen == ("2.bias",)
     assert all(bias is None for bias in learned_of(change).biases)
@@ -358,11 +361,25 @@ def test_a_fine_tuning_releases_what_it_says(release: Released) -> None:
 def test_the_map_of_ranks_draws_the_threshold() -> None:
     truth, others = torch.rand(4, 1, 28, 28), torch.rand(4, 1, 28, 28)
     mean = torch.full((1, 1, 28, 28), 0.5)
-    row = cell(CHANGE, 2, 4, 256, truth.flip(0), truth, others, mean)
-    assert row["predicted_threshold"] == pytest.approx(4 * 784 / (784 + 256))
-    assert row["ssim"] == pytest.approx(1)
-    assert max(row["mean_image_ssim"], row["other_images_ssim"]) < 0.5
-    assert drawn([row], (1, 2), (2, 4))["image"].startswith("data:image/png;base64,")
+    found = Reconstruction(truth.flip(0), None, 0.0, "", Outcome.SOLVED)
+    result = compared(found, truth, others, mean, 256)
+    threshold = 4 * 784 / (784 + 256)
+    assert result.facts["predicted_threshold"] == pytest.approx(threshold)
+    assert len(result.samples) == 4
+    for sample in result.samples:
+        assert sample["ssim"] == pytest.approx(1)
+        assert max(sample["mean_image_ssim"], sample["other_images_ssim"]) < 0.5
+    rows = [
+        {"released": CHANGE, "images": n, "rank": rank, "ssim": 1.0, "predicted_threshold": n * threshold / 4}
+        for n in (2, 4)
+        for rank in (1, 2, 4)
+    ]
+    axes = drawn(rows).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "4"]
+    [line] = axes.lines
+    assert line.get_label() == "predicted threshold"
+    assert np.allclose(line.get_xdata(), np.log2([threshold / 2, threshold]))  # every field doubles
+    assert np.allclose(line.get_ydata(), [0, 1])
 
 
 def test_the_command_line_says_what_is_wrong_with_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

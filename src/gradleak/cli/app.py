@@ -3,7 +3,6 @@
 Nothing heavy is imported before a command needs it: help, versions and typing errors cost a tenth of a second.
 """
 
-import difflib
 import importlib
 import inspect
 import io
@@ -12,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from typing import Any, get_type_hints
 
-from gradleak.errors import BadInput, shortened
+from gradleak.errors import BadInput, near, shortened
 from gradleak.victims import VICTIMS
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -33,7 +32,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "gradleak.cli.commands:audit",
         "Run every applicable attack, score it if the secret is given, write a report.",
     ),
-    "reproduce": ("gradleak.cli.commands:reproduce", "Run a published experiment: record.json, table and plots."),
+    "study": (
+        "gradleak.cli.commands:study",
+        "Run an experiment, published or your own: resumable, in processes or on Ray.",
+    ),
+    "reproduce": ("gradleak.cli.commands:study", "The same, under its old name."),
     "report": ("gradleak.cli.commands:report", "Render a record again."),
     "rerun": ("gradleak.cli.commands:rerun", "Run the command of a record again, with the same seed and parameters."),
     "list": ("gradleak.cli.commands:list_all", "Attacks, what each needs and recovers; studies; models."),
@@ -150,12 +153,6 @@ def kind_of(name: str, command: Callable[..., Any]) -> type:
     hints = get_type_hints(command)
     kind: type = hints[next(iter(inspect.signature(command).parameters))]
     return kind
-
-
-def near(name: str, known: Iterable[str]) -> str:
-    """ ", did you mean ...?" when something similar is known."""
-    close = difflib.get_close_matches(name.lower(), list(known), n=3, cutoff=0.4)
-    return f": did you mean {' or '.join(close)}?" if close else ""
 
 
 def usage(names: Iterable[str]) -> str:

@@ -3,20 +3,15 @@ share a flag."""
 
 import dataclasses
 import re
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import tyro
 
 from gradleak.attacks import ATTACKS
-from gradleak.cli.app import near
-from gradleak.errors import BadInput, checked, shortened
+from gradleak.attacks.parameters import check_names, parameters
+from gradleak.errors import BadInput
 
 OPTION = {"attack": "--attack", "audit": "--attacks"}
-MOST = 1_000_000  # steps, trials, candidates, ...; no parameter is negative
-FROM_ONE = ("restarts", "trials")  # without one there is no result
-PLAIN = (str, int, float, bool, Path)
 
 
 def selected(command: str, given: list[str]) -> list[str]:
@@ -36,23 +31,6 @@ def selected(command: str, given: list[str]) -> list[str]:
         raise BadInput(f"{OPTION[command]} needs a name: one of {', '.join(ATTACKS)}.")
     check_names(names)
     return list(dict.fromkeys(names))
-
-
-def check_names(names: list[str]) -> None:
-    """BadInput for the first name that is no attack."""
-    for name in names:
-        if name not in ATTACKS:
-            raise BadInput(f"Unknown attack {shortened(name)!r}{near(name, ATTACKS)} (`gradleak list` shows all).")
-
-
-def parameters(attack: str) -> list[dataclasses.Field[Any]]:
-    """The fields of an attack that are flags: plain values. What is made of public data, or is another attack, is none."""
-    hints = get_type_hints(ATTACKS[attack])
-    return [
-        field
-        for field in dataclasses.fields(ATTACKS[attack])
-        if hints[field.name] in PLAIN or hints[field.name] in [kind | None for kind in PLAIN]
-    ]
 
 
 def settings(attack: str) -> type:
@@ -101,36 +79,6 @@ def extended(kind: type, attacks: list[str]) -> type:
 def options(parsed: Any, attacks: list[str]) -> dict[str, dict[str, Any]]:
     """{attack: {parameter: value}} of the parsed flags."""
     return {name: dataclasses.asdict(getattr(parsed, field_of(name))) if parameters(name) else {} for name in attacks}
-
-
-def built(options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The attacks with these parameters; BadInput for what is no parameter of theirs, or of another type."""
-    check_names(list(options))
-    attacks = {}
-    for name, values in options.items():
-        known = {field.name for field in parameters(name)}
-        if unknown := [key for key in values if key not in known]:
-            raise BadInput(f"{name} has no parameter {shortened(unknown[0])!r}.")
-        hints = get_type_hints(ATTACKS[name])
-        converted = {
-            key: value
-            if isinstance(value, Path)
-            else typed(value, hints[key], f"The parameter {key} of {name} is unusable", int(key in FROM_ONE))
-            for key, value in values.items()
-        }
-        attacks[name] = ATTACKS[name](**converted)
-    return attacks
-
-
-def typed(value: Any, kind: Any, what: str, least: int) -> Any:
-    """A plain value as the field's type, numbers within bounds; paths are written as text."""
-    if kind in (Path, Path | None):
-        text = checked(value, str | None, what)  # type: ignore[arg-type]
-        return None if text is None else Path(text)
-    number = checked(value, kind, what)
-    if isinstance(number, int | float) and not least <= number <= MOST:
-        raise BadInput(f"{what}: it lies between {least} and {MOST:,}, not at {number:,}.")
-    return number
 
 
 def field_of(attack: str) -> str:

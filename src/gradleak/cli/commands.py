@@ -1,7 +1,5 @@
 """What each command does. Results go to a folder of their own, the record first, everything else from it."""
 
-import base64
-import csv
 import inspect
 import re
 import sys
@@ -15,6 +13,7 @@ import msgspec
 
 from gradleak.attacks import ATTACKS
 from gradleak.attacks.attack import refusal
+from gradleak.attacks.parameters import built
 from gradleak.attacks.search.start import Given
 from gradleak.audit.loop import Audited
 from gradleak.audit.loop import audit as run_audit
@@ -22,10 +21,9 @@ from gradleak.audit.scoring import SCORING
 from gradleak.audit.scoring.scoring import legend
 from gradleak.audit.verdict import judged
 from gradleak.cli import flags
-from gradleak.cli.attack_flags import built
 from gradleak.cli.inputs import check_device, file_hash, fresh_folder, observed, observed_files
 from gradleak.cli.progress import progress
-from gradleak.errors import BadInput, shortened
+from gradleak.errors import BadInput, near, shortened
 from gradleak.formats.observation_file import load_observation, usable_labels
 from gradleak.formats.reconstruction_file import load_reconstruction, save_reconstruction
 from gradleak.formats.secret_file import Secret, load_secret
@@ -166,34 +164,50 @@ def public_data(args: flags.Observed, observation: Observation[Any]) -> Any:
     return SCORING[model.architecture.modality].public(args.data, args.public_split, model)
 
 
-def reproduce(args: flags.Reproduce) -> None:
-    """Run a study; record.json, report.html, table.csv and the plots are written again after every finished piece."""
-    from gradleak.studies import RECIPES
+def study(args: flags.Study) -> None:
+    """Run the cells that are missing; tables, plots, record.json and report.html are written again and again as they finish."""
+    from gradleak.studies.run import estimate, findings, run
 
-    if args.name not in RECIPES:
-        from gradleak.cli.app import near
-
-        raise BadInput(
-            f"Unknown study {shortened(args.name)!r}{near(args.name, RECIPES)}. Studies: {', '.join(RECIPES)}."
-        )
-    study: Any = RECIPES[args.name]
-    more: dict[str, Any] = {}
-    if "device" in inspect.signature(study).parameters:
-        more["device"] = args.device or "cpu"
-        check_device(more["device"])
-    elif args.device is not None:
-        raise BadInput(f"{args.name} computes on the CPU only: leave --device out.")
-    out = fresh_folder(args.out)
-    written = new_record("reproduce", args, {}, [])
+    check_device(args.device)
+    chosen, inputs = planned(args)
+    if args.dry_run:
+        cells, seconds = estimate(chosen)
+        for row in cells:
+            print("  ".join(str(value) for name, value in row.items() if name != "note" and value is not None))
+        missing = sum(row["state"] == "missing" for row in cells)
+        hours = f"{seconds / 3600:.1f} CPU-hours" if seconds > 3600 else f"{seconds:.0f} CPU-seconds"
+        print(f"{len(cells)} cells, {missing} missing: about {hours}, by the mean of those that are finished.")
+        return
+    command = new_record("study", args, {}, inputs)["command"]
     with progress() as start:
-        for findings in study(args.data, args.size, seed=args.seed, start=start, **more):
-            written["table"], written["plots"] = findings.table, findings.plots
-            written["verdict"] = {"level": "unscored", "sentence": findings.sentence}
-            finish(written, out)
-            save_table(findings.table, out / "table.csv")
-            for number, plot in enumerate(findings.plots):
-                (out / f"plot-{number}.png").write_bytes(base64.b64decode(plot["image"].partition(",")[2]))
-    print(written["verdict"]["sentence"])
+        table = run(chosen, limit=args.limit, retry=args.retry, command=command, start=start)
+    if table.failed and not table.rows:
+        raise BadInput(f"No cell could be computed: {table.failed[0]['note']}")
+    print(findings(chosen, table).sentence, f"See {args.out / 'report.html'}.", sep="\n")
+
+
+def planned(args: flags.Study) -> tuple[Any, list[Path]]:
+    """The plan of a study, by its name, an old name or from a file; and the files that it read."""
+    from gradleak.studies.catalogue import ALIASES, STUDIES
+    from gradleak.studies.run import Plan
+
+    common = {
+        field.name: getattr(args, field.name) for field in fields(args) if field.name in Plan.__dataclass_fields__
+    }
+    path, common["seeds"] = Path(args.name), None if args.seeds is None else range(args.seed, args.seed + args.seeds)
+    if path.suffix == ".toml" or path.is_file():
+        from gradleak.studies.sweep import read
+
+        sweep = read(path)
+        seeds = common["seeds"] or [args.seed + seed for seed in sweep.seeds]
+        return Plan(**common | {"seeds": seeds, "size": "paper"}, study=sweep.study()), [path]
+    name = ALIASES.get(args.name, args.name)
+    if name not in STUDIES:
+        close = near(name, [*STUDIES, *ALIASES])
+        raise BadInput(f"Unknown study {shortened(name)!r}{close}. Studies: {', '.join(STUDIES)}.")
+    chosen = STUDIES[name]
+    seeds = common["seeds"] or range(args.seed, args.seed + chosen.seeds(args.size))
+    return Plan(**common | {"seeds": seeds}, study=chosen), []
 
 
 def report(args: flags.Report) -> None:
@@ -231,7 +245,7 @@ def rerun(args: flags.Rerun) -> None:
     for attack, given in options.items():
         if given.get("folder") is not None:
             raise BadInput(f"The record would let {shortened(attack)} write to a folder: run it by hand.")
-    values["out"] = str(args.out)
+    values = {key: value for key, value in values.items() if value is not None} | {"out": str(args.out)}
     kind = RERUNNABLE[name]
     if unknown := [key for key in values if key not in {field.name for field in fields(kind)}]:
         raise BadInput(f"{args.record} does not say how it was made: {name} has no argument {shortened(unknown[0])!r}.")
@@ -246,13 +260,14 @@ RERUNNABLE: dict[str, type] = {
     "demo": flags.Demo,
     "attack": flags.Attack,
     "audit": flags.Audit,
-    "reproduce": flags.Reproduce,
+    "study": flags.Study,
+    "reproduce": flags.Study,
 }
 
 
 def list_all(args: flags.List) -> None:
     """Attacks with what their files say they see and recover; studies; models."""
-    from gradleak.studies import RECIPES
+    from gradleak.studies.catalogue import STUDIES
 
     print("Attacks")
     for name, kind in ATTACKS.items():
@@ -260,7 +275,8 @@ def list_all(args: flags.List) -> None:
         header = inspect.getdoc(sys.modules[kind.__module__]) or ""
         for section in re.findall(r"^(?:Sees|Recovers) .*(?:\n +.*)*", header, re.MULTILINE):
             print(textwrap.indent(section, "      "))
-    print(f"Studies\n  {', '.join(RECIPES)}\nModels\n  {', '.join(MODELS)}, or package.module:factory of your own")
+    print("Studies", *(f"  {name:32} {study.question}" for name, study in STUDIES.items()), sep="\n")
+    print(f"Models\n  {', '.join(MODELS)}, or package.module:factory of your own")
 
 
 def new_record(
@@ -309,11 +325,3 @@ def keep_shown(done: Audited, out: Path) -> None:
     row, found = done.result, done.reconstruction
     if found is not None and "shown" in row:
         save_shown(row["attack"], row["shown"]["reconstruction"], row["media"], found, out)
-
-
-def save_table(rows: list[dict[str, Any]], path: Path) -> None:
-    """A study's table for a spreadsheet."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-        writer.writeheader()
-        writer.writerows(rows)

@@ -141,17 +141,31 @@ class Rerun:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reproduce(Common):
-    """Run a published experiment: record.json, table and plots."""
+class Study(Common):
+    """Run a study of `gradleak list`, or one of your own from a TOML file. Started again, it goes on where it was interrupted."""
 
     name: Positional[str]
-    """A study of `gradleak list`."""
+    """A study of `gradleak list`, or a file: attacks, victims or observations, defenses, seeds."""
     data: str = "embedded"
-    """embedded, a folder, or a name on the Hugging Face hub."""
+    """embedded, a folder, or a name on the Hugging Face hub; of a file's study only for observations."""
     size: Literal["smoke", "small", "paper"] = "small"
-    """smoke shows that it runs, small fits two cores, paper is as published."""
-    device: str | None = None
-    """Where it computes, for studies that can choose: cpu (the default), cuda, cuda:1, ..."""
+    """smoke shows that it runs, small fits two cores, paper is as published; a file says all of that itself."""
+    seeds: int | None = None
+    """How many seeds, from --seed on; as many as the study has unless this is given."""
+    device: str = "cpu"
+    """Where cells compute: cpu, cuda, cuda:1, ..., for studies that can choose."""
+    where: str = "here"
+    """here, ray (a cluster on this machine, or the one that RAY_ADDRESS names), or ray://host:port."""
+    workers: int = 1
+    """Processes of this machine (with --where here)."""
+    gpus: float = 0.0
+    """GPUs that a task needs (with --where ray); a half lets two tasks share one."""
+    limit: int | None = None
+    """Compute at most so many cells now."""
+    retry: bool = False
+    """Compute those cells again that failed."""
+    dry_run: bool = False
+    """List the cells, and how long they will take: the first is computed for that, and kept, where none is finished yet."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, StrictUndefined, Template
 
 from gradleak.report.curve import curve
-from gradleak.report.numbers import DASH, OUTCOMES, RANK, SHOWN, Legend, at, glance, heads, number, present
+from gradleak.report.numbers import DASH, OUTCOMES, RANK, SHOWN, Legend, at, beside, glance, heads, number, present
 from gradleak.report.record import Record, Result, Verdict
 
 PICTURE = re.compile(r"data:image/png;base64,[A-Za-z0-9+/=]+")
@@ -71,8 +71,9 @@ def render(record: Record) -> str:
         record=record,
         levels=LEVELS,
         parts=[_part(record, name, len(names) > 1, numbers) for name in names],
-        table=record.get("table", []),
-        table_heads=heads(record.get("table", [])),
+        table=beside(record.get("table", [])),
+        costs=record.get("costs", []),
+        has_intervals=any(key.endswith("_low") for row in record.get("table", []) for key in row),
         plots=[(plot["title"], _safe(plot["image"])) for plot in record.get("plots", [])],
     )
     return page.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate in a recovered text cannot be saved
@@ -82,6 +83,7 @@ def render(record: Record) -> str:
 def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"plain": plain, "describe": describe}
+    environment.filters["heads"] = heads
     return environment.from_string(resources.files(__package__).joinpath("report.html.jinja").read_text("utf-8"))
 
 

@@ -218,3 +218,21 @@ def heads(table: Sequence[Mapping[str, Any]]) -> list[tuple[str, bool]]:
     """The columns of a study's table in the order in which they turn up, and whether all they hold is numbers."""
     columns = {key: [row.get(key) for row in table] for row in table for key in row}
     return [(key, all(value is None or type(value) in (int, float) for value in columns[key])) for key in columns]
+
+
+def beside(table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with intervals written beside their means: x, x_low and x_high become x, "0.93 [0.81, 0.99]"."""
+    ends = {f"{key}_{end}" for row in table for key in row for end in ("low", "high") if f"{key}_low" in row}
+    return [
+        {
+            key: interval(value, row.get(f"{key}_low"), row.get(f"{key}_high")) if f"{key}_low" in row else value
+            for key, value in row.items()
+            if key not in ends
+        }
+        for row in table
+    ]
+
+
+def interval(mean: Any, low: Any, high: Any) -> Any:
+    """A mean and its interval in one; the mean alone where there is none."""
+    return mean if mean is None or low is None or high is None else f"{mean:.4g} [{low:.4g}, {high:.4g}]"

