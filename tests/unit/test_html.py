@@ -996,3 +996,20 @@ def test_there_is_no_sheet_without_scored_pictures(tmp_path: Path) -> None:
     result["scores"] = {}
     save_sheet(make_record(result, text_result()), tmp_path / "sheet.png")
     assert not (tmp_path / "sheet.png").exists()
+
+
+def test_intervals_of_a_study_stand_beside_their_means() -> None:
+    study = make_record()
+    study["table"] = [{"x": 0.5, "x_low": 0.4, "x_high": 0.6}, {"x": 0.25, "x_low": None, "x_high": None}]
+    study["costs"] = [{"cpu_seconds": 1.5}]
+    html = render(study)
+    assert "0.5\N{NO-BREAK SPACE}[0.4,\N{NO-BREAK SPACE}0.6]" in html
+    assert "<td>0.25</td>" in html
+    assert "x_low" not in html
+    assert "In brackets: intervals of 95 %" in html
+    assert "CPU seconds of a cell" in html
+    study["table"] = [{"x": 0.5}]
+    del study["costs"]
+    html = render(study)
+    assert "In brackets" not in html
+    assert "CPU seconds of a cell" not in html

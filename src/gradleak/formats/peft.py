@@ -23,7 +23,7 @@ from gradleak.observations import tensor_file
 from gradleak.observations.layers import is_adaptable, is_transposed, oriented
 from gradleak.observations.model import Model
 from gradleak.observations.observation import Observation
-from gradleak.observations.releases import Adapter, decay, product
+from gradleak.observations.releases import Adapter, Origin, decay, product
 from gradleak.observations.tensors import Tensors
 from gradleak.observations.training import Recipe
 
@@ -105,7 +105,8 @@ def read_adapter(
         changed = {k: v for k, v in factors.items() if k.endswith(zero)}
     if not any(bool(change.any()) for change in changed.values()):
         raise BadInput(f"The adapter in {folder} has learnt nothing: no factor has left its start.")
-    release = Adapter(start=before, scaling=scaling, recipe=recipe, dropout=config.lora_dropout)
+    origin: Origin = "unknown" if initial is None else "given"
+    release = Adapter(start=before, scaling=scaling, recipe=recipe, dropout=config.lora_dropout, origin=origin)
     return Observation(
         model=model, release=release, released=changed, batch_size=batch_size, labels=labels, precision=precision
     )

@@ -192,6 +192,9 @@ SMALLEST, LARGEST = 1e-6, 1e6  # the scaling of an adapter
 UNKNOWN = Recipe(learning_rate=1.0, steps=1)  # what is assumed of an adapter that comes without its recipe
 
 
+Origin = Literal["given", "recovered", "unknown"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Adapter(Release):
     """A LoRA adapter beside its base model (Hu et al. 2021, arXiv:2106.09685): a layer computes (W + s B A) x.
@@ -200,7 +203,9 @@ class Adapter(Release):
     (r, in, k, k) and (out, r, 1, 1), as PEFT stores them; only factors whose start is known.
 
     start     {MODULE.lora_A and MODULE.lora_B, for every adapted module: where training started}. PEFT's default starts B at
-              zero; A's start is then taken to be the released A, which is exact for one step
+              zero; where A's start is unknown, it is taken to be the released A, which is exact for one step
+    origin    how the start is known: given (the adapter before training), recovered (from the seed that drew it), unknown
+    seed      the seed that drew it, where that was recovered
     scaling   {module: s}, alpha / r, or alpha / sqrt(r) (rslora)
     recipe    how it was trained, or None: one SGD step is then assumed, and only directions can be told
     dropout   probability with which inputs of the adapter may have been dropped in training; the masks are not known
@@ -215,6 +220,8 @@ class Adapter(Release):
     recipe: Recipe | None = None
     dropout: float = 0.0
     gradient: bool = False
+    origin: Origin = "unknown"
+    seed: int | None = None
 
     def check(self, model: Model[Any], released: Tensors) -> None:
         """BadInput naming the first module whose factors do not fit the model, or factor whose change does not fit it."""
@@ -306,6 +313,17 @@ class Adapter(Release):
             f"{s.module}.weight": weight_shaped(model, s, s.measured @ torch.linalg.pinv(s.through).T) for s in sketches
         }
 
+    def ended(self, released: Tensors) -> Tensors:
+        """{factor: its value after training}, of every factor."""
+        left = decay(self.recipe)  # of a factor whose start is unknown
+        changes = {name: released[name] if name in released else (left - 1) * t for name, t in self.start.items()}
+        return {name: self.start[name] + change for name, change in changes.items()}
+
+    def begun(self, released: Tensors, start: Tensors, origin: Origin, seed: int | None = None) -> tuple[Self, Tensors]:
+        """The same release with another start of all factors, and the changes of all of them from there."""
+        changes = {name: tensor - start[name] for name, tensor in self.ended(released).items()}
+        return replace(self, start=start, origin=origin, seed=seed), changes
+
     def after(self, model: Model[Any], released: Tensors) -> Tensors | None:
         """W + s B A of the adapted layers, where training changed the factors."""
         if self.gradient:
@@ -332,7 +350,16 @@ class Adapter(Release):
         rank = f"{len(self.scaling)} modules of rank {', '.join(map(str, ranks))}"
         recipe = "one SGD step assumed; only directions are compared" if self.recipe is None else str(self.recipe)
         recipe = "none: gradients of the factors" if self.gradient else recipe
-        return [fact("adapter", True, rank), fact("recipe", self.recipe is not None or self.gradient, recipe)]
+        facts = [fact("adapter", True, rank), fact("recipe", self.recipe is not None or self.gradient, recipe)]
+        if not self.gradient:
+            facts.append(fact("initial adapter", self.origin != "unknown", self.beginning()))
+        return facts
+
+    def beginning(self) -> str:
+        """How the start is known, in words."""
+        if self.origin == "recovered":
+            return f"recovered: seed {self.seed} draws it"
+        return {"given": "given", "unknown": "unknown: taken to be where training ended"}[self.origin]
 
     def to(self, where: torch.device | torch.dtype) -> Self:
         """The start on another device, or in another precision."""
