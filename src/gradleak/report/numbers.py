@@ -235,4 +235,6 @@ def beside(table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def interval(mean: Any, low: Any, high: Any) -> Any:
     """A mean and its interval in one; the mean alone where there is none."""
-    return mean if mean is None or low is None or high is None else f"{mean:.4g}\N{NO-BREAK SPACE}[{low:.4g},\N{NO-BREAK SPACE}{high:.4g}]"
+    if mean is None or low is None or high is None:
+        return mean
+    return f"{mean:.4g}\N{NO-BREAK SPACE}[{low:.4g},\N{NO-BREAK SPACE}{high:.4g}]"
