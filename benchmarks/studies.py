@@ -109,10 +109,12 @@ def kills() -> None:
             finished = set[str]()
             for _ in range(count):
                 process = subprocess.Popen([sys.executable, __file__, "victim", f"{folder}/{name}"])
-                time.sleep(4 + 2 * moments.random())
+                while len(there := cells(f"{folder}/{name}")) <= len(finished) and process.poll() is None:
+                    time.sleep(0.05)
+                time.sleep(moments.random())
                 process.send_signal(signal.SIGKILL)
                 process.wait()
-                there = {file.name for file in Path(folder, name, "cells").glob("*.json")}
+                there = cells(f"{folder}/{name}")
                 lost += len(finished - there)
                 finished = there
                 print(f"{len(finished)} finished", flush=True)
@@ -121,9 +123,14 @@ def kills() -> None:
     print(f"{KILLS} kills: {lost} finished cells lost; tables {'identical' if tables[0] == tables[1] else 'DIFFER'}")
 
 
+def cells(folder: str) -> set[str]:
+    """The finished ones on disk."""
+    return {file.name for file in Path(folder, "cells").glob("*.json")}
+
+
 def victim() -> None:
     """What is killed."""
-    run(Plan(study=study(200, 0.25), out=Path(sys.argv[2])))
+    run(Plan(study=study(200, 0.1), out=Path(sys.argv[2])))
 
 
 def scale(

@@ -8,16 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from gradleak.attacks.reconstruction import Outcome, Reconstruction
-from gradleak.audit.checks import check_observation, check_result, replay
+from gradleak.audit.checks import check_observation, check_result, information, replay
 from gradleak.audit.scoring import SCORING
 from gradleak.formats.secret_file import Secret
 from gradleak.modalities.losses import CrossEntropy
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures, load
-from gradleak.observations.model import Model
+from gradleak.observations.model import Model, PictureModel
 from gradleak.observations.observation import Observation, PictureObservation
+from gradleak.observations.releases import Adapter
 from gradleak.observations.training import Recipe
 from gradleak.report.record import Flag
+from gradleak.victims.adapter import lora_start
 from gradleak.victims.gradient import capture_gradient, share_update
 
 MLP = Architecture("mlp", (1, 8, 8), 10)
@@ -248,3 +250,32 @@ def test_what_training_leaves_uncertain_is_no_error_but_unrelated_data_are(image
 def test_unknown_defenses_are_told() -> None:
     observation, _ = captured()
     assert named(check_observation(replace(observation, defenses=None)))["defense_unknown"]["level"] == "warning"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "counted"),
+    [
+        (Recipe(learning_rate=0.01, steps=1), True),
+        (Recipe(learning_rate=0.01, steps=50), False),
+        (Recipe(optimizer="adam", learning_rate=1e-3, steps=1), False),
+        (None, False),
+    ],
+)
+def test_what_is_missing_is_said_of_one_sketch_and_of_nothing_else(recipe: Recipe | None, counted: bool) -> None:
+    """One row of A sees one direction of the gradient: one step tells part of 64 pixels at most. After
+    fifty, A has moved within the span of the pictures, which a bound for one step does not count."""
+    model = Model.of(MLP.build(0), MLP)
+    start = lora_start(model, [last_linear(model)], 1, torch.Generator())
+    adapter = Adapter(start=start, scaling=dict.fromkeys({n.rpartition(".")[0] for n in start}, 1.0), recipe=recipe)
+    one = load("digits", "test", indices=[0])
+    blank = {k: torch.zeros_like(t) for k, t in start.items() if k.endswith("lora_B")}
+    seen = Observation(model=model, release=adapter, released=blank, batch_size=1)
+    seen = replace(seen, released={k: t.detach() for k, t in seen.simulate(one.images, one.labels).items()})
+    [flag] = information(seen, one.images, one.labels, "at the truth")
+    assert (flag["name"] in ("information_absent", "information_partial")) is counted
+    assert ("is not counted" in flag["sentence"]) is not counted
+    assert counted or "is absent" not in flag["sentence"]
+
+
+def last_linear(model: PictureModel) -> str:
+    return [name.removesuffix(".weight") for name, t in model.parameters.items() if t.dim() == 2][-1]

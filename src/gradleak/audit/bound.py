@@ -68,6 +68,10 @@ class Identifiability:
         explained = self.explained[self._index(level)]
         return "present" if explained >= PRESENT else "absent" if explained < ABSENT else "partial"
 
+    def decibels(self, level: float = 1e-3) -> float:
+        """The PSNR that it is enough for at that noise level."""
+        return self.psnr_db[self._index(level)]
+
     def sentence(self, level: float = 1e-3) -> str:
         """The finding at one noise level in plain words."""
         i = self._index(level)
@@ -75,7 +79,7 @@ class Identifiability:
         return (
             f"This {self.release} holds {self.equations:,} equations for {self.unknowns:,} unknowns; "
             f"at noise {level:g} of its size {self.determined[i]:,} directions are determined, "
-            f"enough for {self.psnr_db[i]:.1f} dB where a blind guess has {self.blind_psnr_db:.1f} dB: "
+            f"enough for {self.decibels(level):.1f} dB where a blind guess has {self.blind_psnr_db:.1f} dB: "
             f"the information {verdict}."
         )
 

@@ -188,6 +188,13 @@ def information(observation: Observation[Any], inputs: Any, labels: Tensor | Non
         sentence = f"{inputs.numel():,} unknown pixels: too many to ask here what the release determines."
         return [flag("information_unknown", "info", sentence)]
     known = identifiability(observation, inputs, labels)
+    reason = observation.release.inexact()
+    if reason and known.information() != "present":
+        sentence = (
+            f"As the sketch of one gradient, this {known.release} is enough for {known.decibels():.1f} dB where a blind guess has "
+            f"{known.blind_psnr_db:.1f} dB; but {reason}: what it tells beyond that is not counted. (Linear regime, {where}.)"
+        )
+        return [flag("information_unknown", "info", sentence)]
     return [flag(f"information_{known.information()}", "info", f"{known.sentence()} (Linear regime, {where}.)")]
 
 
