@@ -6,6 +6,7 @@ import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -191,23 +192,22 @@ def planned(args: flags.Study) -> tuple[Any, list[Path]]:
     from gradleak.studies.catalogue import ALIASES, STUDIES
     from gradleak.studies.run import Plan
 
-    common = {
-        field.name: getattr(args, field.name) for field in fields(args) if field.name in Plan.__dataclass_fields__
-    }
-    path, common["seeds"] = Path(args.name), None if args.seeds is None else range(args.seed, args.seed + args.seeds)
+    path, seeds = Path(args.name), None if args.seeds is None else range(args.seed, args.seed + args.seeds)
+    where: dict[str, Any] = {"where": args.where, "workers": args.workers, "threads": args.threads, "gpus": args.gpus}
+    plan = partial(Plan, out=args.out, data=args.data, device=args.device, **where)
     if path.suffix == ".toml" or path.is_file():
         from gradleak.studies.sweep import read
 
         sweep = read(path)
-        seeds = common["seeds"] or [args.seed + seed for seed in sweep.seeds]
-        return Plan(**common | {"seeds": seeds, "size": "paper"}, study=sweep.study()), [path]
+        given = [args.seed + seed for seed in sweep.seeds]
+        return plan(study=sweep.study(), size="paper", seeds=seeds or given), [path]
     name = ALIASES.get(args.name, args.name)
     if name not in STUDIES:
         close = near(name, [*STUDIES, *ALIASES])
         raise BadInput(f"Unknown study {shortened(name)!r}{close}. Studies: {', '.join(STUDIES)}.")
     chosen = STUDIES[name]
-    seeds = common["seeds"] or range(args.seed, args.seed + chosen.seeds(args.size))
-    return Plan(**common | {"seeds": seeds}, study=chosen), []
+    usual = range(args.seed, args.seed + chosen.seeds(args.size))
+    return plan(study=chosen, size=args.size, seeds=seeds or usual), []
 
 
 def report(args: flags.Report) -> None:
