@@ -58,9 +58,8 @@ def overhead() -> None:
                 began = time.perf_counter()
                 run(Plan(study=study(count), out=Path(folder) / "out", **options))
                 seconds.append(time.perf_counter() - began)
-        print(
-            f"{where:14} start {seconds[0]:6.2f} s   each cell {1e3 * (seconds[1] - seconds[0]) / (CELLS - 1):6.2f} ms"
-        )
+        each = 1e3 * (seconds[2] - seconds[1]) / (CELLS - 2)
+        print(f"{where:14} start {seconds[1]:6.2f} s   each cell {each:6.2f} ms", flush=True)
 
 
 def listing() -> None:
@@ -134,7 +133,7 @@ def victim() -> None:
 
 
 def scale(
-    cells: int = 1_000_000, spread: float = 0.5, driver: float = 2e-3, dispatch: float = 1e-3, size: int = 2_000
+    cells: int = 1_000_000, spread: float = 0.5, driver: float = 4e-3, dispatch: float = 1.5e-3, size: int = 2_000
 ) -> None:
     """A simulation: one driver, which takes `driver` seconds to receive and write a cell and `dispatch` to send one out; nodes of 16
     CPUs. Cells take lognormal times. Printed: how busy the nodes are, by their number and the mean time of a cell."""

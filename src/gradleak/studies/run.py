@@ -23,7 +23,8 @@ from gradleak.studies.revision import revision, whole
 from gradleak.studies.study import Bench, Cell, Done, OnStep, Row, Size, Study, plan, tasks
 from gradleak.studies.table import Table, as_csv, as_parquet, columns, rectangular, tabled
 
-EVERY = 10.0  # seconds between two writings of the tables
+EVERY = 10.0  # seconds between two writings of the tables, at least
+PAUSE = 20  # times the seconds that the last writing took, at least
 IN_WHEELS = ("embedded", "digits")  # data sets that come with packages
 
 
@@ -114,15 +115,16 @@ class Writer:
 
     def __init__(self, chosen: Plan, cells: list[Cell[Any]], command: record.Command | None) -> None:
         """command: as the record tells it."""
-        self.chosen, self.cells, self.last = chosen, cells, time.monotonic()
+        self.chosen, self.cells, self.next = chosen, cells, time.monotonic() + EVERY
         about: record.Command = command or {"name": "study", "arguments": {"name": chosen.study.name}}
         self.record = record.new_record(about, None if chosen.seeds is None else min(chosen.seeds), [])
 
     def now_and_then(self, finished: dict[str, Done]) -> None:
         """All, where it has not been written for a while."""
-        if time.monotonic() - self.last > EVERY:
+        if (began := time.monotonic()) > self.next:
             self.all(finished)
-            self.last = time.monotonic()
+            ended = time.monotonic()
+            self.next = ended + max(EVERY, PAUSE * (ended - began))
 
     def all(self, finished: dict[str, Done]) -> Table:
         """Tables, figures, record and report."""
