@@ -16,6 +16,7 @@ from gradleak.attacks import ATTACKS
 from gradleak.attacks.attack import refusal
 from gradleak.attacks.parameters import built
 from gradleak.attacks.search.start import Given
+from gradleak.attacks.seed import with_start_recovered
 from gradleak.audit.loop import Audited
 from gradleak.audit.loop import audit as run_audit
 from gradleak.audit.scoring import SCORING
@@ -40,7 +41,7 @@ def attack(args: flags.Attack, options: dict[str, dict[str, Any]]) -> None:
     """Write reconstruction.safetensors, what it shows, and record.json, from the observation alone."""
     check_device(args.device)
     check_named([args.attack], options)
-    out, observation = fresh_folder(args.out), observed(args)
+    out, observation = fresh_folder(args.out), informed(args)
     [(name, chosen)] = built(options).items()
     if reason := refusal(chosen, observation):
         raise BadInput(f"{name} cannot run here. {reason} {reading(observation)}")
@@ -67,7 +68,7 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> None:
     check_device(args.device)
     if args.attacks is not None:
         check_named(args.attacks, options)
-    out, observation = fresh_folder(args.out), observed(args)
+    out, observation = fresh_folder(args.out), informed(args)
     attacks = built(options)
     if args.attacks is None:
         modality = observation.model.architecture.modality
@@ -99,6 +100,12 @@ def demo(args: flags.Demo) -> None:
         attacks = {attack: ATTACKS[attack]() for attack in names}
         audit_one(observation, attacks, public, secret, written, left, out, args.seed, args.device, name)
     print(written["verdict"]["sentence"], f"Open {out / 'report.html'} in a browser.", sep="\n")
+
+
+def informed(args: flags.Observed) -> Observation[Any]:
+    """What was observed, and what everybody can know besides: where training began, where a usual seed draws that."""
+    with progress() as start:
+        return with_start_recovered(observed(args), on_step=start("seed"))
 
 
 def audit_one(

@@ -339,10 +339,17 @@ class Adapter(Release):
         return "its recipe is unknown, one step of SGD is assumed" if self.recipe is None else inexact(self.recipe)
 
     def reservations(self, model: Model[Any], released: Tensors) -> list[Reservation]:
-        """Where it is no exact linear sketch of one gradient."""
-        if not (reason := self.inexact()):
-            return []
-        return [("not_exact", "warning", f"The adapter is no exact linear sketch of one gradient: {reason}.")]
+        """Where it is no exact linear sketch of one gradient; and what a known start gives away."""
+        told: list[Reservation] = []
+        if self.origin == "recovered":
+            sentence = (
+                f"Seed {self.seed} draws the adapter as it was before training: what training changed of A lies in the span "
+                "of what its layers were fed with."
+            )
+            told.append(("seed", "warning", sentence))
+        if reason := self.inexact():
+            told.append(("not_exact", "warning", f"The adapter is no exact linear sketch of one gradient: {reason}."))
+        return told
 
     def facts(self) -> list[Fact]:
         """The ranks and the recipe."""
