@@ -293,7 +293,7 @@ def test_the_folder_of_an_adapter_is_audited(tmp_path: Path, captured: Path, ok:
 
     # Without the secret: nothing is scored, but it is said what the adapter determines, and what is not exact.
     said = ok(*based, "--out", tmp_path / "foreign")
-    assert "the information is" in said
+    assert "dB where a blind guess has" in said
     row = rows_of(tmp_path / "foreign")["activation-patterns"]
     assert not row["scores"]
     assert row["observation"]["kind"] == "adapter"
