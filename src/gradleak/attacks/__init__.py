@@ -16,6 +16,7 @@ from gradleak.attacks.learned.lti import LTI
 from gradleak.attacks.map_inversion import MapInversion
 from gradleak.attacks.past_the_rank import PastTheRank
 from gradleak.attacks.recursion.recursive import Recursive
+from gradleak.attacks.sparse_words import SparseWords
 from gradleak.attacks.token_span import TokenSpan
 from gradleak.attacks.weights.kkt import KKT
 from gradleak.attacks.weights.kkt_search import KKTSearch
@@ -43,4 +44,5 @@ ATTACKS: dict[str, type] = {
     "kkt-search": KKTSearch,
     "dager": Dager,
     "past-the-rank": PastTheRank,
+    "sparse-words": SparseWords,
 }
