@@ -19,6 +19,7 @@ from gradleak.attacks.reconstruction import Outcome, Reconstruction
 from gradleak.attacks.search.descend import OnStep
 from gradleak.attacks.weights.kkt import KKT
 from gradleak.audit.loop import Audited, audit, others
+from gradleak.audit.metrics.texts import frequent_words
 from gradleak.audit.scoring import SCORING
 from gradleak.audit.scoring.pictures import DECOYS
 from gradleak.audit.scoring.scoring import legend
@@ -483,3 +484,21 @@ def test_dlg_refuses_an_adapter_and_says_what_it_reads() -> None:
         observation.model, secret, modules=("2",), rank=4, recipe=Recipe(learning_rate=0.1, steps=1)
     )
     assert refusal(DLG(), adapter) == "It reads a gradient or an update, and what was released is an adapter."
+
+
+def test_words_in_no_order_tell_a_part_of_a_text_where_they_are_its_own() -> None:
+    """Not where most of them are somebody else's, nor where as many frequent words hold as much of it."""
+    model, scoring = language_model(), SCORING["texts"]
+    architecture, public = model.architecture, scoring.public("embedded", "train", language_model())
+    frequent = frequent_words([architecture.plain(row) for row in architecture.encode(public.texts)], 8)
+    rare = [token for token in range(200, 400) if token not in frequent][:32]
+    assert scoring.in_bag is not None
+    own, common = tuple(rare[:8]), tuple(token for token in frequent if isinstance(token, int))
+    assert scoring.in_bag(model, own, (own,), public)[0] == [True]
+    assert scoring.in_bag(model, rare[:5], (own,), public)[0] == [True]
+    assert scoring.in_bag(model, rare[:3], (own,), public)[0] == [False]
+    assert scoring.in_bag(model, rare, (own,), public)[0] == [False]
+    assert scoring.in_bag(model, common, (common,), public)[0] == [False]
+    told, sentence = scoring.in_bag(model, rare[:8], (own, common), public)
+    assert told == [True, False]
+    assert sentence.startswith("8 distinct words were seen, 8 of them among the 16 of the private texts")

@@ -158,3 +158,12 @@ def test_the_most_serious_of_several_observations_is_told_first() -> None:
     assert overall(several[:2])["level"] == "nothing"
     assert overall(several[:1]) == several[0]
     assert "Nothing: It is nothing." in overall(several)["sentence"]
+
+
+def test_words_that_were_seen_in_no_order_are_told_whether_or_not_a_text_was_recovered() -> None:
+    seen: Flag = {"name": "bag", "level": "info", "sentence": "34 distinct words were seen."}
+    for recovered in (True, False):
+        verdict = judged(scored((recovered,), flags=(seen,)))
+        assert "34 distinct words were seen." in verdict["sentence"]
+        assert verdict["level"] == ("recovered" if recovered else "nothing")
+    assert "words were seen" not in judged(scored((True,)))["sentence"]

@@ -92,6 +92,7 @@ def compared(scored: Sequence[Result], metrics: Mapping[str, Any], evidence: str
     lead = f"{sum(leads) / max(len(leads), 1):+.{max(metric['decimals'] - 1, 1)}f}{unit} against the best blind control"
     present = [value for value in best["scores"][name] if value is not None]
     mean = f"{metric['label']} {sum(present) / max(len(present), 1):.{max(metric['decimals'] - 1, 1)}f} on average"
+    words = "".join(f" {flag['sentence']}" for flag in best["flags"] if flag["name"] == "bag")
     if count or parts:
         level: Level = "recovered" if count == total else "partial"
         what = (
@@ -100,10 +101,10 @@ def compared(scored: Sequence[Result], metrics: Mapping[str, Any], evidence: str
             else f"Parts of {parts} of {total} private samples recovered"
         )
         among = f", identified among {best['decoys'] + 1}" if "decoys" in best else ""
-        sentence = f"{what} by {best['attack']}: {mean}, {lead}{among}."
+        sentence = f"{what} by {best['attack']}: {mean}, {lead}{among}.{words}"
         return {"level": level, "sentence": f"{sentence} {evidence}".rstrip()}
     names = {flag["name"] for flag in best["flags"]}
-    sentence = f"None of {total} private samples was recovered: the closest attack, {best['attack']}, is {lead}."
+    sentence = f"None of {total} private samples was recovered: the closest attack, {best['attack']}, is {lead}.{words}"
     if "information_absent" in names:
         return {"level": "absent", "sentence": f"{sentence} The information is absent from the release."}
     extra = next((text for key, text in INFORMATION.items() if key in names), PROVES_NOTHING)

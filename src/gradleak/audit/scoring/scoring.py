@@ -63,6 +63,7 @@ class Scoring:
     recovered  (scores, leads) -> for each sample whether it counts as recovered
     partly     (scores, leads) -> for each sample whether a part of it counts as recovered
     is_public  (secret inputs, public, model) -> for each sample whether the public data hold it
+    in_bag     (model, what was seen in no order, truth, public) -> for each sample whether it tells a part of it, and a sentence
     """
 
     media: str
@@ -77,6 +78,7 @@ class Scoring:
     recovered: Callable[[Scores, list[float]], list[bool]]
     partly: Callable[[Scores, list[float]], list[bool]]
     is_public: Callable[[Any, Any, Model[Any]], list[bool]]
+    in_bag: Callable[[Model[Any], Sequence[int], Any, Any], tuple[list[bool], str]] | None = None
 
     def score(self, model: Model[Any], matched: Any, truth: Any) -> Scores:
         """Every metric that can be measured here, per true sample."""

@@ -1,5 +1,6 @@
 """How recovered texts are scored: matched by ROUGE, over tokens, special ones left out."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -81,6 +82,25 @@ def partly(scores: Scores, leads: list[float]) -> list[bool]:
     return [rouge > HALF and lead >= CLEAR_LEAD for rouge, lead in zip(scores["rouge1"], leads, strict=True)]
 
 
+def in_bag(model: LanguageModel, bag: Sequence[int], truth: Tokens, pool: Texts) -> tuple[list[bool], str]:
+    """Whether most of a text's words were seen, clearly more than among as many frequent words, and most of the bag is true."""
+    plain = model.architecture.plain
+    texts, seen = [set(plain(row)) for row in truth], set(plain(tuple(bag)))
+    frequent = set(frequent_words([plain(row) for row in model.architecture.encode(pool.texts)], len(seen)))
+    every = set().union(*texts)
+    right, guessed = len(seen & every), len(frequent & every)
+    told = [
+        2 * right >= len(seen) > 0
+        and len(own & seen) >= max(HALF * len(own), len(own & frequent) + CLEAR_LEAD * len(own))
+        for own in texts
+    ]
+    sentence = (
+        f"{len(seen)} distinct words were seen, {right} of them among the {len(every)} of the private texts; of as many frequent "
+        f"words {guessed} are."
+    )
+    return told, sentence
+
+
 def is_public(tokens: Tokens, pool: Texts, model: LanguageModel) -> list[bool]:
     """Which private texts are among the public ones."""
     known = {model.architecture.plain(row) for row in model.architecture.encode(pool.texts)}
@@ -110,4 +130,5 @@ TEXTS = Scoring(
     recovered=recovered,
     partly=partly,
     is_public=is_public,
+    in_bag=in_bag,
 )
