@@ -18,6 +18,7 @@ from gradleak.attacks.past_the_rank import PastTheRank
 from gradleak.attacks.recursion.recursive import Recursive
 from gradleak.attacks.sparse_words import SparseWords
 from gradleak.attacks.token_span import TokenSpan
+from gradleak.attacks.unmixing.unmixing import Unmixing
 from gradleak.attacks.weights.kkt import KKT
 from gradleak.attacks.weights.kkt_search import KKTSearch
 from gradleak.attacks.weights.ntk import NTK
@@ -27,6 +28,7 @@ ATTACKS: dict[str, type] = {
     "recursive": Recursive,
     "token-span": TokenSpan,
     "activation-patterns": ActivationPatterns,
+    "unmixing": Unmixing,
     "map-inversion": MapInversion,
     "ntk": NTK,
     "git": Git,

@@ -56,7 +56,8 @@ class Observed(Common):
     classes: int | None = None
     """For plain files: number of classes; 10 unless this is given."""
     batch_size: int | None = None
-    """For plain files and adapters: number of private samples; 1 unless this is given."""
+    """For plain files and adapters: number of private samples; unless this is given, what the adapter of a fully connected network
+    tells itself, else 1."""
     data: str = "embedded"
     """Public data of the same kind, for priors; in audits also for controls and decoys."""
     public_split: str = "train"

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from gradleak.attacks.unmixing.span import with_samples_counted
 from gradleak.cli import flags
 from gradleak.errors import BadInput, shortened
 from gradleak.formats.model_folder import read_model
@@ -64,7 +65,10 @@ def observed_adapter(args: flags.Observed) -> Observation[Any]:
         recipe = Recipe(optimizer=args.optimizer or "sgd", learning_rate=args.lr, steps=args.steps or 1)
     elif args.steps is not None or args.optimizer is not None:
         raise BadInput("--steps and --optimizer say how the adapter was trained, which needs its --lr too.")
-    return read_adapter(args.observation, model, recipe=recipe, batch_size=args.batch_size or 1, initial=args.initial)
+    adapter = read_adapter(
+        args.observation, model, recipe=recipe, batch_size=args.batch_size or 1, initial=args.initial
+    )
+    return adapter if args.batch_size else with_samples_counted(adapter)
 
 
 def refuse_others(args: flags.Observed, what: str, read: tuple[str, ...]) -> None:

@@ -30,7 +30,10 @@ def here(tasks: Sequence[Task], on_step: OnStep | None = None) -> Iterator[Done]
 
 
 def processes(tasks: Sequence[Task], workers: int) -> Iterator[Done]:
-    """Side by side in processes of this machine, which end when this one does."""
+    """Side by side in processes of this machine, which end when this one does.
+
+    Every other process takes tasks from the end: neighbours cost alike, and the longest should not all come last.
+    """
     todo, deaths = list(tasks), Counter[str]()
     running: dict[Connection, tuple[Any, Task | None]] = {}
     try:
@@ -38,10 +41,11 @@ def processes(tasks: Sequence[Task], workers: int) -> Iterator[Done]:
             while todo and len(running) < workers:
                 process, connection = started()
                 running[connection] = process, None
-            for connection, (process, task) in running.items():
+            for number, (connection, (process, task)) in enumerate(running.items()):
                 if task is None and todo:
-                    connection.send(todo[0])
-                    running[connection] = process, todo.pop(0)
+                    taken = todo.pop(-(number % 2))
+                    connection.send(taken)
+                    running[connection] = process, taken
             for ready in wait([c for c, (_, task) in running.items() if task]):
                 assert isinstance(ready, Connection)
                 process, task = running[ready]

@@ -3,10 +3,12 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from gradleak.studies.study import Size
+
+if TYPE_CHECKING:  # processes that compute cells draw nothing
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -14,7 +16,7 @@ class Findings:
     """sentence: what the table says, in words; plots: {title: figure}."""
 
     sentence: str
-    plots: dict[str, Figure] = field(default_factory=dict)
+    plots: "dict[str, Figure]" = field(default_factory=dict)
 
 
 def opening(data: str, size: Size, notes: Iterable[str] = ()) -> str:

@@ -3,22 +3,26 @@
 import base64
 import io
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from gradleak.studies.study import Row
 from gradleak.studies.table import Table
+
+if TYPE_CHECKING:  # processes that compute cells draw nothing
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 MARKERS = "osD^vPX"
 LONGEST = 60  # characters of a label
 
 
-def panels(count: int = 1, width: float = 4.5, height: float = 3.2, columns: int = 3) -> tuple[Figure, list[Axes]]:
+def panels(count: int = 1, width: float = 4.5, height: float = 3.2, columns: int = 3) -> "tuple[Figure, list[Axes]]":
     """A figure with so many axes, at most `columns` beside each other."""
+    from matplotlib.figure import Figure
+
     columns = min(count, columns)
     lines = -(-count // columns)
     figure = Figure(figsize=(width * columns, height * lines), layout="constrained")
@@ -32,7 +36,9 @@ def panels(count: int = 1, width: float = 4.5, height: float = 3.2, columns: int
     return figure, axes[:count]
 
 
-def lines(axes: Axes, rows: Iterable[Row], x: str, y: str, by: Sequence[str] = (), control: str | None = None) -> None:
+def lines(
+    axes: "Axes", rows: Iterable[Row], x: str, y: str, by: Sequence[str] = (), control: str | None = None
+) -> None:
     """`y` against `x`, with its interval where it has one, a line for each value of the columns `by`; dashed the control's column."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -53,7 +59,7 @@ def lines(axes: Axes, rows: Iterable[Row], x: str, y: str, by: Sequence[str] = (
         axes.legend(fontsize=7, frameon=False)
 
 
-def bars(axes: Axes, rows: Sequence[Row], label: Callable[[Row], str], *values: str) -> None:
+def bars(axes: "Axes", rows: Sequence[Row], label: Callable[[Row], str], *values: str) -> None:
     """A horizontal bar per row and column of values, with its interval where it has one."""
     height = 0.8 / len(values)
     for number, value in enumerate(values):
@@ -71,7 +77,7 @@ def bars(axes: Axes, rows: Sequence[Row], label: Callable[[Row], str], *values: 
         axes.legend(fontsize=7, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(values))
 
 
-def heat_map(axes: Axes, rows: Sequence[Row], x: str, y: str, value: str, digits: int = 2) -> None:
+def heat_map(axes: "Axes", rows: Sequence[Row], x: str, y: str, value: str, digits: int = 2) -> None:
     """`value` by two columns, written into its field."""
     across, up = (sorted({row[name] for row in rows}) for name in (x, y))
     grid = np.full((len(up), len(across)), np.nan)
@@ -90,7 +96,7 @@ def heat_map(axes: Axes, rows: Sequence[Row], x: str, y: str, value: str, digits
     axes.figure.colorbar(image, ax=axes)
 
 
-def curve(table: Table, x: str, y: str, by: Sequence[str] = (), control: str | None = None, **labels: Any) -> Figure:
+def curve(table: Table, x: str, y: str, by: Sequence[str] = (), control: str | None = None, **labels: Any) -> "Figure":
     """One panel of `lines` over a whole table. labels: of the axes, as matplotlib takes them (xlabel, xscale, ...)."""
     figure, [axes] = panels(width=6)
     lines(axes, table.rows, x, y, by, control)
@@ -98,23 +104,23 @@ def curve(table: Table, x: str, y: str, by: Sequence[str] = (), control: str | N
     return figure
 
 
-def png(figure: Figure) -> bytes:
+def png(figure: "Figure") -> bytes:
     """For screens."""
     return saved(figure, "png", dpi=150)
 
 
-def pdf(figure: Figure) -> bytes:
+def pdf(figure: "Figure") -> bytes:
     """For papers: lines and letters stay lines and letters; the same figure gives the same bytes."""
     return saved(figure, "pdf", metadata={"CreationDate": None})
 
 
-def saved(figure: Figure, kind: str, **options: Any) -> bytes:
+def saved(figure: "Figure", kind: str, **options: Any) -> bytes:
     """The figure as a file of that kind."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, bbox_inches="tight", **options)
     return buffer.getvalue()
 
 
-def data_uri(figure: Figure) -> str:
+def data_uri(figure: "Figure") -> str:
     """For a record."""
     return "data:image/png;base64," + base64.b64encode(png(figure)).decode()

@@ -4,9 +4,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from scipy.stats import binomtest, bootstrap
-
 RESAMPLES = 2_000
 
 
@@ -16,12 +13,17 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
         return None
     if min(values) == max(values):
         return float(values[0]), float(values[0])
+    import numpy as np
+    from scipy.stats import bootstrap
+
     drawn = bootstrap((np.asarray(values, float),), np.mean, n_resamples=RESAMPLES, method="percentile", rng=0)
     return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
 
 
 def share_interval(hits: int, trials: int) -> tuple[float, float]:
     """Clopper and Pearson's exact interval of a share."""
+    from scipy.stats import binomtest
+
     found = binomtest(hits, trials).proportion_ci()
     return float(found.low), float(found.high)
 
