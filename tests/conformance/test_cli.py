@@ -482,9 +482,10 @@ def test_a_model_that_does_not_give_the_release_voids_the_verdict(tmp_path: Path
 # --- The demo ---
 
 
-def test_the_demo_keeps_two_observations_apart(tmp_path: Path, ok: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_keeps_observations_apart(tmp_path: Path, ok: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny: Any = {
         "adapter": (CaptureAdapter(model="mlp", data="digits", epochs=0), ("activation-patterns",)),
+        "fine-tuning": (CaptureAdapter(model="mlp", data="digits", epochs=0, indices=(1,)), ("activation-patterns",)),
         "gradient": (CaptureGradient(model="mlp", data="digits", indices=(3,)), ("analytic", "inverting-gradients")),
     }
     assert tiny.keys() == DEMO.keys()
@@ -495,16 +496,17 @@ def test_the_demo_keeps_two_observations_apart(tmp_path: Path, ok: Run, monkeypa
     names = [(row["observation"]["name"], row["observation"]["kind"], row["attack"]) for row in made["results"]]
     assert names == [
         ("adapter", "adapter", "activation-patterns"),
+        ("fine-tuning", "adapter", "activation-patterns"),
         ("gradient", "gradient", "analytic"),
         ("gradient", "gradient", "inverting-gradients"),
     ]
-    facts: dict[str, set[str]] = {"adapter": set(), "gradient": set()}
+    facts: dict[str, set[str]] = {"adapter": set(), "fine-tuning": set(), "gradient": set()}
     for fact in made["threat_model"]:
         facts[fact["observation"]].add(fact["item"])
     assert "recipe" in facts["adapter"] - facts["gradient"]
     assert {"released", "labels", "batch size", "images"} <= facts["adapter"] & facts["gradient"]
     verdicts = {one["observation"]: one for one in made["verdicts"]}
-    assert list(verdicts) == ["adapter", "gradient"]
+    assert list(verdicts) == ["adapter", "fine-tuning", "gradient"]
     assert "activation-patterns" in verdicts["adapter"]["sentence"]
     assert "by analytic" in verdicts["gradient"]["sentence"]
     assert made["verdict"]["level"] == "recovered"
@@ -533,10 +535,34 @@ def test_what_was_not_tried_on_one_observation_stays_said(
 
 
 def test_every_attack_of_the_demo_reads_its_observation() -> None:
-    for name, (victim, attacks) in DEMO.items():
-        assert isinstance(victim, CaptureAdapter if name == "adapter" else CaptureGradient)
+    assert isinstance(DEMO["adapter"][0], CaptureAdapter)
+    assert isinstance(DEMO["gradient"][0], CaptureGradient)
+    for name, (_, attacks) in DEMO.items():
         for attack in attacks:
-            assert RELEASES[name] in ATTACKS[attack].sees  # type: ignore[attr-defined]
+            assert RELEASES["gradient" if name == "gradient" else "adapter"] in ATTACKS[attack].sees  # type: ignore[attr-defined]
+
+
+def test_eight_pictures_come_back_from_an_adapter_by_its_seed(tmp_path: Path, ok: Run) -> None:
+    """Two hundred steps; neither recipe nor seed nor number is told. Each digit is found among 100, where chance finds one in 100 of
+    them, and above 30 dB, where the mean image has 11."""
+    out = tmp_path / "out"
+    tuned = ["--rank", 16, "--steps", 200, "--lr", 1e-2, "--seed", 42, "--epochs", 0, "--indices", *range(8)]
+    ok("capture", "adapter", "--model", "mlp1000", *DIGITS, *tuned, "--out", out)
+    audit = ["audit", out / "adapter", "--base", out / "base", "--secret", out / "secret.safetensors", *DIGITS]
+    said = ok(*audit, "--attacks", "unmixing", "--out", tmp_path / "audit")
+    assert "8 of 8 private samples recovered by unmixing" in said
+    made = record.read(tmp_path / "audit" / "record.json")
+    facts = {fact["item"]: fact["detail"] for fact in made["threat_model"]}
+    assert facts["initial adapter"] == "recovered: seed 42 draws it"
+    assert facts["batch size"] == "8"
+    [row] = made["results"]
+    assert row["scores"]["identification_rank"] == [1] * 8
+    assert min(value or 0 for value in row["scores"]["psnr_db"]) > 30
+    assert "seed" in levels(row)
+    ok(*audit, "--attacks", "unmixing", "--batch-size", 3, "--out", tmp_path / "told")
+    assert {f["item"]: f["detail"] for f in record.read(tmp_path / "told" / "record.json")["threat_model"]}[
+        "batch size"
+    ] == "3"
 
 
 # --- Help ---

@@ -26,6 +26,7 @@ from gradleak.report.record import Flag
 # Relative rounding error of a release in each format, with room for another summation order.
 REPLAY_TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2}
 UNRELATED = 1.0  # relative error that unrelated data of the same size leave: above it, not even the direction is right
+FEW_UNKNOWNS = 3_100  # pixels up to which a bound is worth its minutes although it does not count all
 WEAK = 0.5  # of the observation: a reconstruction that leaves more unexplained explains little
 
 
@@ -187,8 +188,11 @@ def information(observation: Observation[Any], inputs: Any, labels: Tensor | Non
     if inputs.numel() > MOST_UNKNOWNS:
         sentence = f"{inputs.numel():,} unknown pixels: too many to ask here what the release determines."
         return [flag("information_unknown", "info", sentence)]
-    known = identifiability(observation, inputs, labels)
     reason = observation.release.inexact()
+    if reason and inputs.numel() > FEW_UNKNOWNS:
+        sentence = f"{inputs.numel():,} unknown pixels, and {reason}: what the release determines is not asked here."
+        return [flag("information_unknown", "info", sentence)]
+    known = identifiability(observation, inputs, labels)
     if reason and known.information() != "present":
         sentence = (
             f"As the sketch of one gradient, this {known.release} is enough for {known.decibels():.1f} dB where a blind guess has "

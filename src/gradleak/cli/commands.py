@@ -84,7 +84,7 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> None:
 
 
 def demo(args: flags.Demo) -> None:
-    """One embedded photograph, a LoRA adapter and a gradient made of it, attacks on both, one report."""
+    """One embedded photograph, a LoRA adapter and a gradient made of it, an adapter of eight, attacks on all, one report."""
     from gradleak.cli.capture import kept
 
     check_device(args.device)
@@ -94,7 +94,7 @@ def demo(args: flags.Demo) -> None:
     for name, (victim, names) in DEMO.items():
         with progress() as start:
             kept(*victim(out / name, args.seed, start), out / name)
-        observation = load_observation(out / name / "observation.safetensors")
+        observation = with_start_recovered(load_observation(out / name / "observation.safetensors"))
         secret = load_secret(out / name / "secret.safetensors")
         public = SCORING[observation.model.architecture.modality].public("embedded", "train", observation.model)
         attacks = {attack: ATTACKS[attack]() for attack in names}

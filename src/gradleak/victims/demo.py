@@ -8,7 +8,17 @@ from gradleak.formats.secret_file import Secret
 from gradleak.observations.observation import Observation
 from gradleak.victims.play import CaptureAdapter, CaptureGradient, Start
 
+TYPED = 42  # the seed of most fine-tunings
+
+
+def fine_tuning(out: Path, seed: int, start: Start) -> tuple[Observation[Any], Secret]:
+    """Eight pictures, two hundred steps."""
+    adapted = CaptureAdapter(model="mlp", epochs=0, rank=16, lr=1e-3, steps=200, indices=tuple(range(8)))
+    return adapted(out, TYPED, start)
+
+
 DEMO: dict[str, tuple[Callable[[Path, int, Start], tuple[Observation[Any], Secret]], tuple[str, ...]]] = {
     "adapter": (CaptureAdapter(model="convnet", target_modules="all"), ("map-inversion",)),
+    "fine-tuning": (fine_tuning, ("unmixing",)),
     "gradient": (CaptureGradient(), ("dlg", "idlg", "inverting-gradients")),
 }
