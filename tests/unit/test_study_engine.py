@@ -250,6 +250,14 @@ def test_an_estimate_measures_the_first_cell_and_keeps_it(tmp_path: Path, marks:
     assert computed(marks) == 4
 
 
+def test_an_estimate_keeps_side_by_side_what_is_computed_so(tmp_path: Path) -> None:
+    """Or the cell that was measured would have other last digits than in a run without an estimate."""
+    settings, more = [Setting(n) for n in range(25)], {"many": toy_study.many, "together": lambda setting: 0}
+    cells, _ = estimate(planned(tmp_path / "estimated", settings, more))
+    assert sum(row["state"] == "finished" for row in cells) == 20
+    assert run(planned(tmp_path / "estimated", settings, more)) == run(planned(tmp_path / "at once", settings, more))
+
+
 # --- What a cell uses ---
 
 MODULE = """

@@ -166,7 +166,8 @@ class Study(Common):
     retry: bool = False
     """Compute those cells again that failed."""
     dry_run: bool = False
-    """List the cells, and how long they will take: the first is computed for that, and kept, where none is finished yet."""
+    """List the cells, and how long they will take. Where none is finished yet, the first is computed for that, with those that are
+    computed beside it, and kept."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -175,13 +175,12 @@ def listing(cells: Sequence[Cell[Any]], finished: dict[str, Done]) -> list[Row]:
 
 def estimate(chosen: Plan) -> tuple[list[Row], float]:
     """The cells as `listing` has them, and the CPU seconds that the missing ones will take. Where nothing is finished yet, the first
-    cell is computed, and kept, to measure it."""
+    cell is computed, with those beside it, and kept, to measure it."""
     results, cells = chosen.results(), chosen.cells()
     finished = results.finished(cell.id for cell in cells)
     if not finished:
-        for done in executors.here(
-            tasks(chosen.study, cells[:1], [cells[0].id], chosen.bench, whole(), chosen.threads)
-        ):
+        work = tasks(chosen.study, cells, [cell.id for cell in cells], chosen.bench, whole(), chosen.threads)
+        for done in executors.here(work[:1]):
             done.study = chosen.study.name
             results.keep(done)
             finished[done.id] = done
