@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from gradleak.attacks.decoders.pairs import as_observation
 from gradleak.attacks.decoders.ridge import PseudoInverse, Ridge
 from gradleak.attacks.decoders.unet import UNet
 from gradleak.attacks.map_inversion import MapInversion
+from gradleak.attacks.seed import with_start_recovered
+from gradleak.attacks.unmixing.span import with_samples_counted
 from gradleak.audit import metrics
 from gradleak.errors import BadInput, NotObserved
 from gradleak.modalities.networks import BINARY, Architecture
@@ -30,7 +34,7 @@ from gradleak.studies.data_sets import beside, blueprint, rows_of, shrunk, unsee
 from gradleak.studies.findings import name_of, shortage
 from gradleak.studies.samples import compared
 from gradleak.studies.study import Bench, Result, Row, Size
-from gradleak.victims.adapter import check_converged, lora_start
+from gradleak.victims.adapter import check_converged, fine_tune, lora_start
 from gradleak.victims.training import prepare_model
 
 Decoder = Callable[[PictureObservation], PictureObservation]
@@ -206,3 +210,14 @@ def in_words(row: Row) -> str:
     """A row of a table for a sentence."""
     blind = f"mean image {row['mean_image_psnr_db']:.1f}, better on {row['better_than_mean']:.0%}"
     return f"{row['model']}, {row['attack']}: {row['psnr_db']:.1f} dB ({blind}, top-1 of 100 {row['identified']:.0%})"
+
+
+def of_a_stranger(
+    model: PictureModel, pictures: Pictures, rank: int, recipe: Recipe, precision: str, seed: int
+) -> PictureObservation:
+    """An adapter's folder by PEFT under this seed, as somebody reads it who has the base model: neither recipe nor number is told."""
+    kind = getattr(torch, precision)
+    with TemporaryDirectory() as out:
+        adapter, _ = fine_tune(model, pictures, rank=rank, recipe=recipe, out=Path(out), seed=seed, precision=kind)
+    unknown = replace(adapter, release=replace(adapter.adapter, recipe=None), batch_size=1)
+    return with_samples_counted(with_start_recovered(unknown))

@@ -1,0 +1,121 @@
+"""Which adapters give their pictures back when they are trained as people train them: for many steps, on several pictures?
+
+LoRA by PEFT under seed 42 on all layers of a perceptron. The attacker has its folder and the base model, and is not told
+recipe, seed or number. Controls: the mean image, and the adapter of other pictures."""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from gradleak.attacks.unmixing.unmixing import Unmixing
+from gradleak.audit import metrics
+from gradleak.errors import NotObserved
+from gradleak.modalities.networks import Architecture
+from gradleak.modalities.pictures import Pictures, public_pool
+from gradleak.observations.model import Model, PictureModel
+from gradleak.observations.observation import PictureObservation
+from gradleak.observations.training import Recipe
+from gradleak.studies.adapter_victims import of_a_stranger
+from gradleak.studies.data_sets import beside, blueprint, rows_of, unseen
+from gradleak.studies.findings import Findings, shortage, stands_in
+from gradleak.studies.plots import bars, panels
+from gradleak.studies.samples import compared
+from gradleak.studies.study import Bench, Result, Row, Size, Study
+from gradleak.studies.table import Table, columns
+from gradleak.victims.training import prepare_model
+
+SGD, ADAMW = Recipe(learning_rate=1e-2, steps=200), Recipe(optimizer="adamw", learning_rate=1e-3, steps=200)
+SEED, DECOYS, SETS = 42, 99, {"smoke": 1, "small": 3, "paper": 10}
+FIRST = 400  # test row; those before it were looked at
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The usual. base: untrained, or trained on public pictures for five epochs."""
+
+    base: str = "untrained"
+    pictures: int = 8
+    rank: int = 16
+    recipe: Recipe = SGD
+    precision: str = "float32"
+
+
+def settings(data: str, size: Size) -> Iterator[Setting]:
+    """One thing after another differs from the usual."""
+    usual = Setting() if size != "smoke" else Setting(pictures=4, rank=8, recipe=replace(SGD, steps=50))
+    yield from (usual, replace(usual, recipe=ADAMW))
+    if size == "smoke":
+        return
+    yield from (replace(usual, pictures=n, rank=r) for n, r in ((2, 16), (4, 16), (8, 8), (16, 32), (16, 16)))
+    recipes = [replace(SGD, steps=steps) for steps in (1, 5, 50, 500)]
+    recipes += [replace(SGD, batch_size=batch) for batch in (1, 2, 4)] + [replace(SGD, learning_rate=1e-1)]
+    recipes += [replace(SGD, learning_rate=1e-3), replace(SGD, optimizer="momentum", learning_rate=1e-3)]
+    yield from (replace(usual, recipe=recipe) for recipe in recipes)
+    yield from (replace(usual, precision=precision) for precision in ("bfloat16", "float16"))
+    yield from (replace(usual, base="trained", recipe=replace(SGD, learning_rate=rate)) for rate in (1e-2, 1e-1))
+
+
+@lru_cache(maxsize=2)
+def prepared(base: str, data: str, size: Size, seed: int) -> tuple[PictureModel, Pictures]:
+    """The base model, and public pictures: decoys first."""
+    architecture = Architecture("mlp1000", blueprint(data, size)[0], 2)
+    public = public_pool(data, "train", shape=architecture.input_shape, limit=2_000)
+    public, epochs = replace(public, labels=public.labels % 2), 5 if base == "trained" else 0
+    return Model.of(prepare_model(architecture, seed=seed, train_on=public, epochs=epochs), architecture), public
+
+
+def cell(setting: Setting, bench: Bench) -> Result:
+    """Each set of pictures, and another as its control."""
+    source, count = str(beside(bench.data, "mnist") or "digits"), setting.pictures
+    model, public = prepared(setting.base, source, bench.size, bench.seed)
+    wanted = 2 * SETS[bench.size] * count
+    private = unseen(source, FIRST, wanted, model.architecture.input_shape)
+    private = replace(private, labels=private.labels % 2)
+    mean, samples = public.images[DECOYS:].mean(0, keepdim=True), list[Row]()
+    for first in range(0, len(private.labels) - 2 * count + 1, 2 * count):
+        own = rows_of(private, first, count)
+        found, seen = attacked(model, own, setting, mean)
+        other, _ = attacked(model, rows_of(private, first + count, count), setting, mean)
+        matched, blind = (images[metrics.match(images, own.images)] for images in (found, other))
+        told = {"seed_found": seen.adapter.seed == SEED, "counted": seen.batch_size == count}
+        rows = compared(matched, own.images, mean, public.images[:DECOYS])
+        psnr = metrics.psnr_db(blind, own.images).tolist()
+        samples += [row | told | {"another_adapter_psnr_db": p} for row, p in zip(rows, psnr, strict=True)]
+    notes = stands_in(source, bench.data), shortage("unseen pictures", wanted, len(private.labels))
+    return Result({}, samples, notes=notes)
+
+
+def attacked(model: PictureModel, own: Pictures, setting: Setting, mean: Tensor) -> tuple[Tensor, PictureObservation]:
+    """What comes back of an adapter's folder, padded by the mean image, and what was observed."""
+    seen, found = of_a_stranger(model, own, setting.rank, setting.recipe, setting.precision, SEED), mean[:0]
+    with suppress(NotObserved):
+        found = Unmixing()(seen, generator=torch.Generator().manual_seed(0)).value
+    return torch.cat([found, mean.expand(len(own.labels), *mean.shape[1:])]), seen
+
+
+def tell(table: Table) -> Findings:
+    """Shares of pictures that were identified, row by row."""
+    usual = columns(Setting())
+
+    def about(row: Row) -> str:
+        return ", ".join(f"{name} {row[name]}" for name in usual if row[name] != usual[name]) or "the usual"
+
+    parts = [f"{about(row)}: {row['identified']:.0%}, {row['psnr_db']:.1f} dB" for row in table.rows]
+    figure, [axes] = panels(width=7, height=1 + 0.3 * len(table.rows))
+    bars(axes, table.rows, about, "identified", "seed_found")
+    axes.set(xlabel="share of pictures identified among 100; of adapters whose seed was found", xlim=(0, 1.05))
+    return Findings(f"Pictures identified among 100. {'; '.join(parts)}.", {"What comes back": figure})
+
+
+STUDY = Study(
+    name="adapters-as-trained",
+    question="Do hundreds of steps on many pictures keep an adapter from giving them back?",
+    settings=settings,
+    cell=cell,
+    tell=tell,
+    beside=("mnist",),
+)
