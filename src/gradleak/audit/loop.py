@@ -162,7 +162,7 @@ def score(
         row["decoys"] = len(decoys.labels)
     row |= {"scores": scores, "controls": controls, "leads": leads}
     row["recovered"], row["partly"] = scoring.recovered(scores, leads), scoring.partly(scores, leads)
-    if found.bag and scoring.in_bag is not None:
+    if found.bag and scoring.in_bag is not None and not all(row["recovered"]):
         told, sentence = scoring.in_bag(model, found.bag, truth, public)
         row["partly"] = [a or b for a, b in zip(row["partly"], told, strict=True)]
         row["flags"] = [*row["flags"], {"name": "bag", "level": "info", "sentence": sentence}]

@@ -113,7 +113,9 @@ def span_of_adapter(observation: PictureObservation, release: Adapter) -> Span:
         )
     (dA, dB), (A, B) = ([tensors[name] for name in names] for tensors in (observation.released, release.start))
     noise, r, from_zero = number_noise(observation, dA, A), len(A), not bool(B.any())
-    N = observation.batch_size or (samples(observation, dB) if from_zero else rank(torch.linalg.svdvals(dA), noise, dA))
+    N = samples(observation, dB) if from_zero else rank(torch.linalg.svdvals(dA), noise, dA)
+    if observation.batch_size and observation.batch_size > 1:  # one is what is said where nobody knows
+        N = observation.batch_size
     if not 0 < N <= r:
         raise NotObserved(f"{N} samples cannot be told by the {r} rows of the adapter: the span is full, or empty.")
     change = dA
