@@ -1,4 +1,4 @@
-"""Which pictures a recipe takes: at which size, those that no default was tuned on, and data sets beside the one given."""
+"""Which pictures a study takes: at which size, those that no default was tuned on, and data sets beside the one given."""
 
 from dataclasses import replace
 from pathlib import Path
