@@ -24,8 +24,11 @@ def cluster() -> Iterator[Any]:
     os.environ["RAY_AUTH_MODE"] = "disabled"  # or a token is written to the home folder
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray's own
-        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-        ray.init(address=made.address, log_to_driver=False, logging_level=40)
+        try:
+            made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+            ray.init(address=made.address, log_to_driver=False, logging_level=40)
+        except Exception as error:  # noqa: BLE001 (whatever Ray says where it cannot start)
+            pytest.skip(f"no Ray cluster can be started here: {error}")
         yield made
         ray.shutdown()
         made.shutdown()  # type: ignore[no-untyped-call]
