@@ -197,3 +197,10 @@ def test_settings_are_plain(file: Path) -> None:
         assert json.loads(msgspec.json.encode(setting))["attack"] == setting.attack
     assert Setting("a", (), (), (), ()).columns() == {"attack": "a"}
     assert Table([]).rows == []
+
+
+def test_more_cells_than_anybody_runs_are_refused_without_listing_them() -> None:
+    """Ten billion combinations: they would not fit into memory."""
+    victim = {**DIGITS, "pictures": 100_000, "noise": [i / 1e6 for i in range(100_000)]}
+    with pytest.raises(BadInput, match="at most 100,000 cells a seed"):
+        Sweep(victim=victim, attacks={"analytic": {}}).study()

@@ -174,7 +174,7 @@ def public_data(args: flags.Observed, observation: Observation[Any]) -> Any:
 
 def study(args: flags.Study) -> None:
     """Run the cells that are missing; tables, plots, record.json and report.html are written again and again as they finish."""
-    from gradleak.studies.run import estimate, findings, run
+    from gradleak.studies.run import estimate, run
 
     check_device(args.device)
     chosen, inputs = planned(args)
@@ -191,7 +191,8 @@ def study(args: flags.Study) -> None:
         table = run(chosen, limit=args.limit, retry=args.retry, command=command, start=start)
     if table.failed and not table.rows:
         raise BadInput(f"No cell could be computed: {table.failed[0]['note']}")
-    print(findings(chosen, table).sentence, f"See {args.out / 'report.html'}.", sep="\n")
+    said = record.read(args.out / "record.json")["verdict"]["sentence"]
+    print(said, f"See {args.out / 'report.html'}.", sep="\n")
 
 
 def planned(args: flags.Study) -> tuple[Any, list[Path]]:

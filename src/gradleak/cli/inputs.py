@@ -114,11 +114,8 @@ def file_hash(path: Path) -> str:
             raise BadInput(f"There is no file {shortened(str(path))}.")
         if path.stat().st_size > LARGEST:
             raise BadInput(f"{shortened(str(path))} is too large to be an input.")
-        digest = hashlib.sha256()
         with path.open("rb") as file:
-            while part := file.read(2**20):
-                digest.update(part)
-        return digest.hexdigest()
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, ValueError) as error:
         if isinstance(error, BadInput):
             raise

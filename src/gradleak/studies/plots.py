@@ -121,6 +121,6 @@ def saved(figure: "Figure", kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def data_uri(figure: "Figure") -> str:
-    """For a record."""
-    return "data:image/png;base64," + base64.b64encode(png(figure)).decode()
+def data_uri(image: bytes) -> str:
+    """A PNG for a record."""
+    return "data:image/png;base64," + base64.b64encode(image).decode()

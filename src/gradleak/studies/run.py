@@ -135,11 +135,12 @@ class Writer:
         write(out / "samples.csv", as_csv(table.samples))
         write(out / "samples.parquet", as_parquet(table.samples))
         write(out / "cells.csv", as_csv(listing(self.cells, finished)))
-        for number, figure in enumerate(told.plots.values()):
-            write(out / f"plot-{number}.png", png(figure))
+        images = {title: png(figure) for title, figure in told.plots.items()}
+        for number, (title, figure) in enumerate(told.plots.items()):
+            write(out / f"plot-{number}.png", images[title])
             write(out / f"plot-{number}.pdf", pdf(figure))
         self.record["table"], self.record["costs"] = table.all, table.cost
-        self.record["plots"] = [{"title": title, "image": data_uri(figure)} for title, figure in told.plots.items()]
+        self.record["plots"] = [{"title": title, "image": data_uri(image)} for title, image in images.items()]
         self.record["verdict"] = {"level": "unscored", "sentence": told.sentence}
         record.write(self.record, out / "record.json")
         write(out / "report.html", html.render(self.record).encode())

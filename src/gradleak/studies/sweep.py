@@ -24,8 +24,9 @@ import itertools
 import math
 import tempfile
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -50,14 +51,14 @@ from gradleak.report.record import Result as AuditRow
 from gradleak.report.record import new_result
 from gradleak.studies.findings import Findings
 from gradleak.studies.plots import bars, panels
-from gradleak.studies.study import Bench, Result, Row, Study
+from gradleak.studies.study import Bench, Result, Row, Study, silent
 from gradleak.studies.table import Table, word
 from gradleak.victims import VICTIMS
 
 Pairs = tuple[tuple[str, Any], ...]
 KNOWN = ("name", "question", "seeds", "metrics", "victim", "observations", "attacks")
 FIXED = ("kind", "pictures", "first")  # of a victim: what is no setting of `gradleak capture`
-MOST = 1_000_000  # cells
+MOST = 100_000  # cells a seed
 CACHE = 2**24  # bytes of released tensors that are attacked at once
 
 
@@ -98,7 +99,7 @@ class Sweep:
 
     def study(self) -> Study[Setting]:
         """The study; BadInput for an unknown attack, a setting that is none, or one that no attack can run."""
-        settings = list(self.settings())
+        settings = list(itertools.islice(self.settings(), MOST + 1))
         check(settings, self.metrics)
         return Study(
             name=self.name,
@@ -117,10 +118,9 @@ class Sweep:
         """Every combination, in the order of the file."""
         if (self.victim is None) == (not self.observations) or not self.attacks:
             raise BadInput("A study needs [attacks.NAME], and either [victim] or [[observations]].")
-        sources = list(self.victims() if self.victim is not None else self.files())
         for attack, given in self.attacks.items():
             for parameters, varied in combinations(given, f"the attack {attack}"):
-                for source, each, shown in sources:
+                for source, each, shown in self.victims() if self.victim is not None else self.files():
                     yield Setting(attack, parameters, source, each, (*varied, *shown))
 
     def victims(self) -> Iterator[tuple[Pairs, Pairs, Pairs]]:
@@ -205,27 +205,32 @@ def settings_of(kind: str) -> Any:
 def check(settings: Sequence[Setting], metrics: Sequence[str]) -> None:
     """BadInput for the first setting that cannot be run, before anything is."""
     if len(settings) > MOST:
-        raise BadInput(f"{len(settings):,} cells are too many.")
+        raise BadInput(f"A study has at most {MOST:,} cells a seed: split this one.")
     known = {metric.name for scoring in SCORING.values() for metric in scoring.metrics} | set(MADE)
     if unknown := [name for name in metrics if name not in known]:
         raise BadInput(
             f"Unknown metric {shortened(unknown[0])!r}{near(unknown[0], known)} ({', '.join(sorted(known))})."
         )
+    attacks: dict[Any, Any] = {}
+    read = cache(load_observation)  # by many settings each
     for setting in settings:
-        attack = built({setting.attack: dict(setting.parameters)})[setting.attack]
-        source = dict(setting.source)
-        if "file" in source:
-            observation = load_observation(Path(source["file"]))
-            reason = refusal(attack, observation)
-        else:
-            played, kind = victim(setting), RELEASES[source["kind"]]
-            has = (LanguageArchitecture if getattr(played, "language", False) else Architecture).modality
-            reason = (
-                "" if issubclass(kind, attack.sees) else f"It does not read what a victim of kind {kind.name} releases."
-            )
-            reason = reason if attack.modality == has else f"It recovers {attack.modality}, and the victim has {has}."
-        if reason:
+        key = setting.attack, setting.parameters
+        if key not in attacks:
+            attacks[key] = built({setting.attack: dict(setting.parameters)})[setting.attack]
+        if reason := unreadable(attacks[key], setting, read):
             raise BadInput(f"No cell has run: {setting.attack} cannot run here. {reason}")
+
+
+def unreadable(attack: Any, setting: Setting, read: Callable[[Path], Observation[Any]]) -> str:
+    """Why the attack does not read what this setting observes, as a sentence; nothing where it does."""
+    source = dict(setting.source)
+    if "file" in source:
+        return refusal(attack, read(Path(source["file"])))
+    played, kind = victim(setting), RELEASES[source["kind"]]
+    has = (LanguageArchitecture if getattr(played, "language", False) else Architecture).modality
+    if attack.modality != has:
+        return f"It recovers {attack.modality}, and the victim has {has}."
+    return "" if issubclass(kind, attack.sees) else f"It does not read what a victim of kind {kind.name} releases."
 
 
 def depends(setting: Setting) -> tuple[Any, ...]:
@@ -314,7 +319,7 @@ def observed(setting: Setting, seed: int) -> tuple[Observation[Any], Secret]:
     if "file" in source:
         return load_observation(Path(source["file"])), load_secret(Path(source["secret"]))
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        observation, secret = victim(setting)(Path(folder), seed, lambda name: lambda step, steps, value: None)
+        observation, secret = victim(setting)(Path(folder), seed, lambda name: silent)
     return observation, secret
 
 
