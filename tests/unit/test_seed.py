@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gradleak.attacks import seed as seeds
-from gradleak.attacks.seed import USUAL, recover_seed, uniform_numbers, with_start_recovered
+from gradleak.attacks.seed import USUAL, Twisters, recover_seed, with_start_recovered
 from gradleak.errors import NotObserved
 from gradleak.formats.peft import read_adapter
 from gradleak.modalities.networks import Architecture
@@ -105,12 +105,14 @@ def same(found: Tensors, wanted: Tensors) -> bool:
 
 @pytest.mark.parametrize(("first", "count"), [(0, 1), (0, 1300), (600, 60), (1247, 2), (5000, 700)])
 def test_the_twisters_give_the_numbers_of_torch(first: int, count: int) -> None:
-    """Bit for bit, across the ends of their blocks of 624 words."""
+    """Bit for bit, across the ends of their blocks of 624 words, in pieces that may overlap."""
     tried = [0, 1, 42, 2**31, 2**32 - 1]
-    numbers = uniform_numbers(tried, first, count)
-    for column, seed in zip(numbers.T, tried, strict=True):
-        drawn = torch.rand(first + count, generator=torch.Generator().manual_seed(seed))[first:]
-        assert torch.equal(torch.from_numpy(column.copy()), drawn)
+    twisters = Twisters(tried)
+    for word in range(first, first + count, 20):
+        numbers = twisters.numbers(word, min(seeds.TOGETHER, first + count - word))
+        for column, seed in zip(numbers.T, tried, strict=True):
+            drawn = torch.rand(first + count, generator=torch.Generator().manual_seed(seed))[word : word + len(column)]
+            assert torch.equal(torch.from_numpy(column.copy()), drawn)
 
 
 @pytest.mark.parametrize(
@@ -143,12 +145,15 @@ def test_the_quick_test_reads_the_right_words(init: Any) -> None:
     torch.manual_seed(42)
     start = adapted(module, r=3, target_modules=["0", "1", "2"], init_lora_weights=init)
     factors = {m: (start[f"{m}.lora_A"], start[f"{m}.lora_B"].numel()) for m in ("0", "1", "2")}
-    test = seeds.QuickTest.of(factors, init == "gaussian")
-    assert [len(piece) for _, piece in test.pieces] == [128 if init == "gaussian" else 144] * 3
-    numbers = sum(len(piece) for _, piece in test.pieces)
-    z = test(uniform_numbers([41, 42], test.first, test.words))
-    assert z[1] == pytest.approx(numbers**0.5, abs=5 / 2**0.5)
-    assert abs(z[0]) < 5
+    for wanted, counts in ((seeds.FEW, [1, 1, 0]), (seeds.FEWEST, [1, 1, 1])):
+        test = seeds.QuickTest.of(factors, init == "gaussian", 0, wanted)
+        whole = 128 if init == "gaussian" else 144  # of 150 numbers torch draws the last 16 again
+        numbers = sum(len(piece) for _, piece in test.pieces)
+        assert numbers == min(wanted, whole * sum(counts))
+        assert all(len(piece) <= seeds.TOGETHER for _, piece in test.pieces)
+        [z] = seeds.agreements([41, 42], [test])
+        assert z[1] == pytest.approx(numbers**0.5, abs=5 / 2**0.5)
+        assert abs(z[0]) < 5
 
 
 @pytest.mark.parametrize("init", [True, "gaussian"])
@@ -272,8 +277,8 @@ def test_wrong_seeds_agree_as_chance_says() -> None:
     start = adapted(network(), r=4, target_modules=["z", "y", "b", "a"])
     factors = {m: (start[f"{m}.lora_A"], start[f"{m}.lora_B"].numel()) for m in ("z", "y", "b", "a")}
     for gaussian in (False, True):
-        test = seeds.QuickTest.of(factors, gaussian)
-        z = torch.from_numpy(test(uniform_numbers(list(range(3000)), test.first, test.words)))
+        test = seeds.QuickTest.of(factors, gaussian, 0, seeds.FEWEST)
+        z = torch.from_numpy(seeds.agreements(list(range(3000)), [test])[0])
         assert abs(float(z.mean())) < 5 / 3000**0.5
         assert abs(float(z.std()) - 1) < 5 / 6000**0.5
         assert float(z.max()) < 5  # one in 3.5 million
@@ -383,15 +388,24 @@ def test_what_has_nothing_to_recover_stays_the_same(tmp_path: Path) -> None:
 def test_no_usual_seed_no_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seeds, "USUAL", USUAL[:100])
     observation = tuned(tmp_path, seed=UNUSUAL)
-    assert with_start_recovered(observation) is observation
+    known = with_start_recovered(observation)
+    assert known == replace(observation, release=replace(observation.adapter, tried=100))
+    assert "none of 100 seeds draws" in next(told for name, _, told in known.reservations() if name == "no_seed")
+    again = with_start_recovered(known, seeds=range(100, 150))
+    assert (again.adapter.tried, again.adapter.origin) == (150, "unknown")
+    assert with_start_recovered(again, seeds=range(UNUSUAL - 5, UNUSUAL + 5)).adapter.seed == UNUSUAL
 
 
 def test_the_search_reports_and_ends_in_time(tmp_path: Path) -> None:
     observation = tuned(tmp_path, seed=UNUSUAL)
     told: list[tuple[int, int, float]] = []
     assert recover_seed(observation, seeds=range(2000), on_step=lambda *step: told.append(step)) is None
-    assert [step[0] for step in told] == [768, 1536, 2000]
-    assert {step[1] for step in told} == {2000}
+    assert [step[:2] for step in told] == [(2000, 2000)]
+    told.clear()
+    recover_seed(observation, seeds=range(50_000), on_step=lambda *step: told.append(step))
+    assert [step[0] for step in told] == sorted({step[0] for step in told})
+    assert (told[-1][0], {step[1] for step in told}) == (50_000, {50_000})
+    assert len(told) > 2
     told.clear()
     assert recover_seed(observation, seeds=iter(range(2**32)), on_step=lambda *s: told.append(s), seconds=0.05) is None
     assert 0 < len(told) < 100

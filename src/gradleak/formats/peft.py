@@ -2,7 +2,7 @@
 
 What is in the folder is where training ended. What it gives away is the change since it began, so the start has to be
 known: PEFT's default, "gaussian" and "eva" begin with B = 0, "mica" with A = 0; "pissa", "olora", "corda" and "lora_ga"
-begin with neither, and subtract the product of their start from the base model's weights.
+begin with neither, and subtract the product of their start from the base model's weights, which give that of the first two.
 """
 
 import re
@@ -24,6 +24,7 @@ from gradleak.observations.layers import is_adaptable, is_transposed, oriented
 from gradleak.observations.model import Model
 from gradleak.observations.observation import Observation
 from gradleak.observations.releases import Adapter, Origin, decay, product
+from gradleak.observations.starts import FROM_WEIGHTS, computed, halves, why_unknown
 from gradleak.observations.tensors import Tensors
 from gradleak.observations.training import Recipe
 
@@ -91,13 +92,22 @@ def read_adapter(
     what is no LoRA folder, is damaged, contradicts its config, does not fit the model or has learnt nothing.
     """
     factors, scaling, config, precision = read_factors(folder, model, recipe)
+    origin: Origin = "unknown"
+    init = str(config.init_lora_weights)
     if initial is not None:
         before, unscaled, _, _ = read_factors(initial, model, None)
         if {k: v.shape for k, v in before.items()} != {k: v.shape for k, v in factors.items()} or unscaled != scaling:
             raise BadInput(f"The initial adapter {initial} has other modules, ranks or scalings than {folder}.")
+        origin, subtracted = "given", init.startswith(SUBTRACTED)
+    elif init in FROM_WEIGHTS and start is None:
+        before = _computed(init, factors, scaling, model, folder)
+        origin, subtracted = "recovered", True
+    elif init == "True" and start is None and (both := _halves(factors, scaling, model)):
+        factors, before = both
+        origin, subtracted = "given", True
+    if origin != "unknown":
         changed = {name: factors[name] - before[name] for name in factors}
-        if str(config.init_lora_weights).startswith(SUBTRACTED):
-            model = _subtracted(model, before, scaling)
+        model = _subtracted(model, before, scaling) if subtracted else model
     else:
         zero = "lora_B" if zero_at_start(config, folder, start) == "B=0" else "lora_A"
         left = decay(recipe)
@@ -105,8 +115,9 @@ def read_adapter(
         changed = {k: v for k, v in factors.items() if k.endswith(zero)}
     if not any(bool(change.any()) for change in changed.values()):
         raise BadInput(f"The adapter in {folder} has learnt nothing: no factor has left its start.")
-    origin: Origin = "unknown" if initial is None else "given"
-    release = Adapter(start=before, scaling=scaling, recipe=recipe, dropout=config.lora_dropout, origin=origin)
+    release = Adapter(
+        start=before, scaling=scaling, recipe=recipe, dropout=config.lora_dropout, origin=origin, init=shortened(init)
+    )
     return Observation(
         model=model, release=release, released=changed, batch_size=batch_size, labels=labels, precision=precision
     )
@@ -178,9 +189,10 @@ def zero_at_start(config: Config, folder: Path, asked: Start | None = None) -> S
             f"The config in {folder} does not say where training began (init_lora_weights is false): "
             'say which factor was zero, start="B=0" or start="A=0", or give the adapter before training.'
         )
+    reason = f" ({reason})" if (reason := why_unknown(init, 0)) else ""
     raise BadInput(
-        f"The adapter in {folder} began at {shortened(init)[:60]!r}, where neither factor is zero: what it learnt is known only "
-        "beside its start, so give the folder of the adapter as it was saved before training."
+        f"The adapter in {folder} began at {shortened(init)[:60]!r}, where neither factor is zero{reason}: what it learnt is "
+        "known only beside its start, so give the folder of the adapter as it was saved before training."
     )
 
 
@@ -259,6 +271,34 @@ def _check_other(key: str, tensor: Tensor, model: Model[Any], recipe: Recipe | N
             f"The adapter in {folder} was trained together with {plain[:120]!r} for {recipe.steps} steps: only a single "
             "step can be told apart."
         )
+
+
+def _computed(init: str, factors: Tensors, scaling: dict[str, float], model: Model[Any], folder: Path) -> Tensors:
+    """Both factors of each module where PiSSA or OLoRA begins; BadInput where these cannot have begun there."""
+    before: Tensors = {}
+    for module, s in scaling.items():
+        a, b = f"{module}.lora_A", f"{module}.lora_B"
+        W = oriented(model, module, model.parameters[f"{module}.weight"])
+        try:
+            before[a], before[b] = computed(init, W, factors[a], factors[b], s)
+        except BadInput as error:
+            raise BadInput(
+                f"The config in {folder} contradicts {module}: {error}; give the folder of the adapter before training."
+            ) from error
+    return before
+
+
+def _halves(factors: Tensors, scaling: dict[str, float], model: Model[Any]) -> tuple[Tensors, Tensors] | None:
+    """(the factors at the end, those at the start) of an adapter that was converted to hold both, of half its rank."""
+    ended: Tensors = {}
+    before: Tensors = {}
+    for module in scaling:
+        a, b = f"{module}.lora_A", f"{module}.lora_B"
+        W = oriented(model, module, model.parameters[f"{module}.weight"])
+        if (both := halves(W, factors[a], factors[b])) is None:
+            return None
+        (ended[a], ended[b]), (before[a], before[b]) = both
+    return ended, before
 
 
 def _subtracted(model: Model[Any], start: Tensors, scaling: dict[str, float]) -> Model[Any]:
