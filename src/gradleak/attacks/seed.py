@@ -42,9 +42,9 @@ GAUSSIAN = {
 }  # how the config says that A was drawn; either way where it says nothing
 SEEDS = 2**32
 ALARM = 1e-3  # probability that any of all wrong seeds passes
-FEW, FEWEST, MOST = 256, 1024, 8192  # numbers of A in the sieve; in the strong test, at least and at most
+FEW, FEWEST, MOST = 320, 1024, 8192  # numbers of A in the sieve; in the strong test, at least and at most
 CUT = 3.0  # z of all numbers that so far fit, below which no more are drawn
-LOW, HIGH = 1.7, 3.5  # z that a seed has to reach in those two tests, as 1 of 22 and 1 of 4,300 wrong ones does
+LOW, HIGH = 2.2, 3.5  # z that a seed has to reach in those two tests, as 1 of 72 and 1 of 4,300 wrong ones does
 ABREAST, TOGETHER = 2048, 32  # seeds side by side; rows of their twisters, or numbers, that fit into a cache at a time
 FAR = 2**20  # words before the adapter beyond which no new head is tried, and fewer seeds side by side
 
@@ -91,8 +91,8 @@ def recover_seed(
     """The first of these seeds (default: `USUAL`) that drew the adapter; None when none did, or B did not begin at zero.
 
     A sieve looks at few numbers of every seed; those that pass wait until they are many enough for the strong test, and what
-    passes that is drawn as a whole. A right seed that left a cosine of .3 has z = 4.8 +- 1 in the sieve, 9.6 in the test:
-    it is missed once in 1,000 times.
+    passes that is drawn as a whole. Where a cosine of .3 is left, the right seed has z = 5.4 +- 1 in the sieve and 9.6 in the
+    test: it is missed once in 1,000 times. As few seeds as the usual ones are not sieved.
 
     on_step is told how many seeds were tried, how many there are, and -z of the best. After `seconds` of CPU time no more
     seeds are begun. Raises NotObserved when what was released is no adapter.
@@ -114,7 +114,8 @@ def recover_seed(
     total, best = length_hint(seeds), 0.0
     until = process_time() + (inf if seconds is None else seconds)
     abreast = max(1, min(ABREAST, FAR * ABREAST // max(*offsets, first)))
-    for tried, passed in sieved(iter(seeds), sieve, abreast, until):
+    low = LOW if total > len(USUAL) else -inf
+    for tried, passed in sieved(iter(seeds), sieve, low, abreast, until):
         z = agreements(passed, strong)
         best = max(best, float(z.max(initial=0)))
         for i, test in np.argwhere(z.transpose() > HIGH):
@@ -130,13 +131,13 @@ def recover_seed(
 
 
 def sieved(
-    seeds: Iterator[int], sieve: list["QuickTest"], abreast: int, until: float
+    seeds: Iterator[int], sieve: list["QuickTest"], low: float, abreast: int, until: float
 ) -> Iterator[tuple[int, list[int]]]:
-    """(how many were looked at, those of them that pass any test), whenever many wait, and at the end. No more after that time."""
+    """(how many were looked at, those of them whose z exceeds `low` in any test), whenever many wait, and at the end. No more after that time."""
     tried, passed = 0, list[int]()
     while process_time() < until and (chunk := [seed % SEEDS for seed in islice(seeds, abreast)]):
         tried += len(chunk)
-        passed += [chunk[i] for i in np.flatnonzero((agreements(chunk, sieve) > LOW).any(0))]
+        passed += [chunk[i] for i in np.flatnonzero((agreements(chunk, sieve) > low).any(0))]
         if len(passed) >= abreast // 4:
             yield tried, passed
             passed = []
@@ -257,10 +258,10 @@ class QuickTest:
     def agreement(self, a: Floats, u: Floats) -> Floats:
         """<a, draws over their deviation> (seeds,), of uniform numbers u (len(a), seeds) in [0, 1)."""
         if not self.gaussian:
-            uniform: Floats = sqrt(12) * (a @ u - a.sum() / 2)
+            uniform: Floats = np.float32(sqrt(12)) * (a @ u - a.sum() / 2)
             return uniform
         first, second = u.reshape(-1, 2, 8, u.shape[1]).swapaxes(0, 1)  # torch makes numbers i and i + 8 of each 16
-        radius, angle = np.sqrt(-2 * np.log1p(-first)), np.float32(2 * pi) * second  # from uniform ones i and i + 8
+        radius, angle = np.sqrt(-2 * np.log(1 - first)), np.float32(2 * pi) * second  # from uniform ones i and i + 8
         normal: Floats = a @ np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(u.shape)
         return normal
 
@@ -324,4 +325,6 @@ class Twisters:
         y ^= np.bitwise_and(np.left_shift(y, FIFTEEN, t), 0xEFC60000, t)
         y ^= np.right_shift(y, EIGHTEEN, t)
         y &= 0xFFFFFF  # torch takes the low 24 bits
-        return y.view(np.int32) * np.float32(2**-24)
+        u = y.view(np.int32).astype(np.float32)
+        u *= np.float32(2**-24)
+        return u
