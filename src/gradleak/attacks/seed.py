@@ -21,11 +21,11 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.init import kaiming_uniform_, normal_
 
 from gradleak.attacks.search.descend import OnStep
+from gradleak.attacks.twisters import TOGETHER, Floats, Twisters
 from gradleak.modalities.networks import ImageTransformer
 from gradleak.observations.layers import is_linear
 from gradleak.observations.model import Model
@@ -45,20 +45,10 @@ ALARM = 1e-3  # probability that any of all wrong seeds passes
 FEW, FEWEST, MOST = 320, 1024, 8192  # numbers of A in the sieve; in the strong test, at least and at most
 CUT = 3.0  # z of all numbers that so far fit, below which no more are drawn
 LOW, HIGH = 2.2, 3.5  # z that a seed has to reach in those two tests, as 1 of 72 and 1 of 4,300 wrong ones does
-ABREAST, TOGETHER = 2048, 32  # seeds side by side; rows of their twisters, or numbers, that fit into a cache at a time
+ABREAST = 2048  # seeds side by side
 FAR = 2**20  # words before the adapter beyond which no new head is tried, and fewer seeds side by side
 
 Factors = dict[str, tuple[Tensor, int]]  # {module: (A at the end, float32 on the CPU; count of B's numbers)}, as drawn
-Floats = NDArray[np.float32]
-
-
-def words(numbers: Iterable[int]) -> list[NDArray[np.uint32]]:
-    """Each as an array of its own, which numpy computes with faster than with a number."""
-    return [np.array(number, np.uint32) for number in numbers]
-
-
-ONE, SEVEN, ELEVEN, FIFTEEN, EIGHTEEN, THIRTY = words((1, 7, 11, 15, 18, 30))
-LOWER, FACTOR, MATRIX = words((0x7FFFFFFF, 1812433253, 0x9908B0DF))
 
 
 @dataclass(frozen=True)
@@ -281,50 +271,3 @@ def agreements(seeds: list[int], tests: list[QuickTest]) -> Floats:
     for word, i, a in sorted(pieces, key=lambda piece: piece[:2]):
         z[i] += tests[i].agreement(a, twisters.numbers(word, len(a)))
     return z
-
-
-class Twisters:
-    """The Mersenne twisters MT19937 (Matsumoto and Nishimura 1998) of many seeds, side by side.
-
-    Word m follows from words m - 624, m - 623 and m - 227, and takes the place of the first: row m mod 624.
-    """
-
-    def __init__(self, seeds: list[int]) -> None:
-        self.state, self.at = np.empty((624, len(seeds)), np.uint32), 0
-        self.state[0], self.scratch = seeds, np.empty((2, TOGETHER, len(seeds)), np.uint32)
-        rows = [*self.state]
-        for old, new, i in zip(rows[:-1], rows[1:], words(range(1, 624)), strict=True):
-            np.right_shift(old, THIRTY, new)
-            np.bitwise_xor(new, old, new)
-            np.multiply(new, FACTOR, new)
-            np.add(new, i, new)
-
-    def forward(self, end: int) -> None:
-        """Make all words before this one."""
-        x = self.state
-        while self.at < end:
-            a = self.at % 624
-            b = min(a + TOGETHER, a + end - self.at, next(edge for edge in (227, 623, 624) if a < edge))
-            y, odd = self.scratch[:, : b - a]
-            np.bitwise_xor(x[a:b], x[a + 1 : b + 1] if b < 624 else x[:1], y)
-            np.bitwise_and(y, LOWER, y)
-            np.bitwise_xor(y, x[a:b], y)  # its upper bit, and the 31 lower ones of the next
-            np.bitwise_and(y, ONE, odd)
-            np.multiply(odd, MATRIX, odd)
-            np.right_shift(y, ONE, y)
-            np.bitwise_xor(y, odd, y)
-            np.bitwise_xor(y, x[a + 397 : b + 397] if b <= 227 else x[a - 227 : b - 227], x[a:b])
-            self.at += b - a
-
-    def numbers(self, first: int, count: int) -> Floats:
-        """(count, seeds): what torch draws on the CPU from the first-th word on, float32 in [0, 1): of the last 624 words only."""
-        self.forward(first + count)
-        y, t = self.state[np.arange(first, first + count) % 624], self.scratch[0, :count]
-        y ^= np.right_shift(y, ELEVEN, t)
-        y ^= np.bitwise_and(np.left_shift(y, SEVEN, t), 0x9D2C5680, t)
-        y ^= np.bitwise_and(np.left_shift(y, FIFTEEN, t), 0xEFC60000, t)
-        y ^= np.right_shift(y, EIGHTEEN, t)
-        y &= 0xFFFFFF  # torch takes the low 24 bits
-        u = y.view(np.int32).astype(np.float32)
-        u *= np.float32(2**-24)
-        return u

@@ -78,7 +78,7 @@ def seed_range(text: str | None) -> range | None:
         return None
     start, _, end = text.rpartition(":")
     if not re.fullmatch(r"(\d{1,10}:)?\d{1,10}", text, re.ASCII) or not int(start or 0) < int(end) <= 2**32:
-        raise BadInput(f"--seeds is N or START:END, of seeds below 4,294,967,296, not {shortened(text)!r}.")
+        raise BadInput(f"--seeds is N or START:END, of seeds from 0 to 4,294,967,295, not {shortened(text)!r}.")
     return range(int(start or 0), int(end))
 
 

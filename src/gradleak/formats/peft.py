@@ -24,7 +24,7 @@ from gradleak.observations.layers import is_adaptable, is_transposed, oriented
 from gradleak.observations.model import Model
 from gradleak.observations.observation import Observation
 from gradleak.observations.releases import Adapter, Origin, decay, product
-from gradleak.observations.starts import FROM_WEIGHTS, computed, halves, why_unknown
+from gradleak.observations.starts import FROM_WEIGHTS, computed, converted, why_unknown
 from gradleak.observations.tensors import Tensors
 from gradleak.observations.training import Recipe
 
@@ -100,9 +100,14 @@ def read_adapter(
             raise BadInput(f"The initial adapter {initial} has other modules, ranks or scalings than {folder}.")
         origin, subtracted = "given", init.startswith(SUBTRACTED)
     elif init in FROM_WEIGHTS and start is None:
-        before = _computed(init, factors, scaling, model, folder)
+        try:
+            before = computed(init, model, factors, scaling)
+        except BadInput as error:
+            raise BadInput(
+                f"The config in {folder} contradicts {error}; give the adapter before training, or the base it began with."
+            ) from error
         origin, subtracted = "recovered", True
-    elif init == "True" and start is None and (both := _halves(factors, scaling, model)):
+    elif init == "True" and start is None and (both := converted(model, factors, scaling)):
         factors, before = both
         origin, subtracted = "given", True
     if origin != "unknown":
@@ -271,34 +276,6 @@ def _check_other(key: str, tensor: Tensor, model: Model[Any], recipe: Recipe | N
             f"The adapter in {folder} was trained together with {plain[:120]!r} for {recipe.steps} steps: only a single "
             "step can be told apart."
         )
-
-
-def _computed(init: str, factors: Tensors, scaling: dict[str, float], model: Model[Any], folder: Path) -> Tensors:
-    """Both factors of each module where PiSSA or OLoRA begins; BadInput where these cannot have begun there."""
-    before: Tensors = {}
-    for module, s in scaling.items():
-        a, b = f"{module}.lora_A", f"{module}.lora_B"
-        W = oriented(model, module, model.parameters[f"{module}.weight"])
-        try:
-            before[a], before[b] = computed(init, W, factors[a], factors[b], s)
-        except BadInput as error:
-            raise BadInput(
-                f"The config in {folder} contradicts {module}: {error}; give the folder of the adapter before training."
-            ) from error
-    return before
-
-
-def _halves(factors: Tensors, scaling: dict[str, float], model: Model[Any]) -> tuple[Tensors, Tensors] | None:
-    """(the factors at the end, those at the start) of an adapter that was converted to hold both, of half its rank."""
-    ended: Tensors = {}
-    before: Tensors = {}
-    for module in scaling:
-        a, b = f"{module}.lora_A", f"{module}.lora_B"
-        W = oriented(model, module, model.parameters[f"{module}.weight"])
-        if (both := halves(W, factors[a], factors[b])) is None:
-            return None
-        (ended[a], ended[b]), (before[a], before[b]) = both
-    return ended, before
 
 
 def _subtracted(model: Model[Any], start: Tensors, scaling: dict[str, float]) -> Model[Any]:

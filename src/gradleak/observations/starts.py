@@ -4,10 +4,16 @@ PiSSA (Meng et al. 2024, arXiv:2404.02948) and OLoRA (Buyukakyuz 2024, arXiv:240
 does in tuners/lora/layer.py, and leave W - s B A in its place: whoever has W computes the start.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from gradleak.errors import BadInput
+from gradleak.observations.layers import oriented
+from gradleak.observations.model import Model
+from gradleak.observations.tensors import Tensors
 
 # Why no seed draws these, and W does not give them.
 ELSEWHERE = {
@@ -45,33 +51,48 @@ def olora(W: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
 FROM_WEIGHTS = {"pissa": pissa, "olora": olora}
 
 
-def computed(init: str, W: Tensor, A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """The start of the trained factors A (r, in) and B (out, r), rounded as PEFT rounds it to the format of W.
+def computed(init: str, model: Model[Any], factors: Tensors, scaling: dict[str, float]) -> Tensors:
+    """Where these trained factors, {MODULE.lora_A (r, in), MODULE.lora_B (out, r)}, began, rounded as PEFT rounds to the format of W.
 
-    Another library may have given a row of A and its column of B the other sign: they have that of the end.
-    Raises BadInput where these factors cannot have begun there.
+    Another library may have given a row of A and its column of B the other sign: they get that of the end. Raises BadInput
+    where a module cannot have begun there.
     """
-    fits = W.ndim == 2 and len(A) <= min(W.shape)
-    A_0, B_0 = (t.to(W.dtype).float() for t in FROM_WEIGHTS[init](W, len(A), scaling)) if fits else (A * 0, B * 0)
-    sign = torch.where((A * A_0).sum(1) + (B * B_0).sum(0) < 0, -1.0, 1.0)
-    A_0, B_0 = sign[:, None] * A_0, sign * B_0
-    end, start = (torch.cat([a.flatten(), b.flatten()]) for a, b in ((A, B), (A_0, B_0)))
-    if not float(end @ start) > float(end.norm() * start.norm()) / 2:  # NaN too: of a negative scaling
-        raise BadInput(
-            f"its factors are far from where {init} begins with these weights, so that this is another base model or start"
-        )
-    return A_0, B_0
+    before: Tensors = {}
+    for module, s in scaling.items():
+        W, A, B = weight(model, module), factors[f"{module}.lora_A"], factors[f"{module}.lora_B"]
+        fits = W.ndim == 2 and len(A) <= min(W.shape)
+        A_0, B_0 = (t.to(W.dtype).float() for t in FROM_WEIGHTS[init](W, len(A), s)) if fits else (A * 0, B * 0)
+        sign = torch.where((A * A_0).flatten(1).sum(1) + (B * B_0).flatten(1).sum(0) < 0, -1.0, 1.0)
+        A_0, B_0 = (sign[:, None] * A_0, sign * B_0) if fits else (A_0, B_0)
+        end, start = (torch.cat([a.flatten(), b.flatten()]) for a, b in ((A, B), (A_0, B_0)))
+        if not float(end @ start) > float(end.norm() * start.norm()) / 2:  # NaN too: of a negative scaling
+            raise BadInput(
+                f"the factors of {module}, which are far from where {init} begins with these weights: this is another base "
+                "model or start"
+            )
+        before[f"{module}.lora_A"], before[f"{module}.lora_B"] = A_0, B_0
+    return before
 
 
-def halves(W: Tensor, A: Tensor, B: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
-    """((A, B) at the end, (A, B) at the start) of a converted adapter, which holds both: A = [A_T; A_0], B = [B_T, -B_0].
+def converted(model: Model[Any], factors: Tensors, modules: Iterable[str]) -> tuple[Tensors, Tensors] | None:
+    """(factors at the end, factors at the start) where these hold both: A = [A_T; A_0], B = [B_T, -B_0]; else None.
 
     PEFT converts PiSSA, OLoRA and CorDA so (LoraModel.subtract_mutated_init). Of all three, B_0^T W is parallel to A_0, row by
-    row. None where that is not so.
+    row.
     """
-    r = len(A) // 2
-    if W.ndim != 2 or len(A) % 2 or min(W.shape) < 3:
-        return None
-    A_0, B_0 = A[r:], -B[:, r:]
-    parallel = torch.cosine_similarity(B_0.T @ W.float(), A_0, dim=1) > PARALLEL
-    return ((A[:r], B[:, :r]), (A_0, B_0)) if bool(parallel.all()) else None
+    ended: Tensors = {}
+    before: Tensors = {}
+    for module in modules:
+        a, b, W = f"{module}.lora_A", f"{module}.lora_B", weight(model, module)
+        A, B, r = factors[a], factors[b], len(factors[a]) // 2
+        if W.ndim != 2 or len(A) % 2 or min(W.shape) < 3:  # in the plane, numbers may be parallel by chance
+            return None
+        (ended[a], ended[b]), (before[a], before[b]) = (A[:r], B[:, :r]), (A[r:], -B[:, r:])
+        if not bool((torch.cosine_similarity(before[b].T @ W.float(), before[a], dim=1) > PARALLEL).all()):
+            return None
+    return ended, before
+
+
+def weight(model: Model[Any], module: str) -> Tensor:
+    """W of a module as a matrix (out, in) or a convolution's (out, in, k, k)."""
+    return oriented(model, module, model.parameters[f"{module}.weight"])
