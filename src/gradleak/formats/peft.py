@@ -70,6 +70,13 @@ class Config(msgspec.Struct, frozen=True):
     rank_pattern: Mapping[str, Rank] | None = None
     alpha_pattern: Mapping[str, Alpha] | None = None
 
+    @property
+    def init(self) -> str:
+        """init_lora_weights as a word: PEFT takes "OLoRA" and "Gaussian" too."""
+        return (
+            self.init_lora_weights.lower() if isinstance(self.init_lora_weights, str) else str(self.init_lora_weights)
+        )
+
 
 def read_adapter(
     folder: Path,
@@ -93,7 +100,7 @@ def read_adapter(
     """
     factors, scaling, config, precision = read_factors(folder, model, recipe)
     origin: Origin = "unknown"
-    init = str(config.init_lora_weights)
+    init = config.init
     if initial is not None:
         before, unscaled, _, _ = read_factors(initial, model, None)
         if {k: v.shape for k, v in before.items()} != {k: v.shape for k, v in factors.items()} or unscaled != scaling:
@@ -186,7 +193,7 @@ def _config(folder: Path) -> Config:
 
 def zero_at_start(config: Config, folder: Path, asked: Start | None = None) -> Start:
     """Which factor was zero before training; BadInput where neither was, or the config does not say."""
-    init = str(config.init_lora_weights)
+    init = config.init
     if start := asked or STARTS.get(init):
         return start
     if init == "False":
