@@ -593,6 +593,18 @@ def test_seeds_beyond_the_usual_ones_are_searched(
     assert "--seeds says nothing about this observation" in refused(*gradient, "--out", tmp_path / "no")
 
 
+def test_an_adapter_of_pissa_is_audited_beside_its_base(
+    tmp_path: Path, ok: Run, refused: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody gives the adapter before training; there is no seed to search for."""
+    monkeypatch.setitem(ATTACKS, "dlg", Guess)
+    ok("capture", "adapter", "--model", "mlp", *DIGITS, "--epochs", 0, "--init", "pissa", "--out", tmp_path / "a")
+    audit = ["audit", tmp_path / "a" / "adapter", "--base", tmp_path / "a" / "base", *DIGITS, "--attacks", "dlg"]
+    ok(*audit, "--out", tmp_path / "audit")
+    assert beginning(tmp_path / "audit") == "recovered: the base model's weights give it"
+    assert "--seeds says nothing" in refused(*audit, "--seeds", 500, "--out", tmp_path / "no")
+
+
 def test_a_search_for_seeds_that_is_stopped_says_where_to_go_on(
     tmp_path: Path, captured: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

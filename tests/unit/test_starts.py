@@ -180,3 +180,15 @@ def test_the_config_says_how_the_start_was_drawn(tmp_path: Path) -> None:
     assert with_start_recovered(wrong, seeds=range(30, 50)).adapter.origin == "unknown"
     silent = replace(observation, release=replace(observation.adapter, init=""))
     assert with_start_recovered(silent, seeds=range(30, 50)).adapter.seed == 42
+
+
+def test_no_convolution_begins_with_pissa(tmp_path: Path) -> None:
+    """PEFT has no such adapters: a config that says so contradicts its factors."""
+    convnet = Architecture("convnet", (1, 8, 8), 10)
+    fine_tune(
+        Model.of(convnet.build(0), convnet), pictures(), rank=4, target_modules="all", recipe=RECIPE, out=tmp_path
+    )
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"init_lora_weights": true', '"init_lora_weights": "pissa"'))
+    with pytest.raises(BadInput, match="far from where pissa begins"):
+        read_adapter(tmp_path / "adapter", Model.of(convnet.build(0), convnet))
