@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -272,6 +272,20 @@ def test_seeds_are_cut_to_32_bits(tmp_path: Path) -> None:
 # --- Wrong seeds ---
 
 
+def test_the_sieve_misses_one_right_seed_in_1_000() -> None:
+    """At a cosine of .3, z = .3 sqrt(320) = 5.37 with a deviation below 1, so P(z < 2.2) < Phi(-3.17) = .00076; of 8,000 right
+    seeds, 6 are expected, 6 + 5 sqrt(6) = 18 at most. One of 72 wrong seeds passes: Phi(-2.2) = .0139."""
+    tried, generator = list(range(8000)), torch.Generator().manual_seed(0)
+    twisters = Twisters(tried)
+    drawn = torch.cat([torch.from_numpy(twisters.numbers(word, 32)) for word in range(0, seeds.FEW, 32)])
+    u = (drawn - 0.5) * 12**0.5
+    ended = 0.3 * u + (1 - 0.3**2) ** 0.5 * torch.randn(u.shape, generator=generator)
+    z = (ended * u).sum(0) / ended.norm(dim=0)
+    assert int((z <= seeds.LOW).sum()) <= 18
+    wrong = (ended * u.roll(1, 1)).sum(0) / ended.norm(dim=0)
+    assert int((wrong > seeds.LOW).sum()) == pytest.approx(8000 * 0.0139, abs=5 * (8000 * 0.0139) ** 0.5)
+
+
 def test_wrong_seeds_agree_as_chance_says() -> None:
     """z of 3,000 wrong seeds has mean 0 and deviation 1, to within five deviations of their estimates, and no z is 5."""
     torch.manual_seed(UNUSUAL)
@@ -295,12 +309,13 @@ def test_no_wrong_seed_is_taken() -> None:
 
 
 @pytest.mark.parametrize("moved", [1.0, 3.0])
-def test_a_random_step_away_the_seed_is_found(moved: float) -> None:
-    """A step of 3 lengths leaves a cosine of 1 / sqrt(10) = .32, give or take 1 / sqrt(1404) = .03."""
+@pytest.mark.parametrize("tried", [USUAL[:1000], range(len(USUAL) + 1)], ids=["few", "sieved"])
+def test_a_random_step_away_the_seed_is_found(moved: float, tried: Sequence[int]) -> None:
+    """A step of 3 lengths leaves a cosine of 1 / sqrt(10) = .32, give or take 1 / sqrt(1404) = .03: a z of 5.7 in the sieve."""
     model = Model.of(network(), MLP)
     torch.manual_seed(123)
     start = adapted(model.solid(), r=4, target_modules=["z", "y", "b", "a"])
-    found = recover_seed(observed(model, start, moved=moved), seeds=USUAL[:1000])
+    found = recover_seed(observed(model, start, moved=moved), seeds=tried)
     assert found is not None
     assert found.seed == 123
     assert found.cosine == pytest.approx((1 + moved**2) ** -0.5, abs=0.12)

@@ -39,7 +39,7 @@ USUAL: tuple[int, ...] = tuple(dict.fromkeys((*TYPED, *range(10_000))))  # what 
 GAUSSIAN = {
     "True": (False,),
     "gaussian": (True,),
-}  # how the config says that A was drawn; either way where it says nothing
+}  # was A drawn normally? By the config; either, where that says nothing
 SEEDS = 2**32
 ALARM = 1e-3  # probability that any of all wrong seeds passes
 FEW, FEWEST, MOST = 320, 1024, 8192  # numbers of A in the sieve; in the strong test, at least and at most
@@ -123,7 +123,10 @@ def recover_seed(
 def sieved(
     seeds: Iterator[int], sieve: list["QuickTest"], low: float, abreast: int, until: float
 ) -> Iterator[tuple[int, list[int]]]:
-    """(how many were looked at, those of them whose z exceeds `low` in any test), whenever many wait, and at the end. No more after that time."""
+    """(how many were looked at so far, the new ones whose z exceeds `low` in any test), whenever many wait, and at the end.
+
+    No more are begun after `until`, in CPU time of the process.
+    """
     tried, passed = 0, list[int]()
     while process_time() < until and (chunk := [seed % SEEDS for seed in islice(seeds, abreast)]):
         tried += len(chunk)
