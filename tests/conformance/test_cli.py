@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import gradleak
 from gradleak.attacks import ATTACKS
 from gradleak.attacks.reconstruction import Outcome, Reconstruction
+from gradleak.attacks.seed import USUAL
 from gradleak.cli import commands
 from gradleak.cli.app import COMMANDS, main
 from gradleak.formats.model_folder import read_base, read_model
@@ -563,6 +564,66 @@ def test_eight_pictures_come_back_from_an_adapter_by_its_seed(tmp_path: Path, ok
     assert {f["item"]: f["detail"] for f in record.read(tmp_path / "told" / "record.json")["threat_model"]}[
         "batch size"
     ] == "3"
+
+
+def beginning(folder: Path) -> str:
+    """What the record in this folder says of the adapter's start."""
+    return next(
+        f["detail"] for f in record.read(folder / "record.json")["threat_model"] if f["item"] == "initial adapter"
+    )
+
+
+def test_seeds_beyond_the_usual_ones_are_searched(
+    tmp_path: Path, captured: Path, ok: Run, refused: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A range holds the seed or it does not; a wrong one is told with the number of seeds; rerun searches again."""
+    monkeypatch.setitem(ATTACKS, "dlg", Guess)
+    ok("capture", "adapter", "--model", "mlp", *DIGITS, "--epochs", 0, "--seed", 54_321, "--out", tmp_path / "a")
+    audit = ["audit", tmp_path / "a" / "adapter", "--base", tmp_path / "a" / "base", *DIGITS, "--attacks", "dlg"]
+    ok(*audit, "--seeds", "54000:55000", "--out", tmp_path / "found")
+    assert beginning(tmp_path / "found") == "recovered: seed 54321 draws it"
+    ok("rerun", tmp_path / "found" / "record.json", "--out", tmp_path / "again")
+    assert beginning(tmp_path / "again") == beginning(tmp_path / "found")
+    ok(*audit, "--seeds", 500, "--out", tmp_path / "none")
+    assert beginning(tmp_path / "none").startswith("unknown")
+    assert f"none of {len(USUAL) + 500:,} seeds draws" in (tmp_path / "none" / "record.json").read_text()
+    for text in ("", "0", "5:5", "9:3", "-1", "1e6", "4294967297", "1:2:3", "\u0663"):
+        assert "--seeds is N or START:END" in refused(*audit, f"--seeds={text}", "--out", tmp_path / "no")
+    gradient = ["audit", seen(captured, "mlp"), *DIGITS, "--attacks", "dlg", "--seeds", 500]
+    assert "--seeds says nothing about this observation" in refused(*gradient, "--out", tmp_path / "no")
+
+
+def test_an_adapter_of_pissa_is_audited_beside_its_base(
+    tmp_path: Path, ok: Run, refused: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody gives the adapter before training; there is no seed to search for."""
+    monkeypatch.setitem(ATTACKS, "dlg", Guess)
+    ok("capture", "adapter", "--model", "mlp", *DIGITS, "--epochs", 0, "--init", "pissa", "--out", tmp_path / "a")
+    audit = ["audit", tmp_path / "a" / "adapter", "--base", tmp_path / "a" / "base", *DIGITS, "--attacks", "dlg"]
+    ok(*audit, "--out", tmp_path / "audit")
+    assert beginning(tmp_path / "audit") == "recovered: the base model's weights give it"
+    assert "--seeds says nothing" in refused(*audit, "--seeds", 500, "--out", tmp_path / "no")
+
+
+def test_a_search_for_seeds_that_is_stopped_says_where_to_go_on(
+    tmp_path: Path, captured: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The audit goes on with what is known."""
+
+    def stopped(observation: Any, *, seeds: range | None = None, on_step: Any = None) -> Any:
+        if seeds is None:
+            return observation
+        on_step(2_000, len(seeds), 0.0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(ATTACKS, "dlg", Guess)
+    monkeypatch.setattr(commands, "with_start_recovered", stopped)
+    tuned = captured / "tuned"
+    audit = ["audit", str(tuned / "adapter"), "--base", str(tuned / "base"), *DIGITS, "--attacks", "dlg"]
+    assert main([*audit, "--seeds", "1000:4000000000", "--out", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().err
+    assert told == "gradleak: the search for the seed stops; --seeds 3000:4000000000 goes on with it.\n"
+    assert [row["attack"] for row in record.read(tmp_path / "out" / "record.json")["results"]] == ["dlg"]
 
 
 # --- Help ---

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from gradleak.attacks import seed as seeds
-from gradleak.attacks.seed import USUAL, recover_seed, uniform_numbers, with_start_recovered
+from gradleak.attacks.seed import USUAL, recover_seed, with_start_recovered
+from gradleak.attacks.twisters import TOGETHER, Twisters
 from gradleak.errors import NotObserved
 from gradleak.formats.peft import read_adapter
 from gradleak.modalities.networks import Architecture
@@ -105,12 +106,14 @@ def same(found: Tensors, wanted: Tensors) -> bool:
 
 @pytest.mark.parametrize(("first", "count"), [(0, 1), (0, 1300), (600, 60), (1247, 2), (5000, 700)])
 def test_the_twisters_give_the_numbers_of_torch(first: int, count: int) -> None:
-    """Bit for bit, across the ends of their blocks of 624 words."""
+    """Bit for bit, across the ends of their blocks of 624 words, in pieces that may overlap."""
     tried = [0, 1, 42, 2**31, 2**32 - 1]
-    numbers = uniform_numbers(tried, first, count)
-    for column, seed in zip(numbers.T, tried, strict=True):
-        drawn = torch.rand(first + count, generator=torch.Generator().manual_seed(seed))[first:]
-        assert torch.equal(torch.from_numpy(column.copy()), drawn)
+    twisters = Twisters(tried)
+    for word in range(first, first + count, 20):
+        numbers = twisters.numbers(word, min(TOGETHER, first + count - word))
+        for column, seed in zip(numbers.T, tried, strict=True):
+            drawn = torch.rand(first + count, generator=torch.Generator().manual_seed(seed))[word : word + len(column)]
+            assert torch.equal(torch.from_numpy(column.copy()), drawn)
 
 
 @pytest.mark.parametrize(
@@ -143,12 +146,15 @@ def test_the_quick_test_reads_the_right_words(init: Any) -> None:
     torch.manual_seed(42)
     start = adapted(module, r=3, target_modules=["0", "1", "2"], init_lora_weights=init)
     factors = {m: (start[f"{m}.lora_A"], start[f"{m}.lora_B"].numel()) for m in ("0", "1", "2")}
-    test = seeds.QuickTest.of(factors, init == "gaussian")
-    assert [len(piece) for _, piece in test.pieces] == [128 if init == "gaussian" else 144] * 3
-    numbers = sum(len(piece) for _, piece in test.pieces)
-    z = test(uniform_numbers([41, 42], test.first, test.words))
-    assert z[1] == pytest.approx(numbers**0.5, abs=5 / 2**0.5)
-    assert abs(z[0]) < 5
+    for wanted in (seeds.FEW, seeds.FEWEST):
+        test = seeds.QuickTest.of(factors, init == "gaussian", 0, wanted)
+        whole = 128 if init == "gaussian" else 144  # of 150 numbers torch draws the last 16 again
+        numbers = sum(len(piece) for _, piece in test.pieces)
+        assert numbers == min(wanted, 3 * whole)
+        assert all(len(piece) <= TOGETHER for _, piece in test.pieces)
+        [z] = seeds.agreements([41, 42], [test])
+        assert z[1] == pytest.approx(numbers**0.5, abs=5 / 2**0.5)
+        assert abs(z[0]) < 5
 
 
 @pytest.mark.parametrize("init", [True, "gaussian"])
@@ -266,14 +272,28 @@ def test_seeds_are_cut_to_32_bits(tmp_path: Path) -> None:
 # --- Wrong seeds ---
 
 
+def test_the_sieve_misses_one_right_seed_in_1_000() -> None:
+    """At a cosine of .3, z = .3 sqrt(320) = 5.37 with a deviation below 1, so P(z < 2.2) < Phi(-3.17) = .00076; of 8,000 right
+    seeds, 6 are expected, 6 + 5 sqrt(6) = 18 at most. One of 72 wrong seeds passes: Phi(-2.2) = .0139."""
+    tried, generator = list(range(8000)), torch.Generator().manual_seed(0)
+    twisters = Twisters(tried)
+    drawn = torch.cat([torch.from_numpy(twisters.numbers(word, 32)) for word in range(0, seeds.FEW, 32)])
+    u = (drawn - 0.5) * 12**0.5
+    ended = 0.3 * u + (1 - 0.3**2) ** 0.5 * torch.randn(u.shape, generator=generator)
+    z = (ended * u).sum(0) / ended.norm(dim=0)
+    assert int((z <= seeds.LOW).sum()) <= 18
+    wrong = (ended * u.roll(1, 1)).sum(0) / ended.norm(dim=0)
+    assert int((wrong > seeds.LOW).sum()) == pytest.approx(8000 * 0.0139, abs=5 * (8000 * 0.0139) ** 0.5)
+
+
 def test_wrong_seeds_agree_as_chance_says() -> None:
     """z of 3,000 wrong seeds has mean 0 and deviation 1, to within five deviations of their estimates, and no z is 5."""
     torch.manual_seed(UNUSUAL)
     start = adapted(network(), r=4, target_modules=["z", "y", "b", "a"])
     factors = {m: (start[f"{m}.lora_A"], start[f"{m}.lora_B"].numel()) for m in ("z", "y", "b", "a")}
     for gaussian in (False, True):
-        test = seeds.QuickTest.of(factors, gaussian)
-        z = torch.from_numpy(test(uniform_numbers(list(range(3000)), test.first, test.words)))
+        test = seeds.QuickTest.of(factors, gaussian, 0, seeds.FEWEST)
+        z = torch.from_numpy(seeds.agreements(list(range(3000)), [test])[0])
         assert abs(float(z.mean())) < 5 / 3000**0.5
         assert abs(float(z.std()) - 1) < 5 / 6000**0.5
         assert float(z.max()) < 5  # one in 3.5 million
@@ -289,12 +309,13 @@ def test_no_wrong_seed_is_taken() -> None:
 
 
 @pytest.mark.parametrize("moved", [1.0, 3.0])
-def test_a_random_step_away_the_seed_is_found(moved: float) -> None:
-    """A step of 3 lengths leaves a cosine of 1 / sqrt(10) = .32, give or take 1 / sqrt(1404) = .03."""
+@pytest.mark.parametrize("tried", [USUAL[:1000], range(len(USUAL) + 1)], ids=["few", "sieved"])
+def test_a_random_step_away_the_seed_is_found(moved: float, tried: Sequence[int]) -> None:
+    """A step of 3 lengths leaves a cosine of 1 / sqrt(10) = .32, give or take 1 / sqrt(1404) = .03: a z of 5.7 in the sieve."""
     model = Model.of(network(), MLP)
     torch.manual_seed(123)
     start = adapted(model.solid(), r=4, target_modules=["z", "y", "b", "a"])
-    found = recover_seed(observed(model, start, moved=moved), seeds=USUAL[:1000])
+    found = recover_seed(observed(model, start, moved=moved), seeds=tried)
     assert found is not None
     assert found.seed == 123
     assert found.cosine == pytest.approx((1 + moved**2) ** -0.5, abs=0.12)
@@ -383,15 +404,24 @@ def test_what_has_nothing_to_recover_stays_the_same(tmp_path: Path) -> None:
 def test_no_usual_seed_no_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seeds, "USUAL", USUAL[:100])
     observation = tuned(tmp_path, seed=UNUSUAL)
-    assert with_start_recovered(observation) is observation
+    known = with_start_recovered(observation)
+    assert known == replace(observation, release=replace(observation.adapter, tried=100))
+    assert "none of 100 seeds draws" in next(told for name, _, told in known.reservations() if name == "no_seed")
+    again = with_start_recovered(known, seeds=range(100, 150))
+    assert (again.adapter.tried, again.adapter.origin) == (150, "unknown")
+    assert with_start_recovered(again, seeds=range(UNUSUAL - 5, UNUSUAL + 5)).adapter.seed == UNUSUAL
 
 
 def test_the_search_reports_and_ends_in_time(tmp_path: Path) -> None:
     observation = tuned(tmp_path, seed=UNUSUAL)
     told: list[tuple[int, int, float]] = []
     assert recover_seed(observation, seeds=range(2000), on_step=lambda *step: told.append(step)) is None
-    assert [step[0] for step in told] == [768, 1536, 2000]
-    assert {step[1] for step in told} == {2000}
+    assert [step[:2] for step in told] == [(2000, 2000)] * 2  # as few are not sieved: all of them are many at once
+    told.clear()
+    recover_seed(observation, seeds=range(50_000), on_step=lambda *step: told.append(step))
+    assert [step[0] for step in told] == sorted({step[0] for step in told})
+    assert (told[-1][0], {step[1] for step in told}) == (50_000, {50_000})
+    assert len(told) > 2
     told.clear()
     assert recover_seed(observation, seeds=iter(range(2**32)), on_step=lambda *s: told.append(s), seconds=0.05) is None
     assert 0 < len(told) < 100

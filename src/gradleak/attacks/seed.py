@@ -13,7 +13,7 @@ Misses    other draws (PiSSA, LoRA-GA, EVA; of biases or embeddings), and others
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import islice, pairwise, product
+from itertools import islice, product
 from math import inf, log, pi, sqrt
 from operator import length_hint
 from time import process_time
@@ -21,11 +21,11 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.init import kaiming_uniform_, normal_
 
 from gradleak.attacks.search.descend import OnStep
+from gradleak.attacks.twisters import TOGETHER, Floats, Twisters
 from gradleak.modalities.networks import ImageTransformer
 from gradleak.observations.layers import is_linear
 from gradleak.observations.model import Model
@@ -36,15 +36,19 @@ from gradleak.observations.tensors import Tensors
 TYPED: tuple[int, ...] = (42, 0, 1, 1234, 3407, 1337, 2023, 2024, 2025, 2026, 123, 7, 12345, 123456, 1234567, 12345678)
 TYPED += (123456789, 31337, 314159, 3141592, 2**16, 114514, 19260817, 0xDEADBEEF, 0xC0FFEE, 2**31 - 1, 2**32 - 1)
 USUAL: tuple[int, ...] = tuple(dict.fromkeys((*TYPED, *range(10_000))))  # what people type first
+GAUSSIAN = {
+    "True": (False,),
+    "gaussian": (True,),
+}  # was A drawn normally? By the config; either, where that says nothing
 SEEDS = 2**32
 ALARM = 1e-3  # probability that any of all wrong seeds passes
-CUT = 3.0  # z that a seed has to reach in the quick test, as 1 of 740 wrong ones does
-FEWEST, MOST = 1024, 8192  # numbers of A in the quick test, where there are as many
-ABREAST = 768  # seeds side by side: their twisters fit into a cache of 2 MB
+FEW, FEWEST, MOST = 320, 1024, 8192  # numbers of A in the sieve; in the strong test, at least and at most
+CUT = 3.0  # z of all numbers that so far fit, below which no more are drawn
+LOW, HIGH = 2.2, 3.5  # z that a seed has to reach in those two tests, as 1 of 72 and 1 of 4,300 wrong ones does
+ABREAST = 2048  # seeds side by side
 FAR = 2**20  # words before the adapter beyond which no new head is tried, and fewer seeds side by side
 
 Factors = dict[str, tuple[Tensor, int]]  # {module: (A at the end, float32 on the CPU; count of B's numbers)}, as drawn
-Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,10 @@ def recover_seed(
 ) -> Found | None:
     """The first of these seeds (default: `USUAL`) that drew the adapter; None when none did, or B did not begin at zero.
 
+    A sieve looks at few numbers of every seed; those that pass wait until they are many enough for the strong test, and what
+    passes that is drawn as a whole. Where a cosine of .3 is left, the right seed has z = 5.4 +- 1 in the sieve and 9.6 in the
+    test: it is missed once in 1,000 times. As few seeds as the usual ones are not sieved.
+
     on_step is told how many seeds were tried, how many there are, and -z of the best. After `seconds` of CPU time no more
     seeds are begun. Raises NotObserved when what was released is no adapter.
     """
@@ -85,43 +93,84 @@ def recover_seed(
     factors = {m: (ended[f"{m}.lora_A"].detach().float().cpu(), zero[f"{m}.lora_B"].numel()) for m in modules}
     if len(modules) < len(release.scaling) or any(bool(release.start[f"{m}.lora_B"].any()) for m in modules):
         return None  # in the first case one module has two names, and PEFT sees it once
-    offsets, tests = drawn_before(model), [QuickTest.of(factors, gaussian) for gaussian in (False, True)]
-    threshold = sqrt(2 * log(SEEDS * len(offsets) * len(tests) / ALARM))
+    offsets, first = drawn_before(model), first_word(factors)
+    draws = [*product(offsets, GAUSSIAN.get(release.init, (False, True)))]
+    sieve, strong = (
+        [QuickTest.of(factors, gaussian, skipped, wanted) for skipped, gaussian in draws]
+        for wanted in (FEW, min(max(FEWEST, first // 4), MOST))
+    )
+    threshold = sqrt(2 * log(SEEDS * 2 * len(offsets) / ALARM))
     seeds = USUAL if seeds is None else seeds
-    remaining, total, tried, best = iter(seeds), length_hint(seeds), 0, 0.0
+    total, best = length_hint(seeds), 0.0
     until = process_time() + (inf if seconds is None else seconds)
-    abreast = max(1, min(ABREAST, FAR * ABREAST // max(*offsets, tests[0].first)))
-    spans = [[*offsets]] if max(offsets) <= MOST else [[skipped] for skipped in offsets]  # those that share their words
-    while process_time() < until and (chunk := [seed % SEEDS for seed in islice(remaining, abreast)]):
-        tried += len(chunk)
-        for span in spans:
-            count = span[-1] - span[0] + max(test.words for test in tests)
-            numbers = uniform_numbers(chunk, span[0] + tests[0].first, count)
-            for skipped, test in product(span, tests):
-                z = test(numbers[skipped - span[0] :])
-                best = max(best, float(z.max()))
-                for seed in (chunk[i] for i in np.flatnonzero(z > CUT)):
-                    drawn, cosine = confirm(seed, skipped, factors, test.gaussian, threshold)
-                    if drawn:  # PEFT keeps A in the format of the layer's weight
-                        start = {f"{m}.lora_A": A.to(model.parameters[f"{m}.weight"].dtype) for m, A in drawn.items()}
-                        start = {name: start.get(name, tensor).to(tensor) for name, tensor in zero.items()}
-                        return Found(seed, offsets[skipped], start, cosine, ALARM * tried / max(SEEDS, tried), tried)
+    abreast = max(1, min(ABREAST, FAR * ABREAST // max(*offsets, first)))
+    low = LOW if total > len(USUAL) else -inf
+    for tried, passed in sieved(iter(seeds), sieve, low, abreast, until):
+        z = agreements(passed, strong)
+        best = max(best, float(z.max(initial=0)))
+        for i, test in np.argwhere(z.transpose() > HIGH):
+            (skipped, gaussian), seed = draws[test], passed[i]
+            drawn, cosine = confirm(seed, skipped, factors, gaussian, threshold)
+            if drawn:  # PEFT keeps A in the format of the layer's weight
+                start = {f"{m}.lora_A": A.to(model.parameters[f"{m}.weight"].dtype) for m, A in drawn.items()}
+                start = {name: start.get(name, tensor).to(tensor) for name, tensor in zero.items()}
+                return Found(seed, offsets[skipped], start, cosine, ALARM * tried / max(SEEDS, tried), tried)
         if on_step:
             on_step(tried, max(total, tried), -best)
     return None
 
 
-def with_start_recovered(observation: Observation[Any], *, on_step: OnStep | None = None) -> Observation[Any]:
-    """The observation with the start of all factors and their changes, where a usual seed drew them within 10 CPU-seconds.
+def sieved(
+    seeds: Iterator[int], sieve: list["QuickTest"], low: float, abreast: int, until: float
+) -> Iterator[tuple[int, list[int]]]:
+    """(how many were looked at so far, the new ones whose z exceeds `low` in any test), whenever many wait, and at the end.
 
-    The same where none did, or there is nothing to find: no adapter, only gradients, a known start, or one not at B = 0.
+    No more are begun after `until`, in CPU time of the process.
     """
-    release = observation.release
-    open_start = isinstance(release, Adapter) and not release.gradient and release.origin == "unknown"
-    if not open_start or not (found := recover_seed(observation, on_step=on_step, seconds=10.0)):
+    tried, passed = 0, list[int]()
+    while process_time() < until and (chunk := [seed % SEEDS for seed in islice(seeds, abreast)]):
+        tried += len(chunk)
+        passed += [chunk[i] for i in np.flatnonzero((agreements(chunk, sieve) > low).any(0))]
+        if len(passed) >= abreast // 4:
+            yield tried, passed
+            passed = []
+    yield tried, passed
+
+
+def with_start_recovered(
+    observation: Observation[Any],
+    *,
+    seeds: range | None = None,
+    on_step: OnStep | None = None,
+) -> Observation[Any]:
+    """The observation with the start of all factors and their changes, where one of these seeds drew them.
+
+    Without `seeds`, the usual ones within 10 CPU-seconds. Where none did, it knows how many were tried in vain. The same where
+    there is nothing to find: see `has_open_start`.
+    """
+    if not has_open_start(observation):
         return observation
-    release, changes = observation.adapter.begun(observation.released, found.start, "recovered", found.seed)
-    return replace(observation, release=release, released=changes)
+    told = [0]
+
+    def tell(tried: int, total: int, value: float) -> None:
+        told[0] = tried
+        if on_step:
+            on_step(tried, total, value)
+
+    adapter, seconds = observation.adapter, 10.0 if seeds is None else None
+    if found := recover_seed(observation, seeds=seeds, on_step=tell, seconds=seconds):
+        release, changes = adapter.begun(observation.released, found.start, "recovered", found.seed)
+        return replace(observation, release=release, released=changes)
+    return replace(observation, release=replace(adapter, tried=adapter.tried + told[0]))
+
+
+def has_open_start(observation: Observation[Any]) -> bool:
+    """Whether a seed can be looked for: an adapter, no gradients, of unknown start, at B = 0, not said to be drawn otherwise."""
+    release = observation.release
+    if not isinstance(release, Adapter) or release.gradient or release.origin != "unknown":
+        return False
+    drawn = release.init in ("", "False", *GAUSSIAN)
+    return drawn and not any(t.any() for name, t in release.start.items() if name.endswith("lora_B"))
 
 
 def drawn_before(model: Model[Any]) -> dict[int, str]:
@@ -176,75 +225,52 @@ class QuickTest:
     """z of many seeds at once, from the first numbers of A in the stream.
 
     gaussian  whether A was drawn normally
-    first     words before the first A
-    words     how many are read from there
-    pieces    [(word where a part of A begins, counted from `first`; that part at the end)], together of length 1
+    skipped   words used before the adapter
+    pieces    [(word where a part of A begins, that part at the end)], `TOGETHER` numbers at most each; all of them have length 1
     """
 
     gaussian: bool
-    first: int
-    words: int
+    skipped: int
     pieces: list[tuple[int, Floats]] = field(repr=False)
 
     @classmethod
-    def of(cls, factors: Factors, gaussian: bool) -> Self:
-        """As many modules as hold `FEWEST` numbers; more numbers where the words before them cost more anyway."""
-        first = next(A.numel() + numbers_of_B for A, numbers_of_B in factors.values())
-        wanted = min(max(FEWEST, first // 4), MOST) // (2 if gaussian else 1)
-        parts, at = list[tuple[int, NDArray[np.float64]]](), -first
+    def of(cls, factors: Factors, gaussian: bool, skipped: int, wanted: int) -> Self:
+        """Of as many modules as hold the numbers wanted, where those follow soon."""
+        parts, at = list[tuple[int, Floats]](), skipped
+        last = skipped + first_word(factors) + 4 * MOST
         for A, numbers_of_B in factors.values():
             at, n = at + A.numel() + numbers_of_B, A.numel()
-            again = 16 * (n % 16 > 0 and gaussian)
-            take = max(0, min(n - again, wanted)) // 16 * 16 if at <= 4 * MOST else 0
-            parts.append((at, A.flatten()[:take].double().numpy()))
+            again = 16 * (n % 16 > 0 and gaussian)  # torch draws the last 16 normal numbers again
+            take = max(0, min(n - again, wanted)) // 16 * 16 if at <= last else 0
+            a = A.flatten()[:take].numpy()
+            parts += [(at + i, a[i : i + TOGETHER]) for i in range(0, take, TOGETHER)]
             at, wanted = at + n + again, wanted - take
-        length = sqrt(sum(float(a @ a) for _, a in parts)) or 1.0
-        pieces = [(row, (a / length).astype(np.float32)) for row, a in parts if len(a)]
-        return cls(gaussian, first, max((row + len(a) for row, a in pieces), default=0), pieces)
+        length = np.float32(sqrt(sum(float(a @ a) for _, a in parts)) or 1.0)
+        return cls(gaussian, skipped, [(word, a / length) for word, a in parts])
 
-    def __call__(self, numbers: Floats) -> Floats:
-        """(words, seeds) uniform in [0, 1) -> z (seeds,)."""
-        z = np.zeros(numbers.shape[1], np.float32)
-        for row, a in self.pieces:
-            u = numbers[row : row + len(a)]
-            if self.gaussian:  # torch makes numbers i and i + 8 of each 16 from uniform ones i and i + 8
-                first, second = u.reshape(-1, 2, 8, u.shape[1]).swapaxes(0, 1)
-                radius, angle = np.sqrt(-2 * np.log1p(-first)), np.float32(2 * pi) * second
-                z += a @ np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(u.shape)
-            else:
-                z += sqrt(12) * (a @ u - a.sum() / 2)
+    def agreement(self, a: Floats, u: Floats) -> Floats:
+        """<a, draws over their deviation> (seeds,), of uniform numbers u (len(a), seeds) in [0, 1)."""
+        if not self.gaussian:
+            uniform: Floats = np.float32(sqrt(12)) * (a @ u - a.sum() / 2)
+            return uniform
+        first, second = u.reshape(-1, 2, 8, u.shape[1]).swapaxes(0, 1)  # torch makes numbers i and i + 8 of each 16
+        radius, angle = np.sqrt(-2 * np.log(1 - first)), np.float32(2 * pi) * second  # from uniform ones i and i + 8
+        normal: Floats = a @ np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(u.shape)
+        return normal
+
+
+def first_word(factors: Factors) -> int:
+    """Words that PEFT draws before it draws the first A anew."""
+    return next(A.numel() + numbers_of_B for A, numbers_of_B in factors.values())
+
+
+def agreements(seeds: list[int], tests: list[QuickTest]) -> Floats:
+    """(tests, seeds): z of each seed in each test."""
+    z = np.zeros((len(tests), len(seeds)), np.float32)
+    if not seeds:
         return z
-
-
-def uniform_numbers(seeds: list[int], first: int, count: int) -> Floats:
-    """(count, seeds): the float32 numbers in [0, 1) that torch draws on the CPU after each seed, from the first-th on.
-
-    The Mersenne twister MT19937 (Matsumoto and Nishimura 1998) of all seeds side by side; torch takes the low 24 bits.
-    """
-    state = np.empty((624, len(seeds)), np.uint32)
-    state[0] = seeds
-    thirty, factor = np.array(30, np.uint32), np.array(1812433253, np.uint32)
-    for old, new, i in zip(state[:-1], state[1:], np.arange(1, 624, dtype=np.uint32)[:, None], strict=True):
-        np.right_shift(old, thirty, out=new)
-        new ^= old
-        new *= factor
-        new += i
-    numbers, last = np.empty((count, len(seeds)), np.float32), first + count
-    for block in range(0, last, 624):
-        for a, b in pairwise((*range(0, 227, 57), *range(227, 623, 57), 623, 624)):  # parts that fit into a cache
-            y = state[a:b] ^ (state[a + 1 : b + 1] if b < 624 else state[:1])
-            y &= 0x7FFFFFFF
-            y ^= state[a:b]  # its upper bit, and the 31 lower ones of the next
-            odd = (y & 1) * np.uint32(0x9908B0DF)
-            y >>= 1
-            y ^= odd
-            np.bitwise_xor(y, state[a + 397 : b + 397] if b <= 227 else state[a - 227 : b - 227], out=state[a:b])
-            low, high = max(first, block + a), min(last, block + b)
-            if low < high:
-                y = state[low - block : high - block]
-                y = y ^ (y >> np.uint32(11))
-                y ^= (y << 7) & 0x9D2C5680
-                y ^= (y << 15) & 0xEFC60000
-                y ^= y >> 18
-                numbers[low - first : high - first] = y & 0xFFFFFF
-    return numbers * np.float32(2**-24)
+    twisters = Twisters(seeds)
+    pieces = [(word, i, a) for i, test in enumerate(tests) for word, a in test.pieces]
+    for word, i, a in sorted(pieces, key=lambda piece: piece[:2]):
+        z[i] += tests[i].agreement(a, twisters.numbers(word, len(a)))
+    return z

@@ -58,6 +58,9 @@ class Observed(Common):
     batch_size: int | None = None
     """For plain files and adapters: number of private samples; unless this is given, what the adapter of a fully connected network
     tells itself, else 1."""
+    seeds: str | None = None
+    """For adapters: which seeds may have drawn it, besides the usual ones: N for 0 to N - 1, or START:END; of 4294967296. Ctrl-C
+    ends the search, says where to go on, and goes on with what is known."""
     data: str = "embedded"
     """Public data of the same kind, for priors; in audits also for controls and decoys."""
     public_split: str = "train"

@@ -1,6 +1,7 @@
 """What a command is given: an observation in any form, a folder to write to, a device, input files with their hashes."""
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,16 @@ def observed_adapter(args: flags.Observed) -> Observation[Any]:
         args.observation, model, recipe=recipe, batch_size=args.batch_size or 1, initial=args.initial
     )
     return adapter if args.batch_size else with_samples_counted(adapter)
+
+
+def seed_range(text: str | None) -> range | None:
+    """The seeds of --seeds: "N" for 0 to N - 1, "START:END" for START to END - 1; BadInput for anything else."""
+    if text is None:
+        return None
+    start, _, end = text.rpartition(":")
+    if not re.fullmatch(r"(\d{1,10}:)?\d{1,10}", text, re.ASCII) or not int(start or 0) < int(end) <= 2**32:
+        raise BadInput(f"--seeds is N or START:END, of seeds from 0 to 4,294,967,295, not {shortened(text)!r}.")
+    return range(int(start or 0), int(end))
 
 
 def refuse_others(args: flags.Observed, what: str, read: tuple[str, ...]) -> None:

@@ -2,7 +2,7 @@
 
 What is in the folder is where training ended. What it gives away is the change since it began, so the start has to be
 known: PEFT's default, "gaussian" and "eva" begin with B = 0, "mica" with A = 0; "pissa", "olora", "corda" and "lora_ga"
-begin with neither, and subtract the product of their start from the base model's weights.
+begin with neither, and subtract the product of their start from the base model's weights, which give that of the first two.
 """
 
 import re
@@ -24,6 +24,7 @@ from gradleak.observations.layers import is_adaptable, is_transposed, oriented
 from gradleak.observations.model import Model
 from gradleak.observations.observation import Observation
 from gradleak.observations.releases import Adapter, Origin, decay, product
+from gradleak.observations.starts import FROM_WEIGHTS, computed, converted, why_unknown
 from gradleak.observations.tensors import Tensors
 from gradleak.observations.training import Recipe
 
@@ -69,6 +70,13 @@ class Config(msgspec.Struct, frozen=True):
     rank_pattern: Mapping[str, Rank] | None = None
     alpha_pattern: Mapping[str, Alpha] | None = None
 
+    @property
+    def init(self) -> str:
+        """init_lora_weights as a word: PEFT takes "OLoRA" and "Gaussian" too."""
+        return (
+            self.init_lora_weights.lower() if isinstance(self.init_lora_weights, str) else str(self.init_lora_weights)
+        )
+
 
 def read_adapter(
     folder: Path,
@@ -91,13 +99,27 @@ def read_adapter(
     what is no LoRA folder, is damaged, contradicts its config, does not fit the model or has learnt nothing.
     """
     factors, scaling, config, precision = read_factors(folder, model, recipe)
+    origin: Origin = "unknown"
+    init = config.init
     if initial is not None:
         before, unscaled, _, _ = read_factors(initial, model, None)
         if {k: v.shape for k, v in before.items()} != {k: v.shape for k, v in factors.items()} or unscaled != scaling:
             raise BadInput(f"The initial adapter {initial} has other modules, ranks or scalings than {folder}.")
+        origin, subtracted = "given", init.startswith(SUBTRACTED)
+    elif init in FROM_WEIGHTS and start is None:
+        try:
+            before = computed(init, model, factors, scaling)
+        except BadInput as error:
+            raise BadInput(
+                f"The config in {folder} contradicts {error}; give the adapter before training, or the base it began with."
+            ) from error
+        origin, subtracted = "recovered", True
+    elif init == "True" and start is None and (both := converted(model, factors, scaling)):
+        factors, before = both
+        origin, subtracted = "given", True
+    if origin != "unknown":
         changed = {name: factors[name] - before[name] for name in factors}
-        if str(config.init_lora_weights).startswith(SUBTRACTED):
-            model = _subtracted(model, before, scaling)
+        model = _subtracted(model, before, scaling) if subtracted else model
     else:
         zero = "lora_B" if zero_at_start(config, folder, start) == "B=0" else "lora_A"
         left = decay(recipe)
@@ -105,8 +127,9 @@ def read_adapter(
         changed = {k: v for k, v in factors.items() if k.endswith(zero)}
     if not any(bool(change.any()) for change in changed.values()):
         raise BadInput(f"The adapter in {folder} has learnt nothing: no factor has left its start.")
-    origin: Origin = "unknown" if initial is None else "given"
-    release = Adapter(start=before, scaling=scaling, recipe=recipe, dropout=config.lora_dropout, origin=origin)
+    release = Adapter(
+        start=before, scaling=scaling, recipe=recipe, dropout=config.lora_dropout, origin=origin, init=shortened(init)
+    )
     return Observation(
         model=model, release=release, released=changed, batch_size=batch_size, labels=labels, precision=precision
     )
@@ -170,7 +193,7 @@ def _config(folder: Path) -> Config:
 
 def zero_at_start(config: Config, folder: Path, asked: Start | None = None) -> Start:
     """Which factor was zero before training; BadInput where neither was, or the config does not say."""
-    init = str(config.init_lora_weights)
+    init = config.init
     if start := asked or STARTS.get(init):
         return start
     if init == "False":
@@ -178,9 +201,10 @@ def zero_at_start(config: Config, folder: Path, asked: Start | None = None) -> S
             f"The config in {folder} does not say where training began (init_lora_weights is false): "
             'say which factor was zero, start="B=0" or start="A=0", or give the adapter before training.'
         )
+    reason = f" ({reason})" if (reason := why_unknown(init, 0)) else ""
     raise BadInput(
-        f"The adapter in {folder} began at {shortened(init)[:60]!r}, where neither factor is zero: what it learnt is known only "
-        "beside its start, so give the folder of the adapter as it was saved before training."
+        f"The adapter in {folder} began at {shortened(init)[:60]!r}, where neither factor is zero{reason}: what it learnt is "
+        "known only beside its start, so give the folder of the adapter as it was saved before training."
     )
 
 

@@ -18,6 +18,7 @@ from gradleak.modalities.modality import Fact, by, fact
 from gradleak.observations.fully_connected import FullyConnected, Target, cone, grams
 from gradleak.observations.layers import is_linear, oriented
 from gradleak.observations.model import Model
+from gradleak.observations.starts import why_unknown
 from gradleak.observations.tensors import Tensors, flatten, rounding
 from gradleak.observations.training import WEIGHT_DECAY, Recipe, train
 
@@ -204,8 +205,11 @@ class Adapter(Release):
 
     start     {MODULE.lora_A and MODULE.lora_B, for every adapted module: where training started}. PEFT's default starts B at
               zero; where A's start is unknown, it is taken to be the released A, which is exact for one step
-    origin    how the start is known: given (the adapter before training), recovered (from the seed that drew it), unknown
+    origin    how the start is known: given (the adapter before training), recovered (from the seed that drew it, or from the
+              base model's weights), unknown
     seed      the seed that drew it, where that was recovered
+    tried     how many seeds were tried in vain
+    init      what PEFT's config says of the start (init_lora_weights), or ""
     scaling   {module: s}, alpha / r, or alpha / sqrt(r) (rslora)
     recipe    how it was trained, or None: one SGD step is then assumed, and only directions can be told
     dropout   probability with which inputs of the adapter may have been dropped in training; the masks are not known
@@ -222,6 +226,8 @@ class Adapter(Release):
     gradient: bool = False
     origin: Origin = "unknown"
     seed: int | None = None
+    tried: int = 0
+    init: str = ""
 
     def check(self, model: Model[Any], released: Tensors) -> None:
         """BadInput naming the first module whose factors do not fit the model, or factor whose change does not fit it."""
@@ -342,11 +348,11 @@ class Adapter(Release):
         """Where it is no exact linear sketch of one gradient; and what a known start gives away."""
         told: list[Reservation] = []
         if self.origin == "recovered":
-            sentence = (
-                f"Seed {self.seed} draws the adapter as it was before training: what training changed of A lies in the span "
-                "of what its layers were fed with."
-            )
-            told.append(("seed", "warning", sentence))
+            known = f"Seed {self.seed} draws" if self.seed is not None else "The weights of the base model give"
+            sentence = f"{known} the adapter as it was before training: what training changed of A lies in the span "
+            told.append(("seed", "warning", f"{sentence}of what its layers were fed with."))
+        if self.origin == "unknown" and not self.gradient and (reason := why_unknown(self.init, self.tried)):
+            told.append(("no_seed", "info", f"Where training began is not known: {reason}."))
         if reason := self.inexact():
             told.append(("not_exact", "warning", f"The adapter is no exact linear sketch of one gradient: {reason}."))
         return told
@@ -365,7 +371,8 @@ class Adapter(Release):
     def beginning(self) -> str:
         """How the start is known, in words."""
         if self.origin == "recovered":
-            return f"recovered: seed {self.seed} draws it"
+            source = "the base model's weights give it" if self.seed is None else f"seed {self.seed} draws it"
+            return f"recovered: {source}"
         return {"given": "given", "unknown": "unknown: taken to be where training ended"}[self.origin]
 
     def to(self, where: torch.device | torch.dtype) -> Self:
