@@ -22,6 +22,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from gradleak.attacks.attack import check_sees
 from gradleak.attacks.reconstruction import Outcome, Reconstruction
@@ -39,7 +40,8 @@ AGREE = 0.99  # share of the entries whose signs are those of a row times those 
 EVEN = 0.05  # deviation of the sizes in a row, as a share of their mean: gradients, or several samples, differ far more
 ABOVE = 3.0  # how far a singular value has to stand above those of noise
 CONTRADICTED = 0.05  # share of the units that may be on the wrong side
-GRID, ZOOMS = 41, 6
+MARGIN = 0.01  # of the mean size of what units are given: how sure a side of a unit is
+GRID, ZOOMS = 25, 7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +123,9 @@ def factored(change: Tensor, start: Tensor, noise: float) -> tuple[Tensor, Tenso
         if abs(decay - before) <= 1e-12 * abs(decay):
             break
     if float(((Z - alpha) / alpha).abs().median()) > EVEN:
-        raise NotObserved("The sizes of the first layer's change differ within its rows: no step divided them by itself.")
+        raise NotObserved(
+            "The sizes of the first layer's change differ within its rows: no step divided them by itself."
+        )
     beta = -S[0] * U[:, 0]
     inverse = torch.zeros_like(column)
     inverse[pixels] = V[0] * beta.sum().sign()
@@ -146,18 +150,22 @@ def placed(network: FullyConnected, signs: Tensor, inverse: Tensor, on: Tensor) 
 
     def against(x: Tensor) -> Tensor:
         z = side * (x @ W.T + (0 if offset is None else offset))
-        return z.clamp_max(0).abs().sum(1) / z.abs().sum(1)
+        return softplus(-z / (MARGIN * z.abs().mean(1, keepdim=True))).mean(1)
 
-    found = list[tuple[float, Tensor]]()
-    for sign in (1.0, -1.0):
-        centre, width = torch.stack([2 - limit.log(), limit.new_tensor(0.0)]), torch.tensor([2.0, 8.0]).double()
-        for _ in range(ZOOMS):
-            axes = [c + w * torch.linspace(-1, 1, GRID).double() for c, w in zip(centre, width, strict=True)]
-            grid = torch.cartesian_prod(*axes)
+    unit = torch.linspace(-1, 1, GRID).double()
+    width, spots = (
+        torch.tensor([2.0, 8.0]).double(),
+        [(sign, torch.stack([2 - limit.log(), 0 * limit])) for sign in (1.0, -1.0)],
+    )
+    for _ in range(ZOOMS):
+        tried = list[tuple[float, float, Tensor]]()
+        for sign, centre in spots:
+            grid = centre + width * torch.cartesian_prod(unit, unit)
             left = against(inputs(grid[:, 0].exp(), grid[:, 1].exp(), sign))
-            centre, width = grid[left.argmin()], width / 4
-        found.append((float(left.min()), inputs(centre[:1].exp(), centre[1:].exp(), sign)[0]))
-    x = min(found, key=lambda one: one[0])[1]
+            tried.append((float(left.min()), sign, grid[left.argmin()]))
+        spots, width = [min(tried, key=lambda one: one[0])[1:]], width / 4
+    [(sign, best)] = spots
+    x = inputs(best[:1].exp(), best[1:].exp(), sign)[0]
     z = x @ W.T + (0 if offset is None else offset)
     return x, float((side * z < 0).double().mean())
 
