@@ -14,6 +14,7 @@ import msgspec
 
 from gradleak.attacks import ATTACKS
 from gradleak.attacks.attack import refusal
+from gradleak.attacks.factor import with_factor_found
 from gradleak.attacks.parameters import built
 from gradleak.attacks.search.start import Given
 from gradleak.attacks.seed import with_start_recovered
@@ -105,7 +106,7 @@ def demo(args: flags.Demo) -> None:
 def informed(args: flags.Observed) -> Observation[Any]:
     """What was observed, and what everybody can know besides: where training began, where a usual seed draws that."""
     with progress() as start:
-        return with_start_recovered(observed(args), on_step=start("seed"))
+        return with_factor_found(with_start_recovered(observed(args), on_step=start("seed")))
 
 
 def audit_one(
