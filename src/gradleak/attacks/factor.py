@@ -95,8 +95,10 @@ def of_several(dW: Tensor, db: Tensor, W: Tensor, b: Tensor, batch: int) -> floa
     best = min(tried, key=error)
     if error(best) > clear and len(db) <= MOST_CLASSES:
         best = min((sign * least * 2 ** (k / 4) for k in range(25) for sign in (1, -1)), key=error)
-        best = sharpened(error, best)
-    return best if error(best) <= clear else None
+    if error(best) > clear:
+        return None
+    near = sharpened(error, best)
+    return best if abs(near / best - 1) < 0.01 else near  # a usual factor is meant exactly
 
 
 def sharpened(error: Callable[[float], float], factor: float) -> float:

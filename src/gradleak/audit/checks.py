@@ -172,10 +172,15 @@ def check_result(
     if known:
         sentence = f"{known} private {observation.model.architecture.secret} are in the public pool: priors and controls have seen the secret."
         flags.append(flag("secret_is_public", "error", sentence))
-    if not result.residual <= WEAK:  # NaN too
-        sentence = f"The reconstruction explains little of what was observed (relative residual {result.residual:.2f})."
-        flags.append(flag("unexplained", "warning", sentence))
-    return flags
+    return flags + unexplained(result.residual)
+
+
+def unexplained(residual: float) -> list[Flag]:
+    """A flag where a reconstruction leaves most of the release."""
+    if residual <= WEAK:  # NaN is not
+        return []
+    sentence = f"The reconstruction explains little of what was observed (relative residual {residual:.2f})."
+    return [flag("unexplained", "warning", sentence)]
 
 
 def information(observation: Observation[Any], inputs: Any, labels: Tensor | None, where: str) -> list[Flag]:

@@ -16,7 +16,7 @@ from gradleak.attacks.attack import Attack, refusal
 from gradleak.attacks.factor import with_factor_found
 from gradleak.attacks.reconstruction import Reconstruction
 from gradleak.attacks.search.descend import OnStep
-from gradleak.audit.checks import check_observation, check_result, information, replay, trained_on_secret
+from gradleak.audit.checks import check_observation, check_result, information, replay, trained_on_secret, unexplained
 from gradleak.audit.explanations import at_reconstruction
 from gradleak.audit.scoring import SCORING
 from gradleak.audit.scoring.scoring import WRONG_OBSERVATION, Scores, Scoring
@@ -94,6 +94,7 @@ def audit(
                 *general,
                 *information(observation, reconstruction.value[:count], labels, "at this reconstruction"),
                 *at_reconstruction(observation, reconstruction),
+                *(unexplained(reconstruction.residual) if observation.release.replays else []),
             ]
         elif public is not None:
             other = others(observation, scoring, public, max(len(reconstruction.value), len(secret)), seed).to(where)

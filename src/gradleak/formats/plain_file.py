@@ -12,16 +12,19 @@ from gradleak.errors import BadInput
 from gradleak.formats.blueprints import check_state, outline
 from gradleak.formats.model_folder import is_language_model, read_language_model
 from gradleak.formats.observation_file import load_state
-from gradleak.formats.own_arrays import load_arrays
+from gradleak.formats.own_arrays import kind_of, load_arrays
 from gradleak.modalities.language_models import Task
 from gradleak.modalities.losses import Loss
 from gradleak.modalities.networks import MODELS, Architecture
+from gradleak.observations.distances import relative_residual
 from gradleak.observations.given import fitted
 from gradleak.observations.model import Mode, Model
 from gradleak.observations.observation import Observation
 from gradleak.observations.releases import GRADIENT, Update, Weights
 from gradleak.observations.tensors import Tensors
 from gradleak.observations.training import Recipe
+
+NEAR = 0.5  # of the weights' length: weights after training lie within, and a gradient has no reason to point along the weights
 
 
 def has_folder(model: str) -> bool:
@@ -60,7 +63,14 @@ def read_weights(model: Model[Any], batch_size: int | None) -> Observation[Any]:
 def read_release(path: Path, model: Model[Any], recipe: Recipe | None, batch_size: int | None) -> Observation[Any]:
     """{name: gradient}; with a recipe, the change of the parameters by such a training. A batch size that is not given is counted
     where the release tells it."""
-    return observed(load_arrays(path), model, recipe, batch_size)
+    given, theta = load_arrays(path), model.parameters
+    seen = observed(given, model, recipe, batch_size or 1)
+    if seen.released.keys() == theta.keys() and float(relative_residual(seen.released, theta)) < NEAR:
+        raise BadInput(
+            f"{path} ({kind_of(path)}) holds weights close to those it is said to have been taken at, and neither a gradient nor a "
+            "change: if they are those after training, give them with --after, --before and --lr."
+        )
+    return seen if batch_size else with_batch_counted(seen)
 
 
 def read_change(after: Path, model: Model[Any], recipe: Recipe, batch_size: int | None) -> Observation[Any]:
@@ -77,18 +87,18 @@ def read_change(after: Path, model: Model[Any], recipe: Recipe, batch_size: int 
     change: Tensors = {name: (t.double() - known[name].double()).float() for name, t in state.items()}
     still = [name for name, tensor in change.items() if name in model.parameters and not bool(tensor.any())]
     moved = {name: tensor for name, tensor in change.items() if name not in still}
-    if not moved:
+    if not moved.keys() & model.parameters.keys():
         raise BadInput(f"{after} holds the weights before training: nothing has changed.")
-    seen = observed(moved, model, recipe, batch_size)
-    return replace(seen, precision=precision, beside=(*seen.beside, *still))
-
-
-def observed(given: Any, model: Model[Any], recipe: Recipe | None, batch_size: int | None) -> Observation[Any]:
-    """The observation of what was given; the batch size counted where nobody told it."""
-    release = GRADIENT if recipe is None else Update(recipe=recipe)
-    seen = Observation(model=model, release=release, released=given, batch_size=batch_size, precision="float32")
-    seen = replace(seen, released={name: tensor.float() for name, tensor in seen.released.items()})
+    seen = observed(moved, model, recipe, batch_size or 1)
+    seen = replace(seen, precision=precision, beside=(*seen.beside, *still))
     return seen if batch_size else with_batch_counted(seen)
+
+
+def observed(given: Any, model: Model[Any], recipe: Recipe | None, batch_size: int) -> Observation[Any]:
+    """The observation of what was given, in float32."""
+    release = GRADIENT if recipe is None else Update(recipe=recipe)
+    seen = Observation(model=model, release=release, released=given, batch_size=batch_size)
+    return replace(seen, released={name: tensor.float() for name, tensor in seen.released.items()})
 
 
 def shortest(arrays: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Tensors as people hold them: numpy arrays, names that wrappers have changed, lists in the order of state_dict, None for what was
 not trained, BatchNorm's statistics beside. Fitted to the names and shapes that a model has."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -17,11 +18,14 @@ from gradleak.observations.tensors import Tensors
 WRAPPERS = {"module", "_orig_mod", "_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
-def fitted(given: Any, known: Tensors, module: nn.Module) -> tuple[Tensors, tuple[str, ...]]:
+def fitted(
+    given: Any, known: Tensors, module: nn.Module, frozen: Sequence[str] = ()
+) -> tuple[Tensors, tuple[str, ...]]:
     """({name: tensor}, names of what is beside), in the names, shapes and number format of `known`.
 
     given   {name: array or None}, or arrays in the order of the module's state_dict or of its parameters
     known   {name: tensor} that may be given, as the model has them
+    frozen  names of parameters that a list may leave out
 
     Beside are buffers. A name that fits nothing stays as it is. Raises BadInput where arrays cannot be told by their order, or
     hold no numbers.
@@ -33,7 +37,7 @@ def fitted(given: Any, known: Tensors, module: nn.Module) -> tuple[Tensors, tupl
     own = {id(tensor): name for name, tensor in module.named_parameters()}
     twins = {name for name, tensor in state.items() if own.get(id(tensor), name) != name}  # tied to another name
     if numbered := in_order(given):
-        given = ordered(numbered, known, module)
+        given = ordered(numbered, known, module, frozen)
     names = renamed([str(name) for name in given], {**state, **known})
     tensors: Tensors = {}
     for (old, array), name in zip(given.items(), names, strict=True):
@@ -123,7 +127,7 @@ def in_order(given: Mapping[Any, Any]) -> list[Any]:
     return [numbers[i] for i in sorted(numbers)] if len(numbers) == max(numbers) - min(numbers) + 1 else []
 
 
-def ordered(arrays: list[Any], known: Tensors, module: nn.Module) -> dict[str, Any]:
+def ordered(arrays: list[Any], known: Tensors, module: nn.Module, frozen: Sequence[str]) -> dict[str, Any]:
     """{name: array} by the order of state_dict, of the parameters, or of those of them that are trained; of one flat array, cut
     into the parameters. BadInput for another number of arrays, or where a shape differs."""
     state, parameters = dict(module.state_dict(keep_vars=True)), dict(module.named_parameters())
@@ -131,14 +135,14 @@ def ordered(arrays: list[Any], known: Tensors, module: nn.Module) -> dict[str, A
         flat, counts = as_tensor(arrays[0], "the flat array"), [tensor.numel() for tensor in known.values()]
         if len(flat) == sum(counts):
             return dict(zip(known, torch.split(flat, counts), strict=True))
-    orders: tuple[list[str], ...] = (list(state), list(parameters), list(known))
+    orders: tuple[list[str], ...] = (list(state), list(parameters), [name for name in known if name not in frozen])
     names = next((order for order in orders if len(order) == len(arrays)), None)
     if names is None:
         have = f"its state_dict {len(state)} and its parameters {len(parameters)}"
         raise BadInput(f"There are {len(arrays)} arrays without names, and the model's have another number: {have}.")
     shapes = {**state, **known}
     for number, (key, array) in enumerate(zip(list(names), arrays, strict=True)):
-        if array is not None and np.size(array) != shapes[key].numel():
+        if array is not None and math.prod(np.shape(array)) != shapes[key].numel():
             sizes = f"{by(np.shape(array))}, where the model's {key} is {by(shapes[key].shape)}"
             raise BadInput(f"Array {number} is {sizes}: the arrays are of another architecture, or in another order.")
     return dict(zip(names, arrays, strict=True))

@@ -68,7 +68,7 @@ class Observation(Generic[A]):
         """Name what was released as the model does, and say in which number format it was."""
         formats = {getattr(tensor, "dtype", None) for tensor in values_of(self.released)}
         short = formats & {torch.float16, torch.bfloat16}
-        released, beside = fitted(self.released, self.release.names(self.model), self.model.module)
+        released, beside = fitted(self.released, self.release.names(self.model), self.model.module, self.model.frozen)
         still = [name for name in released if name in self.model.frozen and not bool(released[name].any())]
         object.__setattr__(self, "released", {name: t for name, t in released.items() if name not in still})
         object.__setattr__(self, "beside", (*self.beside, *beside, *still))

@@ -93,7 +93,7 @@ class Release:
         return None
 
     def others(self, model: Model[Any], released: Tensors, simulated: Tensors) -> list["Release"]:
-        """The release under other beliefs about the training; simulated: what this one gives of some data."""
+        """It under other beliefs about the training; simulated: what this one gives of some data."""
         return []
 
     def inexact(self) -> str:
@@ -168,15 +168,14 @@ class Update(Release):
         return -1 / (self.recipe.learning_rate * self.recipe.steps)
 
     def as_gradient(self, model: Model[Any], released: Tensors) -> Tensors:
-        """The mean of the local gradients, -released / (learning rate x steps) without the weight decay; exact for one step,
-        else a first guess."""
+        """-released / (learning rate x steps) without the weight decay: exact for one step, else a mean of the local gradients."""
         decay = self.recipe.decay
         return {name: self.unit * t - decay * model.parameters[name] for name, t in released.items()}
 
     def others(self, model: Model[Any], released: Tensors, simulated: Tensors) -> list[Release]:
         """Other recipes."""
-        before = {name: model.parameters[name] for name in released}
-        return [replace(self, recipe=r) for r in other_recipes(self.recipe, before, released, simulated)]
+        others = other_recipes(self.recipe, {n: model.parameters[n] for n in released}, released, simulated)
+        return [replace(self, recipe=recipe) for recipe in others]
 
     def sketches(
         self, model: Model[Any], released: Tensors, precision: str, modules: Collection[str] | None
