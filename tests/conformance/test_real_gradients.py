@@ -30,14 +30,17 @@ from gradleak.audit.loop import audit
 from gradleak.cli import flags
 from gradleak.cli.inputs import observed
 from gradleak.errors import BadInput
+from gradleak.formats.model_folder import read_language_model, write_base
 from gradleak.modalities.losses import BinaryCrossEntropy, CrossEntropy, Loss
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import load
+from gradleak.modalities.texts import load_texts
 from gradleak.observations.model import Model
 from gradleak.observations.observation import Observation
 from gradleak.observations.releases import GRADIENT, Release, Update
 from gradleak.observations.tensors import Tensors
 from gradleak.observations.training import Recipe
+from gradleak.victims.small_language import small_model, train_tokenizer
 
 SHAPE, CLASSES = (1, 8, 8), 10
 MINE = f"{__name__}:normed"
@@ -377,6 +380,57 @@ def test_more_samples_than_ranks_tell() -> None:
         with_batch_counted(seen(gradient_of(module, [1]), module, None, update))
 
 
+def test_more_samples_than_were_said() -> None:
+    module = made()
+    update = Update(recipe=Recipe(learning_rate=0.1, steps=1))
+    for rows, said in (([7, 1, 2], 3), ([7, 1, 2], 5), ([7, 1, 2], 2), ([7], 1)):
+        plain = gradient_of(module, rows)
+        before = {name: p.detach() for name, p in module.named_parameters()}
+        change = {
+            name: (before[name] - 0.1 * tensor) - before[name] for name, tensor in plain.items()
+        }  # as parameters round it
+        for released, release in ((plain, GRADIENT), (change, update)):
+            told = named(check_observation(seen(released, module, said, release)))
+            assert ("more_samples" in told) == (said < len(rows))
+            assert "at least 3 samples" in told.get("more_samples", "at least 3 samples")
+            assert with_batch_counted(seen(released, module, None, release)).batch_size == len(rows)
+
+
+# --- Language models ---
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small GPT-2 of random weights."""
+    tokenizer = train_tokenizer(load_texts("embedded", "train").texts, "gpt2", size=420)
+    folder = tmp_path_factory.mktemp("gpt2")
+    write_base(small_model("gpt2", tokenizer, "causal-lm", width=32, layers=1, spread=0.1), folder)
+    return folder
+
+
+def test_gradients_and_changes_of_a_language_model(gpt2: Path, tmp_path: Path) -> None:
+    """The gradient in the names of DataParallel, at the folder's weights and at others; and the weights after one step, of which
+    the difference keeps three digits."""
+    model = read_language_model(gpt2, "causal-lm")
+    tokens = model.architecture.encode(load_texts("embedded", indices=[0]).texts)
+    taken: dict[str, Any] = {"out": tmp_path / "o", "attack": "dager", "model": str(gpt2), "task": "causal-lm"}
+    moved = replace(model, parameters={name: 1.01 * tensor for name, tensor in model.parameters.items()})
+    save_file(moved.parameters, tmp_path / "moved.safetensors")
+    for known, weights in ((model, None), (moved, tmp_path / "moved.safetensors")):
+        gradient = GRADIENT.simulate(known, known.parameters, tokens, None)
+        save_file({f"module.{name}": tensor for name, tensor in gradient.items()}, tmp_path / "g.safetensors")
+        found = observed(flags.Attack(observation=tmp_path / "g.safetensors", weights=weights, **taken))
+        assert found.residual(tokens, None) < PRECISE
+    gradient = GRADIENT.simulate(model, model.parameters, tokens, None)
+    after = {name: tensor - gradient[name] for name, tensor in model.parameters.items()}
+    save_file(after, tmp_path / "after.safetensors")
+    update = observed(flags.Attack(after=tmp_path / "after.safetensors", lr=1.0, **taken))
+    assert update.residual(tokens, None) < 1e-3
+    save_file({"transformer.wte.weight": torch.ones(3, 3)}, tmp_path / "other.safetensors")
+    with pytest.raises(BadInput, match="do not belong together"):
+        observed(flags.Attack(observation=tmp_path / "g.safetensors", weights=tmp_path / "other.safetensors", **taken))
+
+
 # --- The factor ---
 
 
@@ -416,6 +470,16 @@ def test_no_factor_is_found_where_there_is_none(
     assert not {"scaled", "sign", "scale", "clipped", "signs"} & set(named(check_observation(found)))
     update = Update(recipe=Recipe(learning_rate=0.1, steps=1))
     assert factor_of(seen({name: -0.1 * t for name, t in whole.items()}, module, len(rows), update, "eval")) is None
+
+
+def test_two_classes_tell_no_factor() -> None:
+    """p - e_y of the two labels point opposite ways: -0.1 times the one is some number of times the other."""
+    module = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+    for factor in (1.0, -0.1, 8.0):
+        released = gradient_of(module, [1])
+        released = {name: factor * tensor for name, tensor in released.items()}
+        model = Model.of(module, Architecture(MINE, SHAPE, 2))
+        assert factor_of(Observation(model=model, released=released, batch_size=1)) is None
 
 
 def test_another_loss_has_no_factor() -> None:

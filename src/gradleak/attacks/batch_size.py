@@ -15,7 +15,6 @@ from gradleak.errors import BadInput, NotObserved
 from gradleak.modalities.networks import Architecture
 from gradleak.observations.layers import calls
 from gradleak.observations.observation import Observation
-from gradleak.observations.tensors import rounding
 
 
 def with_batch_counted(observation: Observation[Any]) -> Observation[Any]:
@@ -41,19 +40,19 @@ def batch_size(observation: Observation[Any]) -> tuple[int, int] | None:
         return None
     grey = torch.full((2, *architecture.input_shape), 0.5).to(next(iter(model.parameters.values())))
     try:
-        gradient = observation.as_gradient()
-        rows = {call.name: call.layer for call in calls(model, grey) if call.input.ndim == 2 and len(call.input) == 2}
+        rows = {call.name for call in calls(model, grey) if isinstance(call.layer, nn.Linear) and call.input.ndim == 2}
+        sketches = observation.sketches(sorted(rows))
     except NotObserved:
         return None
-    layers = [name for name, layer in rows.items() if isinstance(layer, nn.Linear) and f"{name}.weight" in gradient]
     counted = []
-    for name in layers:
-        weight = gradient[f"{name}.weight"].double()
-        values = torch.linalg.svdvals(weight)
-        # White rounding noise has singular values up to (sqrt(rows) + sqrt(columns)) times its deviation.
-        noise = float(rounding(weight, getattr(torch, observation.precision)).max()) * sum(n**0.5 for n in weight.shape)
-        floor = max(10 * noise, 1e-5 * float(values[0]))
-        full = min(weight.shape) - (weight.shape[0] == architecture.classes)  # p - y adds up to zero
-        counted.append((int((values > floor).sum()), full))
-    told = [(count, full) for count, full in counted if count]
-    return max(told, key=lambda pair: (pair[0] < pair[1], pair[0]), default=None)
+    for sketch in sketches:
+        gradient = sketch.measured.double()
+        values = torch.linalg.svdvals(gradient)
+        # White noise has singular values up to (sqrt(rows) + sqrt(columns)) times its deviation; sums in float32 leave 1e-6.
+        noise = 0.0 if sketch.noise is None else float(sketch.noise.max()) * sum(n**0.5 for n in gradient.shape)
+        count = int((values > max(3 * noise, 1e-5 * float(values[0]))).sum())
+        if count:
+            counted.append(
+                (count, min(gradient.shape) - (len(gradient) == architecture.classes))
+            )  # p - y adds up to zero
+    return max(counted, key=lambda pair: (pair[0] < pair[1], pair[0]), default=None)

@@ -68,13 +68,16 @@ def factor_of(observation: Observation[Any]) -> float | None:
 
 
 def of_one(dW: Tensor, db: Tensor, W: Tensor, b: Tensor) -> float | None:
-    """The factor of one sample's gradients: of the classes that fit, that with the factor nearest 1."""
+    """The factor of one sample's gradients: of the classes that fit, that with the factor nearest 1. Two classes fit with either
+    sign, and tell none but 1."""
     p = (W @ (db @ dW / db.square().sum()) + b).softmax(0)
     targets = p - torch.eye(len(p)).to(p)  # row y: dL/db for the label y
     factors = targets @ db / targets.square().sum(1)  # (classes,)
     left = (db - factors[:, None] * targets).norm(dim=1) / db.norm()
     fitting = [float(f) for f in factors[left <= FIT] if float(f)]
-    return min(fitting, key=lambda f: (f < 0, abs(math.log(abs(f)))), default=None)
+    best = min(fitting, key=lambda f: (f < 0, abs(math.log(abs(f)))), default=None)
+    told = best is not None and (abs(best - 1) <= FIT or all(f * best > 0 for f in fitting))
+    return best if told else None
 
 
 def of_several(dW: Tensor, db: Tensor, W: Tensor, b: Tensor, batch: int) -> float | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from gradleak.attacks.batch_size import batch_size
 from gradleak.attacks.factor import named
 from gradleak.attacks.reconstruction import CLOSE, SOLVED, Reconstruction
 from gradleak.errors import BadInput
@@ -54,7 +55,16 @@ def of_release(observation: Observation[Any], gradient: Tensors) -> list[Flag]:
         if share > MOST_ALIKE:
             sentence = f"{100 * share:.0f} % of the entries have one magnitude: signs, as the first step of Adam leaves them, or signSGD."
             flags.append(flag("signs", "warning", sentence))
-    return flags + beyond_bounds(observation, gradient)
+    return [*flags, *beyond_bounds(observation, gradient), *more_samples(observation)]
+
+
+def more_samples(observation: Observation[Any]) -> list[Flag]:
+    """The gradient of a layer that sees one row per sample has a rank of at most their number."""
+    said, counted = observation.batch_size, None if observation.release.inexact() else batch_size(observation)
+    if counted is None or said is None or counted[0] <= said:
+        return []
+    sentence = f"The release is of at least {counted[0]} samples, by the rank of a layer's gradient, and not of {said}, as was said."
+    return [flag("more_samples", "warning", sentence)]
 
 
 def beyond_bounds(observation: Observation[Any], gradient: Tensors) -> list[Flag]:

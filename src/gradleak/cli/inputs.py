@@ -58,7 +58,7 @@ def observed(args: flags.Observed) -> Observation[Any]:
     if args.model is None:
         raise BadInput(
             f"{path or args.after} carries no provenance: say with --model and --weights what this gradient was taken from, "
-            "or with --model alone whose trained weights these are."
+            "or with --model alone whose trained weights these are; of a language model, name its folder with --model."
         )
     return observed_plain(args, path)
 
@@ -74,8 +74,10 @@ def observed_plain(args: flags.Observed, path: Path | None) -> Observation[Any]:
     if args.after is not None and args.lr is None:
         raise BadInput("Between --before and --after lies a training: say its learning rate with --lr.")
     if has_folder(name):
-        refuse_others(args, "a plain file of a language model", ("model", "task", "batch_size", *of_update))
-        model = known_language_model(Path(name), args.task or "classification")
+        refuse_others(
+            args, "a plain file of a language model", ("model", "task", "batch_size", "weights", "before", *of_update)
+        )
+        model = known_language_model(Path(name), args.task or "classification", before)
         batch = batch or 1
     else:
         files = OF_FILES if before or update else ()

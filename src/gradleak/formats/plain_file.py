@@ -32,9 +32,18 @@ def has_folder(model: str) -> bool:
     return is_language_model(Path(model))
 
 
-def known_language_model(folder: Path, task: Task) -> Model[Any]:
-    """The language model in a folder."""
-    return read_language_model(folder, task)
+def known_language_model(folder: Path, task: Task, weights: Path | None) -> Model[Any]:
+    """The language model in a folder, at the parameters in a file where one is given."""
+    model = read_language_model(folder, task)
+    if weights is None:
+        return model
+    state, _ = fitted(load_arrays(weights), {**model.parameters, **(model.buffers or {})}, model.module)
+    for name, tensor in model.parameters.items():
+        if name not in state or state[name].shape != tensor.shape:
+            raise BadInput(
+                f"{weights} holds no {name} as the model in {folder} has it: the two do not belong together."
+            )
+    return replace(model, parameters={name: state[name].to(tensor) for name, tensor in model.parameters.items()})
 
 
 def known_network(

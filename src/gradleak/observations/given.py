@@ -14,8 +14,8 @@ from gradleak.errors import BadInput, shortened
 from gradleak.modalities.modality import by
 from gradleak.observations.tensors import Tensors
 
-# Parts of names that wrappers add: DataParallel and DDP, torch.compile, Opacus, FSDP, activation checkpointing.
-WRAPPERS = {"module", "_orig_mod", "_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# Parts of names that wrappers add: DataParallel and DDP, torch.compile, Opacus, FSDP, activation checkpointing; and people.
+WRAPPERS = {"module", "_orig_mod", "_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "grad"}
 
 
 def fitted(
