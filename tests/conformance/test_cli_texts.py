@@ -314,7 +314,6 @@ def test_a_plain_gradient_of_a_language_model(
     ok(*attack, "--out", tmp_path / "found")
     assert sorted(texts_of(tmp_path / "found")) == sorted(TRUTH)
     for flags in (
-        ["--weights", gpt2 / "model.safetensors"],
         ["--classes", 2],
         ["--input-shape", 1, 8, 8],
         ["--mode", "eval"],

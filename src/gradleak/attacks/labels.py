@@ -46,7 +46,7 @@ def recover_labels(observation: PictureObservation) -> Tensor:
     if batch == 1:
         return bias_gradient.argmin()[None]
     weight, bias = (model.parameters[f"{last.name}.{part}"] for part in ("weight", "bias"))
-    counts = label_counts(gradient[f"{last.name}.weight"] / share, bias_gradient, weight, bias, batch)
+    counts, _ = label_fit(gradient[f"{last.name}.weight"] / share, bias_gradient, weight, bias, batch)
     return torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
 
 
@@ -100,7 +100,7 @@ def last_layer(observation: PictureObservation, images: Tensor) -> Call:
     return last
 
 
-def label_counts(
+def label_fit(
     weight_gradient: Tensor,
     bias_gradient: Tensor,
     weight: Tensor,
@@ -110,8 +110,8 @@ def label_counts(
     iterations: int = 20,
     ridge: float = 1e-3,
     relax: float = 0.5,
-) -> Tensor:
-    """How often each class occurs in a batch: (classes,) int64 that sum to `batch`.
+) -> tuple[Tensor, float]:
+    """How often each class occurs in a batch, (classes,) int64 that sum to `batch`; and what that leaves of both gradients, squared.
 
     weight (classes, features) and bias (classes,) of the last layer and their gradients under the mean cross entropy.
 
@@ -138,7 +138,7 @@ def label_counts(
         if float(error) < least:
             best, least = counts, float(error)
         counts = apportion(batch * (counts / batch @ prediction - db), db < 0, batch)
-    return best.long()
+    return best.long(), least
 
 
 def apportion(raw: Tensor, present: Tensor, total: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gradleak.attacks.reconstruction import Reconstruction
 from gradleak.audit.bound import identifiability
+from gradleak.audit.explanations import flag, of_release
 from gradleak.audit.jacobian import MOST_UNKNOWNS
 from gradleak.audit.scoring.scoring import Scoring
 from gradleak.errors import BadInput, NotObserved
@@ -28,11 +29,6 @@ REPLAY_TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "float16": 2e-2, "bfloat16
 UNRELATED = 1.0  # relative error that unrelated data of the same size leave: above it, not even the direction is right
 FEW_UNKNOWNS = 3_100  # pixels up to which a bound is worth its minutes although it does not count all
 WEAK = 0.5  # of the observation: a reconstruction that leaves more unexplained explains little
-
-
-def flag(name: str, level: typing.Literal["info", "warning", "error"], sentence: str) -> Flag:
-    """One line of the report's list of reservations."""
-    return {"name": name, "level": level, "sentence": sentence}
 
 
 def check_observation(observation: Observation[Any]) -> list[Flag]:
@@ -76,6 +72,7 @@ def check_observation(observation: Observation[Any]) -> list[Flag]:
                 f"{len(zero)} of {len(gradient)} released tensors are zero throughout, first {zero[0]}.",
             )
         )
+    flags += of_release(observation, gradient)
     bias, criterion = _last_bias(observation, gradient), observation.model.criterion
     known = isinstance(criterion, CrossEntropy) and criterion.plain
     if known and bias is not None and float(bias.sum().abs()) > 1e-2 * float(bias.abs().sum()) + 1e-12:
@@ -175,10 +172,15 @@ def check_result(
     if known:
         sentence = f"{known} private {observation.model.architecture.secret} are in the public pool: priors and controls have seen the secret."
         flags.append(flag("secret_is_public", "error", sentence))
-    if not result.residual <= WEAK:  # NaN too
-        sentence = f"The reconstruction explains little of what was observed (relative residual {result.residual:.2f})."
-        flags.append(flag("unexplained", "warning", sentence))
-    return flags
+    return flags + unexplained(result.residual)
+
+
+def unexplained(residual: float) -> list[Flag]:
+    """A flag where a reconstruction leaves most of the release."""
+    if residual <= WEAK:  # NaN is not
+        return []
+    sentence = f"The reconstruction explains little of what was observed (relative residual {residual:.2f})."
+    return [flag("unexplained", "warning", sentence)]
 
 
 def information(observation: Observation[Any], inputs: Any, labels: Tensor | None, where: str) -> list[Flag]:

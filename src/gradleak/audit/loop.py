@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 from gradleak.attacks.attack import Attack, refusal
+from gradleak.attacks.factor import with_factor_found
 from gradleak.attacks.reconstruction import Reconstruction
 from gradleak.attacks.search.descend import OnStep
-from gradleak.audit.checks import check_observation, check_result, information, replay, trained_on_secret
+from gradleak.audit.checks import check_observation, check_result, information, replay, trained_on_secret, unexplained
+from gradleak.audit.explanations import at_reconstruction
 from gradleak.audit.scoring import SCORING
 from gradleak.audit.scoring.scoring import WRONG_OBSERVATION, Scores, Scoring
 from gradleak.errors import NotObserved
@@ -58,6 +60,7 @@ def audit(
     scoring = SCORING[model.architecture.modality]
     if secret is not None:
         scoring.check(secret.inputs, model)
+    observation = with_factor_found(observation)
     about, where = describe(observation, name), torch.device(device)
     decoys, rest = (None, None) if public is None else scoring.split(public)
     general = check_observation(observation)
@@ -90,6 +93,8 @@ def audit(
             row["flags"] = [
                 *general,
                 *information(observation, reconstruction.value[:count], labels, "at this reconstruction"),
+                *at_reconstruction(observation, reconstruction),
+                *(unexplained(reconstruction.residual) if observation.release.replays else []),
             ]
         elif public is not None:
             other = others(observation, scoring, public, max(len(reconstruction.value), len(secret)), seed).to(where)

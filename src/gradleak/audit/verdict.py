@@ -66,7 +66,9 @@ def unscored(ran: Sequence[Result]) -> str:
     best = min(explaining, key=lambda row: float(row["residual"] or 0), default=ran[0])
     counts = [row for row in ran if "count" in row]
     why = "nothing of the data themselves was scored" if any("true" in row["count"] for row in counts) else NO_SECRET
-    if explaining:
+    if explaining and float(best["residual"] or 0) >= 1:
+        sentence = f"No attack explains any of the observation (least relative residual {best['residual']:.2g}); {why}."
+    elif explaining:
         sentence = f"{best['attack']} explains the observation best (relative residual {best['residual']:.2g}); {why}."
     else:
         sentence = f"{', '.join(row['attack'] for row in ran)} ran; {why}."

@@ -14,6 +14,7 @@ import msgspec
 
 from gradleak.attacks import ATTACKS
 from gradleak.attacks.attack import refusal
+from gradleak.attacks.factor import with_factor_found
 from gradleak.attacks.parameters import built
 from gradleak.attacks.search.start import Given
 from gradleak.attacks.seed import has_open_start, with_start_recovered
@@ -112,7 +113,7 @@ def informed(args: flags.Observed) -> Observation[Any]:
                 "--seeds says nothing about this observation: there is no start that a seed could have drawn."
             )
         observation = with_start_recovered(observation, on_step=start("seed"))
-        return observation if more is None else searched(observation, more, start("seed"))
+        return with_factor_found(observation if more is None else searched(observation, more, start("seed")))
 
 
 def searched(observation: Observation[Any], more: range, on_step: OnStep) -> Observation[Any]:

@@ -28,18 +28,32 @@ class Common:
 class Observed(Common):
     """What `attack` and `audit` take to understand the observation."""
 
-    observation: Positional[Path]
-    """observation.safetensors of `gradleak capture`, a plain safetensors file of yours ({name: gradient} with --weights, a
-    trained model's weights without), or the folder of a LoRA adapter as PEFT saves it."""
+    observation: Positional[Path | None] = None
+    """observation.safetensors of `gradleak capture`; a file of yours, as safetensors, .npz, .npy or parquet ({name: gradient} with
+    --weights, a change of weights with --lr too, a trained model's weights without both); or the folder of a LoRA adapter as PEFT
+    saves it. Left out with --after."""
+    before: Path | None = None
+    """The parameters before training, the same as --weights."""
+    after: Path | None = None
+    """The parameters after training, in place of a file with their change: needs --before and --lr."""
     base: str | None = None
     """For the folder of an adapter: its base model, as a folder of `save_pretrained` or `gradleak capture adapter`, or a
     name on the Hugging Face hub."""
     lr: float | None = None
-    """For the folder of an adapter: its learning rate; without it one step is assumed, and directions are compared."""
+    """For an adapter or a change of weights: the learning rate; of an adapter without it one step is assumed, and directions are
+    compared."""
     steps: int | None = None
-    """For the folder of an adapter: optimiser steps; 1 unless this is given."""
+    """For an adapter or a change of weights: optimiser steps; 1 unless this is given."""
     optimizer: Optimizer | None = None
-    """For the folder of an adapter: sgd (the default), momentum, adam or adamw."""
+    """For an adapter or a change of weights: sgd (the default), momentum, adam or adamw."""
+    weight_decay: float | None = None
+    """For an adapter or a change of weights: unless this is given, 0.01 of adamw and 0 of the others."""
+    local_batch_size: int | None = None
+    """For a change of weights: samples per step; all unless this is given."""
+    proximal: float | None = None
+    """For a change of weights: mu of FedProx; 0 unless this is given."""
+    clip: float | None = None
+    """For a change of weights: norm to which the gradient of each step was cut; not cut unless this is given."""
     initial: Path | None = None
     """For the folder of an adapter: the folder of the adapter before training, where its start is not zero."""
     model: str | None = None
@@ -55,9 +69,15 @@ class Observed(Common):
     """For plain files: channel, height and width of a picture; 3 32 32 unless this is given."""
     classes: int | None = None
     """For plain files: number of classes; 10 unless this is given."""
+    loss: Literal["cross-entropy", "binary-cross-entropy", "focal"] | None = None
+    """For plain files: the loss; cross-entropy unless this is given. Others are values in Python."""
+    reduction: Literal["mean", "sum"] | None = None
+    """For plain files: of the loss over the batch; mean unless this is given."""
+    label_smoothing: float | None = None
+    """For plain files: of the cross entropy; 0 unless this is given."""
     batch_size: int | None = None
-    """For plain files and adapters: number of private samples; unless this is given, what the adapter of a fully connected network
-    tells itself, else 1."""
+    """For plain files and adapters: number of private samples; unless this is given, what the ranks of a gradient or the adapter of a
+    fully connected network tell, else 1."""
     seeds: str | None = None
     """For adapters: which seeds may have drawn it, besides the usual ones: N for 0 to N - 1, or START:END; of 4294967296. Ctrl-C
     ends the search, says where to go on, and goes on with what is known."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,63 +13,129 @@ from gradleak.cli import flags
 from gradleak.errors import BadInput, shortened
 from gradleak.formats.model_folder import read_model
 from gradleak.formats.observation_file import check_provenance, has_provenance, load_observation
+from gradleak.formats.own_arrays import kind_of
 from gradleak.formats.peft import is_adapter, read_adapter
-from gradleak.formats.plain_file import has_folder, read_of_language_model, read_of_network
+from gradleak.formats.plain_file import (
+    has_folder,
+    known_language_model,
+    known_network,
+    read_change,
+    read_release,
+    read_weights,
+)
+from gradleak.modalities.losses import LOSSES
 from gradleak.observations.observation import Observation
 from gradleak.observations.training import Recipe
 
 LARGEST = 2**40  # bytes of an input file
-OF_ADAPTERS = ("base", "lr", "steps", "optimizer", "initial")
-OF_FILES = ("weights", "mode")
-OF_PLAIN_FILES = ("input_shape", "classes")
-EVERY = (*OF_ADAPTERS, *OF_FILES, *OF_PLAIN_FILES, "model", "task", "batch_size")
+OF_TRAINING = ("lr", "steps", "optimizer", "weight_decay")
+OF_ADAPTERS = ("base", "initial", *OF_TRAINING)
+OF_UPDATES = (*OF_TRAINING, "local_batch_size", "proximal", "clip", "after")
+OF_FILES = ("weights", "before", "mode")
+OF_PLAIN_FILES = ("input_shape", "classes", "loss", "reduction", "label_smoothing")
+EVERY = (*dict.fromkeys((*OF_ADAPTERS, *OF_UPDATES, *OF_FILES, *OF_PLAIN_FILES)), "model", "task", "batch_size")
 
 
 def observed(args: flags.Observed) -> Observation[Any]:
     """The observation of a file, with provenance checked, of an adapter's folder, or of a plain file of tensors.
 
-    A plain file is a gradient at --weights, or of the language model in the folder --model; where neither is given, it holds the
-    weights of a trained network. Raises BadInput for flags that say nothing about such an observation.
+    A plain file is a gradient at --weights, or of the language model in the folder --model; with --lr, a change of weights, as is
+    what lies between --before and --after; where neither weights nor --lr are given, it holds the weights of a trained network.
+    Raises BadInput for flags that say nothing about such an observation.
     """
-    if args.observation.is_dir():
+    path = args.observation
+    if (path is None) == (args.after is None):
+        raise BadInput(
+            "Give one file or folder that was shared; or the weights --before and --after training, without it."
+        )
+    if path is not None and path.is_dir():
         refuse_others(args, "the folder of an adapter", (*OF_ADAPTERS, "model", "task", "batch_size"))
-        return observed_adapter(args)
-    if has_provenance(args.observation):
-        refuse_others(args, "a file that says itself how it was taken", (*OF_FILES, "model"))
-        observation = load_observation(args.observation, factory=args.model)
+        return observed_adapter(args, path)
+    if path is not None and kind_of(path) == "safetensors" and has_provenance(path):
+        refuse_others(args, "a file that says itself how it was taken", ("weights", "mode", "model"))
+        observation = load_observation(path, factory=args.model)
         check_provenance(observation, weights=args.weights, mode=args.mode)
         return observation
     if args.model is None:
         raise BadInput(
-            f"{args.observation} carries no provenance: say with --model and --weights what this gradient was taken from, "
-            "or with --model alone whose trained weights these are."
+            f"{path or args.after} carries no provenance: say with --model and --weights what this gradient was taken from, "
+            "or with --model alone whose trained weights these are; of a language model, name its folder with --model."
         )
-    size = args.batch_size or 1
-    if has_folder(args.model):
-        refuse_others(args, "a plain file of a language model", ("model", "task", "batch_size"))
-        return read_of_language_model(args.observation, Path(args.model), args.task or "classification", size)
-    used = ("model", "weights", "batch_size", *OF_PLAIN_FILES, *(("mode",) if args.weights else ()))
-    refuse_others(args, "a plain file", used)
-    shape, classes = args.input_shape or (3, 32, 32), args.classes or 10
-    mode = args.mode or "eval"
-    return read_of_network(args.observation, args.model, shape, classes, args.weights, mode, size)
+    return observed_plain(args, path)
 
 
-def observed_adapter(args: flags.Observed) -> Observation[Any]:
+def observed_plain(args: flags.Observed, path: Path | None) -> Observation[Any]:
+    """What a plain file says of the model --model."""
+    name, before, batch = str(args.model), args.before or args.weights, args.batch_size
+    shared = path or args.after
+    update = args.lr is not None or args.after is not None
+    of_update = OF_UPDATES if update else ()
+    if args.before is not None and args.weights is not None:
+        raise BadInput("--before and --weights say the same: the parameters before training. Give one of them.")
+    if args.after is not None and args.lr is None:
+        raise BadInput("Between --before and --after lies a training: say its learning rate with --lr.")
+    if has_folder(name):
+        refuse_others(
+            args, "a plain file of a language model", ("model", "task", "batch_size", "weights", "before", *of_update)
+        )
+        model = known_language_model(Path(name), args.task or "classification", before)
+        batch = batch or 1
+    else:
+        files = OF_FILES if before or update else ()
+        refuse_others(args, "a plain file", ("model", "batch_size", *OF_PLAIN_FILES, *files, *of_update))
+        if update and before is None:
+            raise BadInput("A change of weights needs the weights it began at: give them with --before.")
+        shape, classes = args.input_shape or (3, 32, 32), args.classes or 10
+        mode = args.mode or "eval"
+        state = before or shared
+        assert state is not None  # one of the two was given
+        model = known_network(name, shape, classes, state, mode, loss_of(args))
+        if before is None:
+            return read_weights(model, batch)
+    assert shared is not None  # as above
+    if args.after is not None:
+        return read_change(shared, model, recipe_of(args), batch)
+    return read_release(shared, model, recipe_of(args) if update else None, batch)
+
+
+def loss_of(args: flags.Observed) -> Any:
+    """The loss that the flags say."""
+    given = {"reduction": args.reduction, "label_smoothing": args.label_smoothing}
+    kind: Any = LOSSES[args.loss or "cross-entropy"]
+    settings = {name: value for name, value in given.items() if value is not None}
+    if unknown := [name for name in settings if name not in {field.name for field in fields(kind)}]:
+        raise BadInput(f"--{unknown[0].replace('_', '-')} says nothing about the loss {args.loss}: leave it out.")
+    return kind(**settings)
+
+
+def recipe_of(args: flags.Observed) -> Recipe:
+    """The training that the flags say."""
+    return Recipe(
+        optimizer=args.optimizer or "sgd",
+        learning_rate=args.lr or 0.0,
+        steps=args.steps or 1,
+        batch_size=args.local_batch_size,
+        weight_decay=args.weight_decay,
+        proximal=args.proximal or 0.0,
+        clip=args.clip,
+    )
+
+
+def observed_adapter(args: flags.Observed, folder: Path) -> Observation[Any]:
     """The adapter in a PEFT folder, on its base model."""
-    if not is_adapter(args.observation):
-        raise BadInput(f"{args.observation} is no folder of a LoRA adapter: it has no adapter_config.json.")
+    if not is_adapter(folder):
+        raise BadInput(f"{folder} is no folder of a LoRA adapter: it has no adapter_config.json.")
     if args.base is None:
-        raise BadInput(f"{args.observation} holds an adapter: say with --base which model it belongs to.")
+        raise BadInput(f"{folder} holds an adapter: say with --base which model it belongs to.")
     model = read_model(args.base, factory=args.model, task=args.task)
     recipe = None
     if args.lr is not None:
-        recipe = Recipe(optimizer=args.optimizer or "sgd", learning_rate=args.lr, steps=args.steps or 1)
-    elif args.steps is not None or args.optimizer is not None:
-        raise BadInput("--steps and --optimizer say how the adapter was trained, which needs its --lr too.")
-    adapter = read_adapter(
-        args.observation, model, recipe=recipe, batch_size=args.batch_size or 1, initial=args.initial
-    )
+        recipe = recipe_of(args)
+    elif args.steps is not None or args.optimizer is not None or args.weight_decay is not None:
+        raise BadInput(
+            "--steps, --optimizer and --weight-decay say how the adapter was trained, which needs its --lr too."
+        )
+    adapter = read_adapter(folder, model, recipe=recipe, batch_size=args.batch_size or 1, initial=args.initial)
     return adapter if args.batch_size else with_samples_counted(adapter)
 
 
@@ -92,11 +159,10 @@ def refuse_others(args: flags.Observed, what: str, read: tuple[str, ...]) -> Non
 def observed_files(args: flags.Observed) -> list[Path]:
     """The files that the observation was read from, of a folder those in it, and what it needed beside: weights, a base model, the
     adapter before training."""
-    beside = [
-        Path(path).expanduser() for path in (args.weights, args.base, args.initial, args.model) if path is not None
-    ]
-    folders = [path for path in (args.observation, *beside) if path.is_dir()]
-    files = [path for path in (args.observation, args.weights) if path is not None and not path.is_dir()]
+    given = (args.observation, args.after, args.before, args.weights)
+    beside = [Path(path).expanduser() for path in (*given, args.base, args.initial, args.model) if path is not None]
+    folders = [path for path in beside if path.is_dir()]
+    files = [path for path in given if path is not None and not path.is_dir()]
     for folder in folders:
         files += sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
     return files

@@ -48,6 +48,8 @@ class Provenance(msgspec.Struct, frozen=True, kw_only=True):
     released: list[str] | None = None
     known: list[str] = []
     defenses: list[dict[str, Any]] | None = []
+    factor: float = 1.0
+    beside: list[str] = []
 
 
 def save_observation(observation: Observation[Any], path: Path) -> None:
@@ -86,6 +88,8 @@ def save_observation(observation: Observation[Any], path: Path) -> None:
         released=list(observation.released),
         known=known,
         defenses=defenses,
+        factor=observation.factor,
+        beside=list(observation.beside),
     )
     tensor_file.write(tensors, SCHEMA, msgspec.to_builtins(about) | {"torch": str(torch.__version__)}, path)
 
@@ -144,6 +148,8 @@ def load_observation(path: Path, *, factory: str | None = None) -> Observation[A
         labels=usable_labels(tensors.get("labels"), model, seen.batch_size, path),
         precision=seen.precision,
         defenses=defenses,
+        factor=seen.factor,
+        beside=tuple(seen.beside),
     )
 
 

@@ -1,19 +1,30 @@
-"""A plain safetensors file of somebody's own, {name: tensor}, as an observation of a model that is known besides."""
+"""A file of somebody's own, without provenance, as an observation of a model that is known besides: {name: gradient}, weights before
+and after training, their difference, or the weights of a trained network. In safetensors, .npz, .npy or parquet."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from gradleak.attacks.batch_size import with_batch_counted
+from gradleak.errors import BadInput
 from gradleak.formats.blueprints import check_state, outline
 from gradleak.formats.model_folder import is_language_model, read_language_model
-from gradleak.formats.observation_file import load_state, load_tensors
+from gradleak.formats.observation_file import load_state
+from gradleak.formats.own_arrays import kind_of, load_arrays
 from gradleak.modalities.language_models import Task
+from gradleak.modalities.losses import Loss
 from gradleak.modalities.networks import MODELS, Architecture
-from gradleak.observations import tensor_file
+from gradleak.observations.distances import relative_residual
+from gradleak.observations.given import fitted
 from gradleak.observations.model import Mode, Model
 from gradleak.observations.observation import Observation
-from gradleak.observations.releases import Weights
+from gradleak.observations.releases import GRADIENT, Update, Weights
+from gradleak.observations.tensors import Tensors
+from gradleak.observations.training import Recipe
+
+NEAR = 0.5  # of the weights' length: weights after training lie within, and a gradient has no reason to point along the weights
 
 
 def has_folder(model: str) -> bool:
@@ -21,36 +32,85 @@ def has_folder(model: str) -> bool:
     return is_language_model(Path(model))
 
 
-def read_of_language_model(path: Path, folder: Path, task: Task, batch_size: int) -> Observation[Any]:
-    """{name: gradient} of the language model in a folder."""
-    return read_gradient(path, read_language_model(folder, task), batch_size)
-
-
-def read_of_network(
-    path: Path, name: str, shape: tuple[int, int, int], classes: int, weights: Path | None, mode: Mode, batch_size: int
-) -> Observation[Any]:
-    """{name: gradient} of a network at these weights; where none are given, the file holds the weights of a trained one, which
-    are all that was released."""
-    architecture = Architecture(name, shape, classes)
-    state = load_tensors(path if weights is None else weights)
-    if name in MODELS:
-        check_state(outline(architecture), state)
-    module = architecture.build(0)
-    load_state(module, state)
-    model = Model.of(module, architecture, mode=mode)
-    model.check_works()
+def known_language_model(folder: Path, task: Task, weights: Path | None) -> Model[Any]:
+    """The language model in a folder, at the parameters in a file where one is given."""
+    model = read_language_model(folder, task)
     if weights is None:
-        return Observation(model=model, release=Weights(), released=model.parameters, batch_size=batch_size)
-    return read_gradient(path, model, batch_size)
+        return model
+    state, _ = fitted(load_arrays(weights), {**model.parameters, **(model.buffers or {})}, model.module)
+    for name, tensor in model.parameters.items():
+        if name not in state or state[name].shape != tensor.shape:
+            raise BadInput(
+                f"{weights} holds no {name} as the model in {folder} has it: the two do not belong together."
+            )
+    return replace(model, parameters={name: state[name].to(tensor) for name, tensor in model.parameters.items()})
 
 
-def read_gradient(path: Path, model: Model[Any], batch_size: int) -> Observation[Any]:
-    """{name: gradient}, in whatever number format it is; BadInput for whole ones."""
-    released = load_tensors(path)
-    precision = min((t.dtype for t in released.values()), key=lambda dtype: dtype.itemsize, default=torch.float32)
-    return Observation(
-        model=model,
-        released={name: tensor.float() for name, tensor in tensor_file.floating(released, path).items()},
-        batch_size=batch_size,
-        precision=str(precision).removeprefix("torch."),
-    )
+def known_network(
+    name: str, shape: tuple[int, int, int], classes: int, weights: Path, mode: Mode, criterion: Loss
+) -> Model[Any]:
+    """A network at the weights in a file; buffers that the file lacks are withheld."""
+    architecture = Architecture(name, shape, classes)
+    structure = outline(architecture) if name in MODELS else architecture.build(0)
+    given = load_arrays(weights)
+    state, _ = fitted(given, dict(structure.state_dict(keep_vars=True)), structure)
+    buffers = {key for key, _ in structure.named_buffers() if key in structure.state_dict()}
+    told = not buffers or bool(buffers & set(state))
+    check_state(structure, state, partial=not told)
+    module = architecture.build(0) if name in MODELS else structure
+    load_state(module, state, partial=not told)
+    model = Model.of(module, architecture, mode=mode, criterion=criterion, reveal_buffers=told)
+    model.check_works()
+    return model
+
+
+def read_weights(model: Model[Any], batch_size: int | None) -> Observation[Any]:
+    """The weights of a trained network, which are all that was released."""
+    return Observation(model=model, release=Weights(), released=model.parameters, batch_size=batch_size or 1)
+
+
+def read_release(path: Path, model: Model[Any], recipe: Recipe | None, batch_size: int | None) -> Observation[Any]:
+    """{name: gradient}; with a recipe, the change of the parameters by such a training. A batch size that is not given is counted
+    where the release tells it."""
+    given, theta = load_arrays(path), model.parameters
+    seen = observed(given, model, recipe, batch_size or 1)
+    if seen.released.keys() == theta.keys() and float(relative_residual(seen.released, theta)) < NEAR:
+        raise BadInput(
+            f"{path} ({kind_of(path)}) holds weights close to those it is said to have been taken at, and neither a gradient nor a "
+            "change: if they are those after training, give them with --after, --before and --lr."
+        )
+    return seen if batch_size else with_batch_counted(seen)
+
+
+def read_change(after: Path, model: Model[Any], recipe: Recipe, batch_size: int | None) -> Observation[Any]:
+    """The change from the model's parameters to those in a file. Parameters that did not move were not trained."""
+    known = {**model.parameters, **(model.buffers or {})}
+    given = load_arrays(after)
+    precision = shortest(given)
+    state, _ = fitted(given, known, model.module)
+    if unknown := [name for name in state if name not in known]:
+        raise BadInput(f"{after} holds {unknown[0]}, which the model does not have: it is of another architecture.")
+    for name, tensor in state.items():
+        if tensor.shape != known[name].shape:
+            raise BadInput(f"{after} and the weights before it differ in the shape of {name}: they are of two models.")
+    change: Tensors = {name: (t.double() - known[name].double()).float() for name, t in state.items()}
+    still = [name for name, tensor in change.items() if name in model.parameters and not bool(tensor.any())]
+    moved = {name: tensor for name, tensor in change.items() if name not in still}
+    if not moved.keys() & model.parameters.keys():
+        raise BadInput(f"{after} holds the weights before training: nothing has changed.")
+    seen = observed(moved, model, recipe, batch_size or 1)
+    seen = replace(seen, precision=precision, beside=(*seen.beside, *still))
+    return seen if batch_size else with_batch_counted(seen)
+
+
+def observed(given: Any, model: Model[Any], recipe: Recipe | None, batch_size: int) -> Observation[Any]:
+    """The observation of what was given, in float32."""
+    release = GRADIENT if recipe is None else Update(recipe=recipe)
+    seen = Observation(model=model, release=release, released=given, batch_size=batch_size)
+    return replace(seen, released={name: tensor.float() for name, tensor in seen.released.items()})
+
+
+def shortest(arrays: dict[str, Any]) -> str:
+    """The number format of the shortest floating-point numbers."""
+    formats = [a.dtype for a in arrays.values() if a.is_floating_point()]
+    return str(min(formats, key=lambda kind: kind.itemsize, default=torch.float32)).removeprefix("torch.")

@@ -5,11 +5,11 @@ normalisation is its first layer, so that no attack ever has to know about it.
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -267,15 +267,31 @@ class Architecture:
                 raise BadInput(f"{self.name} is no model factory of (input_shape, classes): {error}.") from error
         if not isinstance(model, nn.Module):
             raise BadInput(f"{self.name} returned a {type(model).__name__}, not an nn.Module.")
+        if any(nn.parameter.is_lazy(parameter) for parameter in model.parameters()):  # LazyLinear: it learns its sizes
+            training = model.training
+            with torch.no_grad():
+                model.eval()(self.blank(1))
+            model.train(training)
         return model
 
     def arguments(self, inputs: Tensor, like: Tensor) -> tuple[tuple[Tensor], dict[str, Tensor]]:
         """The pictures themselves."""
         return (inputs,), {}
 
-    def logits(self, output: Tensor) -> Tensor:
-        """The output itself: (batch, classes)."""
-        return output
+    def logits(self, output: Any) -> Tensor:
+        """The output itself, (batch, classes); of a tuple or a mapping what is called logits, else its first such tensor."""
+        if isinstance(output, Tensor):
+            return output
+        parts = list(output.values()) if isinstance(output, Mapping) else output
+        if isinstance(output, Mapping) and "logits" in output:
+            parts = [output["logits"]]
+        for part in parts if isinstance(parts, list | tuple) else ():
+            if isinstance(part, Tensor) and part.ndim == 2 and part.shape[1] == self.classes:
+                return part
+        raise BadInput(
+            f"The model {self.name} returns a {type(output).__name__} without logits (batch, {self.classes}): let its forward return "
+            "them, alone or first."
+        )
 
     def compared(self, logits: Tensor, inputs: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """One row per picture; labels are (batch,) class indices or (batch, classes) probabilities."""

@@ -115,10 +115,13 @@ class Model(Generic[A]):
         """BadInput when the model fails on these inputs, or gives something else than finite logits of its classes."""
         try:
             logits = self.logits({}, inputs)
+        except BadInput:
+            raise
         except (RuntimeError, ValueError, TypeError, LookupError) as error:
-            raise BadInput(
-                f"The model {self.architecture.name} fails on these data: {shortened(str(error))}"
-            ) from error
+            why = shortened(str(error))
+            if "required positional argument" in why:
+                why += ": it wants more than the data. Wrap it in a module that is given these alone and holds the rest fixed."
+            raise BadInput(f"The model {self.architecture.name} fails on these data: {why}") from error
         if not bool(logits.isfinite().all()):
             raise BadInput(f"The model {self.architecture.name} gives logits that are NaN or infinite.")
         if self.architecture.classes > 1 and logits.shape != (len(inputs), self.architecture.classes):

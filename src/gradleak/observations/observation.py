@@ -4,7 +4,8 @@
 secret been these? It is a pure function of tensors, so torch.func can differentiate and vectorise it.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Self, TypeVar
 
@@ -17,6 +18,7 @@ from gradleak.modalities.modality import Fact, fact
 from gradleak.modalities.networks import Architecture
 from gradleak.observations.defenses import Defense, defended
 from gradleak.observations.distances import relative_residual
+from gradleak.observations.given import fitted
 from gradleak.observations.model import A, Model
 from gradleak.observations.releases import GRADIENT, Adapter, Release, Reservation, Sketch, check_finite
 from gradleak.observations.tensors import Tensors
@@ -35,6 +37,12 @@ class Observation(Generic[A]):
     labels      (batch,) int64 class indices; of a masked language model (batch, longest); or None
     precision   the number format in which it was released, e.g. "float32", "float16"
     defenses    what the victim did to the tensors before sharing them; None where that is not known
+    factor      what was released is so many times what the release says: of a sum in place of a mean, a loss scale, clipping, or
+                of the other sign
+    beside      names of tensors that were shared too and are not read: BatchNorm's statistics, parameters that were not trained
+
+    `released` may be given as people hold it: numpy arrays, names as DataParallel or torch.compile leave them, a list in the order
+    of state_dict or of the parameters, None for parameters that were not trained, buffers among them.
     """
 
     model: Model[A]
@@ -44,12 +52,28 @@ class Observation(Generic[A]):
     labels: Tensor | None = None
     precision: str = "float32"
     defenses: tuple[Defense, ...] | None = ()
+    factor: float = 1.0
+    beside: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not (math.isfinite(self.factor) and self.factor):
+            raise BadInput(f"What was released is some number of times the release, not {self.factor:g} times.")
+        self._fit()
         if not self.released:
             raise BadInput("Nothing was released: there is nothing to attack.")
         self.release.check(self.model, self.released)
         check_finite(self.released)
+
+    def _fit(self) -> None:
+        """Name what was released as the model does, and say in which number format it was."""
+        formats = {getattr(tensor, "dtype", None) for tensor in values_of(self.released)}
+        short = formats & {torch.float16, torch.bfloat16}
+        released, beside = fitted(self.released, self.release.names(self.model), self.model.module, self.model.frozen)
+        still = [name for name in released if name in self.model.frozen and not bool(released[name].any())]
+        object.__setattr__(self, "released", {name: t for name, t in released.items() if name not in still})
+        object.__setattr__(self, "beside", (*self.beside, *beside, *still))
+        if short and self.precision == "float32":
+            object.__setattr__(self, "precision", str(short.pop()).removeprefix("torch."))
 
     def expect(self, kind: type[R]) -> R:
         """The release, which has to be of this kind; NotObserved when it is of another."""
@@ -64,7 +88,7 @@ class Observation(Generic[A]):
 
     def simulate(self, inputs: Any, labels: Tensor | None) -> Tensors:
         """What would have been released, had the secret been these; before any defense."""
-        return self.release.simulate(self.model, self.released, inputs, labels)
+        return scaled(self.release.simulate(self.model, self.released, inputs, labels), self.factor)
 
     def residual(self, inputs: Any, labels: Tensor | None) -> float:
         """||simulate(inputs, labels) - released|| / ||released||, Euclidean over all released tensors."""
@@ -72,15 +96,18 @@ class Observation(Generic[A]):
 
     def as_gradient(self) -> Tensors:
         """The released tensors in units of a gradient of the loss; NotObserved where they hold none."""
-        return self.release.as_gradient(self.model, self.released)
+        return self.release.as_gradient(self.model, self._unscaled())
 
     def sketches(self, modules: Sequence[str] | None = None) -> list[Sketch]:
         """What was told of the gradient of each layer's weight: of these modules, or of all."""
-        return self.release.sketches(self.model, self.released, self.precision, modules)
+        return self.release.sketches(self.model, self._unscaled(), self.precision, modules)
 
     def after(self) -> Tensors | None:
         """The parameters of the model that training changed, as it left them; None where nothing was trained."""
-        return self.release.after(self.model, self.released)
+        return self.release.after(self.model, self._unscaled())
+
+    def _unscaled(self) -> Tensors:
+        return scaled(self.released, 1 / self.factor)
 
     def reservations(self) -> list[Reservation]:
         """What speaks against relying on the release, as (name, level, sentence)."""
@@ -97,11 +124,14 @@ class Observation(Generic[A]):
         """One row per thing the attacker may know, made from the fields: what it is, whether it was revealed, how."""
         model, architecture = self.model, self.model.architecture
         detail = f"{self.release.name}: {len(self.released)} tensors in {self.precision}"
+        detail += f", and {len(self.beside)} that are not read ({self.beside[0]}, ...)" if self.beside else ""
+        factor = [] if self.factor == 1 else [fact("factor", False, f"found: {self.factor:g}")]
         size = str(self.batch_size) if self.batch_size else "to be guessed"
         labels = "given" if self.labels is not None else architecture.labels_detail()
         defenses = "unknown" if self.defenses is None else ", ".join(map(str, self.defenses)) or "none"
         return [
             fact("released", True, detail),
+            *factor,
             *architecture.facts(self.labels),
             *model.facts(),
             *self.release.facts(),
@@ -127,3 +157,13 @@ TextObservation = Observation[LanguageArchitecture]
 def a(name: str) -> str:
     """The name of a release with its article: a gradient, an update, weights."""
     return name if name.endswith("s") else f"an {name}" if name[0] in "aeiou" else f"a {name}"
+
+
+def values_of(released: Any) -> Iterable[Any]:
+    """The arrays of a mapping, or of a list."""
+    return released.values() if isinstance(released, Mapping) else released
+
+
+def scaled(tensors: Tensors, factor: float) -> Tensors:
+    """Each tensor times the factor."""
+    return tensors if factor == 1 else {name: factor * tensor for name, tensor in tensors.items()}

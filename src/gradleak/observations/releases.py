@@ -20,7 +20,7 @@ from gradleak.observations.layers import is_linear, oriented
 from gradleak.observations.model import Model
 from gradleak.observations.starts import why_unknown
 from gradleak.observations.tensors import Tensors, flatten, rounding
-from gradleak.observations.training import WEIGHT_DECAY, Recipe, train
+from gradleak.observations.training import Recipe, other_recipes, train
 
 UNEVEN = 2.0  # the rounding of a gradient follows its columns: such noise ends later than white noise
 
@@ -67,6 +67,10 @@ class Release:
     sketched: ClassVar[bool] = False
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
+    def names(self, model: Model[Any]) -> Tensors:
+        """{name: tensor} of what may be released."""
+        return model.parameters
+
     def check(self, model: Model[Any], released: Tensors) -> None:
         """BadInput where the tensors are not those of such a release of this model: here, of trained parameters."""
         check_parameters(model, released)
@@ -88,6 +92,10 @@ class Release:
     def after(self, model: Model[Any], released: Tensors) -> Tensors | None:
         """The parameters of the model that training changed, as it left them; None where nothing was trained."""
         return None
+
+    def others(self, model: Model[Any], released: Tensors, simulated: Tensors) -> list["Release"]:
+        """It under other beliefs about the training; simulated: what this one gives of some data."""
+        return []
 
     def inexact(self) -> str:
         """Why what is read off as a gradient is not exactly one, or nothing."""
@@ -161,8 +169,14 @@ class Update(Release):
         return -1 / (self.recipe.learning_rate * self.recipe.steps)
 
     def as_gradient(self, model: Model[Any], released: Tensors) -> Tensors:
-        """The mean of the local gradients: -released / (learning rate x steps); exact for one step, else a first guess."""
-        return {name: self.unit * tensor for name, tensor in released.items()}
+        """-released / (learning rate x steps) without the weight decay: exact for one step, else a mean of the local gradients."""
+        decay = self.recipe.decay
+        return {name: self.unit * t - decay * model.parameters[name] for name, t in released.items()}
+
+    def others(self, model: Model[Any], released: Tensors, simulated: Tensors) -> list[Release]:
+        """Other recipes."""
+        others = other_recipes(self.recipe, {n: model.parameters[n] for n in released}, released, simulated)
+        return [replace(self, recipe=recipe) for recipe in others]
 
     def sketches(
         self, model: Model[Any], released: Tensors, precision: str, modules: Collection[str] | None
@@ -173,7 +187,8 @@ class Update(Release):
             weight = oriented(model, sketch.module, model.parameters[f"{sketch.module}.weight"])
             noise = rounding(weight, torch.float32) * self.recipe.steps**0.5
             noise = noise if sketch.noise is None else torch.hypot(noise, sketch.noise)
-            sketches.append(replace(sketch, measured=self.unit * sketch.measured, noise=abs(self.unit) * noise))
+            measured = self.unit * sketch.measured - self.recipe.decay * weight
+            sketches.append(replace(sketch, measured=measured, noise=abs(self.unit) * noise))
         return sketches
 
     def after(self, model: Model[Any], released: Tensors) -> Tensors | None:
@@ -228,6 +243,10 @@ class Adapter(Release):
     seed: int | None = None
     tried: int = 0
     init: str = ""
+
+    def names(self, model: Model[Any]) -> Tensors:
+        """Its factors."""
+        return self.start
 
     def check(self, model: Model[Any], released: Tensors) -> None:
         """BadInput naming the first module whose factors do not fit the model, or factor whose change does not fit it."""
@@ -517,9 +536,9 @@ def decay(recipe: Recipe | None) -> float:
     """What AdamW's weight decay has left of a parameter that had no gradient."""
     if recipe is None or recipe.optimizer != "adamw":
         return 1.0
-    if recipe.learning_rate * WEIGHT_DECAY >= 1:
+    if recipe.learning_rate * recipe.decay >= 1:
         raise BadInput(f"At a learning rate of {recipe.learning_rate:g}, the weight decay of AdamW leaves nothing.")
-    return float((1 - recipe.learning_rate * WEIGHT_DECAY) ** recipe.steps)
+    return float((1 - recipe.learning_rate * recipe.decay) ** recipe.steps)
 
 
 def inexact(recipe: Recipe) -> str:

@@ -76,6 +76,13 @@ def open_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
     for name, tensor in tensors.items():
         if tensor.dtype not in FORMATS:
             raise BadInput(f"{path}: tensor {shortened(name)} holds {tensor.dtype} numbers: convert them to float32.")
+    check_numbers(tensors, path)
+    return tensors, header
+
+
+def check_numbers(tensors: Tensors, path: Path) -> None:
+    """BadInput naming the first tensor with numbers that are NaN, infinite, or so large that nothing can be computed."""
+    for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not tensor.numel():
             continue
         largest = float(tensor.abs().max())
@@ -87,7 +94,6 @@ def open_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
             raise BadInput(
                 f"{path}: tensor {shortened(name)} has entries of {largest:.0e}: nothing can be computed with them."
             )
-    return tensors, header
 
 
 def raw_header(path: Path) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """How something was trained: a recipe, and the training itself as a pure function, of pictures as of texts."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -10,12 +10,13 @@ from torch.func import grad
 
 from gradleak.errors import BadInput
 from gradleak.modalities.modality import Inputs
-from gradleak.observations.tensors import Tensors
+from gradleak.observations.tensors import Tensors, flatten
 
 Optimizer = Literal["sgd", "momentum", "adam", "adamw"]
 MOMENTUM, BETAS, EPSILON, WEIGHT_DECAY = 0.9, (0.9, 0.999), 1e-8, 0.01  # torch.optim's defaults; momentum as is usual
 
 SMALLEST_RATE, LARGEST_RATE, MOST = 1e-30, 1e30, 1_000_000
+SMALLEST_DECAY = 1e-6  # nobody trains with less
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +27,19 @@ class Recipe:
     learning_rate  constant
     steps          number of optimiser steps
     batch_size     samples per step; None: all of them
+    weight_decay   None: 0.01 of adamw, 0 of the others
+    proximal       mu of FedProx, which draws the parameters to where they started: mu / 2 ||theta - theta_0||^2 is added to the loss
+                   (Li et al. 2020, arXiv:1812.06127, equation 2)
+    clip           norm to which the gradient of each step is cut, or None
     """
 
     optimizer: Optimizer = "sgd"
     learning_rate: float
     steps: int
     batch_size: int | None = None
+    weight_decay: float | None = None
+    proximal: float = 0.0
+    clip: float | None = None
 
     def __post_init__(self) -> None:
         if not (self.learning_rate > 0 and self.steps > 0 and (self.batch_size is None or self.batch_size > 0)):
@@ -43,9 +51,24 @@ class Recipe:
                 f"lie between {SMALLEST_RATE:g} and {LARGEST_RATE:g}, and {MOST:,} is the most of the others."
             )
 
+        if not (0 <= self.decay <= 1 and 0 <= self.proximal <= LARGEST_RATE and (self.clip is None or self.clip > 0)):
+            raise BadInput(
+                "Weight decay lies between 0 and 1, FedProx's mu is not below 0, and gradients are cut to a norm above 0."
+            )
+
+    @property
+    def decay(self) -> float:
+        """The weight decay that is meant."""
+        if self.weight_decay is not None:
+            return self.weight_decay
+        return WEIGHT_DECAY if self.optimizer == "adamw" else 0.0
+
     def __str__(self) -> str:
         batch = "all samples" if self.batch_size is None else f"{self.batch_size} samples"
-        return f"{self.steps} {self.optimizer} steps, learning rate {self.learning_rate:g}, {batch} a step"
+        text = f"{self.steps} {self.optimizer} steps, learning rate {self.learning_rate:g}, {batch} a step"
+        text += "" if self.weight_decay is None else f", weight decay {self.weight_decay:g}"
+        text += f", FedProx at {self.proximal:g}" if self.proximal else ""
+        return text + ("" if self.clip is None else f", gradients cut to norm {self.clip:g}")
 
 
 OPTIMISERS: dict[Optimizer, Callable[[list[Any], float], torch.optim.Optimizer]] = {  # (parameters, learning rate)
@@ -64,11 +87,18 @@ def train(loss: Objective, parameters: Tensors, inputs: Inputs, labels: Tensor |
     starts = range(0, len(inputs), size)
     first = {name: torch.zeros_like(p) for name, p in parameters.items()}
     second = first
-    (b1, b2), rate = BETAS, recipe.learning_rate
+    start, (b1, b2), rate, decay = parameters, BETAS, recipe.learning_rate, recipe.decay
     for step in range(1, recipe.steps + 1):
-        start = starts[(step - 1) % len(starts)]
-        part = slice(start, start + size)
+        first_row = starts[(step - 1) % len(starts)]
+        part = slice(first_row, first_row + size)
         g = grad(loss)(parameters, inputs[part], None if labels is None else labels[part])
+        if recipe.proximal:
+            g = {k: g[k] + recipe.proximal * (parameters[k] - start[k]) for k in g}
+        if recipe.clip is not None:  # as clip_grad_norm_ does
+            cut = (recipe.clip / (flatten(g).norm() + 1e-6)).clamp(max=1)
+            g = {k: cut * g[k] for k in g}
+        if decay and recipe.optimizer != "adamw":
+            g = {k: g[k] + decay * parameters[k] for k in g}
         match recipe.optimizer:
             case "sgd":
                 change = g
@@ -81,6 +111,19 @@ def train(loss: Objective, parameters: Tensors, inputs: Inputs, labels: Tensor |
                 size_of = {k: (second[k] / (1 - b2**step) + 1e-30).sqrt() + EPSILON for k in g}
                 change = {k: first[k] / (1 - b1**step) / size_of[k] for k in g}
         if recipe.optimizer == "adamw":
-            parameters = {k: (1 - rate * WEIGHT_DECAY) * p for k, p in parameters.items()}
+            parameters = {k: (1 - rate * decay) * p for k, p in parameters.items()}
         parameters = {k: p - rate * change[k] for k, p in parameters.items()}
     return parameters
+
+
+def other_recipes(recipe: Recipe, before: Tensors, change: Tensors, simulated: Tensors) -> list[Recipe]:
+    """What else the training may have been whose change was simulated: with SGD, momentum, Adam or AdamW, or with the weight decay
+    that explains best what the simulation leaves of the change."""
+    kinds: list[Optimizer] = ["sgd", "adam", "adamw", *(["momentum"] if recipe.steps > 1 else [])]  # type: ignore[list-item]
+    others = [replace(recipe, optimizer=kind, weight_decay=None) for kind in kinds if kind != recipe.optimizer]
+    both = torch.stack([flatten(simulated), flatten(before)], dim=1).double()
+    _, pull = torch.linalg.lstsq(both, flatten(change).double()[:, None]).solution.flatten().tolist()
+    decay = recipe.decay - pull / (recipe.learning_rate * recipe.steps)
+    if SMALLEST_DECAY < decay <= 1:
+        others.append(replace(recipe, weight_decay=float(f"{decay:.2g}")))
+    return others
