@@ -101,6 +101,16 @@ def weights(row: int, count: int = 1, reveal: bool = False) -> Seen:
     return (seen if reveal else replace(seen, labels=None)), truth
 
 
+def tuned_by_adam(row: int, count: int = 1, reveal: bool = False) -> Seen:
+    """What a client sends after some steps of Adam."""
+    model = Model.of(MLP.build(0), MLP)
+    secret = keep_secret(model, digits(row, count))
+    recipe = Recipe(optimizer="adam", learning_rate=1e-2, steps=10)
+    seen = Observation(model=model, release=Update(recipe=recipe), released=model.parameters, batch_size=count)
+    change = {name: tensor.detach() for name, tensor in seen.simulate(secret.inputs, secret.labels).items()}
+    return replace(seen, released=change, labels=secret.labels if reveal else None), secret.inputs
+
+
 def text_gradient(row: int, count: int = 1, reveal: bool = False) -> Seen:
     model = trained.language_model("gpt2", "classification", width=64)
     seen, secret = capture_gradient(
@@ -165,6 +175,7 @@ CASES = {
     "token-span": Case(gradient(VIT)),
     "activation-patterns": Case(adapter(MLP, 8, "2", "4", "6"), {"sweeps": 10}, {"sweeps": 1, "rounds": 0}),
     "unmixing": Case(gradient(MLP)),
+    "adam-epsilon": Case(tuned_by_adam, explains=False),
     "map-inversion": Case(gradient(SIGMOID), {"evaluations": 8}, {"evaluations": 1}),
     "ntk": Case(gradient(MLP), {"steps": 10, "restarts": 1}),
     "git": Case(gradient(LENET, 0), generator=True),

@@ -4,6 +4,7 @@ Each says what it reads (`sees`, `modality`); an audit asks all of them and tell
 """
 
 from gradleak.attacks.activation_patterns.activation_patterns import ActivationPatterns
+from gradleak.attacks.adam_epsilon import AdamEpsilon
 from gradleak.attacks.analytic import Analytic
 from gradleak.attacks.dager.dager import Dager
 from gradleak.attacks.dataset_size import SampleCount
@@ -29,6 +30,7 @@ ATTACKS: dict[str, type] = {
     "token-span": TokenSpan,
     "activation-patterns": ActivationPatterns,
     "unmixing": Unmixing,
+    "adam-epsilon": AdamEpsilon,
     "map-inversion": MapInversion,
     "ntk": NTK,
     "git": Git,

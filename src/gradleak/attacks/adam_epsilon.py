@@ -22,7 +22,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from gradleak.attacks.attack import check_sees
 from gradleak.attacks.reconstruction import Outcome, Reconstruction
@@ -40,8 +39,12 @@ AGREE = 0.99  # share of the entries whose signs are those of a row times those 
 EVEN = 0.05  # deviation of the sizes in a row, as a share of their mean: gradients, or several samples, differ far more
 ABOVE = 3.0  # how far a singular value has to stand above those of noise
 CONTRADICTED = 0.05  # share of the units that may be on the wrong side
-MARGIN = 0.01  # of the mean size of what units are given: how sure a side of a unit is
-GRID, ZOOMS = 25, 7
+SURE, LIARS = 1e-3, 0.01  # what units are given is surer than the first of its mean; share of them that may lie
+CONTRAST, EDGES = (
+    0.05,
+    torch.tensor([0.02, 0.98]).double(),
+)  # how near to black and white the ends of a picture's range are
+GRID, ZOOMS = 25, 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,18 +61,20 @@ class AdamEpsilon:
         check_sees(self, observation)
         observation = observation.to(torch.device("cpu")).to(torch.float64)
         network, change, start, on = first_layer(observation)
-        signs, inverse, clear, misfit = factored(change, start, number_noise(observation, change, start))
-        x, wrong = placed(network, signs, inverse, on)
+        sizes = factored(change, start, number_noise(observation, change, start))
+        x, wrong = placed(network, sizes, on)
         shape = observation.model.architecture.input_shape
         images = network.images(x, shape)[None].clamp(0, 1)
         labels = observation.labels if observation.labels is not None else label_of(observation, images)
-        told = "sizes from epsilon" if clear else "signs only: epsilon is rounded away, or masks of dropout cover it"
+        told = (
+            "sizes from epsilon" if sizes.clear else "signs only: epsilon is rounded away, or masks of dropout cover it"
+        )
         status = (
-            f"One picture by the steps of Adam, {told}; {misfit:.2g} of the first layer's change is left, and {wrong:.1%} of "
+            f"One picture by the steps of Adam, {told}; {sizes.misfit:.2g} of the first layer's change is left, and {wrong:.1%} of "
             f"{len(on)} units contradict it."
         )
-        outcome = Outcome.SOLVED if clear and wrong <= CONTRADICTED else Outcome.GUESSED
-        return Reconstruction(images.float(), labels, misfit, status, outcome)
+        outcome = Outcome.SOLVED if sizes.clear and wrong <= CONTRADICTED else Outcome.GUESSED
+        return Reconstruction(images.float(), labels, sizes.misfit, status, outcome)
 
 
 def first_layer(observation: PictureObservation) -> tuple[FullyConnected, Tensor, Tensor, Tensor]:
@@ -100,9 +105,26 @@ def decay_of(change: Tensor, start: Tensor) -> float:
     return float((change * start).sum() / start.square().sum())
 
 
-def factored(change: Tensor, start: Tensor, noise: float) -> tuple[Tensor, Tensor, bool, float]:
-    """Signs of the inputs (in,), 0 where an input was 0, up to one sign for all; 1 / |x| (in,) up to an affine map of positive
-    slope; whether that stands above the noise; the share of the change that (1) leaves."""
+@dataclass(frozen=True)
+class Sizes:
+    """What (1) tells of the inputs x (in,).
+
+    signs      of x, 0 where x was 0; up to one sign for all
+    inverse    1 / |x| up to an affine map of positive slope
+    deviation  of the numbers of `inverse`
+    clear      whether `inverse` stands above the noise
+    misfit     share of the change that (1) leaves
+    """
+
+    signs: Tensor
+    inverse: Tensor
+    deviation: float
+    clear: bool
+    misfit: float
+
+
+def factored(change: Tensor, start: Tensor, noise: float) -> Sizes:
+    """Signs and sizes of the inputs out of the change (rows, in) of a layer, whose numbers are rounded by `noise`."""
     if not bool(change.any()):
         raise NotObserved("The first layer did not move: after one step from B = 0, A has not.")
     left, _, right = torch.linalg.svd(change, full_matrices=False)
@@ -113,61 +135,68 @@ def factored(change: Tensor, start: Tensor, noise: float) -> tuple[Tensor, Tenso
     column = right[0].sign() * pixels
     if float((row * column * Y > 0)[:, pixels].double().mean()) < AGREE:
         raise NotObserved("The signs of the first layer's change are not those of one picture: there were several.")
-    decay, signs = 0.0, row * column[pixels]
+    Y, W, signs, decay = Y[:, pixels], W[:, pixels], row * column[pixels], 0.0
     for _ in range(30):
-        Z = signs * (Y + decay * W)[:, pixels]
+        Z = signs * (Y + decay * W)
         alpha = Z.mean(1, keepdim=True)
         U, S, V = torch.linalg.svd(Z - alpha, full_matrices=False)
-        rest = Y[:, pixels] - signs * (alpha + S[0] * U[:, :1] * V[:1])
-        decay, before = -decay_of(rest, W[:, pixels]), decay
+        rest = Y - signs * (alpha + S[0] * U[:, :1] * V[:1])
+        decay, before = -decay_of(rest, W), decay
         if abs(decay - before) <= 1e-12 * abs(decay):
             break
     if float(((Z - alpha) / alpha).abs().median()) > EVEN:
         raise NotObserved(
             "The sizes of the first layer's change differ within its rows: no step divided them by itself."
         )
-    beta = -S[0] * U[:, 0]
+    rest += decay * W
     inverse = torch.zeros_like(column)
-    inverse[pixels] = V[0] * beta.sum().sign()
-    clear = bool(S[0] > ABOVE * max(float(S[1]), noise * sum(side**0.5 for side in Y.shape)))
-    misfit = float((rest + decay * W[:, pixels]).norm() / Y.norm())
-    return column, inverse, clear, misfit
-
-
-def placed(network: FullyConnected, signs: Tensor, inverse: Tensor, on: Tensor) -> tuple[Tensor, float]:
-    """The input x (in,) with those signs, or all of them turned, and 1 / |x| = a + b inverse, a and b > 0, in the pixels' range
-    and on the right side of the units (out,); and the share of the units that contradict it."""
-    W, offset, pixels = network.weights[0], network.biases[0], signs != 0
-    low, high = -network.shift / network.scale, (1 - network.shift) / network.scale
-    limit = torch.maximum(low.abs(), high.abs()).max()
-    above = inverse - inverse[pixels].median()
-    above = above / above[pixels].abs().mean().clamp_min(1e-300)
-    side = torch.where(on, 1.0, -1.0).double()
-
-    def inputs(a: Tensor, b: Tensor, sign: float) -> Tensor:  # (n,), (n,) -> (n, in), in the range of pixels
-        x = sign * signs / (a[:, None] + b[:, None] * above).clamp_min(0.5 / limit)
-        return torch.minimum(torch.maximum(x, low), high)
-
-    def against(x: Tensor) -> Tensor:
-        z = side * (x @ W.T + (0 if offset is None else offset))
-        return softplus(-z / (MARGIN * z.abs().mean(1, keepdim=True))).mean(1)
-
-    unit = torch.linspace(-1, 1, GRID).double()
-    width, spots = (
-        torch.tensor([2.0, 8.0]).double(),
-        [(sign, torch.stack([2 - limit.log(), 0 * limit])) for sign in (1.0, -1.0)],
+    inverse[pixels] = -V[0] * U[:, 0].sum().sign()
+    return Sizes(
+        signs=column,
+        inverse=inverse,
+        deviation=float(rest.square().mean().sqrt() / S[0]),
+        clear=bool(S[0] > ABOVE * max(float(S[1]), noise * sum(side**0.5 for side in Y.shape))),
+        misfit=float(rest.norm() / Y.norm()),
     )
+
+
+def placed(network: FullyConnected, sizes: Sizes, on: Tensor) -> tuple[Tensor, float]:
+    """The input x (in,) with those signs, or all of them turned, and 1 / |x| = a + b inverse, b > 0, in the range of pixels and on
+    the right side of the units (out,), the mean over all maps by their likelihood, if pictures mostly reach from black to white; and the share of units that contradict it."""
+    W, offset, pixels = network.weights[0], network.biases[0], sizes.signs != 0
+    low, high = -network.shift / network.scale, (1 - network.shift) / network.scale
+    limit, side = torch.maximum(low.abs(), high.abs()).max(), torch.where(on, 1.0, -1.0).double()
+    above = sizes.inverse - sizes.inverse[pixels].median()
+    unit = above[pixels].abs().mean().clamp_min(1e-300)
+    above, deviation = above / unit, sizes.deviation / unit
+
+    def inputs(a: Tensor, b: Tensor, sign: float) -> Tensor:  # (n, 1), (n, 1) -> (n, in), not in the range of pixels
+        return sign * sizes.signs / (a + b * above).clamp_min(0.5 / limit)
+
+    def likelihood(a: Tensor, b: Tensor, sign: float) -> Tensor:  # (n, 1), (n, 1) -> (n,), its logarithm
+        free = inputs(a, b, sign)
+        darkest, brightest = (free * network.scale + network.shift).quantile(EDGES, dim=1)
+        x = torch.minimum(torch.maximum(free, low), high)
+        z = side * (x @ W.T + (0 if offset is None else offset))
+        blur = b * deviation * (x.pow(4) @ W.square().T).sqrt() + SURE * z.abs().mean(1, keepdim=True)
+        units = (LIARS / 2 + (1 - LIARS) * torch.special.ndtr(z / blur)).log().sum(1)
+        return units - (darkest.abs() + (1 - brightest).abs()) / CONTRAST
+
+    axis, width = torch.linspace(-1, 1, GRID).double(), torch.tensor([2.0, 8.0]).double()
+    spots = [(sign, torch.stack([2 - limit.log(), 0 * limit])) for sign in (1.0, -1.0)]
     for _ in range(ZOOMS):
         tried = list[tuple[float, float, Tensor]]()
         for sign, centre in spots:
-            grid = centre + width * torch.cartesian_prod(unit, unit)
-            left = against(inputs(grid[:, 0].exp(), grid[:, 1].exp(), sign))
-            tried.append((float(left.min()), sign, grid[left.argmin()]))
-        spots, width = [min(tried, key=lambda one: one[0])[1:]], width / 4
+            grid = centre + width * torch.cartesian_prod(axis, axis)
+            a, b = grid.exp()[:, :1], grid.exp()[:, 1:]
+            value = likelihood(a, b, sign)
+            tried.append((float(value.max()), sign, value.softmax(0) @ grid))
+        spots, width = [max(tried, key=lambda one: one[0])[1:]], width / 3
     [(sign, best)] = spots
-    x = inputs(best[:1].exp(), best[1:].exp(), sign)[0]
-    z = x @ W.T + (0 if offset is None else offset)
-    return x, float((side * z < 0).double().mean())
+    x = inputs(best[:1, None].exp(), best[1:, None].exp(), sign)[0]
+    x = torch.minimum(torch.maximum(x, low), high)
+    z = side * (x @ W.T + (0 if offset is None else offset))
+    return x, float((z < 0).double().mean())
 
 
 def label_of(observation: PictureObservation, images: Tensor) -> Tensor:

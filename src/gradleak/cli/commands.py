@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from gradleak.attacks import ATTACKS
+from gradleak.attacks.adam_step import with_step_undone
 from gradleak.attacks.attack import refusal
 from gradleak.attacks.factor import with_factor_found
 from gradleak.attacks.parameters import built
@@ -113,7 +114,8 @@ def informed(args: flags.Observed) -> Observation[Any]:
                 "--seeds says nothing about this observation: there is no start that a seed could have drawn."
             )
         observation = with_start_recovered(observation, on_step=start("seed"))
-        return with_factor_found(observation if more is None else searched(observation, more, start("seed")))
+        observation = observation if more is None else searched(observation, more, start("seed"))
+        return with_factor_found(with_step_undone(observation))
 
 
 def searched(observation: Observation[Any], more: range, on_step: OnStep) -> Observation[Any]:

@@ -20,8 +20,9 @@ from gradleak.observations.layers import is_linear, oriented
 from gradleak.observations.model import Model
 from gradleak.observations.starts import why_unknown
 from gradleak.observations.tensors import Tensors, flatten, rounding
-from gradleak.observations.training import Recipe, other_recipes, train
+from gradleak.observations.training import Recipe, Undone, other_recipes, train
 
+UNSURE = 0.02  # of a gradient's length: as much as bfloat16 leaves
 UNEVEN = 2.0  # the rounding of a gradient follows its columns: such noise ends later than white noise
 
 
@@ -119,9 +120,13 @@ class Gradient(Release):
     """The gradient of the loss over one private batch (federated SGD, gradient accumulation, a debug dump).
 
     What is released is {parameter name: gradient}; parameters may be missing (frozen, or not shared).
+
+    undone  the step of an optimizer that the gradient was read from, or None
     """
 
     name: ClassVar[str] = "gradient"
+
+    undone: Undone | None = None
 
     def simulate(self, model: Model[Any], released: Tensors, inputs: Any, labels: Tensor | None) -> Tensors:
         """dL/dtheta of this batch."""
@@ -143,6 +148,18 @@ class Gradient(Release):
             )
             sketches.append(Sketch(module, "right", tensor, None, noise))
         return sketches
+
+    def inexact(self) -> str:
+        """A step of an optimizer that was undone, where that leaves much of the gradient's length unknown."""
+        return inexactly_undone(self.undone)
+
+    def reservations(self, model: Model[Any], released: Tensors) -> list[Reservation]:
+        """That a step was undone."""
+        return [] if self.undone is None else [("step_undone", "warning", self.undone.sentence())]
+
+    def facts(self) -> list[Fact]:
+        """The step that was undone."""
+        return [] if self.undone is None else [fact("step", True, f"{self.undone.recipe}; undone")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,6 +246,7 @@ class Adapter(Release):
     recipe    how it was trained, or None: one SGD step is then assumed, and only directions can be told
     dropout   probability with which inputs of the adapter may have been dropped in training; the masks are not known
     gradient  whether what was released is the gradient of the factors, and not their change in training
+    undone    the step of an optimizer that this gradient was read from, or None
     """
 
     name: ClassVar[str] = "adapter"
@@ -239,6 +257,7 @@ class Adapter(Release):
     recipe: Recipe | None = None
     dropout: float = 0.0
     gradient: bool = False
+    undone: Undone | None = None
     origin: Origin = "unknown"
     seed: int | None = None
     tried: int = 0
@@ -360,7 +379,7 @@ class Adapter(Release):
         if self.dropout > 0:
             return f"it may have been trained with dropout {self.dropout:g}, whose masks nobody knows"
         if self.gradient:
-            return ""
+            return inexactly_undone(self.undone)
         return "its recipe is unknown, one step of SGD is assumed" if self.recipe is None else inexact(self.recipe)
 
     def reservations(self, model: Model[Any], released: Tensors) -> list[Reservation]:
@@ -372,6 +391,8 @@ class Adapter(Release):
             told.append(("seed", "warning", f"{sentence}of what its layers were fed with."))
         if self.origin == "unknown" and not self.gradient and (reason := why_unknown(self.init, self.tried)):
             told.append(("no_seed", "info", f"Where training began is not known: {reason}."))
+        if self.undone is not None:
+            told.append(("step_undone", "warning", self.undone.sentence()))
         if reason := self.inexact():
             told.append(("not_exact", "warning", f"The adapter is no exact linear sketch of one gradient: {reason}."))
         return told
@@ -381,7 +402,8 @@ class Adapter(Release):
         ranks = sorted({tensor.shape[0] for name, tensor in self.start.items() if name.endswith("lora_A")})
         rank = f"{len(self.scaling)} modules of rank {', '.join(map(str, ranks))}"
         recipe = "one SGD step assumed; only directions are compared" if self.recipe is None else str(self.recipe)
-        recipe = "none: gradients of the factors" if self.gradient else recipe
+        if self.gradient:
+            recipe = f"{self.undone.recipe}; undone" if self.undone else "none: gradients of the factors"
         facts = [fact("adapter", True, rank), fact("recipe", self.recipe is not None or self.gradient, recipe)]
         if not self.gradient:
             facts.append(fact("initial adapter", self.origin != "unknown", self.beginning()))
@@ -539,6 +561,13 @@ def decay(recipe: Recipe | None) -> float:
     if recipe.learning_rate * recipe.decay >= 1:
         raise BadInput(f"At a learning rate of {recipe.learning_rate:g}, the weight decay of AdamW leaves nothing.")
     return float((1 - recipe.learning_rate * recipe.decay) ** recipe.steps)
+
+
+def inexactly_undone(step: Undone | None) -> str:
+    """Why a gradient that was read from a step is not exactly one, or nothing."""
+    return (
+        f"{step.error:.0%} of its length is not known after the step was undone" if step and step.error > UNSURE else ""
+    )
 
 
 def inexact(recipe: Recipe) -> str:

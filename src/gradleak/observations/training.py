@@ -71,6 +71,25 @@ class Recipe:
         return text + ("" if self.clip is None else f", gradients cut to norm {self.clip:g}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Undone:
+    """A step of an optimizer that was undone: what was released is the gradient behind it.
+
+    recipe  of that one step
+    error   of the gradient, as a share of its length
+    """
+
+    recipe: Recipe
+    error: float
+
+    def sentence(self) -> str:
+        """What that means."""
+        return (
+            f"What was released is one step of {self.recipe.optimizer} at a learning rate of {self.recipe.learning_rate:g}. It hides "
+            f"little: its epsilon gives the gradient back, to {self.error:.1g} of its length."
+        )
+
+
 OPTIMISERS: dict[Optimizer, Callable[[list[Any], float], torch.optim.Optimizer]] = {  # (parameters, learning rate)
     "sgd": lambda parameters, rate: torch.optim.SGD(parameters, rate),
     "momentum": lambda parameters, rate: torch.optim.SGD(parameters, rate, momentum=MOMENTUM),

@@ -139,14 +139,16 @@ def read(observation: PictureObservation) -> Evidence:
         raise NotObserved(
             f"No change of lora_B of {missing[0]} was released: the pattern is read from every linear layer."
         )
-    recipe = observation.adapter.recipe
-    signs_only = recipe is not None and recipe.optimizer in ("adam", "adamw")
+    release = observation.adapter
+    signs_only = not release.gradient and release.recipe is not None and release.recipe.optimizer in ("adam", "adamw")
     # From the last layer to the first: delta_l in units of 1 / t, who is active, A_l h_l in units of t.
     last = delta = torch.zeros(0)
     active, decided, scales, noise = list[Tensor](), list[Tensor](), list[Tensor](), ROUNDING
+    uncertain = release.undone.error if release.undone else 0.0
     for index, (name, _, _) in reversed(list(enumerate(layers))):
         S = sketches[name].measured  # (out, r)
         direction, rest = rank_one(name, S)
+        rest = max(rest, uncertain)
         noise = max(noise, rest)
         if index == len(layers) - 1:
             last = delta = direction
