@@ -21,11 +21,11 @@ HOPELESS = 5  # programs without a picture, after which there are no black pixel
 SAME = 0.98  # cosine from which on two candidates are one
 APART = 0.03  # a candidate as near to the span of those before it adds nothing
 STEPS, SMOOTH, STEP = 600, (1.0, 0.05), (1.0, 0.02)  # of the descent: mu and step, from first to last
-SMALL, LEAST, SIDE = (
-    0.1,
-    0.28,
-    32,
-)  # entries this small are zero for now: of fewer a candidate is none; so many at a time
+SIDE = 32  # candidates of a search, at most
+LIKELY = (
+    0.15  # more than this share of zeros, beside one for every dimension, is no accident: a Gaussian has .08 under .1
+)
+SMALL = 0.1  # of the root mean square: entries that are zero while a search goes on
 OFF = 0.3  # the share of the units that every sample switches off, at least
 BALANCED = 5  # rounds of the rows' factors
 ASIDE = 0.3  # of a random vector is added to a start
@@ -140,7 +140,7 @@ def is_picture(q: Tensor, Y: Tensor) -> bool:
 # -- units
 
 
-def by_units(span: Span, searches: int, generator: torch.Generator) -> Tensor:
+def by_units(span: Span, searches: int, tolerance: float, generator: torch.Generator) -> Tensor:
     """Coordinates (found, N) of the samples, at most N, after at most so many searches: up to a factor each, or, where the second
     layer tells what the first gave (span.hidden), as they are.
 
@@ -160,22 +160,22 @@ def by_units(span: Span, searches: int, generator: torch.Generator) -> Tensor:
         P = torch.linalg.svd(taken)[2][len(taken) :].T if len(taken) else torch.eye(N, dtype=Y.dtype)  # (N, n)
         start = torch.randn(2 * N, N, generator=generator, dtype=Y.dtype)
         if span.hidden is not None:
-            new = sparse(Y @ P, start[: 2 * P.shape[1]] @ P) @ P.T
+            new = sparse(Y @ P, start[: 2 * P.shape[1]] @ P, SMALL, LIKELY + P.shape[1] / len(Y)) @ P.T
             told = [activated(span, live, off) for off in (new @ Y.T).abs()]
             c = torch.cat([c, *(x[None] for x in told if x is not None)])
         elif N > 1:
-            before = len(q)
-            q = torch.cat([q, sparse(Y, start @ P @ P.T + ASIDE * start)])
-            q = q[distinct(q @ Y.T / SMALL, len(q))]
+            before, q = q, torch.cat([q, sparse(Y, start @ P @ P.T + ASIDE * start, tolerance, 0.0)])
+            q = q[distinct(q @ Y.T / tolerance, len(q))]
             q = q[apart(q, N)]
-            if before == len(q) == N:
+            if len(q) == N and torch.equal(before, q):
                 break
         if len(c) >= N:
             break
     if span.hidden is None:
         f = torch.linalg.pinv((q @ W.T).T) @ (S[:, None] * Q)  # M = (U q^T) f
         c = f @ torch.linalg.pinv(span.factor).T
-    return c[:N]
+    first: Tensor = c[:N]
+    return first
 
 
 def balanced(Y: Tensor) -> Tensor:
@@ -186,8 +186,9 @@ def balanced(Y: Tensor) -> Tensor:
     return Y
 
 
-def sparse(Y: Tensor, q: Tensor) -> Tensor:
-    """Unit vectors (found, N) with many zeros in Y q, for a Y (rows, N) with Y^T Y / rows = 1, from starts (n, N) on."""
+def sparse(Y: Tensor, q: Tensor, tolerance: float, least: float) -> Tensor:
+    """Unit vectors (found, N) with many zeros in Y q, for a Y (rows, N) with Y^T Y / rows = 1, from starts (n, N) on. They have
+    more than this least share of entries under the tolerance before the last squares."""
     q, rows = F.normalize(q).float(), Y.float()
     for at in range(STEPS):
         mu, step = (first * (last / first) ** (at / STEPS) for first, last in (SMOOTH, STEP))
@@ -196,12 +197,12 @@ def sparse(Y: Tensor, q: Tensor) -> Tensor:
     q = q.to(Y)
     z = q @ Y.T / SMALL
     some = distinct(z, SIDE)
-    q = q[some[zeros(z[some]) > LEAST]] if Y.shape[1] > 1 else q[:1]
+    q = q[some[zeros(z[some]) > least]] if Y.shape[1] > 1 else q[:1]
     for _ in range(ROUNDS):
         z = (q @ Y.T).abs()
         off = (z <= z.quantile(OFF, dim=1, keepdim=True)).to(Y) if len(q) else z
         q = torch.linalg.eigh(torch.einsum("nr,ri,rj->nij", off, Y, Y))[1][..., 0]
-    q = q[distinct(q @ Y.T / SMALL, len(q))]
+    q = q[distinct(q @ Y.T / tolerance, len(q))]
     return q
 
 

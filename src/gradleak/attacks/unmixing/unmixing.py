@@ -39,6 +39,7 @@ from gradleak.observations.training import train
 PIXELS, UNITS, ALONE = "black pixels", "units that are off", "being the only one"
 EDGE = 0.999  # the share of a picture's pixels that its scale brings into the box
 BLACK = 0.01  # how black a pixel is, in parts of the root mean square of all
+OFF = (0.02, 0.1)  # how small the signal of a unit is that is off: of a gradient, and of an adapter whose A has moved
 CLEAR = 1.5  # pixels that explain B no more than so many times worse than units do are the exact ones
 COARSE = 20  # steps of the training that the derivatives are taken of
 
@@ -96,10 +97,11 @@ class Unmixing:
             return only, ALONE, explained(span, only)[0]
         best, way = by_pixels(span, BLACK, generator), PIXELS
         least = enough = explained(span, best)[0]
-        for seen in [span, replace(span, hidden=None)][span.hidden is None :]:
+        alone = replace(span, hidden=None)
+        for seen, tolerance in [(span, OFF[0]), (alone, OFF[0]), (alone, OFF[1])][span.hidden is None :]:
             if least <= CLOSE / 10:
                 break
-            c = by_units(seen, self.searches, generator)
+            c = by_units(seen, self.searches, tolerance, generator)
             c = settled(span, c if seen.hidden is not None else in_box(span, c))
             left = explained(span, c)[0]
             if len(c) >= len(best) and left < min(least, enough / CLEAR):
