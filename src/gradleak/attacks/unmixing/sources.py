@@ -22,9 +22,7 @@ SAME = 0.98  # cosine from which on two candidates are one
 APART = 0.03  # a candidate as near to the span of those before it adds nothing
 STEPS, SMOOTH, STEP = 600, (1.0, 0.05), (1.0, 0.02)  # of the descent: mu and step, from first to last
 SIDE = 32  # candidates of a search, at most
-LIKELY = (
-    0.15  # more than this share of zeros, beside one for every dimension, is no accident: a Gaussian has .08 under .1
-)
+LIKELY = 0.15  # a candidate has this share of zeros and one per dimension: of a Gaussian, .08 are under SMALL
 SMALL = 0.1  # of the root mean square: entries that are zero while a search goes on
 OFF = 0.3  # the share of the units that every sample switches off, at least
 BALANCED = 5  # rounds of the rows' factors
@@ -145,7 +143,8 @@ def by_units(span: Span, searches: int, tolerance: float, generator: torch.Gener
     layer tells what the first gave (span.hidden), as they are.
 
     There, each q leads to its sample alone (`activated`), and as the q of all other samples are orthogonal to that one's f, the
-    next search has a dimension less. Elsewhere a search starts orthogonal to the q before, which are nearly so.
+    next search has a dimension less. Elsewhere a search starts orthogonal to the q before, which are nearly so; there, entries
+    of M q under this tolerance, in parts of their root mean square, are the zeros that candidates are ranked by.
     """
     N = len(span.basis)
     U, S, Q = torch.linalg.svd(span.mixed, full_matrices=False)
