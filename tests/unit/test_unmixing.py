@@ -117,6 +117,33 @@ def test_a_batch_comes_back_from_its_gradient_to_the_rounding_of_float32(archite
     assert found.outcome is Outcome.SOLVED
 
 
+@pytest.mark.parametrize("count", [24, 40])
+def test_large_batches_come_back_to_the_rounding_of_float32(count: int) -> None:
+    # 256 units have 6 rows for every unknown of 40 samples. The gradient's 24 bits are 144 dB; the condition of the inputs, the
+    # ratio of their singular values, stays below 100 for pictures of noise, which is 40 dB; 20 dB are left for the sums.
+    random = seed()
+    images = torch.rand(count, 3, 32, 32, generator=random)
+    labels = torch.randint(10, (count,), generator=random)
+    model = Model.of(COLOUR.build(0), COLOUR)
+    released = Gradient().simulate(model, model.parameters, images, labels)
+    observation = PictureObservation(model=model, released={name: t.detach() for name, t in released.items()})
+    found = Unmixing()(observation, generator=seed())
+    assert scores(found.value, images).min() > 80
+    assert found.outcome is Outcome.SOLVED
+    # A batch and a gradient of another one do not explain each other.
+    assert observation.residual(torch.rand(count, 3, 32, 32, generator=random), labels) > 0.1
+
+
+def test_a_gradient_that_no_network_gave_is_not_called_solved() -> None:
+    observation = gradient(COLOUR, colours())
+    random = seed()
+    name = "2.weight"
+    wrong = torch.randn(256, 6, generator=random) @ torch.randn(6, 3072, generator=random)  # six samples without a ReLU
+    released = {**observation.released, name: wrong * observation.released[name].norm() / wrong.norm()}
+    found = Unmixing(searches=3)(replace(observation, released=released), generator=seed())
+    assert found.outcome is not Outcome.SOLVED
+
+
 def test_an_update_of_several_steps_holds_the_same_span() -> None:
     data = digits()
     model = Model.of(GREY.build(0), GREY)

@@ -97,7 +97,7 @@ def first_layer(observation: PictureObservation) -> tuple[FullyConnected, Tensor
             raise NotObserved(f"The first layer's {name} was not trained: nothing tells of its inputs.")
         change, start = released[name], model.parameters[name]
         moved = (change - start * decay_of(change, start)).abs().amax(1)
-    return network, change, start, moved > ALIVE * moved.median()
+    return network, change, start, moved > ALIVE * moved.max()
 
 
 def decay_of(change: Tensor, start: Tensor) -> float:

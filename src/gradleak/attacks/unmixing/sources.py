@@ -5,11 +5,13 @@ Both look for q (N,) such that many entries of Y q are zero, for a matrix Y (row
     pixels  Y q >= 0 are the pixels of a combination of the samples. Of the combinations that no pixel makes negative, the
             samples are the ones with many black pixels: extreme rays of a cone, found by linear programs
     units   M q with M = sum_i d_i f_i^T is d_i where q is orthogonal to every f but f_i, and zero wherever sample i had the
-            unit off. N - 1 random rows that are zero for one sample have its q as their null vector
-            (SPEAR, Dimitrov et al., NeurIPS 2024, arXiv:2403.03945, sections 3.2 and 3.3)
+            unit off (SPEAR, Dimitrov et al., NeurIPS 2024, arXiv:2403.03945, theorem 3.1): about half of the entries.
+            Sparse vectors of a subspace are minima of a smooth L1 norm on its sphere (Sun, Qu and Wright 2015,
+            arXiv:1504.06785), found by descent from random starts
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gradleak.attacks.unmixing.span import Span
@@ -18,9 +20,15 @@ ROUNDS = 8  # in which the zeros of a candidate are found again, and the candida
 HOPELESS = 5  # programs without a picture, after which there are no black pixels
 SAME = 0.98  # cosine from which on two candidates are one
 APART = 0.03  # a candidate as near to the span of those before it adds nothing
-DEPENDENT = 3.0  # pivots under it are noise: these rows have more null vectors than one
-POOL = 3  # draws are made among one third of the rows
-CHUNK = 1_000  # draws side by side, all from one pool
+STEPS, SMOOTH, STEP = 600, (1.0, 0.05), (1.0, 0.02)  # of the descent: mu and step, from first to last
+SIDE = 32  # candidates of a search, at most
+LIKELY = 0.15  # a candidate has this share of zeros and one per dimension: of a Gaussian, .08 are under SMALL
+SMALL = 0.1  # of the root mean square: entries that are zero while a search goes on
+OFF = 0.3  # the share of the units that every sample switches off, at least
+BALANCED = 5  # rounds of the rows' factors
+ASIDE = 0.3  # of a random vector is added to a start
+ON = 1e-2  # of the mean activation: units above it are on
+AGREES = 1e-3  # the rounding of float32 leaves 1e-5 of what an input explains of its activations, a false one tenths
 
 
 def whitening(Y: Tensor, tolerance: float, noise: float) -> Tensor:
@@ -130,42 +138,96 @@ def is_picture(q: Tensor, Y: Tensor) -> bool:
 # -- units
 
 
-def by_units(span: Span, tries: int, tolerance: float, generator: torch.Generator) -> Tensor:
-    """Coordinates (found, N) of the samples up to a factor each: at most N, from this many draws of N - 1 rows."""
+def by_units(span: Span, searches: int, tolerance: float, generator: torch.Generator) -> Tensor:
+    """Coordinates (found, N) of the samples, at most N, after at most so many searches: up to a factor each, or, where the second
+    layer tells what the first gave (span.hidden), as they are.
+
+    There, each q leads to its sample alone (`activated`), and as the q of all other samples are orthogonal to that one's f, the
+    next search has a dimension less. Elsewhere a search starts orthogonal to the q before, which are nearly so; there, entries
+    of M q under this tolerance, in parts of their root mean square, are the zeros that candidates are ranked by.
+    """
     N = len(span.basis)
     U, S, Q = torch.linalg.svd(span.mixed, full_matrices=False)
     U, S, Q = U[:, :N], S[:N], Q[:N]
     size = (U * S).norm(dim=1)
     live = size > 1e-4 * size.max()
-    Y = U[live] / U[live].norm(dim=1, keepdim=True)
-    W = whitening(Y, tolerance, 0.0)
-    Y, reach, found = Y @ W, (span.network.weights[0] @ span.basis.T)[live], list[Tensor]()
-    for _ in range(0, tries, CHUNK):
-        # Units that a direction of the span switches off are off for every sample that is near to it.
-        direction = torch.randn(N, generator=generator, dtype=Y.dtype)
-        pool = Y[(reach @ direction).argsort()[: max(len(Y) // POOL, 2 * N)]]
-        q = null_vectors(pool, CHUNK, generator)
-        found.append(q[distinct(q @ Y.T, 2 * N)])
-    q = refined(torch.cat(found), Y)
-    q = q[distinct(q @ Y.T, len(q))]
-    q = q[apart(q @ Y.T, N)] @ W.T  # rows
-    f = torch.linalg.pinv(q.T) @ (S[:, None] * Q)  # M = (U q^T) f
-    c: Tensor = f @ torch.linalg.pinv(span.factor).T
-    return c
+    Y = balanced(U[live])
+    W = whitening(Y, 1.0, 0.0)
+    Y, q, c = Y @ W, U.new_zeros(0, N), U.new_zeros(0, N)
+    for _ in range(searches):
+        taken = q if span.hidden is None else c @ span.factor.T @ Q.T / S @ W
+        P = torch.linalg.svd(taken)[2][len(taken) :].T if len(taken) else torch.eye(N, dtype=Y.dtype)  # (N, n)
+        start = torch.randn(2 * N, N, generator=generator, dtype=Y.dtype)
+        if span.hidden is not None:
+            new = sparse(Y @ P, start[: 2 * P.shape[1]] @ P, SMALL, LIKELY + P.shape[1] / len(Y)) @ P.T
+            told = [activated(span, live, off) for off in (new @ Y.T).abs()]
+            c = torch.cat([c, *(x[None] for x in told if x is not None)])
+        elif N > 1:
+            before, q = q, torch.cat([q, sparse(Y, start @ P @ P.T + ASIDE * start, tolerance, 0.0)])
+            q = q[distinct(q @ Y.T / tolerance, len(q))]
+            q = q[apart(q, N)]
+            if len(q) == N and torch.equal(before, q):
+                break
+        if len(c) >= N:
+            break
+    if span.hidden is None:
+        f = torch.linalg.pinv((q @ W.T).T) @ (S[:, None] * Q)  # M = (U q^T) f
+        c = f @ torch.linalg.pinv(span.factor).T
+    first: Tensor = c[:N]
+    return first
 
 
-def null_vectors(Y: Tensor, tries: int, generator: torch.Generator) -> Tensor:
-    """Unit vectors (at most tries, N), each orthogonal to N - 1 random rows of Y (rows, N), and these to nothing else."""
-    rows, N = Y.shape
-    chosen = torch.rand(tries, rows, generator=generator).topk(N - 1, dim=1).indices
-    anything = torch.randn(tries, 1, N, generator=generator, dtype=Y.dtype) * Y.norm() / len(Y) ** 0.5
-    LU, pivots, _ = torch.linalg.lu_factor_ex(torch.cat([Y[chosen], anything], dim=1).mT)
-    told = LU.diagonal(dim1=1, dim2=2).abs().amin(1) > DEPENDENT
-    last = torch.zeros(int(told.sum()), N, 1, dtype=Y.dtype)
-    last[:, -1] = 1
-    q: Tensor = torch.linalg.lu_solve(LU[told], pivots[told], last, adjoint=True)[..., 0]
-    q = q / q.norm(dim=1, keepdim=True)
+def balanced(Y: Tensor) -> Tensor:
+    """Y (rows, N) with a factor for each row such that, in the coordinates where Y^T Y is the identity, all are as long (Tyler
+    1987, Annals of Statistics 15): a row counts by its direction."""
+    for _ in range(BALANCED):
+        Y = Y / (Y @ whitening(Y, 1.0, 0.0)).norm(dim=1, keepdim=True)
+    return Y
+
+
+def sparse(Y: Tensor, q: Tensor, tolerance: float, least: float) -> Tensor:
+    """Unit vectors (found, N) with many zeros in Y q, for a Y (rows, N) with Y^T Y / rows = 1, from starts (n, N) on. They have
+    more than this least share of entries under the tolerance before the last squares."""
+    q, rows = F.normalize(q).float(), Y.float()
+    for at in range(STEPS):
+        mu, step = (first * (last / first) ** (at / STEPS) for first, last in (SMOOTH, STEP))
+        slope = torch.tanh(q @ rows.T / mu) @ rows / len(rows)  # of the mean of mu log cosh(Y q / mu)
+        q = F.normalize(q - step * (slope - (slope * q).sum(1, keepdim=True) * q))
+    q = q.to(Y)
+    z = q @ Y.T / SMALL
+    some = distinct(z, SIDE)
+    q = q[some[zeros(z[some]) > least]] if Y.shape[1] > 1 else q[:1]
+    for _ in range(ROUNDS):
+        z = (q @ Y.T).abs()
+        off = (z <= z.quantile(OFF, dim=1, keepdim=True)).to(Y) if len(q) else z
+        q = torch.linalg.eigh(torch.einsum("nr,ri,rj->nij", off, Y, Y))[1][..., 0]
+    q = q[distinct(q @ Y.T / tolerance, len(q))]
     return q
+
+
+def activated(span: Span, live: Tensor, signal: Tensor) -> Tensor | None:
+    """Coordinates (N,) of the sample with the least signal (live units,) where it has units off, or None where there is none.
+
+    Its activations h = g H are zero at these units, which tells g up to a factor t, and t h = R c + b at the others tells c.
+    With the signals' sum, the gradient of the bias, s c = 1 for every sample tells t.
+    """
+    assert span.hidden is not None
+    assert span.bias is not None
+    W, b, H = span.network.weights[0], span.network.biases[0], span.hidden[:, live]
+    assert b is not None
+    rows = F.normalize(H, dim=0)[:, signal <= signal.quantile(OFF)]
+    h = torch.linalg.eigh(rows @ rows.T)[1][:, 0] @ H
+    h = h * h.sum().sign()
+    on = h > ON * h.abs().mean()
+    if not len(span.basis) < int(on.sum()):
+        return None
+    R, b = W[live][on] @ span.basis.T, b[live][on]
+    by_h, by_b = torch.linalg.lstsq(R, torch.stack([h[on], b], dim=1)).solution.T
+    s = torch.linalg.lstsq(span.mixed, span.bias[:, None]).solution[:, 0]
+    c = (1 + s @ by_b) / (s @ by_h) * by_h - by_b
+    z = R @ c + b
+    t = z @ h[on] / h[on].square().sum()
+    return c if float((z - t * h[on]).norm()) < AGREES * float(z.norm()) else None
 
 
 def distinct(z: Tensor, most: int) -> Tensor:

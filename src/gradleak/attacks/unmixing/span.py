@@ -28,6 +28,7 @@ from gradleak.observations.tensors import rounding
 STEPS = 300  # of a training whose recipe is unknown: each rounds the weights once
 ABOVE = 3.0  # how far a singular value stands above those of the rounding
 TAIL = 10.0  # and above the middle one of a gradient, which is a sum of rounded products
+CLEARLY = 1e-3  # of the last singular value of N samples, what is left is rounding
 TURNED = 1 / 3  # mean of (t / T)^2: from B = 0, B grows with t and A moves with t^2
 
 
@@ -42,6 +43,8 @@ class Span:
     mixed    M (out, k) = sum_i d_i (F c_i)^T, d_i the summed gradient at the units' outputs          (2)
     factor   F (k, N): A V^T of an adapter, the identity of a gradient
     bias     (out,) sum_i d_i where the layer's bias was trained beside its weight, or None
+    hidden   H (N, out): orthonormal rows, of which the layer's activations are combinations, where the gradient of the second
+             layer tells them and there is `bias`; else None
     """
 
     network: FullyConnected
@@ -51,6 +54,7 @@ class Span:
     mixed: Tensor
     factor: Tensor
     bias: Tensor | None = None
+    hidden: Tensor | None = None
 
     def pictures(self, c: Tensor, shape: tuple[int, int, int]) -> Tensor:
         """Coordinates (n, N) -> pictures (n, channel, height, width), not clamped; black where rounding hides what is left."""
@@ -99,7 +103,11 @@ def span_of(observation: PictureObservation) -> Span:
     if not 0 < N < len(S):
         raise NotObserved(f"The first layer's gradient of {len(S)} dimensions does not tell its {N} samples apart.")
     bias = gradient.get(name.removesuffix("weight") + "bias")
-    return Span(network, V[:N], S[:N], noise, U[:, :N] * S[:N], torch.eye(N, dtype=S.dtype), bias)
+    hidden = None
+    if bias is not None and len(network.names) > 2 and network.names[1] in gradient:
+        T, H = torch.linalg.svd(gradient[network.names[1]], full_matrices=False)[1:]
+        hidden = H[:N] if len(T) > N and bool(T[N] < CLEARLY * T[N - 1]) else None
+    return Span(network, V[:N], S[:N], noise, U[:, :N] * S[:N], torch.eye(N, dtype=S.dtype), bias, hidden)
 
 
 def span_of_adapter(observation: PictureObservation, release: Adapter) -> Span:

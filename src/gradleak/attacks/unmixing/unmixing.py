@@ -9,7 +9,7 @@ Solves    A_T - A_0 = (r x N) X: the span of the N inputs                       
           B_T = sum_i d_i (A x_i)^T, d_i = 0 where unit j is off: any pictures                        (sources.py, units)
           min over the N x N coordinates of ||simulate - released||, where all steps took all pictures (polished)
 Differs   SPEAR reads gradients; here also both factors of an adapter, A at one third of its way: from B = 0, A moves with t^2
-          draws N - 1 units among those that a random direction of the span switches off
+          q by descent, not by draws of N - 1 units; in gradients, every sample found takes a dimension off the search
           keeps whichever of pixels and units explains B, with zeros where the recovered pictures switch units off
 """
 
@@ -48,14 +48,14 @@ COARSE = 20  # steps of the training that the derivatives are taken of
 class Unmixing:
     """The effort.
 
-    draws   of N - 1 units, at most; fewer where they explain the layer
-    polish  steps of Gauss-Newton on the replay of an adapter's training; 0: none
+    searches  for units that are off, at most, each from two starts a sample; fewer where all samples are told
+    polish    steps of Gauss-Newton on the replay of an adapter's training; 0: none
     """
 
     sees: ClassVar[tuple[type[Release], ...]] = (Adapter, Gradient, Update)
     modality: ClassVar[str] = Architecture.modality
 
-    draws: int = 40_000
+    searches: int = 30
     polish: int = 10
 
     def __call__(
@@ -97,16 +97,15 @@ class Unmixing:
             return only, ALONE, explained(span, only)[0]
         best, way = by_pixels(span, BLACK, generator), PIXELS
         least = enough = explained(span, best)[0]
-        draws = min(self.draws, 5_000)
-        while 0 < draws <= self.draws and least > CLOSE / 10:
-            for tolerance in OFF:
-                c = settled(span, in_box(span, by_units(span, draws, tolerance, generator)))
-                left = explained(span, c)[0]
-                if len(c) >= len(best) and left < min(least, enough / CLEAR):
-                    best, way, least = c, UNITS, left
-                if least <= CLOSE / 10:
-                    break
-            draws = draws * 8 if least > CLOSE else 0
+        alone = replace(span, hidden=None)
+        for seen, tolerance in [(span, OFF[0]), (alone, OFF[0]), (alone, OFF[1])][span.hidden is None :]:
+            if least <= CLOSE / 10:
+                break
+            c = by_units(seen, self.searches, tolerance, generator)
+            c = settled(span, c if seen.hidden is not None else in_box(span, c))
+            left = explained(span, c)[0]
+            if len(c) >= len(best) and left < min(least, enough / CLEAR):
+                best, way, least = c, UNITS, left
         return best, way, least
 
 
