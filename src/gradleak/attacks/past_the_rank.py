@@ -30,6 +30,7 @@ from gradleak.modalities.language_models import LanguageArchitecture
 from gradleak.observations.model import LanguageModel
 from gradleak.observations.observation import TextObservation
 from gradleak.observations.releases import Adapter, Release, Sketch
+from gradleak.observations.transformer import layout_of
 
 # 1 is the likelihood ratio of Gaussians. From 0.75 to 1.75, the median rank of true tokens among 420 changes by 3 at most (five
 # texts of the package each through a small BERT, GPT-2 and Llama, rank 10), and 3 is worse.
@@ -75,9 +76,9 @@ class PastTheRank:
     ) -> Reconstruction:
         """Raises NotObserved for what is no adapter of one text, or has fewer tokens than its rank."""
         check_sees(self, observation)
-        model, family = observation.model, observation.model.architecture.family
+        model, layout = observation.model, layout_of(observation.model)
         sketches = [sketch for sketch in observation.sketches() if sketch.side == "right"]
-        first = [sketch for sketch in sketches if sketch.module in family.queries(0)]
+        first = [sketch for sketch in sketches if sketch.module in layout.queries(0)]
         if not first:
             raise NotObserved("No LoRA factor of the first block's query, key or value was released.")
         if model.architecture.task == "masked-lm":
@@ -85,11 +86,11 @@ class PastTheRank:
         if observation.batch_size != 1:
             raise NotObserved("This is for one text: the tokens of several cannot be told apart by their ranking.")
         embeddings = Embeddings.of(model)
-        spans = spans_of(observation, family.queries(0))
+        spans = spans_of(observation, layout.queries(0))
         if bool((excess(spans, _random(embeddings, RANDOM, 1, generator), FORWARD)[1] > 1).double().mean() > 0.5):
             raise NotObserved("The text has fewer tokens than the rank: dager tells exactly which.")
         rank = min(sketch.measured.shape[1] for sketch in first)
-        longest = min(self.longest * rank, model.architecture.positions - family.offset)
+        longest = min(self.longest * rank, layout.positions)
         likely = ranked(embeddings, first, longest, self.choices, generator)  # (longest, choices)
         target = _Target(model, sketches)
         starts = _starts(target, likely, rank)[: self.starts]
@@ -132,15 +133,15 @@ def ranked(
         maps.append(U.T @ torch.linalg.solve_triangular(L, A, upper=False))
         weights.append((w / w.sum()).clamp_min(1e-14) ** -POWER)
     rows = torch.cat(maps).float()  # (sum of ranks, width)
-    tokens, places = (part @ (rows * e.gamma).T for part in (e.tokens, e.places[:longest]))
-    shift, width = rows @ e.beta, e.tokens.shape[1]
+    tokens, places = (e.through(part, rows) for part in (e.tokens, e.places[:longest]))
+    shift = rows @ e.shift
     chosen = []
     for place in range(longest):
         at = place if len(places) > 1 else 0
         scores = []
         for start in range(0, count, CHUNK):
             part = slice(start, start + CHUNK)
-            deviation = ((e.tokens[part] + e.places[at]).square().sum(1, keepdim=True) / width + e.eps).sqrt()
+            deviation = e.deviation(e.tokens[part], e.places[at : at + 1])
             Ax = torch.split((tokens[part] + places[at]) / deviation + shift, [len(w) for w in weights], dim=1)
             scores.append(
                 sum((F.normalize(f, dim=1).square() @ w.float()).log() for f, w in zip(Ax, weights, strict=True))

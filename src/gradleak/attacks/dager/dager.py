@@ -39,6 +39,7 @@ from gradleak.modalities.language_models import LanguageArchitecture
 from gradleak.observations.layers import layer_inputs
 from gradleak.observations.observation import TextObservation
 from gradleak.observations.releases import Adapter, Gradient, Release, Update
+from gradleak.observations.transformer import layout_of
 
 # Sentences are weighed as a whole if random candidates need this times what noise allows. True tokens need 0.84 to 0.90 of it
 # (docs/findings/text.md, "What is proven"), a third less. With 1.05 and with 2, the same 18 small sentences come back.
@@ -74,12 +75,12 @@ class Dager:
         """Raises NotObserved where the first block's projections are missing, or the tokens fill the space in which they
         were seen."""
         check_sees(self, observation)
-        family = observation.model.architecture.family
+        layout = layout_of(observation.model)
 
         # The span of the first layer's inputs
-        first = spans_of(observation, family.queries(0))
+        first = spans_of(observation, layout.queries(0))
         if not first:
-            names = ", ".join(family.queries(0))
+            names = ", ".join(layout.queries(0))
             raise NotObserved(f"None of {names} was released: no token can be told from another.")
         embeddings = Embeddings.of(observation.model)
         drift, drifts = _drift(observation, embeddings, generator)
@@ -100,8 +101,8 @@ class Dager:
         # no span behind the attention is left that could judge them
         rounding = {name: FORWARD + moved for name, moved in drifts.items()}
         judge = Judge.of(observation, min(span.rank for span in first), rounding, generator)
-        sentences = self._decoder(observation, allowed, judge, generator) if family.causal else []
-        if not family.causal or not (judge.spans or sentences):
+        sentences = self._decoder(observation, allowed, judge, generator) if layout.causal else []
+        if not layout.causal or not (judge.spans or sentences):
             pairs = likeliest(observation, embeddings, allowed, first[0].rank, self.pairs)
             if not judge.spans:
                 return self._by_gradient(observation, bag, pairs, generator)
@@ -128,7 +129,7 @@ class Dager:
             return passed
         alone = replace(judge, spans={name: spans})
         drawn = [ids[torch.randint(len(ids), (RANDOM,), generator=generator)] for ids in allowed]
-        random = torch.stack(drawn if observation.model.architecture.family.placed else drawn * RANDOM, dim=1)
+        random = torch.stack(drawn if layout_of(observation.model).placed else drawn * RANDOM, dim=1)
         power = float(alone.rows(random)[1].median())
         if power < APART:
             return passed
@@ -167,7 +168,7 @@ class Dager:
     ) -> Reconstruction:
         """The bag, and sentences by gradient distance: for one text, or where positions are seen."""
         model, only, positions = observation.model, pairs.only_sentence(), int(pairs.places.max()) + 1
-        placed, single = model.architecture.family.placed, observation.batch_size == 1
+        placed, single = layout_of(model).placed, observation.batch_size == 1
         status = (
             f"{len(bag)} tokens pass in the first block, in up to {positions} positions; nothing behind its attention was "
             "released that could tell more"
@@ -197,7 +198,7 @@ def _drift(
         old, new = (ends.inputs(ids, torch.zeros_like(ids)) for ends in (embeddings, later))
         changes.append((new - old).norm(dim=1) / old.norm(dim=1))
     change = torch.cat(changes)
-    length = min(TOKENS, model.architecture.positions - model.architecture.family.offset, len(change))
+    length = min(TOKENS, layout_of(model).positions, len(change))
     farthest = change.topk(length).indices
     shuffled = (farthest[torch.randperm(length, generator=generator)] for _ in range(SENTENCES - 1))
     ids = torch.stack([farthest, *shuffled])

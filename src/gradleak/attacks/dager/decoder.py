@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gradleak.attacks.dager.judge import Judge
 from gradleak.observations.model import LanguageModel
+from gradleak.observations.transformer import layout_of
 
 # Times that a text may begin with one token: Llama's first layer cannot tell a repetition from one token. With 2 and with 8,
 # the same 18 small sentences come back.
@@ -80,10 +81,10 @@ def likely(
 
 def _by_place(model: LanguageModel, candidates: Sequence[Tensor]) -> list[list[int]]:
     """Token ids per position: without positions in the first layer's inputs, the same at each."""
-    positions = model.architecture.positions
-    if not model.architecture.family.placed:
-        return [candidates[0].tolist()] * positions
-    return [ids.tolist() for ids in candidates[:positions]]
+    layout = layout_of(model)
+    if not layout.placed:
+        return [candidates[0].tolist()] * layout.positions
+    return [ids.tolist() for ids in candidates[: layout.positions]]
 
 
 def _extended(

@@ -28,8 +28,11 @@ from gradleak.attacks.dager.judge import Judge, Sentence
 from gradleak.attacks.dager.spans import Span, excess, spans_of
 from gradleak.attacks.dager.vocabulary import Pairs
 from gradleak.attacks.search.descend import OnStep
+from gradleak.observations.layers import layer_inputs
+from gradleak.observations.model import LanguageModel
 from gradleak.observations.observation import TextObservation
 from gradleak.observations.tensors import Tensors
+from gradleak.observations.transformer import layout_of
 
 ROWS = 64  # candidates at a time: memory alone depends on it
 DAMPING = 1e-6  # of the mean curvature, which is computed in float32: its rounding
@@ -38,6 +41,7 @@ DAMPING = 1e-6  # of the mean curvature, which is computed in float32: its round
 # and twice of each (an eighth of AT_ONCE) leave the same 15 of 18 sentences right (texts of the package in batches of 3 to 6,
 # BERTs of width 64 to 128), but FIRST = 6, which finds two more in a quarter more time, and TOGETHER = 16, which loses one.
 STEPS, FIRST, SLOW = 12, 3, 0.8
+UNLIKE = 1e-4  # relative: a norm's eps, and float32 in it, change less
 AT_ONCE = 1_024  # candidates whose outputs are computed before sentences are sought
 TWICE = 2  # proposals that may hold a token before it is no focus any more, until more outputs are known
 TOGETHER = 8  # tokens of a sentence whose equations are solved together
@@ -69,27 +73,25 @@ class Path:
 
     @classmethod
     def of(cls, observation: TextObservation, exact: Tensors, rounding: float) -> "Path | None":
-        """None where one of the spans was not released, is full, or was released through an adapter's factor only.
+        """None where one of the spans was not released, is full, or was released through an adapter's factor only, and where the
+        block is not as above.
 
         exact: the first block's parameters in float64. rounding: relative precision of the victim's forward pass.
         """
-        from transformers.activations import ACT2FN
-
-        architecture = observation.model.architecture
-        family, block = architecture.family, architecture.family.block(0)
-        parts = ((family.output,), family.hidden, family.passed)
-        spans = [spans_of(observation, [f"{block}.{name}" for name in names]) for names in parts]
-        if family.after is None or any(not s or s[0].full or s[0].factor is not None for s in spans):
+        layout = layout_of(observation.model)
+        spans = [spans_of(observation, names) for names in ((layout.output,), layout.hidden, layout.passed)]
+        if any(not s or s[0].full or s[0].factor is not None for s in spans):
             return None
         outputs, inner, passed = (s[0] for s in spans)
-        layers = (f"{block}.{name}" for name in (family.output, family.after, family.hidden[0]))
-        output, norm, hidden = ((exact[f"{layer}.weight"], exact[f"{layer}.bias"]) for layer in layers)
+        layers = _layers(observation.model, exact)
+        if layers is None:
+            return None
+        output, norm, hidden, activation = layers
         N = inner.orthogonal()
         of_beta = N @ norm[1]
         if bool(of_beta.any()):
             N = N - of_beta[:, None] * (of_beta @ N) / of_beta.square().sum()  # orthogonal to beta: free of the scale
         blur = rounding + outputs.worst + inner.worst
-        activation = ACT2FN[architecture.config.hidden_act]
         return cls(output, norm, hidden, activation, outputs.basis, _centred(N * norm[0]), passed, blur)
 
     def outputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,6 +143,31 @@ class Path:
         return (c + best @ Z.T) @ self.V, near
 
 
+Layer = tuple[Tensor, Tensor]  # weight and bias
+
+
+def _layers(model: LanguageModel, exact: Tensors) -> tuple[Layer, Layer, Layer, Callable[[Tensor], Tensor]] | None:
+    """(W, b), (gamma, beta), (W_1, b_1) and the activation, if the first block computes a and f as above: on two tokens."""
+    from transformers.activations import ACT2FN
+
+    layout = layout_of(model)
+    names = (layout.output, str(layout.after), *layout.hidden)
+    if layout.after is None or any(f"{name}.{part}" not in exact for name in names for part in ("weight", "bias")):
+        return None
+    output, norm, hidden = ((exact[f"{name}.weight"], exact[f"{name}.bias"]) for name in names[:3])
+    reached = (layout.queries(0)[0], layout.output, layout.hidden[0], layout.passed[0])
+    inputs = layer_inputs(model, reached, torch.arange(2)[None], parameters=exact)
+    x, o, a, f = (inputs[name][0] for name in reached)
+    y = _centred(x + o @ output[0].T + output[1])
+    expected = norm[0] * y / y.square().mean(1, keepdim=True).sqrt() + norm[1]
+    if float((expected - a).norm()) > UNLIKE * float(a.norm()):
+        return None
+    z = a @ hidden[0].T + hidden[1]
+    known = (ACT2FN[name] for name in ("gelu", "relu", "gelu_new", "silu", "gelu_fast", "quick_gelu", "tanh"))
+    apart, activation = min(((float((g(z) - f).norm()), g) for g in known), key=lambda pair: pair[0])
+    return None if apart > UNLIKE * float(f.norm()) else (output, norm, hidden, activation)
+
+
 def _centred(x: Tensor) -> Tensor:
     return x - x.mean(1, keepdim=True)
 
@@ -164,8 +191,9 @@ class Attention:
 
     @classmethod
     def of(cls, judge: Judge, pairs: Pairs) -> "Attention":
-        architecture = judge.model.architecture
-        heads, layers = architecture.config.num_attention_heads, architecture.family.queries(0)
+        """For a block that `Path` knows: query, key and value are layers of their own."""
+        architecture, layers = judge.model.architecture, layout_of(judge.model).queries(0)
+        heads = architecture.config.num_attention_heads
         qkv = (pairs.x @ judge.exact[f"{layer}.weight"].T + judge.exact[f"{layer}.bias"] for layer in layers)
         q, k, v = (torch.unflatten(part, 1, (heads, -1)).transpose(0, 1) for part in qkv)
         return cls(pairs, architecture.tokenizer.sep_token_id, q, k, v)

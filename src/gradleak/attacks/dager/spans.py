@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradleak.observations.observation import TextObservation
 from gradleak.observations.releases import Sketch
+from gradleak.observations.transformer import layout_of
 
 # The rounding of a victim's forward pass: sums of 1,024 terms, whose roundings add up like a random walk of as many steps.
 FORWARD = 32 * torch.finfo(torch.float32).eps
@@ -94,11 +95,9 @@ def spans_of(observation: TextObservation, modules: Sequence[str]) -> list[Span]
     sketches = [s for s in observation.sketches(modules) if s.side == "right" and bool(s.measured.any())]
     whole = [sketch for sketch in sketches if sketch.factor is None]
     through = [sketch for sketch in sketches if sketch.factor is not None]
-    if len(modules) == 3:
-        query, key, value = modules
-        gaps = {value: 0, query: 1 if observation.model.architecture.family.causal else 0, key: 2}
-        fewest = min((gaps[sketch.module] for sketch in through), default=0)
-        through = [sketch for sketch in through if gaps[sketch.module] == fewest]
+    layout = layout_of(observation.model)
+    fewest = min((layout.gap(sketch.module) for sketch in through), default=0)
+    through = [sketch for sketch in through if layout.gap(sketch.module) == fewest]
     pooled = [_pooled(whole, observation.precision)] if whole else []
     return pooled + [span_of(s.measured, s.factor, observation.precision) for s in through]
 
