@@ -190,7 +190,7 @@ def _roles(
     """{layer: role}, query first, of those whose outputs at one place change what enters `output`.
 
     A query changes its own place only, a value everything in proportion, a key everything by a softmax. Where nothing is a
-    value, what would be a key holds it too.
+    value, what would be a key holds it too, and a single layer holds all.
     """
     ids, roles = torch.tensor([sentence]), dict[str, str]()
     still = layer_inputs(model, [output], ids)[output][0]
@@ -202,8 +202,8 @@ def _roles(
         apart = float((twice - 2 * once).norm()) / float(once.norm())
         alone = int(rows.sum()) == 1 and bool(rows[place])
         roles[name] = "query" if alone else "value" if apart < LINEAR else "key"
-    if "value" not in roles.values():
-        roles = {name: "all" if role == "key" else role for name, role in roles.items()}
+    if len(roles) == 1 or "value" not in roles.values():
+        roles = {name: "all" if len(roles) == 1 or role == "key" else role for name, role in roles.items()}
     return dict(sorted(roles.items(), key=lambda item: ROLES.index(item[1])))
 
 
@@ -211,6 +211,8 @@ def _disturbed(model: LanguageModel, name: str, output: str, ids: Tensor, place:
     """What enters `output` (length, width) when the output of a layer is changed at one place."""
 
     def hook(layer: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        if out.numel() != ids.shape[1] * out.shape[-1]:
+            return out  # of a later call, on something else than the text
         wave = torch.randn(out.shape[-1], generator=torch.Generator().manual_seed(0))
         moved = out.clone()
         moved.reshape(ids.shape[1], -1)[place] += size * wave.to(out)

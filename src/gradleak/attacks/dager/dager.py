@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from gradleak.attacks.attack import check_sees
+from gradleak.attacks.dager.arrangement import arranged
 from gradleak.attacks.dager.decoder import grow, likely, nearest
 from gradleak.attacks.dager.encoder import Path, assemble
 from gradleak.attacks.dager.judge import SENTENCES, Judge, Sentence, layers_behind
@@ -44,6 +45,7 @@ from gradleak.observations.transformer import layout_of
 # Sentences are weighed as a whole if random candidates need this times what noise allows. True tokens need 0.84 to 0.90 of it
 # (docs/findings/text.md, "What is proven"), a third less. With 1.05 and with 2, the same 18 small sentences come back.
 APART = 1.2
+SMALLEST = 1e-30  # of what a change is relative to: the input of a padding token may be zero
 RANDOM = 16  # random sentences, and their tokens without positions: the 256 rows of a proof ("What is proven") at most
 
 
@@ -153,8 +155,20 @@ class Dager:
             if bool(path.outputs(random)[1].any()):
                 path = None  # too blurred to tell anything
         sentences = assemble(judge, pairs, path, batch_size=observation.batch_size, budget=self.budget, on_step=on_step)
+        if not sentences and observation.batch_size in (None, 1) and not layout_of(observation.model).placed:
+            return self._arranged(judge, pairs, generator, on_step)
         order = None if sentences else self._ordered(observation, pairs, generator)
         return sentences if order is None else [judge.verdict(tokens) for tokens in order.sentences]
+
+    def _arranged(
+        self, judge: Judge, pairs: Pairs, generator: torch.Generator, on_step: OnStep | None
+    ) -> list[Sentence]:
+        """The text in the order that fits, which is proven only if no order beside it fits too."""
+        found = arranged(judge, pairs.ids.tolist(), generator=generator, on_step=on_step)
+        if found is None:
+            return []
+        sentence, rivalled = found
+        return [replace(sentence, outcome=Outcome.CLOSE) if sentence.passes and rivalled else sentence]
 
     def _ordered(self, observation: TextObservation, pairs: Pairs, generator: torch.Generator) -> Ordered | None:
         """The order of the nearest gradient. None for an adapter, which is for past_the_rank.py, and for a masked model: what
@@ -196,14 +210,16 @@ def _drift(
     later, changes = Embeddings.of(trained), list[Tensor]()
     for ids in torch.split(torch.arange(model.architecture.config.vocab_size), CHUNK):
         old, new = (ends.inputs(ids, torch.zeros_like(ids)) for ends in (embeddings, later))
-        changes.append((new - old).norm(dim=1) / old.norm(dim=1))
+        changes.append((new - old).norm(dim=1) / old.norm(dim=1).clamp_min(SMALLEST))
     change = torch.cat(changes)
     length = min(TOKENS, layout_of(model).positions, len(change))
     farthest = change.topk(length).indices
     shuffled = (farthest[torch.randperm(length, generator=generator)] for _ in range(SENTENCES - 1))
     ids = torch.stack([farthest, *shuffled])
     start, end = (layer_inputs(ends, layers, ids) for ends in (model, trained))
-    moved = {name: (end[name] - start[name]).norm(dim=-1) / start[name].norm(dim=-1) for name in layers}
+    moved = {
+        name: (end[name] - start[name]).norm(dim=-1) / start[name].norm(dim=-1).clamp_min(SMALLEST) for name in layers
+    }
     return float(change.max()), {name: float(most.max()) for name, most in moved.items()}
 
 

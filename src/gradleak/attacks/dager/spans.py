@@ -90,7 +90,8 @@ def spans_of(observation: TextObservation, modules: Sequence[str]) -> list[Span]
 
     Whole gradients, and sketches through the same factor, are pooled. Two kinds of sketch are left out where values, or in an
     encoder queries, are there (docs/findings/text.md, "What is proven"): keys show differences of inputs only, because the
-    deltas of a text's keys sum to zero; queries of a decoder do not show its first token, which attends to itself only.
+    deltas of a text's keys sum to zero; queries of a decoder do not show its first token, which attends to itself only. So is a
+    factor that shows fewer directions than another although it has room for more: rounding hides the rest from it.
     """
     sketches = [s for s in observation.sketches(modules) if s.side == "right" and bool(s.measured.any())]
     whole = [sketch for sketch in sketches if sketch.factor is None]
@@ -99,7 +100,9 @@ def spans_of(observation: TextObservation, modules: Sequence[str]) -> list[Span]
     fewest = min((layout.gap(sketch.module) for sketch in through), default=0)
     through = [sketch for sketch in through if layout.gap(sketch.module) == fewest]
     pooled = [_pooled(whole, observation.precision)] if whole else []
-    return pooled + [span_of(s.measured, s.factor, observation.precision) for s in through]
+    seen = [span_of(s.measured, s.factor, observation.precision) for s in through]
+    most = max((span.rank for span in seen), default=0)
+    return pooled + [span for span in seen if span.rank >= min(most, span.basis.shape[1])]
 
 
 def _pooled(whole: list[Sketch], precision: str) -> Span:
