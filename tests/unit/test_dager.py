@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from gradleak.attacks.dager.dager import Dager, evidence
-from gradleak.attacks.dager.encoder import Path
 from gradleak.attacks.dager.judge import Sentence
+from gradleak.attacks.dager.path import Path
 from gradleak.attacks.dager.spans import FORWARD, Span, excess, numerical_rank, span_of, spans_of
 from gradleak.attacks.dager.vocabulary import Embeddings, candidates
 from gradleak.attacks.reconstruction import Outcome, Reconstruction

@@ -3,17 +3,11 @@
 from functools import cache
 from typing import Any
 
-import pytest
-import torch
 import transformers
 
-from gradleak.attacks.dager.dager import Dager
-from gradleak.attacks.dager.vocabulary import Embeddings
-from gradleak.errors import NotObserved
 from gradleak.formats.secret_file import Secret
 from gradleak.modalities.language_models import LanguageArchitecture, Task, build
 from gradleak.modalities.texts import load_texts
-from gradleak.observations.layers import layer_inputs
 from gradleak.observations.model import LanguageModel, Model
 from gradleak.observations.observation import TextObservation
 from gradleak.observations.training import Recipe

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from gradleak.errors import NotObserved, shortened
 from gradleak.observations.layers import Call, calls, is_linear, layer_inputs
@@ -77,6 +78,43 @@ def layout_of(model: LanguageModel) -> Layout:
     if model.module not in _KNOWN:
         _KNOWN[model.module] = _found(model)
     return _KNOWN[model.module]
+
+
+def normalisation(model: LanguageModel, inner: int) -> tuple[bool, Tensor, Tensor, float]:
+    """(whether it centres, scale, shift, eps) of what lies between the inputs of `embedded`, (inner,), and of the first block: a
+    norm, and perhaps a linear layer, x = scale y / sqrt(mean(y^2) + eps) + shift. Found by what it makes of zeros, ones, and a wave
+    of two sizes; wrong for what is no norm."""
+    layout = layout_of(model)
+    name, query = layout.embedded, layout.queries(0)[0]
+    module, prefix = model.module.get_submodule(name), f"{name}."
+    own = {k.removeprefix(prefix): p.double() for k, p in model.parameters.items() if k.startswith(prefix)}
+    wave, small = torch.ones(inner, dtype=torch.float64), 1e-3
+    wave[1::2] = -1
+    rows = torch.stack([wave * 0, wave.abs(), wave, small * wave])
+    with torch.no_grad():
+        beta, ones, large, little = functional_call(module, own, (rows[:, None],))[:, 0].double()
+    centred = float((ones - beta).norm()) < ROUNDING * float((large - beta).norm())
+    if centred:
+        wave = wave - wave.mean()
+    size, k = float(wave.square().mean()), float((little - beta).norm() / (large - beta).norm())
+    # k = small sqrt(size + eps) / sqrt(small^2 size + eps)
+    eps = max(small**2 * size * (1 - k**2) / max(k**2 - small**2, 1e-12), 0.0)
+    gamma = (large - beta) / wave * (size + eps) ** 0.5
+    ends = torch.cat([torch.zeros(1, inner), torch.eye(inner)])
+    x = _passed_on(model, name, query, ends)
+    if torch.equal(x, ends):
+        return centred, gamma.float(), beta.float(), eps
+    A, b = (x[1:] - x[0]).T.double(), x[0].double()
+    return centred, (A * gamma).float(), (A @ beta + b).float(), eps
+
+
+def _passed_on(model: LanguageModel, name: str, query: str, rows: Tensor) -> Tensor:
+    """What enters `query` when a module puts out these (n, inner): (n, width)."""
+    handle = model.module.get_submodule(name).register_forward_hook(lambda layer, inputs, output: rows[:, None])
+    try:
+        return layer_inputs(model, [query], torch.zeros(len(rows), 1, dtype=torch.long))[query][:, 0]
+    finally:
+        handle.remove()
 
 
 def _found(model: LanguageModel) -> Layout:

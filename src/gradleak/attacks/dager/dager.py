@@ -7,14 +7,16 @@ Sees      Observation of a language model with a Gradient, an Update or an Adapt
 Recovers  sentences of token ids, special tokens included, and which of them are proven
 Solves    dL/dW_q = Delta^T X (section 4): token a stands at position p only if norm(u_a + v_p) lies in the row space
           (spans.py, vocabulary.py). Decoders: prefixes are extended by the same check behind the attention (algorithm 2,
-          decoder.py). Encoders: the attention's output follows for each token alone, linear systems say which tokens share a
-          sentence (encoder.py), and the spans behind the attention say which sentence is right (judge.py)
+          decoder.py). Encoders: the attention's output follows for each token alone (path.py), linear systems say which tokens
+          share a sentence (encoder.py), and the spans behind the attention say which sentence is right (judge.py)
 Differs   the end of the span and the tolerance of each check come from the gap between singular values and from what white
           noise does to directions, not from numbers to be set; where noise hides too much, a decoder's sentences are weighed
           as a whole; query, key and value are pooled; the vocabulary is screened without computing its inputs one by one; no
-          product over positions is searched; what would only be a bag is ordered by gradient distance (text_ordering.py);
-          adapters are checked through their factor A; after several steps the checks allow for how far training moved the
-          layers' inputs, and for the rounding of the parameters whose difference is released
+          product over positions is searched; an encoder without positions is put in order by a search among orders
+          (arrangement.py), and what would only be a bag by gradient distance (text_ordering.py); where the model keeps its layers
+          is found by running it (observations/transformer.py); adapters are checked through their factor A; after several
+          steps the checks allow for how far training moved the layers' inputs, and for the rounding of the parameters whose
+          difference is released
 """
 
 from collections.abc import Sequence
@@ -27,8 +29,9 @@ from torch import Tensor
 from gradleak.attacks.attack import check_sees
 from gradleak.attacks.dager.arrangement import arranged
 from gradleak.attacks.dager.decoder import grow, likely, nearest
-from gradleak.attacks.dager.encoder import Path, assemble
+from gradleak.attacks.dager.encoder import assemble
 from gradleak.attacks.dager.judge import SENTENCES, Judge, Sentence, layers_behind
+from gradleak.attacks.dager.path import Path
 from gradleak.attacks.dager.spans import FORWARD, Span, spans_of, telling
 from gradleak.attacks.dager.vocabulary import CHUNK, TOKENS, Embeddings, Pairs, candidates, likeliest, random_tokens
 from gradleak.attacks.masked_targets import unmask

@@ -14,14 +14,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from gradleak.attacks.dager.spans import Span, excess
 from gradleak.errors import NotObserved
 from gradleak.observations.layers import layer_inputs
 from gradleak.observations.model import LanguageModel
 from gradleak.observations.observation import TextObservation
-from gradleak.observations.transformer import layout_of
+from gradleak.observations.transformer import layout_of, normalisation
 
 CHUNK, BLOCK = (
     4_096,
@@ -64,7 +63,7 @@ class Embeddings:
             places = inputs - inputs[0]
         if name == query:
             return cls(tokens, places, torch.ones(tokens.shape[1]), torch.zeros(tokens.shape[1]), None)
-        centred, scale, shift, eps = normalisation(model, name, query, tokens.shape[1])
+        centred, scale, shift, eps = normalisation(model, tokens.shape[1])
         if centred:
             tokens, places = (part - part.mean(1, keepdim=True) for part in (tokens, places))
         embeddings = cls(tokens, places, scale, shift, eps)
@@ -95,40 +94,6 @@ class Embeddings:
         if self.eps is None:
             return tokens.new_ones(len(tokens), len(places))
         return (_squares(tokens, places) / tokens.shape[1] + self.eps).sqrt()
-
-
-def normalisation(model: LanguageModel, name: str, query: str, inner: int) -> tuple[bool, Tensor, Tensor, float]:
-    """(whether it centres, scale, shift, eps) of what lies between the input of a module and that of `query`: a norm, and
-    perhaps a linear layer. Found by what it makes of zeros, ones, and a wave of two sizes; wrong for what is no norm."""
-    module, prefix = model.module.get_submodule(name), f"{name}."
-    own = {k.removeprefix(prefix): p.double() for k, p in model.parameters.items() if k.startswith(prefix)}
-    wave, small = torch.ones(inner, dtype=torch.float64), 1e-3
-    wave[1::2] = -1
-    rows = torch.stack([wave * 0, wave.abs(), wave, small * wave])
-    with torch.no_grad():
-        beta, ones, large, little = functional_call(module, own, (rows[:, None],))[:, 0].double()
-    centred = float((ones - beta).norm()) < SCREEN * float((large - beta).norm())
-    if centred:
-        wave = wave - wave.mean()
-    size, k = float(wave.square().mean()), float((little - beta).norm() / (large - beta).norm())
-    # k = small sqrt(size + eps) / sqrt(small^2 size + eps)
-    eps = max(small**2 * size * (1 - k**2) / max(k**2 - small**2, 1e-12), 0.0)
-    gamma = (large - beta) / wave * (size + eps) ** 0.5
-    ends = torch.cat([torch.zeros(1, inner), torch.eye(inner)])
-    x = _passed_on(model, name, query, ends)
-    if torch.equal(x, ends):
-        return centred, gamma.float(), beta.float(), eps
-    A, b = (x[1:] - x[0]).T.double(), x[0].double()
-    return centred, (A * gamma).float(), (A @ beta + b).float(), eps
-
-
-def _passed_on(model: LanguageModel, name: str, query: str, rows: Tensor) -> Tensor:
-    """What enters `query` when a module puts out these (n, inner): (n, width)."""
-    handle = model.module.get_submodule(name).register_forward_hook(lambda layer, inputs, output: rows[:, None])
-    try:
-        return layer_inputs(model, [query], torch.zeros(len(rows), 1, dtype=torch.long))[query][:, 0]
-    finally:
-        handle.remove()
 
 
 def random_tokens(model: LanguageModel, generator: torch.Generator) -> tuple[Tensor, Tensor]:
