@@ -115,7 +115,7 @@ class Model(Generic[A]):
         """BadInput when the model fails on these inputs, or gives something else than finite logits of its classes."""
         try:
             logits = self.logits({}, inputs)
-        except (RuntimeError, ValueError, TypeError, LookupError) as error:
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise BadInput(
                 f"The model {self.architecture.name} fails on these data: {shortened(str(error))}"
             ) from error
@@ -133,7 +133,7 @@ class Model(Generic[A]):
         self.check_takes(inputs)
         try:
             self.loss({}, inputs, labels)
-        except (RuntimeError, ValueError, TypeError, LookupError) as error:
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise BadInput(f"{self.criterion} is no loss of this model: {shortened(str(error))}") from error
 
     def facts(self) -> list[Fact]:

@@ -202,7 +202,7 @@ def _end(model: LanguageModel) -> Any:
 def _run(model: LanguageModel, sentence: Sequence[int]) -> list[Call]:
     try:
         return calls(model, (tuple(sentence),))
-    except (RuntimeError, ValueError, TypeError, LookupError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise NotObserved(f"The model fails on {len(sentence)} tokens: {shortened(str(error))}.") from error
 
 

@@ -7,8 +7,8 @@ turned round, as long as that brings the rows nearer. A text of 12 to 15 tokens 
 ModernBERT of width 64 and two blocks, three texts of the package each).
 """
 
-from collections.abc import Iterator, Sequence
-from itertools import combinations
+from collections.abc import Sequence
+from itertools import combinations, groupby
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ CLEAR = 1e-3  # distance of a random order above which float32, which leaves 1e-
 def arranged(
     judge: Judge, bag: Sequence[int], *, generator: torch.Generator, on_step: OnStep | None = None
 ) -> tuple[Sentence, bool] | None:
-    """The order of these tokens whose rows are nearest, and whether any order one move away passes as well; None for one token.
+    """The order of these tokens whose rows are nearest, and whether it passes while no text one move away does; None for one token.
 
     Where the spans behind the attention have more directions than there are tokens, some stand more than once.
     """
@@ -35,35 +35,41 @@ def arranged(
     if len(bag) < 2 or not inner:
         return None
 
-    def distances(orders: Sequence[tuple[int, ...]], quick: bool) -> Tensor:
-        rows = torch.tensor([[*first, *order, *last] for order in orders])
-        return judge.rows(rows, quick=quick)[0].double().square().mean(1)
+    def closest(orders: Sequence[tuple[int, ...]], quick: bool) -> tuple[float, tuple[int, ...]]:
+        rows = [judge.rows(part, quick=quick)[0].double().square().mean(1) for part in _framed(first, orders, last)]
+        every = torch.cat(rows)
+        return float(every.min()), orders[int(every.argmin())]
 
-    best, quick, tried = None, False, 0
-    while tried < TRIED:
+    def rivalled(order: tuple[int, ...]) -> bool:
+        parts = _framed(first, _others(order, inner), last)
+        return any(bool((judge.rows(part)[1].amax(1) <= 1).any()) for part in parts)
+
+    best, sure, quick, tried = None, False, False, 0
+    while tried < TRIED and not sure:
         more = torch.randint(len(inner), (length - len(inner),), generator=generator).tolist()
         tokens = [*inner, *(inner[i] for i in more)]
         order = tuple(tokens[i] for i in torch.randperm(length, generator=generator).tolist())
-        distance = float(distances([order], False)[0])
+        distance = closest([order], False)[0]
         quick = quick or distance > CLEAR**2
         while True:
-            others = [*_moves(order), *_replacements(order, inner)]
-            tried += 1 + len(others)
-            near = distances(others, quick) if others else torch.tensor([torch.inf])
-            if not float(near.min()) < distance * (1 - 1e-6):  # by more than rounding
+            others = _others(order, inner)
+            tried += len(others)
+            nearest, other = closest(others, quick)
+            if not nearest < distance * (1 - 1e-6):  # by more than rounding
                 break
-            order, distance = others[int(near.argmin())], float(near.min())
+            distance, order = nearest, other
         found = judge.verdict((*first, *order, *last))
-        if best is None or found.mean < best[0].mean:
-            best = found, order
+        if best is None or found.mean < best.mean:
+            best, sure = found, found.passes and not rivalled(order)
         if on_step is not None:
-            on_step(min(tried, TRIED), TRIED, best[0].mean)
-        if best[0].passes:
-            break
-    if best is None:
-        return None
-    rivals = torch.tensor([[*first, *order, *last] for order in [*_moves(best[1]), *_replacements(best[1], inner)]])
-    return best[0], len(rivals) > 0 and bool((judge.rows(rivals)[1].amax(1) <= 1).any())
+            on_step(min(tried, TRIED), TRIED, best.mean)
+    return None if best is None else (best, sure)
+
+
+def _framed(first: list[int], orders: Sequence[tuple[int, ...]], last: list[int]) -> list[Tensor]:
+    """Whole texts, (n, length) for each length, in the order given."""
+    by_length = groupby(orders, key=len)
+    return [torch.tensor([[*first, *order, *last] for order in some]) for _, some in by_length]
 
 
 def _ends(model: LanguageModel, bag: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -77,8 +83,9 @@ def _ends(model: LanguageModel, bag: Sequence[int]) -> tuple[list[int], list[int
     return [token for token in first if token in bag], [token for token in last if token in bag]
 
 
-def _moves(order: tuple[int, ...]) -> set[tuple[int, ...]]:
-    """Two tokens exchanged, a part turned round, or a few neighbours moved elsewhere."""
+def _others(order: tuple[int, ...], inner: Sequence[int]) -> list[tuple[int, ...]]:
+    """What is one move away, by length: two tokens exchanged, a part turned round, or a few neighbours moved elsewhere; another
+    token in place of one that stands more than once, or without it; any token once more."""
     changed = set[tuple[int, ...]]()
     for i, j in combinations(range(len(order)), 2):
         changed.add((*order[:i], order[j], *order[i + 1 : j], order[i], *order[j + 1 :]))
@@ -87,11 +94,9 @@ def _moves(order: tuple[int, ...]) -> set[tuple[int, ...]]:
         for count in range(1, TOGETHER + 1):
             rest = order[:i] + order[i + count :]
             changed.add((*rest[:j], *order[i : i + count], *rest[j:]))
-    return changed - {order}
-
-
-def _replacements(order: tuple[int, ...], inner: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """Another token in place of one that stands more than once."""
     for i, old in enumerate(order):
         if order.count(old) > 1:
-            yield from ((*order[:i], token, *order[i + 1 :]) for token in inner if token != old)
+            changed.add(order[:i] + order[i + 1 :])
+            changed |= {(*order[:i], token, *order[i + 1 :]) for token in inner}
+    changed |= {(*order[:i], token, *order[i:]) for token in inner for i in range(len(order) + 1)}
+    return sorted(changed - {order}, key=lambda other: (len(other), other))

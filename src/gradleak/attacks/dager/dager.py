@@ -170,8 +170,8 @@ class Dager:
         found = arranged(judge, pairs.ids.tolist(), generator=generator, on_step=on_step)
         if found is None:
             return []
-        sentence, rivalled = found
-        return [replace(sentence, outcome=Outcome.CLOSE) if sentence.passes and rivalled else sentence]
+        sentence, sure = found
+        return [replace(sentence, outcome=Outcome.CLOSE) if sentence.passes and not sure else sentence]
 
     def _ordered(self, observation: TextObservation, pairs: Pairs, generator: torch.Generator) -> Ordered | None:
         """The order of the nearest gradient. None for an adapter, which is for past_the_rank.py, and for a masked model: what

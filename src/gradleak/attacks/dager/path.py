@@ -21,7 +21,7 @@ from gradleak.observations.layers import layer_inputs
 from gradleak.observations.model import LanguageModel
 from gradleak.observations.observation import TextObservation
 from gradleak.observations.tensors import Tensors
-from gradleak.observations.transformer import layout_of
+from gradleak.observations.transformer import ROLES, layout_of
 
 ROWS = 64  # candidates at a time: memory alone depends on it
 DAMPING = 1e-6  # of the mean curvature, which is computed in float32: its rounding
@@ -129,21 +129,27 @@ Layer = tuple[Tensor, Tensor]  # weight and bias
 
 
 def _layers(model: LanguageModel, exact: Tensors) -> tuple[Layer, Layer, Layer, Callable[[Tensor], Tensor]] | None:
-    """(W, b), (gamma, beta), (W_1, b_1) and the activation, if the first block computes a and f as above: on two tokens."""
+    """(W, b), (gamma, beta), (W_1, b_1) and the activation, if the first block computes a and f as above, of
+    values averaged by the softmax of queries and keys: tried on two tokens."""
     from transformers.activations import ACT2FN
 
     layout = layout_of(model)
-    names = (layout.output, str(layout.after), *layout.hidden)
-    if layout.after is None or any(f"{name}.{part}" not in exact for name in names for part in ("weight", "bias")):
+    names = (layout.output, str(layout.after), layout.hidden[0], *layout.queries(0))
+    separate = tuple(layout.attention.values()) == ROLES[:3]
+    if not separate or any(f"{name}.{part}" not in exact for name in names for part in ("weight", "bias")):
         return None
-    output, norm, hidden = ((exact[f"{name}.weight"], exact[f"{name}.bias"]) for name in names[:3])
+    output, norm, hidden, *attention = ((exact[f"{name}.weight"], exact[f"{name}.bias"]) for name in names)
     reached = (layout.queries(0)[0], layout.output, layout.hidden[0], layout.passed[0])
     inputs = layer_inputs(model, reached, torch.arange(2)[None], parameters=exact)
     x, o, a, f = (inputs[name][0] for name in reached)
+    heads = model.architecture.config.num_attention_heads
+    q, k, v = ((x @ W.T + b).unflatten(1, (heads, -1)).transpose(0, 1) for W, b in attention)
+    averaged = (q @ k.mT / q.shape[2] ** 0.5).softmax(2) @ v
     y = _centred(x + o @ output[0].T + output[1])
-    expected = norm[0] * y / y.square().mean(1, keepdim=True).sqrt() + norm[1]
-    if float((expected - a).norm()) > UNLIKE * float(a.norm()):
-        return None
+    normed = norm[0] * y / y.square().mean(1, keepdim=True).sqrt() + norm[1]
+    for expected, true in ((averaged.transpose(0, 1).flatten(1), o), (normed, a)):
+        if float((expected - true).norm()) > UNLIKE * float(true.norm()):
+            return None
     z = a @ hidden[0].T + hidden[1]
     known = (ACT2FN[name] for name in ("gelu", "relu", "gelu_new", "silu", "gelu_fast", "quick_gelu", "tanh"))
     apart, activation = min(((float((g(z) - f).norm()), g) for g in known), key=lambda pair: pair[0])
