@@ -18,7 +18,6 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call
 
 from gradleak.attacks.attack import check_sees
 from gradleak.attacks.dager.spans import FORWARD, excess, spans_of
@@ -176,20 +175,17 @@ class _Target:
         handles = [model.module.get_submodule(n).register_forward_hook(keep(n)) for n, _, _ in self.released]
         weights = [f"{name}.weight" for name, _, _ in self.released]  # so that autograd follows their outputs
         parameters = {
-            **model.parameters,
             **{name: model.parameters[name].detach().requires_grad_() for name in weights},
         }
         try:
-            out = functional_call(
-                model.module, parameters, (), {"input_ids": texts, "attention_mask": torch.ones_like(texts)}
-            )
+            logits = model.logits(parameters, texts.tolist())
         finally:
             for handle in handles:
                 handle.remove()
         if model.architecture.task == "classification":
-            loss = F.cross_entropy(out.logits, torch.full((len(texts),), label), reduction="sum")
+            loss = F.cross_entropy(logits, torch.full((len(texts),), label), reduction="sum")
         else:
-            loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), texts[:, 1:].flatten(), reduction="sum")
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), texts[:, 1:].flatten(), reduction="sum")
         deltas = torch.autograd.grad(loss, [layers[name][1] for name, _, _ in self.released])
         cosines = []
         for (name, A, measured), delta in zip(self.released, deltas, strict=True):

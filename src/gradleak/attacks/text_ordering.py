@@ -45,7 +45,7 @@ def ordered(
     starts: list[Tokens] = [(tuple(choices[0]),)]
     if layout.placed:
         starts = [_dealt(choices, observation.batch_size or 1, architecture.tokenizer.sep_token_id)]
-    elif architecture.task == "causal-lm":
+    elif architecture.task == "causal-lm" and layout.causal:
         starts.append((fluent(observation.model, choices[0]),))
     ends = [_descended(observation, start, choices, generator, iter(range(budget // len(starts)))) for start in starts]
     return min(ends, key=lambda end: end.distance)

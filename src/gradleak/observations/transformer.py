@@ -185,7 +185,9 @@ def _sentences(model: LanguageModel) -> tuple[list[int], list[int], list[int], l
     known = [
         i for i in range(architecture.config.vocab_size) if i not in (architecture.config.pad_token_id, _end(model))
     ]
-    tokens = known[-LENGTH - 1 :]  # the first are special in most tokenizers
+    tokens = known[len(known) // 2 :][
+        : LENGTH + 1
+    ]  # the first and the last are special, or not in use, in most tokenizers
     if length < FEWEST or len(tokens) <= length:
         raise NotObserved(f"This model takes {length} tokens of {len(known)}: too few to see what its layers do.")
     place, end = length // 2, [_end(model)] if architecture.config.is_encoder_decoder else []
@@ -266,7 +268,7 @@ def _disturbed(model: LanguageModel, name: str, output: str, ids: Tensor, place:
 def _embedded(run: Sequence[Call], other: Sequence[Call], query: str, place: int) -> str:
     """The last module up to the first attention whose input is a sum of what the token gives and what the position gives."""
     found = query
-    for a, b in zip(run, other, strict=True):
+    for a, b in zip(run, other, strict=False):  # experts behind may differ
         x = [call.input.reshape(-1, call.input.shape[-1])[: place + 1].double() for call in (a, b)]
         if a.input.is_floating_point() and a.input.ndim == 3:
             difference = x[0] - x[1]
@@ -280,7 +282,7 @@ def _embedded(run: Sequence[Call], other: Sequence[Call], query: str, place: int
 def _rows_left(run: Sequence[Call], other: Sequence[Call], modules: dict[str, nn.Module]) -> list[int]:
     """How many positions each table of positions has, from that of the first token on."""
     tables = [
-        (modules[a.name], a.input.flatten()) for a, b in zip(run, other, strict=True) if torch.equal(a.input, b.input)
+        (modules[a.name], a.input.flatten()) for a, b in zip(run, other, strict=False) if torch.equal(a.input, b.input)
     ]
     counting = ((t, ids) for t, ids in tables if len(ids) > 1 and torch.equal(ids - ids[0], torch.arange(len(ids))))
     return [table.num_embeddings - int(ids[0]) for table, ids in counting if isinstance(table, nn.Embedding)]

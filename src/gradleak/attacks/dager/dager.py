@@ -241,7 +241,8 @@ def _result(
     model, wanted = observation.model, observation.batch_size
     proven = [sentence.outcome is Outcome.SOLVED for sentence in sentences]
     notes = [evidence(sentences, sum(proven), wanted, len(bag))]
-    if model.architecture.task == "causal-lm" and model.architecture.tokenizer.eos_token_id is None:
+    predicted = model.architecture.task == "causal-lm" and layout_of(model).causal
+    if predicted and model.architecture.tokenizer.eos_token_id is None:
         notes.append("the last token of a text is no input of the loss and cannot be seen")
     status = (
         f"{sum(proven)} of {wanted if wanted is not None else 'an unknown number of'} sentences proven; the first layer shows "

@@ -143,7 +143,7 @@ def _layers(model: LanguageModel, exact: Tensors) -> tuple[Layer, Layer, Layer, 
     inputs = layer_inputs(model, reached, torch.arange(2)[None], parameters=exact)
     x, o, a, f = (inputs[name][0] for name in reached)
     heads = model.architecture.config.num_attention_heads
-    q, k, v = ((x @ W.T + b).unflatten(1, (heads, -1)).transpose(0, 1) for W, b in attention)
+    q, k, v = (torch.unflatten(x @ W.T + b, 1, (heads, -1)).transpose(0, 1) for W, b in attention)
     averaged = (q @ k.mT / q.shape[2] ** 0.5).softmax(2) @ v
     y = _centred(x + o @ output[0].T + output[1])
     normed = norm[0] * y / y.square().mean(1, keepdim=True).sqrt() + norm[1]
