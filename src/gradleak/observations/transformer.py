@@ -182,12 +182,11 @@ def _found(model: LanguageModel) -> Layout:
 def _sentences(model: LanguageModel) -> tuple[list[int], list[int], list[int], list[int], int]:
     """Distinct tokens; with another at one place; one token over and over; another; and that place."""
     architecture, length = model.architecture, min(LENGTH, model.architecture.positions)
-    known = [
-        i for i in range(architecture.config.vocab_size) if i not in (architecture.config.pad_token_id, _end(model))
-    ]
-    tokens = known[len(known) // 2 :][
-        : LENGTH + 1
-    ]  # the first and the last are special, or not in use, in most tokenizers
+    apart = (architecture.config.pad_token_id, _end(model))
+    known = [token for token in range(architecture.config.vocab_size) if token not in apart]
+    # From the middle: the first and the last are special, or not in use, in most tokenizers
+    start = max(min(len(known) // 2, len(known) - LENGTH - 1), 0)
+    tokens = known[start : start + LENGTH + 1]
     if length < FEWEST or len(tokens) <= length:
         raise NotObserved(f"This model takes {length} tokens of {len(known)}: too few to see what its layers do.")
     place, end = length // 2, [_end(model)] if architecture.config.is_encoder_decoder else []
