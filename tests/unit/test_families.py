@@ -1,6 +1,7 @@
 """Families of language models, none of which is known by name: where they keep their layers is found by running them, and a short
 text comes back from an adapter of one step."""
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -8,7 +9,10 @@ import pytest
 import torch
 import transformers
 
+from gradleak.attacks.dager import arrangement
 from gradleak.attacks.dager.dager import Dager
+from gradleak.attacks.dager.judge import Judge, layers_behind
+from gradleak.attacks.dager.spans import FORWARD
 from gradleak.attacks.dager.vocabulary import Embeddings
 from gradleak.attacks.reconstruction import Reconstruction
 from gradleak.errors import NotObserved
@@ -156,6 +160,27 @@ def test_the_first_layers_inputs_are_listed(family: str) -> None:
     places = torch.arange(12).repeat(4) if layout_of(own).placed else torch.zeros(48, dtype=torch.long)
     listed = Embeddings.of(own).inputs(ids.flatten(), places).reshape(true.shape)
     assert float((listed - true).norm() / true.norm()) < 1e-5
+
+
+def test_a_word_that_stands_twice_is_put_in_both_places() -> None:
+    seen, secret = shared(model("T5"), 0)
+    tokens = secret.inputs[0]
+    assert len(set(tokens)) < len(tokens)
+    found = attack(seen)
+    assert (found.value, found.proven) == (secret.inputs, (True,))
+
+
+def test_an_order_is_not_sure_while_another_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a rounding of 1 every row passes, whatever the order."""
+    monkeypatch.setattr(arrangement, "TRIED", 1)
+    seen, secret = shared(model("T5"))
+    rounding, generator = dict.fromkeys(layers_behind(seen.model), FORWARD), torch.Generator().manual_seed(0)
+    judge = Judge.of(seen, len(secret.inputs[0]), rounding, generator)
+    blurred = replace(judge, rounding=dict.fromkeys(rounding, 1.0))
+    found = arrangement.arranged(blurred, sorted(secret.inputs[0]), generator=generator)
+    assert found is not None
+    assert found[0].passes
+    assert not found[1]
 
 
 def test_positions_end_where_the_table_does() -> None:

@@ -50,10 +50,10 @@ def grow(judge: Judge, candidates: Sequence[Tensor], *, widest: int) -> list[Pre
 
 
 def nearest(grown: Sequence[Prefix], rank: int, batch_size: int | None) -> tuple[list[Prefix], bool]:
-    """The texts that fit best: as many as the batch had, or as explain all directions, of which every prefix makes one. And
-    whether these are all that passed, and leave no direction to another text."""
+    """The texts that fit best: as many as the batch had, or as explain all directions, of which every prefix makes one, but for
+    repetitions: longer texts than that come last. And whether these are all that passed, and leave no direction to another."""
     kept, prefixes = list[Prefix](), set[tuple[int, ...]]()
-    for text in sorted(grown, key=lambda text: text.cost):
+    for text in sorted(grown, key=lambda text: (len(text.tokens) > rank + REPEATS, text.cost)):
         if len(kept) == batch_size or (batch_size is None and len(prefixes) >= rank):
             break
         kept.append(text)
