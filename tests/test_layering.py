@@ -55,9 +55,9 @@ LONG = {
 }
 # Attacks that open more than BUDGET: (files, lines), and why.
 DEEP = {
-    "attacks/dager/dager.py": (8, 1_560),  # spans, vocabulary, judge, decoders, encoders; orders and masks besides
-    "attacks/past_the_rank.py": (3, 650),  # DAGER's spans and vocabulary
-    "attacks/sparse_words.py": (3, 670),  # the same
+    "attacks/dager/dager.py": (10, 1_790),  # spans, vocabulary, judge, decoders, encoders; orders and masks besides
+    "attacks/past_the_rank.py": (3, 660),  # DAGER's spans and vocabulary
+    "attacks/sparse_words.py": (3, 690),  # the same
     "attacks/recursion/recursive.py": (9, 1_600),  # a layer backwards, of each kind
     "attacks/exact_git/exact_git.py": (11, 1_860),  # the weights first, then the pictures
     "attacks/decoders/attacks.py": (11, 1_310),  # four decoders, and the inversion behind them

@@ -35,6 +35,7 @@ from gradleak.observations.observation import Observation
 from gradleak.observations.releases import RELEASES, Adapter, Update, Weights
 from gradleak.observations.tensors import Tensors, fingerprint, flatten
 from gradleak.observations.training import Recipe
+from gradleak.observations.transformer import layout_of
 from gradleak.victims.adapter import lora_start, share_adapter
 from gradleak.victims.gradient import capture_gradient, keep_secret
 from gradleak.victims.weights import FullBatch, publish_weights
@@ -122,7 +123,7 @@ def text_gradient(row: int, count: int = 1, reveal: bool = False) -> Seen:
 def text_adapter(row: int, count: int = 1, reveal: bool = False) -> Seen:
     model = trained.language_model("bert", "classification")
     secret = keep_secret(model, load_texts("embedded", indices=range(row, row + count)))
-    names = [name for block in range(2) for name in model.architecture.family.queries(block)]
+    names = [name for block in range(2) for name in layout_of(model).queries(block)]
     seen = share_adapter(model, secret, modules=names, rank=10)  # texts have 12 to 15 tokens
     return replace(seen, labels=secret.labels if reveal else None), secret.inputs
 
@@ -131,7 +132,7 @@ def tuned_on_text(row: int, count: int = 1, reveal: bool = False) -> Seen:
     """An adapter of some steps, whose start is known: the changes of both factors."""
     model = trained.language_model("bert", "classification")
     secret = keep_secret(model, load_texts("embedded", indices=range(row, row + count)))
-    start = lora_start(model, model.architecture.family.queries(0), 10, seed())
+    start = lora_start(model, layout_of(model).queries(0), 10, seed())
     release = Adapter(
         start=start,
         scaling=dict.fromkeys({name.rpartition(".")[0] for name in start}, 1.0),

@@ -34,6 +34,7 @@ from gradleak.observations.model import LanguageModel, Model
 from gradleak.observations.observation import Observation, PictureObservation
 from gradleak.observations.releases import Adapter, Gradient, Release, Update
 from gradleak.observations.training import Recipe
+from gradleak.observations.transformer import layout_of
 from gradleak.report import record
 from gradleak.victims.adapter import share_adapter
 from gradleak.victims.gradient import capture_gradient, share_update
@@ -370,7 +371,7 @@ def test_the_wrong_observation_is_of_the_same_kind_for_texts_too() -> None:
     model = language_model()
     gradient, secret = capture_gradient(model, some_texts(0))
     adapter = share_adapter(
-        model, secret, modules=model.architecture.family.queries(0), rank=8, recipe=Recipe(learning_rate=1e-3, steps=1)
+        model, secret, modules=layout_of(model).queries(0), rank=8, recipe=Recipe(learning_rate=1e-3, steps=1)
     )
     update = share_update(gradient, secret, Recipe(learning_rate=1e-3, steps=2, batch_size=1))
     for seen in (gradient, adapter, update):

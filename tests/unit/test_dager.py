@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from gradleak.attacks.dager.dager import Dager, evidence
-from gradleak.attacks.dager.encoder import Path
 from gradleak.attacks.dager.judge import Sentence
+from gradleak.attacks.dager.path import Path
 from gradleak.attacks.dager.spans import FORWARD, Span, excess, numerical_rank, span_of, spans_of
 from gradleak.attacks.dager.vocabulary import Embeddings, candidates
 from gradleak.attacks.reconstruction import Outcome, Reconstruction
@@ -26,6 +26,7 @@ from gradleak.observations.layers import layer_inputs
 from gradleak.observations.model import LanguageModel
 from gradleak.observations.observation import TextObservation
 from gradleak.observations.training import Recipe
+from gradleak.observations.transformer import layout_of
 from gradleak.victims.adapter import share_adapter
 from gradleak.victims.gradient import capture_gradient, share_update
 from gradleak.victims.small_language import Kind, small_model, train_tokenizer
@@ -202,12 +203,12 @@ def test_rows_that_one_direction_dominates_do_not_bury_the_others() -> None:
 def test_the_output_of_the_attention_is_found_for_each_token_alone() -> None:
     """Against the model's own, hooked out of its forward pass; tokens at positions where they do not stand are refused."""
     seen, secret = captured("bert", "classification", 2)
-    own, family = seen.model, seen.model.architecture.family
+    own, layout = seen.model, layout_of(seen.model)
     exact = {name: p.double() for name, p in own.parameters.items()}
     path = Path.of(seen, exact, FORWARD)
     assert path is not None
     for tokens in secret.inputs:
-        names = [family.queries(0)[0], f"{family.block(0)}.{family.output}"]
+        names = [layout.queries(0)[0], layout.output]
         true = layer_inputs(own, names, torch.tensor([tokens]), parameters=exact)
         # Tokens that stand at one position in both sentences have two outputs, of which one is found.
         once = [
@@ -241,19 +242,19 @@ def test_larger_batches_of_an_encoder_come_back() -> None:
 def test_the_screen_agrees_with_the_model_token_by_token(kind: Kind, task: Task) -> None:
     """Against the model's own inputs, computed one position at a time in float64."""
     seen, secret = captured(kind, task)
-    own, family = seen.model, seen.model.architecture.family
-    first = spans_of(seen, family.queries(0))
+    own, layout = seen.model, layout_of(seen.model)
+    first = spans_of(seen, layout.queries(0))
     found = candidates(Embeddings.of(own), first, rounding=FORWARD, most=500)
     exact = {name: p.double() for name, p in own.parameters.items()}
-    name = family.queries(0)[0]
+    name = layout.queries(0)[0]
     for place, ids in enumerate(found):
         every_token = torch.arange(own.architecture.config.vocab_size)[:, None]
-        at = family.offset + place if family.placed else 0
-        x = layer_inputs(own, [name], every_token, at=at, parameters=exact)[name][:, 0]
+        sentences = every_token.expand(-1, place + 1)
+        x = layer_inputs(own, [name], sentences, parameters=exact)[name][:, place]
         slow = (excess(first, x, FORWARD)[1] <= 1).nonzero()[:, 0]
         assert sorted(ids.tolist()) == slow.tolist()
     lengths = len(secret.inputs[0]) - (task == "causal-lm")  # the closing token is no input of the loss
-    assert len(found) == (lengths if family.placed else 1)
+    assert len(found) == (lengths if layout.placed else 1)
 
 
 # --- Texts ---
@@ -289,19 +290,19 @@ def test_a_batch_of_unknown_size_comes_back() -> None:
 @every
 def test_query_key_and_value_are_enough_for_one_text(kind: Kind, task: Task) -> None:
     seen, secret = captured(kind, task)
-    parts = seen.model.architecture.family.queries(0) + seen.model.architecture.family.queries(1)
+    parts = layout_of(seen.model).queries(0) + layout_of(seen.model).queries(1)
     for chosen in (parts, [part for part in parts if part.endswith(("value", "v_proj", "c_attn"))]):
         assert attack(only(seen, *chosen)).value == secret.inputs
 
 
 def test_without_the_second_block_nothing_is_called_proven() -> None:
     seen, secret = captured()
-    found = attack(only(seen, *seen.model.architecture.family.queries(0)))
+    found = attack(only(seen, *layout_of(seen.model).queries(0)))
     assert found.value == secret.inputs  # one candidate at each position
     assert found.proven == (False,)
     assert "only one passes" in found.status
     both, pair = captured("llama", "causal-lm", 2)
-    two = attack(only(both, *both.model.architecture.family.queries(0)))
+    two = attack(only(both, *layout_of(both.model).queries(0)))
     assert two.value == ()
     assert "cannot be put together" in two.status
     # What the attention puts out depends on the sentence up to there: with its output projection they come back.
@@ -311,7 +312,7 @@ def test_without_the_second_block_nothing_is_called_proven() -> None:
 def test_what_only_the_first_block_shows_is_ordered_by_gradient_distance() -> None:
     """Tokens and positions are certain; which go together is not, until the gradient of the whole agrees to float32."""
     seen, secret = captured("bert", "classification", 2)
-    alone = only(seen, *seen.model.architecture.family.queries(0))
+    alone = only(seen, *layout_of(seen.model).queries(0))
     found = attack(alone)
     assert sorted(found.value) == sorted(secret.inputs)
     assert found.proven == (False, False)
@@ -333,7 +334,7 @@ def test_a_language_model_orders_a_few_tokens_as_its_own_loss_does() -> None:
 
 def test_an_order_without_positions_comes_nearer_to_the_release() -> None:
     seen, _ = captured("llama", "causal-lm")
-    alone = only(seen, *seen.model.architecture.family.queries(0))
+    alone = only(seen, *layout_of(seen.model).queries(0))
     begun, found = (attack(alone, orders=budget) for budget in (1, 60))
     assert found.residual < begun.residual
 
@@ -409,16 +410,16 @@ def test_lora_gives_a_short_text_away(steps: int | None) -> None:
     """Tokens are checkable while there are fewer than the rank: 20 tokens, rank 32."""
     seen, secret = captured()
     assert len(secret.inputs[0]) < 32
-    family = seen.model.architecture.family
+    layout = layout_of(seen.model)
     recipe = None if steps is None else Recipe(learning_rate=1e-3, steps=steps)
-    names = family.queries(0) + family.queries(1)
+    names = layout.queries(0) + layout.queries(1)
     adapter = share_adapter(seen.model, secret, modules=names, rank=32, recipe=recipe)
     assert attack(adapter).value == secret.inputs
 
 
 def test_lora_below_the_number_of_tokens_is_refused() -> None:
     seen, secret = captured()
-    adapter = share_adapter(seen.model, secret, modules=seen.model.architecture.family.queries(0), rank=8)
+    adapter = share_adapter(seen.model, secret, modules=layout_of(seen.model).queries(0), rank=8)
     with pytest.raises(NotObserved, match="larger rank"):
         attack(adapter)
 

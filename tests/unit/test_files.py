@@ -37,6 +37,7 @@ from gradleak.observations.observation import Observation, PictureObservation
 from gradleak.observations.releases import Adapter, Gradient, Release, Stationarity, Update, Weights
 from gradleak.observations.tensors import Tensors, fingerprint
 from gradleak.observations.training import Recipe
+from gradleak.observations.transformer import layout_of
 from gradleak.victims.adapter import share_adapter
 from gradleak.victims.gradient import capture_gradient, share_update
 from gradleak.victims.small_language import Kind, small_model, train_tokenizer
@@ -460,7 +461,7 @@ def test_old_observations_of_texts_are_read(tmp_path: Path, kind: str) -> None:
         seen = share_update(seen, secret, Recipe(learning_rate=0.01, steps=1, batch_size=1))
         more = {"recipe": {"learning_rate": 0.01, "local_steps": 1, "local_batch_size": 1}}
     elif kind == "TextAdapter":
-        modules = list(model.architecture.family.queries(0))
+        modules = list(layout_of(model).queries(0))
         seen = share_adapter(model, secret, modules=modules, rank=4)
         more = {"adapter": {"scaling": seen.adapter.scaling, "recipe": None, "gradient": True}}
         tensors |= under("start", seen.adapter.start)

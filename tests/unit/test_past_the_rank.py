@@ -17,6 +17,7 @@ from gradleak.modalities.texts import load_texts
 from gradleak.observations.model import LanguageModel
 from gradleak.observations.observation import TextObservation
 from gradleak.observations.training import Recipe
+from gradleak.observations.transformer import layout_of
 from gradleak.victims.adapter import share_adapter
 from gradleak.victims.gradient import capture_gradient, keep_secret
 from gradleak.victims.small_language import Kind, small_model, train_tokenizer
@@ -38,7 +39,7 @@ def shared(
 ) -> tuple[TextObservation, Secret]:
     own = model(kind, task)
     secret = keep_secret(own, load_texts("embedded", indices=range(count)))
-    names = [name for block in range(2) for name in own.architecture.family.queries(block)]
+    names = [name for block in range(2) for name in layout_of(own).queries(block)]
     return share_adapter(own, secret, modules=names, rank=rank, recipe=recipe), secret
 
 
@@ -68,7 +69,7 @@ def test_true_tokens_rank_high_although_they_fill_the_rank(kind: Kind, task: Tas
     seen, secret = shared(kind, task)
     tokens = secret.inputs[0]
     assert len(tokens) > RANK
-    views = [view for view in seen.sketches() if view.module in seen.model.architecture.family.queries(0)]
+    views = [view for view in seen.sketches() if view.module in layout_of(seen.model).queries(0)]
     order = ranked(Embeddings.of(seen.model), views, len(tokens), 420, zero())
     places = [order[i].tolist().index(token) for i, token in enumerate(tokens[:-1])]
     assert sorted(places)[len(places) // 2] < 42

@@ -18,6 +18,7 @@ from gradleak.observations.model import LanguageModel
 from gradleak.observations.observation import Observation, TextObservation
 from gradleak.observations.releases import Adapter
 from gradleak.observations.training import Recipe
+from gradleak.observations.transformer import layout_of
 from gradleak.victims.adapter import lora_start, share_adapter
 from gradleak.victims.gradient import capture_gradient, keep_secret
 from gradleak.victims.small_language import Kind, small_model, train_tokenizer
@@ -44,7 +45,7 @@ def shared(
     """An adapter of the first block's projections after some steps, beside its start."""
     own = model(kind, task, width)
     secret = keep_secret(own, load_texts("embedded", indices=range(count)))
-    modules = own.architecture.family.queries(0)
+    modules = layout_of(own).queries(0)
     start = lora_start(own, modules, rank, torch.Generator().manual_seed(seed))
     release = Adapter(start=start, scaling=dict.fromkeys(modules, 1.0), recipe=recipe, origin="given")
     released = release.simulate(own, start, secret.inputs, secret.labels)

@@ -19,6 +19,7 @@ from gradleak.observations.model import LanguageModel
 from gradleak.observations.observation import TextObservation
 from gradleak.observations.tensors import rounding
 from gradleak.observations.training import Recipe
+from gradleak.observations.transformer import layout_of
 from gradleak.victims.adapter import share_adapter
 from gradleak.victims.gradient import capture_gradient, share_update
 from gradleak.victims.small_language import Kind, small_model, train_tokenizer
@@ -93,7 +94,7 @@ def test_updates_and_adapters_round_trip_through_files(tmp_path: Path) -> None:
     update = share_update(seen, secret, Recipe(learning_rate=0.1, steps=2, batch_size=1))
     save_observation(update, tmp_path / "u.safetensors")
     assert load_observation(tmp_path / "u.safetensors").release == update.release
-    names = seen.model.architecture.family.queries(0)
+    names = layout_of(seen.model).queries(0)
     adapter = share_adapter(seen.model, secret, modules=names, rank=4, recipe=Recipe(learning_rate=0.1, steps=2))
     save_observation(adapter, tmp_path / "a.safetensors")
     again = load_observation(tmp_path / "a.safetensors")
@@ -135,7 +136,7 @@ def test_the_noise_of_an_update_is_known_beforehand() -> None:
 def test_the_gradient_of_b_is_the_whole_gradient_seen_through_a(kind: Kind) -> None:
     """From B = 0: dL/dB = s G A^T exactly; GPT-2 stores its weights the other way round."""
     seen, secret = captured(kind)
-    names = seen.model.architecture.family.queries(0)
+    names = layout_of(seen.model).queries(0)
     adapter = share_adapter(seen.model, secret, modules=names, rank=4)
     for sketch, whole in zip(adapter.sketches(), seen.sketches(names), strict=True):
         assert sketch.module == whole.module

@@ -13,6 +13,7 @@ Solves    the first layer's input x never changes, so that the gradient of its r
           2. 1 / |x| up to an affine map: what is left of rank one, with the decay, by alternating least squares
           3. that map's two numbers, and which sign is which: the units that never moved were off, W x + b < 0, and the others
              on; of the maps that keep the pixels in their range, the one that fewest units contradict, and these least
+Differs   no paper to differ from
 Misses    several samples; dropout before the adapter, and formats that round epsilon away: then the signs are all there is,
           pixels darker and brighter than the mean, and the status says so
 """
@@ -26,7 +27,7 @@ from torch import Tensor
 from gradleak.attacks.attack import check_sees
 from gradleak.attacks.reconstruction import Outcome, Reconstruction
 from gradleak.attacks.search.descend import OnStep
-from gradleak.attacks.unmixing.span import adapted_first_layer, number_noise
+from gradleak.attacks.unmixing.span import adapted_first_layer
 from gradleak.errors import NotObserved
 from gradleak.modalities.networks import Architecture
 from gradleak.observations.fully_connected import FullyConnected
@@ -37,7 +38,7 @@ ALIVE = 0.1  # a row that moved less than this share of the strongest is not cou
 MOVED = 1e-2  # and a pixel that no row moved with this share was zero
 AGREE = 0.99  # share of the entries whose signs are those of a row times those of one picture
 EVEN = 0.05  # deviation of the sizes in a row, as a share of their mean: gradients, or several samples, differ far more
-ABOVE = 3.0  # how far a singular value has to stand above those of noise
+ABOVE = 2.0  # how far the singular value of 1 / |x| has to stand above that of noise
 CONTRADICTED = 0.05  # share of the units that may be on the wrong side
 SURE, LIARS = 1e-3, 0.01  # what units are given is surer than the first of its mean; share of them that may lie
 CONTRAST, EDGES = (
@@ -61,7 +62,7 @@ class AdamEpsilon:
         check_sees(self, observation)
         observation = observation.to(torch.device("cpu")).to(torch.float64)
         network, change, start, on = first_layer(observation)
-        sizes = factored(change, start, number_noise(observation, change, start))
+        sizes = factored(change, start)
         x, wrong = placed(network, sizes, on)
         shape = observation.model.architecture.input_shape
         images = network.images(x, shape)[None].clamp(0, 1)
@@ -110,9 +111,9 @@ class Sizes:
     """What (1) tells of the inputs x (in,).
 
     signs      of x, 0 where x was 0; up to one sign for all
-    inverse    1 / |x| up to an affine map of positive slope
+    inverse    1 / |x| up to an affine map of positive slope; 0 where nothing tells it
     deviation  of the numbers of `inverse`
-    clear      whether `inverse` stands above the noise
+    clear      whether 1 / |x| stands above the noise
     misfit     share of the change that (1) leaves
     """
 
@@ -123,8 +124,8 @@ class Sizes:
     misfit: float
 
 
-def factored(change: Tensor, start: Tensor, noise: float) -> Sizes:
-    """Signs and sizes of the inputs out of the change (rows, in) of a layer, whose numbers are rounded by `noise`."""
+def factored(change: Tensor, start: Tensor) -> Sizes:
+    """Signs and sizes of the inputs out of the change (rows, in) of a layer and its start."""
     if not bool(change.any()):
         raise NotObserved("The first layer did not move: after one step from B = 0, A has not.")
     left, _, right = torch.linalg.svd(change, full_matrices=False)
@@ -149,13 +150,14 @@ def factored(change: Tensor, start: Tensor, noise: float) -> Sizes:
             "The sizes of the first layer's change differ within its rows: no step divided them by itself."
         )
     rest += decay * W
-    inverse = torch.zeros_like(column)
-    inverse[pixels] = -V[0] * U[:, 0].sum().sign()
+    inverse, clear = torch.zeros_like(column), bool(S[0] > ABOVE * S[1])
+    if clear:
+        inverse[pixels] = -V[0] * U[:, 0].sum().sign()
     return Sizes(
         signs=column,
         inverse=inverse,
         deviation=float(rest.square().mean().sqrt() / S[0]),
-        clear=bool(S[0] > ABOVE * max(float(S[1]), noise * sum(side**0.5 for side in Y.shape))),
+        clear=clear,
         misfit=float(rest.norm() / Y.norm()),
     )
 

@@ -7,7 +7,6 @@ direction, so that neither M nor a learning rate is needed. Targets that were ke
 the decomposition of DAGER (arXiv:2405.15586, section 4), read at the other end of the network.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -21,6 +20,7 @@ from gradleak.observations.layers import layer_inputs
 from gradleak.observations.model import LanguageModel
 from gradleak.observations.observation import TextObservation
 from gradleak.observations.tensors import Tensors
+from gradleak.observations.transformer import layout_of
 
 # Of the largest d_t, below which no token was predicted: the system leaves the rounding of float32 there. And the distance
 # between the directions of d_t and of its token: two tokens' directions are about 1 apart. Where both are known, 1e-5 to 1e-2
@@ -34,22 +34,26 @@ def unmask(observation: TextObservation, reconstruction: Reconstruction) -> Reco
     Unchanged for another task; and, with the reason in the status, where the head's gradient was not released or the tokens
     exceed its width.
     """
-    model, sentences, head = observation.model, reconstruction.value, observation.model.architecture.family.head
-    if model.architecture.task != "masked-lm" or not sentences or head is None:
+    model, sentences = observation.model, reconstruction.value
+    if model.architecture.task != "masked-lm" or not sentences:
         return reconstruction
-    dense = ".".join(head)
+    dense = layout_of(model).head
+    if dense is None:
+        return _noted(reconstruction, "the masked tokens were not sought: the model has no head")
     gradients = observation.sketches([dense])
     if not gradients:
         return _noted(
             reconstruction, f"the masked tokens were not sought: the gradient of {dense}.weight was not released"
         )
-    x = torch.cat([_head_inputs(model, dense, tokens) for tokens in sentences])  # (n, width)
+    exact = {name: p.double() for name, p in model.parameters.items()}
+    inputs = [layer_inputs(model, [dense], torch.tensor([tokens]), parameters=exact)[dense] for tokens in sentences]
+    x = torch.cat([rows[0] for rows in inputs])  # (n, width)
     if len(x) >= x.shape[1]:
         return _noted(reconstruction, f"the masked tokens cannot be told: {len(x)} tokens, {x.shape[1]} directions")
     d = torch.linalg.lstsq(x.T, gradients[0].measured.double().T, driver="gelsd").solution  # (n, rows): d_t / M
     sizes = d.norm(dim=1)
     predicted = (sizes > PREDICTED * sizes.max()).nonzero().flatten().tolist()
-    best = {t: _target(model, head, x[t], d[t]) for t in predicted}
+    best = {t: _target(model, exact, dense, x[t], d[t]) for t in predicted}
     sure = {t: token for t, (token, distance) in best.items() if distance < EXPLAINED}
     return _noted(
         replace(reconstruction, value=_replaced(sentences, sure)),
@@ -57,35 +61,31 @@ def unmask(observation: TextObservation, reconstruction: Reconstruction) -> Reco
     )
 
 
-def _head_inputs(model: LanguageModel, name: str, tokens: Sequence[int]) -> Tensor:
-    """What goes into the head's first layer: (length, width), in float64."""
-    parameters = {key: p.double() for key, p in model.parameters.items()}
-    return layer_inputs(model, [name], torch.tensor([list(tokens)]), parameters=parameters)[name][0]
+def _target(model: LanguageModel, exact: Tensors, dense: str, x: Tensor, d: Tensor) -> tuple[int, float]:
+    """(token, distance of its direction from d's): x (width,) is the layer's input, d (rows,) its output's gradient.
 
+    exact: the parameters in float64.
+    """
+    layer, ids = model.module.get_submodule(dense), torch.zeros(1, 1, dtype=torch.long)
 
-def _target(model: LanguageModel, names: tuple[str, str], x: Tensor, d: Tensor) -> tuple[int, float]:
-    """(token, distance of its direction from d's): x (width,) is the layer's input, d (rows,) its output's gradient."""
-    module, dense = names
-    head, parameters = model.module.get_submodule(module), _parameters(model, module)
+    def logits(shift: Tensor) -> Tensor:
+        """The model behind the layer, whatever the text: its input is x, and its output moves by the shift."""
+        enter = layer.register_forward_pre_hook(lambda layer, inputs: (x[None, None],))
+        leave = layer.register_forward_hook(lambda layer, inputs, output: output + shift)
+        try:
+            out = functional_call(model.module, exact, (), {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        finally:
+            enter.remove()
+            leave.remove()
+        behind: Tensor = out.logits[0, 0]
+        return behind
 
-    def logits(bias: Tensor) -> Tensor:
-        shifted = {**parameters, f"{dense}.bias": bias}
-        out: Tensor = functional_call(head, shifted, (x[None, None],), tie_weights=False)[0, 0]
-        return out
-
-    out, back, *_ = vjp(logits, parameters[f"{dense}.bias"])
+    out, back, *_ = vjp(logits, torch.zeros_like(d))
     _, forth, *_ = vjp(lambda u: back(u)[0], torch.zeros_like(out))  # J v, as the derivative of J^T u by u
     J = vmap(lambda v: forth(v)[0])(torch.eye(len(d)).to(d)).T  # (vocabulary, rows)
     directions = F.normalize(out.softmax(0) @ J - J, dim=1)
     distance, token = (directions - F.normalize(d, dim=0)).norm(dim=1).min(0)
     return int(token), float(distance)
-
-
-def _parameters(model: LanguageModel, module: str) -> Tensors:
-    """The head's parameters under its own names, tied ones included, in float64."""
-    names = {id(p): name for name, p in model.module.named_parameters()}
-    inside = model.module.get_submodule(module).named_parameters(remove_duplicate=False)
-    return {name: model.parameters[names[id(p)]].double() for name, p in inside}
 
 
 def _replaced(sentences: Tokens, targets: dict[int, int]) -> Tokens:

@@ -18,7 +18,6 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call
 
 from gradleak.attacks.attack import check_sees
 from gradleak.attacks.dager.spans import FORWARD, excess, spans_of
@@ -30,6 +29,7 @@ from gradleak.modalities.language_models import LanguageArchitecture
 from gradleak.observations.model import LanguageModel
 from gradleak.observations.observation import TextObservation
 from gradleak.observations.releases import Adapter, Release, Sketch
+from gradleak.observations.transformer import layout_of
 
 # 1 is the likelihood ratio of Gaussians. From 0.75 to 1.75, the median rank of true tokens among 420 changes by 3 at most (five
 # texts of the package each through a small BERT, GPT-2 and Llama, rank 10), and 3 is worse.
@@ -75,9 +75,9 @@ class PastTheRank:
     ) -> Reconstruction:
         """Raises NotObserved for what is no adapter of one text, or has fewer tokens than its rank."""
         check_sees(self, observation)
-        model, family = observation.model, observation.model.architecture.family
+        model, layout = observation.model, layout_of(observation.model)
         sketches = [sketch for sketch in observation.sketches() if sketch.side == "right"]
-        first = [sketch for sketch in sketches if sketch.module in family.queries(0)]
+        first = [sketch for sketch in sketches if sketch.module in layout.queries(0)]
         if not first:
             raise NotObserved("No LoRA factor of the first block's query, key or value was released.")
         if model.architecture.task == "masked-lm":
@@ -85,11 +85,11 @@ class PastTheRank:
         if observation.batch_size != 1:
             raise NotObserved("This is for one text: the tokens of several cannot be told apart by their ranking.")
         embeddings = Embeddings.of(model)
-        spans = spans_of(observation, family.queries(0))
+        spans = spans_of(observation, layout.queries(0))
         if bool((excess(spans, _random(embeddings, RANDOM, 1, generator), FORWARD)[1] > 1).double().mean() > 0.5):
             raise NotObserved("The text has fewer tokens than the rank: dager tells exactly which.")
         rank = min(sketch.measured.shape[1] for sketch in first)
-        longest = min(self.longest * rank, model.architecture.positions - family.offset)
+        longest = min(self.longest * rank, layout.positions)
         likely = ranked(embeddings, first, longest, self.choices, generator)  # (longest, choices)
         target = _Target(model, sketches)
         starts = _starts(target, likely, rank)[: self.starts]
@@ -132,15 +132,15 @@ def ranked(
         maps.append(U.T @ torch.linalg.solve_triangular(L, A, upper=False))
         weights.append((w / w.sum()).clamp_min(1e-14) ** -POWER)
     rows = torch.cat(maps).float()  # (sum of ranks, width)
-    tokens, places = (part @ (rows * e.gamma).T for part in (e.tokens, e.places[:longest]))
-    shift, width = rows @ e.beta, e.tokens.shape[1]
+    tokens, places = (e.through(part, rows) for part in (e.tokens, e.places[:longest]))
+    shift = rows @ e.shift
     chosen = []
     for place in range(longest):
         at = place if len(places) > 1 else 0
         scores = []
         for start in range(0, count, CHUNK):
             part = slice(start, start + CHUNK)
-            deviation = ((e.tokens[part] + e.places[at]).square().sum(1, keepdim=True) / width + e.eps).sqrt()
+            deviation = e.deviation(e.tokens[part], e.places[at : at + 1])
             Ax = torch.split((tokens[part] + places[at]) / deviation + shift, [len(w) for w in weights], dim=1)
             scores.append(
                 sum((F.normalize(f, dim=1).square() @ w.float()).log() for f, w in zip(Ax, weights, strict=True))
@@ -175,20 +175,17 @@ class _Target:
         handles = [model.module.get_submodule(n).register_forward_hook(keep(n)) for n, _, _ in self.released]
         weights = [f"{name}.weight" for name, _, _ in self.released]  # so that autograd follows their outputs
         parameters = {
-            **model.parameters,
             **{name: model.parameters[name].detach().requires_grad_() for name in weights},
         }
         try:
-            out = functional_call(
-                model.module, parameters, (), {"input_ids": texts, "attention_mask": torch.ones_like(texts)}
-            )
+            logits = model.logits(parameters, texts.tolist())
         finally:
             for handle in handles:
                 handle.remove()
         if model.architecture.task == "classification":
-            loss = F.cross_entropy(out.logits, torch.full((len(texts),), label), reduction="sum")
+            loss = F.cross_entropy(logits, torch.full((len(texts),), label), reduction="sum")
         else:
-            loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), texts[:, 1:].flatten(), reduction="sum")
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), texts[:, 1:].flatten(), reduction="sum")
         deltas = torch.autograd.grad(loss, [layers[name][1] for name, _, _ in self.released])
         cosines = []
         for (name, A, measured), delta in zip(self.released, deltas, strict=True):

@@ -35,6 +35,7 @@ from gradleak.modalities.language_models import LanguageArchitecture
 from gradleak.observations.observation import TextObservation
 from gradleak.observations.releases import Adapter, Release
 from gradleak.observations.tensors import rounding
+from gradleak.observations.transformer import layout_of
 
 EXACT = 1e-4  # of a replay: rounding, which steps amplify. One other token leaves ten times that (test_sparse_words.py)
 ALIKE = 1e-3  # of an atom's squared length: if less is left outside S, float32 would divide by rounding
@@ -60,25 +61,24 @@ class Dictionary:
     @classmethod
     def pairs(cls, e: Embeddings, longest: int) -> "Dictionary":
         """The first block's inputs of every token at every position before `longest`."""
-        places, width = e.places[:longest], e.tokens.shape[1]
-        squares = e.tokens.square().sum(1)[:, None] + 2 * e.tokens @ places.T + places.square().sum(1)
-        inverse, none = (squares / width + e.eps).rsqrt(), torch.zeros(width, 0, dtype=torch.float64)
+        places, none = e.places[:longest], torch.zeros(len(e.shift), 0, dtype=torch.float64)
+        inverse = 1 / e.deviation(e.tokens, places)
 
         def exact(token: int, place: int) -> Tensor:
             return e.inputs(torch.tensor([token]), torch.tensor([place]))[0]
 
-        return cls(e.tokens * e.gamma, places * e.gamma, inverse, e.beta, exact, none)
+        return cls(e.through(e.tokens), e.through(places), inverse, e.shift, exact, none)
 
     @classmethod
     def words(cls, e: Embeddings, longest: int) -> "Dictionary":
         """What every token, and behind them what every position before `longest`, adds to the mean input.
 
         The means are left out of the atoms, or all would share them, and any would fit a little. An input is
-        proportional to the sum of a token's atom, a position's, and what is fixed: the means, and beta.
+        proportional to the sum of a token's atom, a position's, and what is fixed: the means, and the shift.
         """
         mean, middle = e.tokens.mean(0), e.places[:longest].mean(0)
-        rows = torch.cat([e.tokens - mean, e.places[:longest] - middle]) * e.gamma
-        common = torch.stack([e.beta, (mean + middle) * e.gamma], dim=1).double()
+        rows = e.through(torch.cat([e.tokens - mean, e.places[:longest] - middle]))
+        common = torch.stack([e.shift, e.through((mean + middle)[None])[0]], dim=1).double()
         fixed = torch.linalg.qr(common[:, common.any(0)])[0]
         nowhere, ones = torch.zeros(1, rows.shape[1]), torch.ones(len(rows), 1)
         return cls(rows, nowhere, ones, nowhere[0], lambda row, _: rows[row].double(), fixed)
@@ -131,7 +131,7 @@ class SparseWords:
         where the first block's inputs cannot be listed."""
         check_sees(self, observation)
         Y, noise = changes(observation)
-        embeddings, placed = Embeddings.of(observation.model), observation.model.architecture.family.placed
+        embeddings, placed = Embeddings.of(observation.model), layout_of(observation.model).placed
         if placed and observation.batch_size in (None, 1):
             pairs = Dictionary.pairs(embeddings, min(len(embeddings.places), sum(Y.shape) // 2))
             found = pursue(pairs, Y, noise, self.chance, on_step)
@@ -157,7 +157,7 @@ def changes(observation: TextObservation) -> tuple[Tensor, float]:
         raise NotObserved("Where A started is unknown: the adapter before training, or its seed, is needed.")
     if release.recipe is not None and release.recipe.optimizer not in ("sgd", "momentum"):
         raise NotObserved(f"{release.recipe.optimizer} scales every number by itself: A's change is no sum of inputs.")
-    names = [f"{module}.lora_A" for module in model.architecture.family.queries(0)]
+    names = [f"{module}.lora_A" for module in layout_of(model).queries(0)]
     if not (names := [name for name in names if name in observation.released]):
         raise NotObserved("No change of a factor A of the first block's query, key or value was released.")
     Y = torch.cat([observation.released[name].flatten(1) for name in names]).double().T

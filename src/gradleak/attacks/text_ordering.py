@@ -16,6 +16,7 @@ from gradleak.modalities.modality import Tokens
 from gradleak.observations.model import LanguageModel
 from gradleak.observations.observation import TextObservation
 from gradleak.observations.tensors import flatten
+from gradleak.observations.transformer import layout_of
 
 BEAM = 64  # orders that are continued: more than the 24 of four tokens, for which the search is exact (test_dager.py)
 EXACT = 1e-5  # rounding: float32 leaves 1e-7 at the true sentences (docs/findings/text.md, "Order alone")
@@ -38,21 +39,22 @@ def ordered(
     choices: tokens per position, likeliest first; one list of all of them where the first layer's inputs have no positions,
     for a single text. budget: gradients that may be computed.
     """
-    architecture, block = observation.model.architecture, observation.model.architecture.family.block(0)
-    first = {name: tensor for name, tensor in observation.released.items() if name.startswith(f"{block}.")}
+    architecture, layout = observation.model.architecture, layout_of(observation.model)
+    first = {name: tensor for name, tensor in observation.released.items() if name.startswith(f"{layout.block(0)}.")}
     observation = replace(observation, released=first)  # the embeddings' gradients would be most of the work
     starts: list[Tokens] = [(tuple(choices[0]),)]
-    if architecture.family.placed:
+    if layout.placed:
         starts = [_dealt(choices, observation.batch_size or 1, architecture.tokenizer.sep_token_id)]
-    elif architecture.task == "causal-lm":
+    elif architecture.task == "causal-lm" and layout.causal:
         starts.append((fluent(observation.model, choices[0]),))
     ends = [_descended(observation, start, choices, generator, iter(range(budget // len(starts)))) for start in starts]
     return min(ends, key=lambda end: end.distance)
 
 
 def closed(model: LanguageModel, sentences: Sequence[tuple[int, ...]]) -> Tokens:
-    """With the end-of-text token behind each, which a causal language model only predicts."""
-    end = model.architecture.tokenizer.eos_token_id if model.architecture.task == "causal-lm" else None
+    """With the end-of-text token behind each, which a decoder only predicts."""
+    predicted = model.architecture.task == "causal-lm" and layout_of(model).causal
+    end = model.architecture.tokenizer.eos_token_id if predicted else None
     return tuple(tokens if end is None else (*tokens, end) for tokens in sentences)
 
 
@@ -90,7 +92,7 @@ def _descended(
 ) -> Ordered:
     """Moves from there as long as one comes nearer."""
     architecture = observation.model.architecture
-    placed, classes = architecture.family.placed, 1
+    placed, classes = layout_of(observation.model).placed, 1
     if architecture.task == "classification":
         classes = architecture.config.num_labels
     current = Ordered(start, (0,) * len(start))

@@ -14,7 +14,6 @@ from msgspec import Meta
 from torch import Tensor
 
 from gradleak.errors import BadInput, checked
-from gradleak.modalities.language_families import Family, family_of
 from gradleak.modalities.modality import Fact, Tokens, fact
 from gradleak.modalities.texts import Texts
 from gradleak.modalities.transformers_networks import refusing
@@ -22,6 +21,9 @@ from gradleak.modalities.transformers_networks import refusing
 Task = Literal["classification", "causal-lm", "masked-lm"]
 NO_TARGET = -100  # the label of a position that is not trained on, as torch and transformers have it
 Size = Annotated[int, Meta(ge=1)]
+ENDLESS = (
+    1_024  # tokens of a text that are taken where positions are relative, and the model sets no end: T5, BLOOM, Mamba
+)
 MASKED = 0.15  # of the tokens of a text (Devlin et al. 2018, section 3.1), at least one
 
 
@@ -29,7 +31,7 @@ class Sizes(msgspec.Struct, frozen=True):
     """What every configuration of a language model says."""
 
     vocab_size: Size
-    max_position_embeddings: Size
+    max_position_embeddings: Size | None
     num_hidden_layers: Size
     pad_token_id: Annotated[int, Meta(ge=0)] | None
 
@@ -41,7 +43,7 @@ class LanguageArchitecture:
     name       folder or hub name, for reports only
     config     the transformers configuration
     task       "classification": cross entropy of one label per text; "causal-lm": of every next token; "masked-lm": of the
-               tokens that were masked
+               tokens that were masked. The text of an encoder-decoder is its own target
     tokenizer  a fast tokenizer of transformers
     """
 
@@ -72,14 +74,9 @@ class LanguageArchitecture:
         return int(self.config.num_labels) if self.task == "classification" else 1
 
     @property
-    def family(self) -> Family:
-        """Where this kind of transformer keeps its parts; BadInput for a kind that is not supported."""
-        return family_of(self.config)
-
-    @property
     def positions(self) -> int:
         """The longest sentence that the model takes."""
-        return int(self.config.max_position_embeddings)
+        return int(getattr(self.config, "max_position_embeddings", None) or ENDLESS)
 
     def encode(self, texts: Sequence[str]) -> Tokens:
         """Texts as the victim feeds them; causal language models close each with the end-of-text token, if there is one.
@@ -121,9 +118,10 @@ class LanguageArchitecture:
         return ids, mask
 
     def arguments(self, inputs: Tokens, like: Tensor) -> tuple[tuple[()], dict[str, Tensor]]:
-        """Padded ids and their mask."""
-        ids, mask = self.padded(inputs)
-        return (), {"input_ids": ids.to(like.device), "attention_mask": mask.to(like.device)}
+        """Padded ids and their mask; the decoder of an encoder-decoder reads the same text."""
+        ids, mask = (part.to(like.device) for part in self.padded(inputs))
+        twice = self.config.is_encoder_decoder and self.task == "causal-lm"
+        return (), {"input_ids": ids, "attention_mask": mask} | ({"decoder_input_ids": ids} if twice else {})
 
     def logits(self, output: Any) -> Tensor:
         """(batch, classes), or (batch, longest, vocabulary)."""
@@ -190,10 +188,12 @@ class LanguageArchitecture:
         return ((),) * count
 
     def probe(self) -> tuple[Tokens, Tensor | None]:
-        """Two sentences of one token, twice."""
-        first = torch.zeros(2, dtype=torch.int64)
+        """Two sentences of one token, twice; that of an encoder-decoder, which looks for the end, is closed."""
+        first, last = torch.zeros(2, dtype=torch.int64), 0
+        if self.config.is_encoder_decoder and self.config.eos_token_id is not None:
+            last = int(self.config.eos_token_id)
         labels = {"classification": first, "causal-lm": None, "masked-lm": torch.zeros(2, 2, dtype=torch.int64)}
-        return ((0, 0), (0, 0)), labels[self.task]
+        return ((0, last), (0, last)), labels[self.task]
 
     def show(self, inputs: Tokens) -> list[str]:
         """The texts."""
@@ -216,13 +216,20 @@ class LanguageArchitecture:
 
 def build(config: Any, task: Task, *, classes: int, tokenizer: Any, seed: int) -> tuple[Any, Any]:
     """(module, config): a freshly initialised network for the task, in eval mode, with attention that can be followed."""
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForMaskedLM,
+        AutoModelForSeq2SeqLM,
+        AutoModelForSequenceClassification,
+    )
 
     if tokenizer.pad_token_id is not None:
         config.pad_token_id = tokenizer.pad_token_id
     elif config.pad_token_id is None:
         config.pad_token_id = config.eos_token_id
     kind: Any = {"causal-lm": AutoModelForCausalLM, "masked-lm": AutoModelForMaskedLM}.get(task)
+    if task == "causal-lm" and config.is_encoder_decoder:
+        kind = AutoModelForSeq2SeqLM
     if task == "classification":
         kind, config.num_labels = AutoModelForSequenceClassification, classes
     with refusing(f"transformers cannot build this model for {task}"):

@@ -24,12 +24,13 @@ class Call:
 
 
 def calls(model: Model[Any], inputs: Any) -> list[Call]:
-    """Every call of a layer that has parameters of its own, in order of execution, for a batch of inputs."""
+    """Every call of a layer that has parameters of its own with a tensor, in order of execution, for a batch of inputs."""
     seen: list[Call] = []
 
     def listen(name: str) -> Any:
-        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            seen.append(Call(name, layer, inputs[0], output))
+        def hook(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            if inputs and isinstance(inputs[0], Tensor):
+                seen.append(Call(name, layer, inputs[0], output))
 
         return hook
 
@@ -53,29 +54,27 @@ def layer_inputs(
     modules: Sequence[str],
     ids: Tensor,
     *,
-    at: int = 0,
     parameters: Tensors | None = None,
 ) -> Tensors:
     """What goes into some modules of a language model: {name: (batch, length, width)}. The pass stops at the last of them.
 
-    ids: (batch, length), sentences without padding. at: the position of the first token. parameters: in place of the model's.
+    ids: (batch, length), sentences without padding. parameters: in place of the model's.
     """
     seen: Tensors = {}
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen[name] = args[0]
+            seen[name] = args[0].reshape(*ids.shape, -1)
             if len(seen) == len(modules):
                 raise _Reached
 
         return hook
 
     handles = [model.module.get_submodule(name).register_forward_pre_hook(keep(name)) for name in modules]
-    more = {"position_ids": torch.arange(at, at + ids.shape[1])[None].expand_as(ids)} if at else {}
     known = (model.parameters if parameters is None else parameters) | (model.buffers or {})
     try:
         with torch.no_grad():
-            functional_call(model.module, known, (), {"input_ids": ids, "attention_mask": torch.ones_like(ids), **more})
+            functional_call(model.module, known, (), {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     except _Reached:
         pass
     finally:

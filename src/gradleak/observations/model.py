@@ -117,7 +117,7 @@ class Model(Generic[A]):
             logits = self.logits({}, inputs)
         except BadInput:
             raise
-        except (RuntimeError, ValueError, TypeError, LookupError) as error:
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             why = shortened(str(error))
             if "required positional argument" in why:
                 why += ": it wants more than the data. Wrap it in a module that is given these alone and holds the rest fixed."
@@ -136,7 +136,7 @@ class Model(Generic[A]):
         self.check_takes(inputs)
         try:
             self.loss({}, inputs, labels)
-        except (RuntimeError, ValueError, TypeError, LookupError) as error:
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise BadInput(f"{self.criterion} is no loss of this model: {shortened(str(error))}") from error
 
     def facts(self) -> list[Fact]:

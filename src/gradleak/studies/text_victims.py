@@ -25,6 +25,7 @@ from gradleak.observations.model import LanguageModel
 from gradleak.observations.observation import TextObservation
 from gradleak.observations.tensors import flatten
 from gradleak.observations.training import Recipe
+from gradleak.observations.transformer import layout_of
 from gradleak.studies.data_sets import IN_WHEELS, beside
 from gradleak.studies.findings import Findings, name_of, shortage, stands_in
 from gradleak.studies.plots import bars, panels
@@ -114,7 +115,7 @@ def share(setting: Setting, model: LanguageModel, texts: Texts, seed: int) -> tu
     recipe = shared if isinstance(shared, Recipe) else None
     if setting.rank is not None:
         blocks = range(architecture.config.num_hidden_layers)
-        modules = [name for block in blocks for name in architecture.family.queries(block)]
+        modules = [name for block in blocks for name in layout_of(model).queries(block)]
         return share_adapter(model, secret, modules=modules, rank=setting.rank, recipe=recipe, seed=seed), secret
     return seen if recipe is None else share_update(seen, secret, recipe), secret
 

@@ -7,14 +7,16 @@ Sees      Observation of a language model with a Gradient, an Update or an Adapt
 Recovers  sentences of token ids, special tokens included, and which of them are proven
 Solves    dL/dW_q = Delta^T X (section 4): token a stands at position p only if norm(u_a + v_p) lies in the row space
           (spans.py, vocabulary.py). Decoders: prefixes are extended by the same check behind the attention (algorithm 2,
-          decoder.py). Encoders: the attention's output follows for each token alone, linear systems say which tokens share a
-          sentence (encoder.py), and the spans behind the attention say which sentence is right (judge.py)
+          decoder.py). Encoders: the attention's output follows for each token alone (path.py), linear systems say which tokens
+          share a sentence (encoder.py), and the spans behind the attention say which sentence is right (judge.py)
 Differs   the end of the span and the tolerance of each check come from the gap between singular values and from what white
           noise does to directions, not from numbers to be set; where noise hides too much, a decoder's sentences are weighed
           as a whole; query, key and value are pooled; the vocabulary is screened without computing its inputs one by one; no
-          product over positions is searched; what would only be a bag is ordered by gradient distance (text_ordering.py);
-          adapters are checked through their factor A; after several steps the checks allow for how far training moved the
-          layers' inputs, and for the rounding of the parameters whose difference is released
+          product over positions is searched; an encoder without positions is put in order by a search among orders
+          (arrangement.py), and what would only be a bag by gradient distance (text_ordering.py); where the model keeps its layers
+          is found by running it (observations/transformer.py); adapters are checked through their factor A; after several
+          steps the checks allow for how far training moved the layers' inputs, and for the rounding of the parameters whose
+          difference is released
 """
 
 from collections.abc import Sequence
@@ -25,9 +27,11 @@ import torch
 from torch import Tensor
 
 from gradleak.attacks.attack import check_sees
+from gradleak.attacks.dager.arrangement import arranged
 from gradleak.attacks.dager.decoder import grow, likely, nearest
-from gradleak.attacks.dager.encoder import Path, assemble
+from gradleak.attacks.dager.encoder import assemble
 from gradleak.attacks.dager.judge import SENTENCES, Judge, Sentence, layers_behind
+from gradleak.attacks.dager.path import Path
 from gradleak.attacks.dager.spans import FORWARD, Span, spans_of, telling
 from gradleak.attacks.dager.vocabulary import CHUNK, TOKENS, Embeddings, Pairs, candidates, likeliest, random_tokens
 from gradleak.attacks.masked_targets import unmask
@@ -39,10 +43,12 @@ from gradleak.modalities.language_models import LanguageArchitecture
 from gradleak.observations.layers import layer_inputs
 from gradleak.observations.observation import TextObservation
 from gradleak.observations.releases import Adapter, Gradient, Release, Update
+from gradleak.observations.transformer import layout_of
 
 # Sentences are weighed as a whole if random candidates need this times what noise allows. True tokens need 0.84 to 0.90 of it
 # (docs/findings/text.md, "What is proven"), a third less. With 1.05 and with 2, the same 18 small sentences come back.
 APART = 1.2
+SMALLEST = 1e-30  # of what a change is relative to: the input of a padding token may be zero
 RANDOM = 16  # random sentences, and their tokens without positions: the 256 rows of a proof ("What is proven") at most
 
 
@@ -74,12 +80,12 @@ class Dager:
         """Raises NotObserved where the first block's projections are missing, or the tokens fill the space in which they
         were seen."""
         check_sees(self, observation)
-        family = observation.model.architecture.family
+        layout = layout_of(observation.model)
 
         # The span of the first layer's inputs
-        first = spans_of(observation, family.queries(0))
+        first = spans_of(observation, layout.queries(0))
         if not first:
-            names = ", ".join(family.queries(0))
+            names = ", ".join(layout.queries(0))
             raise NotObserved(f"None of {names} was released: no token can be told from another.")
         embeddings = Embeddings.of(observation.model)
         drift, drifts = _drift(observation, embeddings, generator)
@@ -100,8 +106,8 @@ class Dager:
         # no span behind the attention is left that could judge them
         rounding = {name: FORWARD + moved for name, moved in drifts.items()}
         judge = Judge.of(observation, min(span.rank for span in first), rounding, generator)
-        sentences = self._decoder(observation, allowed, judge, generator) if family.causal else []
-        if not family.causal or not (judge.spans or sentences):
+        sentences = self._decoder(observation, allowed, judge, generator) if layout.causal else []
+        if not layout.causal or not (judge.spans or sentences):
             pairs = likeliest(observation, embeddings, allowed, first[0].rank, self.pairs)
             if not judge.spans:
                 return self._by_gradient(observation, bag, pairs, generator)
@@ -128,7 +134,7 @@ class Dager:
             return passed
         alone = replace(judge, spans={name: spans})
         drawn = [ids[torch.randint(len(ids), (RANDOM,), generator=generator)] for ids in allowed]
-        random = torch.stack(drawn if observation.model.architecture.family.placed else drawn * RANDOM, dim=1)
+        random = torch.stack(drawn if layout_of(observation.model).placed else drawn * RANDOM, dim=1)
         power = float(alone.rows(random)[1].median())
         if power < APART:
             return passed
@@ -152,8 +158,20 @@ class Dager:
             if bool(path.outputs(random)[1].any()):
                 path = None  # too blurred to tell anything
         sentences = assemble(judge, pairs, path, batch_size=observation.batch_size, budget=self.budget, on_step=on_step)
+        if not sentences and observation.batch_size in (None, 1) and not layout_of(observation.model).placed:
+            return self._arranged(judge, pairs, generator, on_step)
         order = None if sentences else self._ordered(observation, pairs, generator)
         return sentences if order is None else [judge.verdict(tokens) for tokens in order.sentences]
+
+    def _arranged(
+        self, judge: Judge, pairs: Pairs, generator: torch.Generator, on_step: OnStep | None
+    ) -> list[Sentence]:
+        """The text in the order that fits, which is proven only if no order beside it fits too."""
+        found = arranged(judge, pairs.ids.tolist(), generator=generator, on_step=on_step)
+        if found is None:
+            return []
+        sentence, sure = found
+        return [replace(sentence, outcome=Outcome.CLOSE) if sentence.passes and not sure else sentence]
 
     def _ordered(self, observation: TextObservation, pairs: Pairs, generator: torch.Generator) -> Ordered | None:
         """The order of the nearest gradient. None for an adapter, which is for past_the_rank.py, and for a masked model: what
@@ -167,7 +185,7 @@ class Dager:
     ) -> Reconstruction:
         """The bag, and sentences by gradient distance: for one text, or where positions are seen."""
         model, only, positions = observation.model, pairs.only_sentence(), int(pairs.places.max()) + 1
-        placed, single = model.architecture.family.placed, observation.batch_size == 1
+        placed, single = layout_of(model).placed, observation.batch_size == 1
         status = (
             f"{len(bag)} tokens pass in the first block, in up to {positions} positions; nothing behind its attention was "
             "released that could tell more"
@@ -195,14 +213,16 @@ def _drift(
     later, changes = Embeddings.of(trained), list[Tensor]()
     for ids in torch.split(torch.arange(model.architecture.config.vocab_size), CHUNK):
         old, new = (ends.inputs(ids, torch.zeros_like(ids)) for ends in (embeddings, later))
-        changes.append((new - old).norm(dim=1) / old.norm(dim=1))
+        changes.append((new - old).norm(dim=1) / old.norm(dim=1).clamp_min(SMALLEST))
     change = torch.cat(changes)
-    length = min(TOKENS, model.architecture.positions - model.architecture.family.offset, len(change))
+    length = min(TOKENS, layout_of(model).positions, len(change))
     farthest = change.topk(length).indices
     shuffled = (farthest[torch.randperm(length, generator=generator)] for _ in range(SENTENCES - 1))
     ids = torch.stack([farthest, *shuffled])
     start, end = (layer_inputs(ends, layers, ids) for ends in (model, trained))
-    moved = {name: (end[name] - start[name]).norm(dim=-1) / start[name].norm(dim=-1) for name in layers}
+    moved = {
+        name: (end[name] - start[name]).norm(dim=-1) / start[name].norm(dim=-1).clamp_min(SMALLEST) for name in layers
+    }
     return float(change.max()), {name: float(most.max()) for name, most in moved.items()}
 
 
@@ -221,7 +241,8 @@ def _result(
     model, wanted = observation.model, observation.batch_size
     proven = [sentence.outcome is Outcome.SOLVED for sentence in sentences]
     notes = [evidence(sentences, sum(proven), wanted, len(bag))]
-    if model.architecture.task == "causal-lm" and model.architecture.tokenizer.eos_token_id is None:
+    predicted = model.architecture.task == "causal-lm" and layout_of(model).causal
+    if predicted and model.architecture.tokenizer.eos_token_id is None:
         notes.append("the last token of a text is no input of the loss and cannot be seen")
     status = (
         f"{sum(proven)} of {wanted if wanted is not None else 'an unknown number of'} sentences proven; the first layer shows "

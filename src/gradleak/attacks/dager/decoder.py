@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gradleak.attacks.dager.judge import Judge
 from gradleak.observations.model import LanguageModel
+from gradleak.observations.transformer import layout_of
 
 # Times that a text may begin with one token: Llama's first layer cannot tell a repetition from one token. With 2 and with 8,
 # the same 18 small sentences come back.
@@ -49,10 +50,10 @@ def grow(judge: Judge, candidates: Sequence[Tensor], *, widest: int) -> list[Pre
 
 
 def nearest(grown: Sequence[Prefix], rank: int, batch_size: int | None) -> tuple[list[Prefix], bool]:
-    """The texts that fit best: as many as the batch had, or as explain all directions, of which every prefix makes one. And
-    whether these are all that passed, and leave no direction to another text."""
+    """The texts that fit best: as many as the batch had, or as explain all directions, of which every prefix makes one, but for
+    repetitions: longer texts than that come last. And whether these are all that passed, and leave no direction to another."""
     kept, prefixes = list[Prefix](), set[tuple[int, ...]]()
-    for text in sorted(grown, key=lambda text: text.cost):
+    for text in sorted(grown, key=lambda text: (len(text.tokens) > rank + REPEATS, text.cost)):
         if len(kept) == batch_size or (batch_size is None and len(prefixes) >= rank):
             break
         kept.append(text)
@@ -80,10 +81,10 @@ def likely(
 
 def _by_place(model: LanguageModel, candidates: Sequence[Tensor]) -> list[list[int]]:
     """Token ids per position: without positions in the first layer's inputs, the same at each."""
-    positions = model.architecture.positions
-    if not model.architecture.family.placed:
-        return [candidates[0].tolist()] * positions
-    return [ids.tolist() for ids in candidates[:positions]]
+    layout = layout_of(model)
+    if not layout.placed:
+        return [candidates[0].tolist()] * layout.positions
+    return [ids.tolist() for ids in candidates[: layout.positions]]
 
 
 def _extended(

@@ -1,13 +1,4 @@
-"""Sentences of an encoder, in polynomial time: the attention's output of each candidate token, then who shares its sentence.
-
-After the attention an encoder's block treats every token by itself,
-
-    a = norm(x + W o + b),   f = activation(W_1 a + b_1),
-
-and the gradients of three linear layers show in which spans all outputs o, all a and all f of the batch lie. The first two are
-linear in o once the token's x is given, up to one scale. The third has four times as many dimensions and the same rank: with n
-tokens 4 width - n equations for the few unknowns that are left. Gauss-Newton solves them for each candidate (token, position)
-alone, and has no solution for a candidate that is not in the batch.
+"""Sentences of an encoder, in polynomial time: who shares the sentence of a token whose attention's output is known (path.py).
 
 The output for token i is, in each head h, an average over the tokens s of its sentence,
 
@@ -18,26 +9,19 @@ sum_s w_s e_is (v_s - o_i) = 0 is linear in w, free of the normaliser, and the s
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gradleak.attacks.dager.judge import Judge, Sentence
-from gradleak.attacks.dager.spans import Span, excess, spans_of
+from gradleak.attacks.dager.path import Path
 from gradleak.attacks.dager.vocabulary import Pairs
 from gradleak.attacks.search.descend import OnStep
-from gradleak.observations.observation import TextObservation
-from gradleak.observations.tensors import Tensors
+from gradleak.observations.transformer import layout_of
 
-ROWS = 64  # candidates at a time: memory alone depends on it
-DAMPING = 1e-6  # of the mean curvature, which is computed in float32: its rounding
-# Gauss-Newton takes four steps (docs/findings/text.md, "Why batches are harder"): three times as many at most, and from the
-# fourth on only where a step takes a fifth off the residual. These three, and the efforts below, are chosen by hand: about half
-# and twice of each (an eighth of AT_ONCE) leave the same 15 of 18 sentences right (texts of the package in batches of 3 to 6,
-# BERTs of width 64 to 128), but FIRST = 6, which finds two more in a quarter more time, and TOGETHER = 16, which loses one.
-STEPS, FIRST, SLOW = 12, 3, 0.8
+# How these were chosen: path.py, at STEPS.
 AT_ONCE = 1_024  # candidates whose outputs are computed before sentences are sought
 TWICE = 2  # proposals that may hold a token before it is no focus any more, until more outputs are known
 TOGETHER = 8  # tokens of a sentence whose equations are solved together
@@ -45,111 +29,6 @@ TURNS = 5  # times that the members of a sentence are solved for, with more of i
 GAPS = 5  # positions of a sentence that may be filled before every candidate's output is known
 BEYOND = 4  # positions behind the last member that may be filled, where no token closes the sentence
 UNSURE = 0.2  # a weight further than this from 1: the candidates of that position are weighed once more
-
-
-@dataclass(frozen=True)
-class Path:
-    """The first block after its attention, and the spans of its layers' inputs.
-
-    output, hidden  (W, b) and (W_1, b_1); norm: (gamma, beta)
-    V       (n, width): the span of the attention's outputs, orthonormal
-    L       (equations, width): L (x + W o + b) = 0, free of the norm's mean and scale
-    passed  the span of what the perceptron's first layer passes on
-    blur    relative uncertainty of the first two spans, and of f: noise over signal
-    """
-
-    output: tuple[Tensor, Tensor]
-    norm: tuple[Tensor, Tensor]
-    hidden: tuple[Tensor, Tensor]
-    activation: Callable[[Tensor], Tensor]
-    V: Tensor
-    L: Tensor
-    passed: Span
-    blur: float
-
-    @classmethod
-    def of(cls, observation: TextObservation, exact: Tensors, rounding: float) -> "Path | None":
-        """None where one of the spans was not released, is full, or was released through an adapter's factor only.
-
-        exact: the first block's parameters in float64. rounding: relative precision of the victim's forward pass.
-        """
-        from transformers.activations import ACT2FN
-
-        architecture = observation.model.architecture
-        family, block = architecture.family, architecture.family.block(0)
-        parts = ((family.output,), family.hidden, family.passed)
-        spans = [spans_of(observation, [f"{block}.{name}" for name in names]) for names in parts]
-        if family.after is None or any(not s or s[0].full or s[0].factor is not None for s in spans):
-            return None
-        outputs, inner, passed = (s[0] for s in spans)
-        layers = (f"{block}.{name}" for name in (family.output, family.after, family.hidden[0]))
-        output, norm, hidden = ((exact[f"{layer}.weight"], exact[f"{layer}.bias"]) for layer in layers)
-        N = inner.orthogonal()
-        of_beta = N @ norm[1]
-        if bool(of_beta.any()):
-            N = N - of_beta[:, None] * (of_beta @ N) / of_beta.square().sum()  # orthogonal to beta: free of the scale
-        blur = rounding + outputs.worst + inner.worst
-        activation = ACT2FN[architecture.config.hidden_act]
-        return cls(output, norm, hidden, activation, outputs.basis, _centred(N * norm[0]), passed, blur)
-
-    def outputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The attention's output o (m, width) for each x, and whether x is in the batch (m,): f lies in its span.
-
-        x: (m, width) in float64, inputs of the first layer.
-        """
-        left, s, right = torch.linalg.svd(self.L @ self.output[0] @ self.V.T)
-        # Below the root of the blur, noise costs an equation more than it tells: the third span fixes that direction.
-        sure = int((s > s[0] * self.blur**0.5).sum())
-        fixed = (right[:sure].T / s[:sure]) @ left[:, :sure].T  # (n, equations)
-        solved = [self._solve(part, fixed, right[sure:].T) for part in torch.split(x, ROWS)]
-        return torch.cat([o for o, _ in solved]), torch.cat([near for _, near in solved])
-
-    def _solve(self, x: Tensor, fixed: Tensor, Z: Tensor) -> tuple[Tensor, Tensor]:
-        """Gauss-Newton over t with o = V^T (c + Z t): y = x + W o + b, centred, has size s, and a = gamma u + beta."""
-        (W, b), (gamma, beta), (W1, b1), P = self.output, self.norm, self.hidden, self.passed.basis
-        c = -(x + b) @ self.L.T @ fixed.T  # (m, n)
-        y0 = _centred(x + b + c @ self.V @ W.T)
-        K = _centred((W @ self.V.T @ Z).T).T  # (width, free)
-        A = (W1 @ (gamma[:, None] * K)).float()  # (hidden, free)
-        t, active = x.new_zeros(len(x), Z.shape[1]), torch.arange(len(x))
-        best, rest, near = t.clone(), x.new_full((len(x),), torch.inf), torch.zeros(len(x), dtype=torch.bool)
-        for step in range(STEPS):
-            y = y0[active] + t[active] @ K.T
-            s = y.square().mean(1, keepdim=True).sqrt()
-            u = y / s
-            slope = gamma * u @ W1.T
-            f, d = _with_derivative(self.activation, slope + beta @ W1.T + b1)
-            r = f - f @ P.T @ P
-            residual, before = r.norm(dim=1) / f.norm(dim=1), rest[active]
-            better = residual < before
-            improved = active[better]
-            best[improved], rest[improved] = t[improved], residual[better]
-            near[improved] = excess([self.passed], f[better], self.blur)[1] <= 1
-            going = residual < SLOW * before if step >= FIRST else torch.ones_like(better)
-            if not Z.shape[1] or not bool(going.any()):
-                break
-            # float32 is enough for a step; the residual stays in float64
-            J = (d / s)[going, :, None].float() * (
-                A - slope[going, :, None].float() * ((u[going] @ K) / y.shape[1])[:, None].float()
-            )  # (m, hidden, free)
-            PJ = P.float() @ J
-            H = (J.mT @ J - PJ.mT @ PJ).double()
-            g = (J.mT @ r[going, :, None].float())[..., 0].double()
-            H = H + DAMPING * H.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(H.shape[1], dtype=H.dtype)
-            active = active[going]
-            t[active] = t[active] - torch.linalg.solve(H, g)
-        return (c + best @ Z.T) @ self.V, near
-
-
-def _centred(x: Tensor) -> Tensor:
-    return x - x.mean(1, keepdim=True)
-
-
-def _with_derivative(activation: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
-    """An elementwise function and its derivative."""
-    leaf = z.detach().requires_grad_()
-    f = activation(leaf)
-    return f.detach(), torch.autograd.grad(f.sum(), leaf)[0]
 
 
 @dataclass(frozen=True)
@@ -164,8 +43,9 @@ class Attention:
 
     @classmethod
     def of(cls, judge: Judge, pairs: Pairs) -> "Attention":
-        architecture = judge.model.architecture
-        heads, layers = architecture.config.num_attention_heads, architecture.family.queries(0)
+        """For a block that `Path` knows: query, key and value are layers of their own."""
+        architecture, layers = judge.model.architecture, layout_of(judge.model).queries(0)
+        heads = architecture.config.num_attention_heads
         qkv = (pairs.x @ judge.exact[f"{layer}.weight"].T + judge.exact[f"{layer}.bias"] for layer in layers)
         q, k, v = (torch.unflatten(part, 1, (heads, -1)).transpose(0, 1) for part in qkv)
         return cls(pairs, architecture.tokenizer.sep_token_id, q, k, v)

@@ -14,6 +14,7 @@ from gradleak.observations.layers import layer_inputs
 from gradleak.observations.model import LanguageModel
 from gradleak.observations.observation import TextObservation
 from gradleak.observations.tensors import Tensors
+from gradleak.observations.transformer import layout_of
 
 ROWS = 256  # sentences at a time: memory alone depends on it
 # A proof needs a margin of 10 between 256 random rows and what passes: docs/findings/text.md, "What is proven". Two of the rows
@@ -160,20 +161,17 @@ class Judge:
 
 def layers_behind(model: LanguageModel) -> dict[str, tuple[str, ...]]:
     """Layers behind the first attention whose inputs depend on the sentence: {module: those that read the same input}."""
-    family = model.architecture.family
-    layers = [tuple(f"{family.block(0)}.{name}" for name in names) for names in ((family.output,), family.hidden)]
-    if model.architecture.config.num_hidden_layers > 1:
-        layers.append(family.queries(1))
-    return {modules[0]: modules for modules in layers}
+    layout = layout_of(model)
+    layers = [(layout.output,), layout.hidden if layout.mixed else (), layout.queries(1)]
+    return {modules[0]: modules for modules in layers if modules}
 
 
 def _exact(model: LanguageModel) -> Tensors:
     """The parameters up to the second block in float64."""
-    family = model.architecture.family
-    near = tuple(f"{family.block(number)}." for number in (0, 1))
-    base, blocks = f"{family.base}.", f"{family.base}.{family.layers}."
+    layout = layout_of(model)
+    near = tuple(f"{layout.block(number)}." for number in (0, 1))
     return {
         name: parameter.double()
         for name, parameter in model.parameters.items()
-        if name.startswith(near) or (name.startswith(base) and not name.startswith(blocks))
+        if name.startswith(near) or not any(part.isdigit() for part in name.split("."))
     }

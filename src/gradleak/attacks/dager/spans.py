@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradleak.observations.observation import TextObservation
 from gradleak.observations.releases import Sketch
+from gradleak.observations.transformer import layout_of
 
 # The rounding of a victim's forward pass: sums of 1,024 terms, whose roundings add up like a random walk of as many steps.
 FORWARD = 32 * torch.finfo(torch.float32).eps
@@ -89,18 +90,19 @@ def spans_of(observation: TextObservation, modules: Sequence[str]) -> list[Span]
 
     Whole gradients, and sketches through the same factor, are pooled. Two kinds of sketch are left out where values, or in an
     encoder queries, are there (docs/findings/text.md, "What is proven"): keys show differences of inputs only, because the
-    deltas of a text's keys sum to zero; queries of a decoder do not show its first token, which attends to itself only.
+    deltas of a text's keys sum to zero; queries of a decoder do not show its first token, which attends to itself only. So is a
+    factor that shows fewer directions than another although it has room for more: rounding hides the rest from it.
     """
     sketches = [s for s in observation.sketches(modules) if s.side == "right" and bool(s.measured.any())]
     whole = [sketch for sketch in sketches if sketch.factor is None]
     through = [sketch for sketch in sketches if sketch.factor is not None]
-    if len(modules) == 3:
-        query, key, value = modules
-        gaps = {value: 0, query: 1 if observation.model.architecture.family.causal else 0, key: 2}
-        fewest = min((gaps[sketch.module] for sketch in through), default=0)
-        through = [sketch for sketch in through if gaps[sketch.module] == fewest]
+    layout = layout_of(observation.model)
+    fewest = min((layout.gap(sketch.module) for sketch in through), default=0)
+    through = [sketch for sketch in through if layout.gap(sketch.module) == fewest]
     pooled = [_pooled(whole, observation.precision)] if whole else []
-    return pooled + [span_of(s.measured, s.factor, observation.precision) for s in through]
+    seen = [span_of(s.measured, s.factor, observation.precision) for s in through]
+    most = max((span.rank for span in seen), default=0)
+    return pooled + [span for span in seen if span.rank >= min(most, span.basis.shape[1])]
 
 
 def _pooled(whole: list[Sketch], precision: str) -> Span:

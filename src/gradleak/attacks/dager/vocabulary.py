@@ -1,7 +1,8 @@
 """Which tokens may stand where: the whole vocabulary at every position against the span of the first layer's inputs.
 
-The first layer's input is norm(u_a + v_p), token plus position. With W = V diag(gamma), its coordinates in the span, its
-length and its deviation are sums of a part of the token, a part of the position, and one product of the two. Three products
+The first layer's input is norm(u_a + v_p), token plus position; or, where it does not depend on the position, whatever the model
+makes of the token. With W = V diag(gamma), its coordinates in the span, its length and its deviation are sums of a part of the
+token, a part of the position, and one product of the two. Three products
 of (vocabulary x width) with (width x rank + positions) replace one per position. What passes this screen in float32 is
 computed again in float64. The vocabulary is streamed in chunks.
 
@@ -12,13 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradleak.attacks.dager.spans import Span, excess
 from gradleak.errors import NotObserved
 from gradleak.observations.layers import layer_inputs
 from gradleak.observations.model import LanguageModel
 from gradleak.observations.observation import TextObservation
+from gradleak.observations.transformer import layout_of, normalisation
 
 CHUNK, BLOCK = (
     4_096,
@@ -30,43 +32,44 @@ TOKENS = 32  # random tokens a sentence; eight sentences make the 256 rows of do
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Inputs of the first layer as norm(tokens[a] + places[p]).
+    """Inputs of the first layer: x = scale (y / s) + shift with y = tokens[a] + places[p] and s^2 = mean(y^2) + eps.
 
-    tokens  (vocabulary, width) float32, at the first position; centred where the norm centres
-    places  (positions, width): what a position adds to that
-    gamma, beta, eps  of the normalisation
+    tokens  (vocabulary, inner) float32, at the first position; centred where the norm centres. Where positions are not seen,
+            x itself
+    places  (positions, inner): what a position adds to that
+    scale   (inner,), times each coordinate; or (width, inner), where a linear layer follows the norm
+    shift   (width,)
+    eps     of the norm; None where there is none: s = 1
     """
 
     tokens: Tensor
     places: Tensor
-    gamma: Tensor
-    beta: Tensor
-    eps: float
+    scale: Tensor
+    shift: Tensor
+    eps: float | None
 
     @classmethod
     def of(cls, model: LanguageModel) -> "Embeddings":
-        """Reads them off what enters the model's first normalisation. NotObserved where its first layer reads something else
-        than token plus position, normalised."""
-        family, size = model.architecture.family, model.architecture.config.vocab_size
-        name, at = family.first_norm(), family.offset
-        norm = model.module.get_submodule(name)
-        chunks = torch.split(torch.arange(size)[:, None], CHUNK)
-        tokens = torch.cat([layer_inputs(model, [name], ids, at=at)[name][:, 0] for ids in chunks])
+        """Read off what enters the module whose input is token plus position. NotObserved where the first layer reads something
+        else than such a sum, normalised."""
+        layout, config = layout_of(model), model.architecture.config
+        name, query = layout.embedded, layout.queries(0)[0]
+        chunks = torch.split(torch.arange(config.vocab_size)[:, None], CHUNK)
+        tokens = torch.cat([layer_inputs(model, [name], ids)[name][:, 0] for ids in chunks])
         places = torch.zeros(1, tokens.shape[1])
-        if family.placed:
-            row = torch.zeros(1, model.architecture.positions - at, dtype=torch.long)
-            inputs = layer_inputs(model, [name], row, at=at)[name][0]
+        if layout.placed:
+            row = torch.full((1, layout.positions), int(config.pad_token_id == 0))  # RoBERTa does not count padding
+            inputs = layer_inputs(model, [name], row)[name][0]
             places = inputs - inputs[0]
-        gamma = model.parameters[f"{name}.weight"].detach()
-        beta = model.parameters.get(f"{name}.bias", torch.zeros_like(gamma)).detach()
-        eps = float(getattr(norm, "eps", None) or norm.variance_epsilon)  # type: ignore[arg-type]
-        if isinstance(norm, nn.LayerNorm):
+        if name == query:
+            return cls(tokens, places, torch.ones(tokens.shape[1]), torch.zeros(tokens.shape[1]), None)
+        centred, scale, shift, eps = normalisation(model, tokens.shape[1])
+        if centred:
             tokens, places = (part - part.mean(1, keepdim=True) for part in (tokens, places))
-        embeddings = cls(tokens, places, gamma, beta, eps)
-        ids = torch.arange(2, 2 + min(8, model.architecture.positions - at)) % size
-        query = family.queries(0)[0]
-        true = layer_inputs(model, [query], ids[None], at=at)[query][0].double()
-        listed = embeddings.inputs(ids, torch.arange(len(ids)) if family.placed else torch.zeros_like(ids))
+        embeddings = cls(tokens, places, scale, shift, eps)
+        ids = torch.arange(2, 2 + min(8, layout.positions)) % config.vocab_size
+        true = layer_inputs(model, [query], ids[None])[query][0].double()
+        listed = embeddings.inputs(ids, torch.arange(len(ids)))
         if float((listed - true).norm() / true.norm()) > 1e-4:  # float32 leaves 1e-6
             raise NotObserved(
                 "The first layer's inputs are not token plus position, normalised: they cannot be listed."
@@ -76,14 +79,28 @@ class Embeddings:
     def inputs(self, ids: Tensor, places: Tensor) -> Tensor:
         """The first layer's inputs of (n,) tokens at (n,) positions, in float64: (n, width)."""
         y = self.tokens[ids].double() + self.places[places].double()
-        return self.gamma.double() * y / (y.square().mean(1, keepdim=True) + self.eps).sqrt() + self.beta.double()
+        s = 1.0 if self.eps is None else (y.square().mean(1, keepdim=True) + self.eps).sqrt()
+        return self.through(y) / s + self.shift.double()
+
+    def through(self, part: Tensor, W: Tensor | None = None) -> Tensor:
+        """What parts of the sums (n, inner) add to s W (x - shift), for W (k, width), or the identity: (n, k)."""
+        scale = self.scale.to(part)
+        if W is None:
+            return part * scale if scale.ndim == 1 else part @ scale.T
+        return part @ (W * scale if scale.ndim == 1 else W @ scale).T
+
+    def deviation(self, tokens: Tensor, places: Tensor) -> Tensor:
+        """s of every token (n, inner) at every place (m, inner): (n, m)."""
+        if self.eps is None:
+            return tokens.new_ones(len(tokens), len(places))
+        return (_squares(tokens, places) / tokens.shape[1] + self.eps).sqrt()
 
 
 def random_tokens(model: LanguageModel, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Random tokens at the first positions, (n,) each: they have no reason to pass any check."""
-    count = min(TOKENS, model.architecture.positions - model.architecture.family.offset)
+    count = min(TOKENS, layout_of(model).positions)
     ids = torch.randint(model.architecture.config.vocab_size, (count,), generator=generator)
-    return ids, torch.arange(count) if model.architecture.family.placed else torch.zeros(count, dtype=torch.long)
+    return ids, torch.arange(count) if layout_of(model).placed else torch.zeros(count, dtype=torch.long)
 
 
 def candidates(
@@ -111,9 +128,9 @@ def candidates(
 
 def _screen(e: Embeddings, spans: Sequence[Span], block: Tensor, rounding: float, most: int) -> list[Tensor]:
     """Token ids per position of the block that are near every span, up to float32 and to what noise allows."""
-    places, width, outside = e.places[block], e.tokens.shape[1], list[Tensor]()
+    places, outside = e.places[block], list[Tensor]()
     for tokens in torch.split(e.tokens, CHUNK):
-        deviation = (_squares(tokens, places) / width + e.eps).sqrt()  # (chunk, block)
+        deviation = e.deviation(tokens, places)  # (chunk, block)
         worst = torch.zeros_like(deviation)
         for span in spans:
             basis = span.basis if span.factor is None else span.basis @ span.factor
@@ -131,11 +148,8 @@ def _screen(e: Embeddings, spans: Sequence[Span], block: Tensor, rounding: float
 
 def _lengths(W: Tensor | None, tokens: Tensor, places: Tensor, deviation: Tensor, e: Embeddings) -> Tensor:
     """|W x|^2 for every token and position, W the identity where it is None: (chunk, block)."""
-    if W is None:
-        A, P, b = tokens * e.gamma, places * e.gamma, e.beta
-    else:
-        W = W.to(tokens)
-        A, P, b = tokens @ (W * e.gamma).T, places @ (W * e.gamma).T, W @ e.beta
+    W = None if W is None else W.to(tokens)
+    A, P, b = e.through(tokens, W), e.through(places, W), e.shift if W is None else W @ e.shift
     return _squares(A, P) / deviation**2 + 2 * ((A @ b)[:, None] + P @ b) / deviation + b.square().sum()
 
 
@@ -174,9 +188,9 @@ def likeliest(
     ids = torch.cat(list(allowed))
     places = torch.cat([torch.full_like(part, place) for place, part in enumerate(allowed)])
     pairs = Pairs(ids, places, embeddings.inputs(ids, places))
-    family = observation.model.architecture.family
-    whole = [sketch.measured for sketch in observation.sketches(family.queries(0)) if sketch.factor is None]
-    if not family.placed or not whole or len(pairs) <= rank:
+    layout = layout_of(observation.model)
+    whole = [sketch.measured for sketch in observation.sketches(layout.queries(0)) if sketch.factor is None]
+    if not layout.placed or not whole or len(pairs) <= rank:
         return pairs
     best = shares(embeddings, pairs, torch.cat(whole)).argsort(descending=True)[:most]
     return Pairs(ids[best], places[best], pairs.x[best])
@@ -185,17 +199,15 @@ def likeliest(
 def shares(embeddings: Embeddings, pairs: Pairs, measured: Tensor) -> Tensor:
     """How much of each position's sum of deltas is that of the token: (m,), near 1 where a token stands once in the batch.
 
-    dL/dW = sum_i delta_i x_i^T with x_i = gamma (u_a + v_p) / s_i + beta is solved for the sums of delta_i / s_i per token and
+    dL/dW = sum_i delta_i x_i^T with x_i = scale (u_a + v_p) / s_i + shift is solved for the sums of delta_i / s_i per token and
     per position. A position's sum is that of the tokens that stand there.
 
     measured: gradients of the first layer's query, key and value (rows, width), stacked.
     """
     tokens, which = torch.unique(pairs.ids, return_inverse=True)
     count = int(pairs.places.max()) + 1
-    gamma, beta = embeddings.gamma.double(), embeddings.beta.double()
-    design = torch.cat(
-        [gamma * embeddings.tokens[tokens].double(), gamma * embeddings.places[:count].double(), beta[None]]
-    )
+    parts = (embeddings.tokens[tokens].double(), embeddings.places[:count].double())
+    design = torch.cat([*map(embeddings.through, parts), embeddings.shift[None].double()])
     sums = torch.linalg.lstsq(design.T, measured.double().T, driver="gelsd").solution  # (tokens + positions + 1, rows)
     of_tokens, of_places = sums[: len(tokens)], sums[len(tokens) : -1]
     # The tokens' embeddings contain the first position's part: the sums of both are determined up to what is common to all.
