@@ -39,7 +39,9 @@ MOVED = 1e-2  # and a pixel that no row moved with this share was zero
 AGREE = 0.99  # share of the entries whose signs are those of a row times those of one picture
 EVEN = 0.05  # deviation of the sizes in a row, as a share of their mean: gradients, or several samples, differ far more
 ABOVE = 2.0  # how far the singular value of 1 / |x| has to stand above that of noise
-CONTRADICTED = 0.05  # share of the units that may be on the wrong side
+CONTRADICTED = (
+    0.1  # share of the units that may be on the wrong side: of another picture of the kind a fifth or more are
+)
 SURE, LIARS = 1e-3, 0.01  # what units are given is surer than the first of its mean; share of them that may lie
 CONTRAST, EDGES = (
     0.05,
@@ -182,7 +184,8 @@ def placed(network: FullyConnected, sizes: Sizes, on: Tensor) -> tuple[Tensor, f
         z = side * (x @ W.T + (0 if offset is None else offset))
         blur = b * deviation * (x.pow(4) @ W.square().T).sqrt() + SURE * z.abs().mean(1, keepdim=True)
         units = (LIARS / 2 + (1 - LIARS) * torch.special.ndtr(z / blur)).log().sum(1)
-        return units - (darkest.abs() + (1 - brightest).abs()) / CONTRAST
+        value: Tensor = units - (darkest.abs() + (1 - brightest).abs()) / CONTRAST
+        return value
 
     axis, width = torch.linspace(-1, 1, GRID).double(), torch.tensor([2.0, 8.0]).double()
     spots = [(sign, torch.stack([2 - limit.log(), 0 * limit])) for sign in (1.0, -1.0)]

@@ -28,6 +28,7 @@ MOST, SWEEPS, CHI = (
     10,
     4.0,
 )  # ranks that are tried, up to half of this; sweeps for each; squared errors that are explained
+TOLD = 0.25  # share of the numbers that have to be known better than to their half
 EXACT = 1e-6  # of a learning rate that people typed, and that the largest change shows
 SHORTER = {"float16": 1e-3, "bfloat16": 1e-2}  # formats whose rounding is of the size of such errors
 
@@ -52,7 +53,11 @@ def with_step_undone(observation: Observation[Any]) -> Observation[Any]:
     if not error < WORTH:
         return observation
     step = Undone(recipe=recipe, error=error)
-    after = replace(release, gradient=True, undone=step) if isinstance(release, Adapter) else Gradient(undone=step)
+    after = (
+        replace(release, gradient=True, recipe=recipe, undone=step)
+        if isinstance(release, Adapter)
+        else Gradient(undone=step)
+    )
     precision = next((name for name, most in SHORTER.items() if error <= most), "bfloat16")
     return replace(observation, release=after, released=gradient, precision=precision)
 
@@ -82,7 +87,8 @@ def completed(g: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
     """A layer's gradient (out, in) with the least rank that explains it within its errors, and what is then uncertain. Few samples
     make a gradient of low rank, and the numbers that are known well complete those that are not. As it was where none does."""
     sure = error / (g.abs() + EPSILON).square()  # what the error of a number is beside its square
-    for rank in range(1, min(*g.shape, MOST + 1) // 2 + 1) if g.dim() == 2 and bool(g.any()) else ():
+    told = g.dim() == 2 and float((error < g.abs() / 2)[g != 0].double().mean()) > TOLD
+    for rank in range(1, min(*g.shape, MOST + 1) // 2 + 1) if told else ():
         _, S, V = torch.linalg.svd(g, full_matrices=False)
         right, fit = V[:rank] * S[:rank, None].sqrt(), g
         for _ in range(SWEEPS):
