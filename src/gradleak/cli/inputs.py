@@ -1,6 +1,7 @@
 """What a command is given: an observation in any form, a folder to write to, a device, input files with their hashes."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import torch
 from gradleak.attacks.unmixing.span import with_samples_counted
 from gradleak.cli import flags
 from gradleak.errors import BadInput, shortened
-from gradleak.formats.model_folder import read_model
+from gradleak.formats.adapter_files import is_adapter_file, located_adapter
+from gradleak.formats.model_folder import located
 from gradleak.formats.observation_file import check_provenance, has_provenance, load_observation
-from gradleak.formats.peft import is_adapter, read_adapter
+from gradleak.formats.peft import base_of, read_adapter_and_base
 from gradleak.formats.plain_file import has_folder, read_of_language_model, read_of_network
+from gradleak.formats.trainer_state import Trainer, read_trainer
 from gradleak.observations.observation import Observation
 from gradleak.observations.training import Recipe
 
@@ -24,12 +27,12 @@ EVERY = (*OF_ADAPTERS, *OF_FILES, *OF_PLAIN_FILES, "model", "task", "batch_size"
 
 
 def observed(args: flags.Observed) -> Observation[Any]:
-    """The observation of a file, with provenance checked, of an adapter's folder, or of a plain file of tensors.
+    """The observation of a file, with provenance checked, of an adapter's folder or file, or of a plain file of tensors.
 
     A plain file is a gradient at --weights, or of the language model in the folder --model; where neither is given, it holds the
     weights of a trained network. Raises BadInput for flags that say nothing about such an observation.
     """
-    if args.observation.is_dir():
+    if is_of_adapter(args.observation):
         refuse_others(args, "the folder of an adapter", (*OF_ADAPTERS, "model", "task", "batch_size"))
         return observed_adapter(args)
     if has_provenance(args.observation):
@@ -53,22 +56,40 @@ def observed(args: flags.Observed) -> Observation[Any]:
     return read_of_network(args.observation, args.model, shape, classes, args.weights, mode, size)
 
 
+def is_of_adapter(path: Path) -> bool:
+    """Whether this is a folder, which can only be that of an adapter, or a file with LoRA factors in it."""
+    return path.is_dir() or (not has_provenance(path) and is_adapter_file(path))
+
+
 def observed_adapter(args: flags.Observed) -> Observation[Any]:
-    """The adapter in a PEFT folder, on its base model."""
-    if not is_adapter(args.observation):
-        raise BadInput(f"{args.observation} is no folder of a LoRA adapter: it has no adapter_config.json.")
-    if args.base is None:
-        raise BadInput(f"{args.observation} holds an adapter: say with --base which model it belongs to.")
-    model = read_model(args.base, factory=args.model, task=args.task)
-    recipe = None
-    if args.lr is not None:
-        recipe = Recipe(optimizer=args.optimizer or "sgd", learning_rate=args.lr, steps=args.steps or 1)
-    elif args.steps is not None or args.optimizer is not None:
-        raise BadInput("--steps and --optimizer say how the adapter was trained, which needs its --lr too.")
-    adapter = read_adapter(
-        args.observation, model, recipe=recipe, batch_size=args.batch_size or 1, initial=args.initial
+    """The adapter in a folder or file, on its base model; with the recipe of the flags, else what a checkpoint tells of it."""
+    path = located_adapter(args.observation)
+    told = read_trainer(path)
+    adapter = read_adapter_and_base(
+        path,
+        args.base,
+        factory=args.model,
+        task=args.task,
+        recipe=recipe_of(args, told),
+        batch_size=args.batch_size or (None if told is not None and told.several else 1),
+        initial=args.initial,
     )
+    remarks = () if told is None else told.remarks(path, used=args.lr is None and told.rate is not None)
+    adapter = replace(adapter, release=replace(adapter.release, remarks=(*adapter.adapter.remarks, *remarks)))
     return adapter if args.batch_size else with_samples_counted(adapter)
+
+
+def recipe_of(args: flags.Observed, told: Trainer | None) -> Recipe | None:
+    """How an adapter was trained: as flags say; where they do not, as its checkpoint says, by AdamW without decay, the Trainer's default."""
+    if args.lr is not None:
+        steps = args.steps or (1 if told is None else told.global_step)
+        return Recipe(optimizer=args.optimizer or "sgd", learning_rate=args.lr, steps=steps)
+    if told is not None and told.rate is not None:
+        steps, size = args.steps or told.global_step, None if told.per_epoch == 1 else told.train_batch_size
+        return Recipe(optimizer=args.optimizer or "adam", learning_rate=told.rate, steps=steps, batch_size=size)
+    if args.steps is not None or args.optimizer is not None:
+        raise BadInput("--steps and --optimizer say how the adapter was trained, which needs its --lr too.")
+    return None
 
 
 def refuse_others(args: flags.Observed, what: str, read: tuple[str, ...]) -> None:
@@ -81,12 +102,13 @@ def refuse_others(args: flags.Observed, what: str, read: tuple[str, ...]) -> Non
 def observed_files(args: flags.Observed) -> list[Path]:
     """The files that the observation was read from, of a folder those in it, and what it needed beside: weights, a base model, the
     adapter before training."""
-    beside = [
-        Path(path).expanduser() for path in (args.weights, args.base, args.initial, args.model) if path is not None
-    ]
-    folders = [path for path in (args.observation, *beside) if path.is_dir()]
-    files = [path for path in (args.observation, args.weights) if path is not None and not path.is_dir()]
-    for folder in folders:
+    seen, beside = args.observation, [Path(p).expanduser() for p in (args.weights, args.model) if p is not None]
+    if is_of_adapter(seen):
+        seen = located_adapter(seen)
+        beside += [located(base_of(seen, args.base))]
+        beside += [] if args.initial is None else [located_adapter(args.initial)]
+    files = [path for path in (seen, args.weights) if path is not None and not path.is_dir()]
+    for folder in [path for path in (seen, *beside) if path.is_dir()]:
         files += sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
     return files
 
