@@ -230,13 +230,14 @@ def _config(folder: Path) -> Config:
     return known
 
 
-def by_pattern(name: str, patterns: Mapping[str, float] | None, where: Path) -> float | None:
-    """The entry of rank_pattern or alpha_pattern for a module, as PEFT finds it (peft 0.21, utils/other.py, `get_pattern_key`): the first key
-    that, as a regular expression, fits the end of its name.
+def by_pattern(name: str, patterns: Mapping[str, float] | None, where: Path) -> list[float]:
+    """The entries of rank_pattern or alpha_pattern for a module: of the keys that, as regular expressions, fit the end of its name.
 
-    BadInput for an expression that is none, or that could take for ever: with repeated groups, or many repetitions.
+    PEFT takes the first (peft 0.21, utils/other.py, `get_pattern_key`), but saves them in the order of the alphabet: which was the first
+    when training began may be told by a shape only. BadInput for an expression that is none, or that could take for ever: with
+    repeated groups, or many repetitions.
     """
-    name = name.partition("base_model.model.")[2] or name
+    name, found = name.partition("base_model.model.")[2] or name, []
     for key, value in (patterns or {}).items():
         repeated = len(re.findall(r"(?<!\\)[*+{]", key))
         if len(key) > 300 or repeated > 4 or re.search(r"(?<!\\)\)[*+{]", key):
@@ -244,11 +245,10 @@ def by_pattern(name: str, patterns: Mapping[str, float] | None, where: Path) -> 
                 f"The config in {where} has the pattern {shortened(key)[:60]!r}: write out the names of the modules."
             )
         try:
-            found = re.match(rf"(.*\.)?({key})$", name[:300])
+            if re.match(rf"(.*\.)?({key})$", name[:300]):
+                found.append(value)
         except (re.error, RecursionError, OverflowError) as error:
             raise BadInput(
                 f"The config in {where} has the pattern {shortened(key)[:60]!r}, which is no regular expression ({error})."
             ) from error
-        if found:
-            return value
-    return None
+    return found

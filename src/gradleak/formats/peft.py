@@ -197,25 +197,22 @@ def _scaling(module: str, name: str, factors: Tensors, files: AdapterFiles, conf
     for factor in ("lora_A", "lora_B"):
         if f"{module}.{factor}" not in factors:
             raise BadInput(f"The adapter in {folder} lacks {factor} of {module}.")
-    rank, alpha = by_pattern(name, config.rank_pattern, folder) or config.r, files.alphas.get(name)
+    ranks, held = by_pattern(name, config.rank_pattern, folder), len(factors[f"{module}.lora_A"])
     if files.config is None:
-        rank = len(factors[f"{module}.lora_A"])
-        alpha = rank if alpha is None else alpha
-    if alpha is None:
-        alpha = by_pattern(name, config.alpha_pattern, folder)
-    alpha = config.lora_alpha if alpha is None else alpha
+        rank, alpha = held, files.alphas.get(name, held)
+    else:
+        rank = int(held if held in ranks else [*ranks, config.r][0])
+        alpha = files.alphas.get(name, [*by_pattern(name, config.alpha_pattern, folder), config.lora_alpha][0])
     wanted = {
-        "lora_A": (int(rank), *weight.shape[1:]),
-        "lora_B": (weight.shape[0], int(rank), *(1 for _ in weight.shape[2:])),
+        "lora_A": (rank, *weight.shape[1:]),
+        "lora_B": (weight.shape[0], rank, *(1 for _ in weight.shape[2:])),
     }
     for factor, shape in wanted.items():
         if (tensor := factors[f"{module}.{factor}"]).shape != shape:
-            sizes = f"{tuple(tensor.shape)}, not {tuple(shape)} as the base model and rank {rank:g} in its config need"
+            sizes = f"{tuple(tensor.shape)}, not {tuple(shape)} as the base model and rank {rank} in its config need"
             raise BadInput(f"The adapter in {folder} does not fit: {factor} of {module} is {sizes}.")
     if rank < 1 or alpha == 0:
-        raise BadInput(
-            f"The config in {folder} gives {module} the rank {rank:g} and alpha {alpha:g}: neither may be 0."
-        )
+        raise BadInput(f"The config in {folder} gives {module} the rank {rank} and alpha {alpha:g}: neither may be 0.")
     return float(alpha / sqrt(rank) if config.use_rslora else alpha / rank)
 
 

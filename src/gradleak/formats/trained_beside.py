@@ -22,7 +22,8 @@ from gradleak.observations.releases import Reservation
 from gradleak.observations.tensors import Tensors
 
 SHORT = (torch.bfloat16, torch.float16)  # formats through which weights may have gone that nobody trained
-EXACT = 1e-5  # of a row's length: what rounding leaves of a row that weight decay alone has shrunk, a few hundred times
+EXACT = 1e-5  # relative: rounding of numbers that weight decay has shrunk some hundred times, each time by half of 1.2e-7 at most
+NEARLY = 0.9  # of a vocabulary: where more rows moved, it is not for the words
 MOST_WORDS = 40  # that a sentence lists
 
 
@@ -152,8 +153,7 @@ def parts_of(files: AdapterFiles, model: Model[Any], config: Config) -> Parts:
 
 def scale(name: str, rank: int, files: AdapterFiles, config: Config) -> float:
     """s of a module whose rank is that of its shapes."""
-    alpha = by_pattern(name, config.alpha_pattern, files.path)
-    alpha = files.alphas.get(name, config.lora_alpha if alpha is None else alpha)
+    alpha = files.alphas.get(name, [*by_pattern(name, config.alpha_pattern, files.path), config.lora_alpha][0])
     return alpha / (sqrt(rank) if config.use_rslora else rank)
 
 
@@ -193,10 +193,9 @@ def moved(after: Tensor, before: Tensor) -> Tensor:
     a, b = after.float(), before.float()
     a, b = (a[:, None], b[:, None]) if a.ndim < 2 else (a.flatten(1), b.flatten(1))
     still = torch.stack([a == b.to(kind).float() for kind in (torch.float32, after.dtype, *SHORT)]).all(2).any(0)
-    lengths = b.square().sum(1)
-    if len(a) > 2 and a.shape[1] > 1 and not bool(still.any()):
-        factor = ((a * b).sum(1) / lengths.clamp_min(1e-30)).median()
-        still = (a - factor * b).square().sum(1) <= EXACT**2 * lengths
+    if len(a) > 2 and a.shape[1] > 1 and not bool((still & b.any(1)).any()):
+        factor = ((a * b).sum(1) / b.square().sum(1).clamp_min(1e-30)).median()
+        still = ((a - factor * b).abs() <= (EXACT + torch.finfo(after.dtype).eps) * b.abs()).all(1)
     return ~still
 
 
@@ -225,8 +224,8 @@ def words(parts: Parts, began: Parts, was: Tensors, model: Model[Any]) -> list[R
     for what, tokens in told.items():
         if not tokens:
             continue
-        if len(tokens) == vocabulary:
-            remarks.append(("embeddings", "info", f"All {what} moved in training, so they name no words."))
+        if len(tokens) > NEARLY * vocabulary:
+            remarks.append(("embeddings", "info", f"Nearly all {what} moved in training, so they name no words."))
             continue
         plain = architecture.plain(tokens)
         shown = ", ".join(repr(architecture.decode([token]).strip()) for token in plain[:MOST_WORDS])

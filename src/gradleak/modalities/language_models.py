@@ -199,7 +199,10 @@ class LanguageArchitecture:
         """The texts, without the space that some tokenizers put before them."""
         texts = [self.decode(row) for row in inputs]
         bare = [text.removeprefix(" ") for text in texts]
-        same = [not text or list(self.tokenizer(text)["input_ids"]) == list(self.tokenizer(b)["input_ids"]) for text, b in zip(texts, bare, strict=True)]
+        same = [
+            not text or list(self.tokenizer(text)["input_ids"]) == list(self.tokenizer(b)["input_ids"])
+            for text, b in zip(texts, bare, strict=True)
+        ]
         return [b if alike else text for text, b, alike in zip(texts, bare, same, strict=True)]
 
     def facts(self, labels: Tensor | None) -> list[Fact]:
