@@ -85,13 +85,13 @@ def trained(
         adapted = adapted or get_peft_model(network, LoraConfig(**{"r": 4, "lora_alpha": 8, **settings}))
         adapted.eval()
         if start is not None:
-            adapted.save_pretrained(start, save_embedding_layers=False)
+            adapted.save_pretrained(str(start), save_embedding_layers=False)
         took = optimiser([p for p in adapted.parameters() if p.requires_grad], lr=lr)
         for _ in range(steps):
             took.zero_grad()
-            loss(adapted).backward()
+            loss(adapted).backward()  # type: ignore[no-untyped-call]
             took.step()
-        adapted.save_pretrained(folder, save_embedding_layers=False)
+        adapted.save_pretrained(str(folder), save_embedding_layers=False)
     return adapted
 
 
@@ -371,7 +371,7 @@ def tokenizer() -> Any:
 
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "</s>", *WORDS])}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
     kind: Any = PreTrainedTokenizerFast
     return kind(tokenizer_object=made, unk_token="[UNK]", pad_token="[PAD]", eos_token="</s>")
 

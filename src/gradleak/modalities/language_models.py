@@ -196,14 +196,13 @@ class LanguageArchitecture:
         return ((0, 0), (0, 0)), labels[self.task]
 
     def show(self, inputs: Tokens) -> list[str]:
-        """The texts, without the space that some tokenizers put before them."""
+        """The texts as somebody may have written them: without the space before the first word, where the tokenizer adds one."""
         texts = [self.decode(row) for row in inputs]
-        bare = [text.removeprefix(" ") for text in texts]
-        same = [
-            not text or list(self.tokenizer(text)["input_ids"]) == list(self.tokenizer(b)["input_ids"])
-            for text, b in zip(texts, bare, strict=True)
-        ]
-        return [b if alike else text for text, b, alike in zip(texts, bare, same, strict=True)]
+        return [bare if self.alike(bare := text.removeprefix(" "), text) else text for text in texts]
+
+    def alike(self, one: str, other: str) -> bool:
+        """Whether two texts are the same tokens."""
+        return one == other or bool(self.tokenizer(one)["input_ids"] == self.tokenizer(other)["input_ids"])
 
     def facts(self, labels: Tensor | None) -> list[Fact]:
         """The architecture, the tokenizer and the task."""
