@@ -235,6 +235,30 @@ def test_an_expression_that_could_take_for_ever_is_refused(plain: Path, tmp_path
             read_adapter(folder, model())
 
 
+class WithAttention(nn.Module):
+    """A layer that PEFT adapts and that is not read, beside one that is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.attention, self.fc = nn.MultiheadAttention(4, 1, batch_first=True), nn.Linear(16, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows = images.flatten(1, 2)
+        logits: Tensor = self.fc(self.attention(rows, rows, rows)[0].flatten(1))
+        return logits
+
+
+def test_an_adapted_layer_of_another_kind_is_named(tmp_path: Path) -> None:
+    trained(WithAttention(), on_pictures, tmp_path / "a", target_modules=["attention", "fc"])
+    adapter = read_adapter(tmp_path / "a", Model.of(WithAttention(), OWN))
+    assert adapter.adapter.scaling.keys() >= {"fc"}
+    assert "attention (MultiheadAttention)" in {n: s for n, _, s in adapter.reservations()}["not_read"]
+    trained(WithAttention(), on_pictures, tmp_path / "b", target_modules=["fc"])
+    said = read_adapter(tmp_path / "b", Model.of(WithAttention(), OWN)).reservations()
+    assert "not_read" not in {name for name, _, _ in said}
+
+
 # --- Folders around adapters, and what a checkpoint tells ---
 
 
@@ -448,6 +472,17 @@ def test_the_head_of_a_text_classifier_is_the_adapters(llama: Path, tmp_path: Pa
     # one step of 1e-4 has hardly moved the head: far nearer than the 1 that another head would leave
     assert adapter.residual(((3, 4, 5),), torch.tensor([4])) < 1e-2
     assert "start_unknown" in {name for name, _, _ in adapter.reservations()}
+
+
+@pytest.mark.parametrize(("kind", "told"), [("TOKEN_CLS", True), ("CAUSAL_LM", False), (None, False)])
+def test_a_task_of_another_kind_is_told(llama: Path, tmp_path: Path, kind: str | None, told: bool) -> None:
+    trained(language(llama), on_texts(llama), tmp_path, target_modules=QKV)
+    config = json.loads((tmp_path / "adapter_config.json").read_text()) | {"task_type": kind}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    adapter = read_adapter_and_base(tmp_path, llama)
+    assert ("task" in {name for name, _, _ in adapter.reservations()}) == told
+    assert adapter.model.architecture.task == ("causal-lm" if kind == "CAUSAL_LM" else "classification")
+    assert read_adapter_and_base(tmp_path, llama, task="causal-lm").model.architecture.task == "causal-lm"
 
 
 # --- Embeddings ---

@@ -30,25 +30,27 @@ class Observed(Common):
 
     observation: Positional[Path]
     """observation.safetensors of `gradleak capture`, a plain safetensors file of yours ({name: gradient} with --weights, a
-    trained model's weights without), or the folder of a LoRA adapter as PEFT saves it."""
+    trained model's weights without), or a LoRA adapter: the folder that PEFT saves, a Trainer's checkpoint, a file of kohya or diffusers."""
     base: str | None = None
-    """For the folder of an adapter: its base model, as a folder of `save_pretrained` or `gradleak capture adapter`, or a
-    name on the Hugging Face hub."""
+    """For an adapter: its base model, as a folder of `save_pretrained` or `gradleak capture adapter`, or a name on the Hugging Face
+    hub; unless this is given, the one that its config names."""
     lr: float | None = None
-    """For the folder of an adapter: its learning rate; without it one step is assumed, and directions are compared."""
+    """For an adapter: its learning rate; without it what a checkpoint tells counts, else one step is assumed, and directions are
+    compared."""
     steps: int | None = None
-    """For the folder of an adapter: optimiser steps; 1 unless this is given."""
+    """For an adapter: optimiser steps; unless this is given, what a checkpoint tells, else 1."""
     optimizer: Optimizer | None = None
-    """For the folder of an adapter: sgd (the default), momentum, adam or adamw."""
+    """For an adapter: sgd (the default), momentum, adam or adamw."""
     initial: Path | None = None
-    """For the folder of an adapter: the folder of the adapter before training, where its start is not zero."""
+    """For an adapter: the folder of the adapter before training, where its start is not zero."""
     model: str | None = None
     """package.module:factory, when the architecture is none of ours; for plain files also a name of `gradleak list`, or the
     folder of a language model."""
     weights: Path | None = None
     """The parameters it was taken at: checked against the provenance; needed for plain files of gradients."""
     task: Task | None = None
-    """Where the model is a language model: what it was trained for, classification (the default), causal-lm or masked-lm."""
+    """Where the model is a language model: what it was trained for, classification (the default, where an adapter's config says nothing
+    else), causal-lm or masked-lm."""
     mode: Literal["eval", "train"] | None = None
     """The mode it was taken in: checked against the provenance; eval if nothing says so."""
     input_shape: tuple[int, int, int] | None = None

@@ -33,7 +33,7 @@ def observed(args: flags.Observed) -> Observation[Any]:
     weights of a trained network. Raises BadInput for flags that say nothing about such an observation.
     """
     if is_of_adapter(args.observation):
-        refuse_others(args, "the folder of an adapter", (*OF_ADAPTERS, "model", "task", "batch_size"))
+        refuse_others(args, "an adapter", (*OF_ADAPTERS, "model", "task", "batch_size"))
         return observed_adapter(args)
     if has_provenance(args.observation):
         refuse_others(args, "a file that says itself how it was taken", (*OF_FILES, "model"))

@@ -69,14 +69,16 @@ def read_with(
     *,
     factory: str | None = None,
     task: Task | None = None,
+    usual: Task = "classification",
     beside: Path | None = None,
 ) -> tuple[Model[Any], tuple[str, ...]]:
     """The model in a folder or on the hub, and the parameters that it has from `brought`, by an adapter's names, because the base has none
-    of that shape. beside: the adapter's folder, whose tokenizer is used where the base has none, or fewer tokens."""
+    of that shape. usual: the task of a language model where none is given. beside: the adapter's folder, whose tokenizer is used where
+    the base has none, or fewer tokens."""
     folder = located(base)
     check_readable(folder)
     if is_language_model(folder) or (beside is not None and is_text_folder(folder, beside)):
-        return read_language_with(folder, task or "classification", brought, beside=beside)
+        return read_language_with(folder, task or usual, brought, beside=beside)
     if task is not None:
         raise BadInput(f"{base} holds no language model, and a task (--task) says nothing about another: leave it out.")
     module, architecture, names = read_base_with(folder, brought, factory=factory)

@@ -27,12 +27,13 @@ from gradleak.formats.adapter_files import (
 from gradleak.formats.adapter_files import is_adapter as is_adapter
 from gradleak.formats.adapter_names import module_of
 from gradleak.formats.model_folder import read_with
-from gradleak.formats.trained_beside import trained_beside
+from gradleak.formats.trained_beside import listed, trained_beside
 from gradleak.modalities.language_models import Task
+from gradleak.modalities.networks import Architecture
 from gradleak.observations.layers import is_adaptable, is_transposed, oriented
 from gradleak.observations.model import Model
 from gradleak.observations.observation import Observation
-from gradleak.observations.releases import Adapter, Origin, decay, product
+from gradleak.observations.releases import Adapter, Origin, Reservation, decay, product
 from gradleak.observations.tensors import Tensors
 from gradleak.observations.training import Recipe
 
@@ -94,9 +95,9 @@ def read_adapter(
         dropout=fitted.config.lora_dropout,
         origin=origin,
         beside=beside.trained,
-        held=beside.held,
+        held=(*fitted.unread, *beside.held),
         known_at_end=beside.known_at_end,
-        remarks=beside.remarks,
+        remarks=(*unread_remarks(fitted), *beside.remarks),
     )
     return Observation(
         model=replace(model, parameters={**model.parameters, **beside.start}),
@@ -127,16 +128,24 @@ def read_adapter_and_base(
     """
     files = read_files(located_adapter(path))
     first = files if initial is None else read_files(located_adapter(initial))
-    if files.config is not None and task is None and (kind := files.config.task_type) is not None:
-        task = TASKS.get(kind)
+    kind = None if files.config is None else files.config.task_type
     model, brought = read_with(
         base_of(path, base),
         first.whole,
         factory=factory,
         task=task,
+        usual=TASKS.get(kind or "", "classification"),
         beside=files.path if files.path.is_dir() else None,
     )
-    return read_adapter(path, model, recipe=recipe, batch_size=batch_size, initial=initial, brought=brought)
+    adapter = read_adapter(path, model, recipe=recipe, batch_size=batch_size, initial=initial, brought=brought)
+    if kind is None or kind in TASKS or task is not None or isinstance(model.architecture, Architecture):
+        return adapter
+    sentence = (
+        f"The adapter was trained for {shortened(kind)[:40]}, and is read as one for classification: what depends on the loss, as residuals "
+        "do, is not right; spans and words are."
+    )
+    release = replace(adapter.adapter, remarks=(*adapter.adapter.remarks, ("task", "warning", sentence)))
+    return replace(adapter, release=release)
 
 
 def base_of(path: Path, base: str | Path | None) -> str | Path:
@@ -149,6 +158,14 @@ def base_of(path: Path, base: str | Path | None) -> str | Path:
     return config.base_model_name_or_path
 
 
+def unread_remarks(fitted: "Fitted") -> tuple[Reservation, ...]:
+    """What a reader has to know of modules that are adapted, and not read."""
+    if not fitted.unread:
+        return ()
+    sentence = f"The adapter changes {listed(fitted.unread)} too, of a kind that is not read: it may tell more than is found here."
+    return (("not_read", "warning", sentence),)
+
+
 @dataclass(frozen=True)
 class Fitted:
     """The factors of an adapter under the names of the base model.
@@ -156,11 +173,13 @@ class Fitted:
     factors  {MODULE.lora_A and MODULE.lora_B}
     scaling  {MODULE: s}
     config   of the adapter; the usual one for a single file
+    unread   adapted modules that are neither linear nor convolutional
     """
 
     factors: Tensors
     scaling: dict[str, float]
     config: Config
+    unread: tuple[str, ...]
 
     @classmethod
     def of(cls, files: AdapterFiles, model: Model[Any]) -> "Fitted":
@@ -173,8 +192,12 @@ class Fitted:
             )
         factors: Tensors = {}
         names: dict[str, str] = {}  # the base model's module -> what the adapter calls it
+        unread: list[str] = []
         for name, pair in files.factors.items():
             module = module_of(name, targets)
+            if module is None and (other := module_of(name, layers)) is not None:
+                unread.append(f"{other} ({type(layers[other]).__name__})")
+                continue
             if module is None:
                 plain = shortened(name.removeprefix("base_model.model."))[:120]
                 raise BadInput(
@@ -188,7 +211,12 @@ class Fitted:
                     )
                 factors[f"{module}.{factor}"], names[module] = tensor, name
         config = files.config or Config(peft_type="LORA", r=1, lora_alpha=1)
-        return cls(factors, {m: _scaling(m, n, factors, files, config, model) for m, n in names.items()}, config)
+        if not names:
+            raise BadInput(
+                f"The adapter in {files.path} changes {unread[0]}, and no linear or convolutional layer: it is not read."
+            )
+        scaling = {m: _scaling(m, n, factors, files, config, model) for m, n in names.items()}
+        return cls(factors, scaling, config, tuple(unread))
 
 
 def _scaling(module: str, name: str, factors: Tensors, files: AdapterFiles, config: Config, model: Model[Any]) -> float:

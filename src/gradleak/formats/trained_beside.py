@@ -93,8 +93,8 @@ def trained_beside(
             (
                 "start_unknown",
                 "warning",
-                f"The base model lacks {listed(known)}, wholly or in part, and the adapter brings what is used: as training left it, for "
-                "where it began is not known. Gradients are taken there, so what is told of the layers below is approximate.",
+                f"The adapter brings {listed(known)}, which the base model lacks wholly or in part: it is used as training left it, because "
+                "where it began is not known, so what is told of the layers below is approximate.",
             )
         )
     remarks += words(parts, began, was, model)
