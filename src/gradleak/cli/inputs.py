@@ -74,7 +74,8 @@ def observed_adapter(args: flags.Observed) -> Observation[Any]:
         batch_size=args.batch_size or (None if told is not None and told.several else 1),
         initial=args.initial,
     )
-    remarks = () if told is None else told.remarks(path, used=args.lr is None and told.rate is not None)
+    used = args.lr is None and told is not None and told.rate is not None
+    remarks = () if told is None else told.remarks(path, used=used, optimizer=args.optimizer)
     adapter = replace(adapter, release=replace(adapter.release, remarks=(*adapter.adapter.remarks, *remarks)))
     return adapter if args.batch_size else with_samples_counted(adapter)
 

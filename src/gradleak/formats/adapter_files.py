@@ -59,8 +59,8 @@ class Config(msgspec.Struct, frozen=True):
     lora_dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     rank_pattern: Mapping[str, Rank] | None = None
     alpha_pattern: Mapping[str, Alpha] | None = None
-    base_model_name_or_path: str | None = None
-    task_type: str | None = None
+    base_model_name_or_path: Annotated[str, Meta(max_length=1_000)] | None = None
+    task_type: Annotated[str, Meta(max_length=100)] | None = None
     trainable_token_indices: list[int] | Mapping[str, list[int]] | None = None
 
 
@@ -131,21 +131,25 @@ def located_adapter(path: Path) -> Path:
     raise BadInput(f"{path} holds {len(inside)} adapters ({names}): give one of them, as {inside[0]}.")
 
 
+def read_config(path: Path) -> Config | None:
+    """The config of a folder; None for a file, which has none."""
+    return None if path.is_file() else _config(path)
+
+
 def read_files(path: Path) -> AdapterFiles:
     """What an adapter's folder or file holds; BadInput for what is damaged, a pickle, or no LoRA."""
-    if path.is_dir() or not path.exists():
-        config, file = _config(path), path / WEIGHTS
+    config, file = read_config(path), path
+    if config is not None:
+        file = path / WEIGHTS
         if not file.is_file() and (path / PICKLE).is_file():
             raise BadInput(
                 f"{path / PICKLE} is a pickle: it could run code, so it is not opened. Save the adapter again with "
                 "PEFT's save_pretrained(..., safe_serialization=True)."
             )
-    else:
-        config, file = None, path
-        if path.name == WEIGHTS:
-            raise BadInput(
-                f"{path} has no {CONFIG} beside it, which says alpha and where training began: give the whole folder."
-            )
+    elif path.name == WEIGHTS:
+        raise BadInput(
+            f"{path} has no {CONFIG} beside it, which says alpha and where training began: give the whole folder."
+        )
     tensors, header = tensor_file.open_tensors(file)
     files = _sorted(path, config, tensors, file)
     if not files.factors:

@@ -88,7 +88,11 @@ def read_with(
 def located(base: str | Path) -> Path:
     """The folder, or that of a hub name's local copy."""
     folder = Path(os.path.expanduser(base))
-    return folder if folder.is_dir() else _download(str(base))
+    try:
+        here = folder.is_dir()
+    except OSError:  # a name that is too long
+        here = False
+    return folder if here else _download(str(base))
 
 
 def write_base(model: Model[Any], folder: Path) -> None:

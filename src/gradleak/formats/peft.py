@@ -8,8 +8,7 @@ What was trained beside the factors (heads, biases, embeddings) began as the bas
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
-from math import sqrt
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,17 +19,17 @@ from gradleak.errors import BadInput, shortened
 from gradleak.formats.adapter_files import (
     AdapterFiles,
     Config,
-    by_pattern,
     located_adapter,
+    read_config,
     read_files,
 )
 from gradleak.formats.adapter_files import is_adapter as is_adapter
-from gradleak.formats.adapter_names import module_of
+from gradleak.formats.adapter_fitting import Fitted
 from gradleak.formats.model_folder import read_with
 from gradleak.formats.trained_beside import listed, trained_beside
 from gradleak.modalities.language_models import Task
 from gradleak.modalities.networks import Architecture
-from gradleak.observations.layers import is_adaptable, is_transposed, oriented
+from gradleak.observations.layers import oriented
 from gradleak.observations.model import Model
 from gradleak.observations.observation import Observation
 from gradleak.observations.releases import Adapter, Origin, Reservation, decay, product
@@ -67,14 +66,31 @@ def read_adapter(
     model or has learnt nothing.
     """
     files = read_files(located_adapter(path))
-    fitted = Fitted.of(files, model)
-    if initial is not None:
-        first = read_files(located_adapter(initial))
+    first = None if initial is None else read_files(located_adapter(initial))
+    return adapter_of(
+        files, first, model, recipe=recipe, batch_size=batch_size, labels=labels, start=start, brought=brought
+    )
+
+
+def adapter_of(
+    files: AdapterFiles,
+    first: AdapterFiles | None,
+    model: Model[Any],
+    *,
+    recipe: Recipe | None,
+    batch_size: int | None,
+    labels: Tensor | None = None,
+    start: Start | None = None,
+    brought: Collection[str] = (),
+) -> Observation[Any]:
+    """`read_adapter` of files that were read: those after training, and those before it where they are there."""
+    path, fitted = files.path, Fitted.of(files, model)
+    if first is not None:
         began = Fitted.of(first, model)
         before = began.factors
         shapes = [{k: v.shape for k, v in each.items()} for each in (before, fitted.factors)]
         if shapes[0] != shapes[1] or began.scaling != fitted.scaling:
-            raise BadInput(f"The initial adapter {initial} has other modules, ranks or scalings than {path}.")
+            raise BadInput(f"The initial adapter {first.path} has other modules, ranks or scalings than {path}.")
         changed = {name: tensor - before[name] for name, tensor in fitted.factors.items()}
         beside = trained_beside(files, model, fitted.config, first=first, brought=())
         if str(fitted.config.init_lora_weights).startswith(SUBTRACTED):
@@ -87,7 +103,7 @@ def read_adapter(
         beside = trained_beside(files, model, fitted.config, first=None, brought=brought)
     if not any(bool(change.any()) for change in changed.values()):
         raise BadInput(f"The adapter in {path} has learnt nothing: no factor has left its start.")
-    origin: Origin = "unknown" if initial is None else "given"
+    origin: Origin = "unknown" if first is None else "given"
     release = Adapter(
         start=before,
         scaling=fitted.scaling,
@@ -127,17 +143,17 @@ def read_adapter_and_base(
     task     of a language model; None: what the adapter's config says, else classification
     """
     files = read_files(located_adapter(path))
-    first = files if initial is None else read_files(located_adapter(initial))
+    first = None if initial is None else read_files(located_adapter(initial))
     kind = None if files.config is None else files.config.task_type
     model, brought = read_with(
         base_of(path, base),
-        first.whole,
+        (first or files).whole,
         factory=factory,
         task=task,
         usual=TASKS.get(kind or "", "classification"),
         beside=files.path if files.path.is_dir() else None,
     )
-    adapter = read_adapter(path, model, recipe=recipe, batch_size=batch_size, initial=initial, brought=brought)
+    adapter = adapter_of(files, first, model, recipe=recipe, batch_size=batch_size, brought=brought)
     if kind is None or kind in TASKS or task is not None or isinstance(model.architecture, Architecture):
         return adapter
     sentence = (
@@ -152,96 +168,20 @@ def base_of(path: Path, base: str | Path | None) -> str | Path:
     """The base model that was given, or that the adapter's config names; BadInput where neither says it."""
     if base is not None:
         return base
-    config = read_files(located_adapter(path)).config
+    config = read_config(located_adapter(path))
     if config is None or not config.base_model_name_or_path:
         raise BadInput(f"{path} holds an adapter: say with --base which model it belongs to.")
     return config.base_model_name_or_path
 
 
-def unread_remarks(fitted: "Fitted") -> tuple[Reservation, ...]:
+def unread_remarks(fitted: Fitted) -> tuple[Reservation, ...]:
     """What a reader has to know of modules that are adapted, and not read."""
     if not fitted.unread:
         return ()
-    sentence = f"The adapter changes {listed(fitted.unread)} too, of a kind that is not read: it may tell more than is found here."
+    sentence = (
+        f"The adapter changes {listed(fitted.unread)} too, which is not read here: it may tell more than is found."
+    )
     return (("not_read", "warning", sentence),)
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """The factors of an adapter under the names of the base model.
-
-    factors  {MODULE.lora_A and MODULE.lora_B}
-    scaling  {MODULE: s}
-    config   of the adapter; the usual one for a single file
-    unread   adapted modules that are neither linear nor convolutional
-    """
-
-    factors: Tensors
-    scaling: dict[str, float]
-    config: Config
-    unread: tuple[str, ...]
-
-    @classmethod
-    def of(cls, files: AdapterFiles, model: Model[Any]) -> "Fitted":
-        """BadInput where a module is not of this model, or its factors contradict config or model."""
-        layers = dict(model.module.named_modules())
-        targets = [name for name, layer in layers.items() if is_adaptable(layer)]
-        if files.config is not None and files.config.fan_in_fan_out and not any(map(is_transposed, layers.values())):
-            raise BadInput(
-                f"The adapter in {files.path} is of transposed layers (fan_in_fan_out is set), and the model has none."
-            )
-        factors: Tensors = {}
-        names: dict[str, str] = {}  # the base model's module -> what the adapter calls it
-        unread: list[str] = []
-        for name, pair in files.factors.items():
-            module = module_of(name, targets)
-            if module is None and (other := module_of(name, layers)) is not None:
-                unread.append(f"{other} ({type(layers[other]).__name__})")
-                continue
-            if module is None:
-                plain = shortened(name.removeprefix("base_model.model."))[:120]
-                raise BadInput(
-                    f"The adapter in {files.path} changes {plain!r}, but the base model has no linear or convolutional layer of "
-                    "that name: they do not belong together."
-                )
-            for factor, tensor in pair.items():
-                if f"{module}.{factor}" in factors:
-                    raise BadInput(
-                        f"The adapter in {files.path} holds {module}.{factor} twice, once as {shortened(name)}."
-                    )
-                factors[f"{module}.{factor}"], names[module] = tensor, name
-        config = files.config or Config(peft_type="LORA", r=1, lora_alpha=1)
-        if not names:
-            raise BadInput(
-                f"The adapter in {files.path} changes {unread[0]}, and no linear or convolutional layer: it is not read."
-            )
-        scaling = {m: _scaling(m, n, factors, files, config, model) for m, n in names.items()}
-        return cls(factors, scaling, config, tuple(unread))
-
-
-def _scaling(module: str, name: str, factors: Tensors, files: AdapterFiles, config: Config, model: Model[Any]) -> float:
-    """s of a module: alpha / r, or alpha / sqrt(r) for rslora; BadInput when its factors contradict config or model."""
-    weight, folder = oriented(model, module, model.parameters[f"{module}.weight"]), files.path
-    for factor in ("lora_A", "lora_B"):
-        if f"{module}.{factor}" not in factors:
-            raise BadInput(f"The adapter in {folder} lacks {factor} of {module}.")
-    ranks, held = by_pattern(name, config.rank_pattern, folder), len(factors[f"{module}.lora_A"])
-    if files.config is None:
-        rank, alpha = held, files.alphas.get(name, held)
-    else:
-        rank = int(held if held in ranks else [*ranks, config.r][0])
-        alpha = files.alphas.get(name, [*by_pattern(name, config.alpha_pattern, folder), config.lora_alpha][0])
-    wanted = {
-        "lora_A": (rank, *weight.shape[1:]),
-        "lora_B": (weight.shape[0], rank, *(1 for _ in weight.shape[2:])),
-    }
-    for factor, shape in wanted.items():
-        if (tensor := factors[f"{module}.{factor}"]).shape != shape:
-            sizes = f"{tuple(tensor.shape)}, not {tuple(shape)} as the base model and rank {rank} in its config need"
-            raise BadInput(f"The adapter in {folder} does not fit: {factor} of {module} is {sizes}.")
-    if rank < 1 or alpha == 0:
-        raise BadInput(f"The config in {folder} gives {module} the rank {rank} and alpha {alpha:g}: neither may be 0.")
-    return float(alpha / sqrt(rank) if config.use_rslora else alpha / rank)
 
 
 def zero_at_start(config: Config, folder: Path, asked: Start | None = None) -> Start:

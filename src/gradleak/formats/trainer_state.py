@@ -28,7 +28,7 @@ class Trainer(msgspec.Struct, frozen=True):
     global_step: Annotated[int, Meta(ge=0, le=1_000_000_000)]
     max_steps: int | None = None
     num_train_epochs: float | None = None
-    train_batch_size: int | None = None
+    train_batch_size: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
     log_history: list[Log] = []
 
     @property
@@ -56,8 +56,9 @@ class Trainer(msgspec.Struct, frozen=True):
         """Whether there must have been several samples: a batch of them, or an epoch of several steps."""
         return (self.train_batch_size or 1) > 1 or (self.per_epoch or 1) > 1
 
-    def remarks(self, folder: Path, *, used: bool) -> tuple[Reservation, ...]:
-        """What it tells of the training, and whether that was used as its recipe; and that nothing else in the folder was opened."""
+    def remarks(self, folder: Path, *, used: bool, optimizer: str | None) -> tuple[Reservation, ...]:
+        """What it tells of the training, and whether that was used as its recipe, with the optimiser that was given, or the usual one; and
+        that nothing else in the folder was opened."""
         told = [f"{self.global_step} steps" if self.global_step > 1 else "1 step"]
         if self.rates:
             least, most = min(self.rates), max(self.rates)
@@ -68,12 +69,15 @@ class Trainer(msgspec.Struct, frozen=True):
             told.append(f"{self.train_batch_size} samples a step on each device unless gradients were accumulated")
         if self.per_epoch:
             told.append(f"{self.per_epoch} steps an epoch")
-        recipe = "It does not say the optimiser: AdamW without decay is assumed, the Trainer's default."
+        recipe = f"It does not say the optimiser: {optimizer} was given."
+        if optimizer is None:
+            recipe = "It does not say the optimiser: AdamW without decay is assumed, the Trainer's default."
         if not used and self.rate is None:
-            recipe = "The learning rate is not known to have been constant, so no recipe is made of it."
+            recipe = "The learning rate is not known to have been constant, so no recipe is made of it, and what assumes one step is approximate."
         elif not used:
             recipe = "The recipe is that of the flags."
-        remarks: list[Reservation] = [("trainer", "info", f"{STATE} says of the training: {', '.join(told)}. {recipe}")]
+        sentence = f"{STATE} says of the training: {', '.join(told)}. {recipe}"
+        remarks: list[Reservation] = [("trainer", "info" if used or self.rate is not None else "warning", sentence)]
         if (folder / ARGUMENTS).is_file():
             sentence = f"{ARGUMENTS} is a pickle, which could run code: it was not opened."
             remarks.append(("pickle", "info", sentence))
