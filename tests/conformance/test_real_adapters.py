@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from gradleak.cli.app import main
 from gradleak.cli.flags import Audit
 from gradleak.cli.inputs import observed, observed_files
 from gradleak.errors import BadInput
@@ -603,6 +604,23 @@ def test_lora_on_an_embedding_and_trained_tokens(llama: Path, tokenizer: Any, tm
         more: dict[str, Any] = {"target_modules": QKV, "trainable_token_indices": wanted, "task_type": "CAUSAL_LM"}
         trained(language(llama), on_texts(llama), tmp_path / name, **more)
         assert words_said(read_adapter_and_base(tmp_path / name, llama)) == {"merger", "clinic"}
+
+
+def test_an_audit_says_the_words_first(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Seven words in eight places at rank 4: no attack proves a word, and the verdict does not call that nothing."""
+    settings: dict[str, Any] = {"target_modules": QKV, "modules_to_save": ["embed_tokens"], "task_type": "CAUSAL_LM"}
+    trained(language(llama), on_texts(llama), tmp_path / "a", steps=5, optimiser=torch.optim.AdamW, lr=1e-3, **settings)
+    assert (
+        main(["audit", str(tmp_path / "a"), "--base", str(llama), "--attacks", "dager", "--out", str(tmp_path / "o")])
+        == 0
+    )
+    verdict = json.loads((tmp_path / "o" / "record.json").read_text())["verdict"]
+    assert verdict["level"] == "partial"
+    assert verdict["sentence"].startswith(
+        "The embeddings give 7 words of the private texts away, with no attack at all:"
+    )
+    assert verdict["sentence"] in capsys.readouterr().out
+    assert "merger" in (tmp_path / "o" / "report.html").read_text()
 
 
 # --- Second rounds ---
