@@ -342,6 +342,36 @@ def test_a_checkpoint_tells_its_recipe_where_it_is_constant(
 # --- Heads and biases ---
 
 
+class Scaled(nn.Module):
+    """A layer with parameters that are no matrix, one of them a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(6)
+        self.fc, self.out = nn.Linear(16, 12), nn.Linear(12, 3)
+        self.norm = nn.BatchNorm1d(12)
+        self.scale = nn.Module()
+        self.scale.register_parameter("alpha", nn.Parameter(torch.ones(12)))
+        self.scale.register_parameter("size", nn.Parameter(torch.tensor(2.0)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.out(self.norm(self.fc(images.flatten(1))) * self.scale.alpha * self.scale.size)
+        return logits
+
+
+def test_parameters_and_buffers_of_every_shape_beside(tmp_path: Path) -> None:
+    """What PEFT saves of a normalisation holds counts of batches and running means, which nobody trains by a gradient."""
+    whole = {
+        f"base_model.model.scale.{name}": value
+        for name, value in (("alpha", torch.rand(12)), ("size", torch.tensor(3.0)))
+    }
+    trained(Scaled(), on_pictures, tmp_path, target_modules=["fc"], modules_to_save=["norm"])
+    save_file({**tensors_of(tmp_path), **whole}, tmp_path / "adapter_model.safetensors")
+    adapter = read_adapter(tmp_path, Model.of(Scaled(), OWN), recipe=Recipe(learning_rate=0.1, steps=1))
+    assert set(adapter.adapter.beside) == {"norm.weight", "norm.bias", "scale.alpha", "scale.size"}
+    assert adapter.residual(PICTURES, LABELS) < ROUNDING
+
+
 @pytest.mark.parametrize(
     "beside", [{"bias": "all"}, {"bias": "lora_only"}, {"target_modules": ["fc1"], "modules_to_save": ["fc2"]}, {}]
 )

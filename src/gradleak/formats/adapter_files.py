@@ -166,14 +166,10 @@ def _sorted(path: Path, config: Config | None, tensors: Tensors, file: Path) -> 
         if odd := next((key for key, name in names.items() if re.search(rf"(^|\.)({pattern})", name)), None):
             raise BadInput(f"The adapter in {path} is {kind} ({shortened(odd)[:120]}): only plain LoRA is read.")
     counts = [key for key in tensors if key.endswith(("num_batches_tracked", "token_indices"))]
-    alphas = {
-        m["module"]: float(tensors[k])
-        for k, n in names.items()
-        if (m := ALPHA.fullmatch(n)) and tensors[k].numel() == 1
-    }
-    rest = {k: t for k, t in tensors.items() if k not in counts and not ALPHA.fullmatch(names[k])}
+    alphas = {k: m["module"] for k, n in names.items() if (m := ALPHA.fullmatch(n)) and tensors[k].numel() == 1}
+    rest = {key: tensor for key, tensor in tensors.items() if key not in counts and key not in alphas}
     tensor_file.floating(rest, file)
-    files = AdapterFiles(path, config, alphas=alphas)
+    files = AdapterFiles(path, config, alphas={module: float(tensors[key]) for key, module in alphas.items()})
     kept: list[Tensor] = []
     for key, tensor in rest.items():
         name = names[key]

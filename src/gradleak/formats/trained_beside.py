@@ -191,7 +191,7 @@ def moved(after: Tensor, before: Tensor) -> Tensor:
     """Which rows (of a vector: which entries) training moved: those that are neither as before, rounded to a shorter format at most, nor
     as weight decay alone leaves them, all by one factor."""
     a, b = after.float(), before.float()
-    a, b = (a[:, None], b[:, None]) if a.ndim < 2 else (a.flatten(1), b.flatten(1))
+    a, b = (a.reshape(-1, 1), b.reshape(-1, 1)) if a.ndim < 2 else (a.flatten(1), b.flatten(1))
     still = torch.stack([a == b.to(kind).float() for kind in (torch.float32, after.dtype, *SHORT)]).all(2).any(0)
     if len(a) > 2 and a.shape[1] > 1 and not bool((still & b.any(1)).any()):
         factor = ((a * b).sum(1) / b.square().sum(1).clamp_min(1e-30)).median()
