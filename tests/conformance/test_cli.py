@@ -314,7 +314,9 @@ def test_the_folder_of_an_adapter_is_audited(tmp_path: Path, captured: Path, ok:
     }  # one picture makes rank one in every layer: exact
 
     assert "--base" in refused(*audit, "--out", tmp_path / "o")
-    assert "no folder of a LoRA adapter" in refused("audit", tuned, "--base", tuned / "base", "--out", tmp_path / "o")
+    assert "no folder of a LoRA adapter" in refused(
+        "audit", tuned / "base", "--base", tuned / "base", "--out", tmp_path / "o"
+    )
     assert "nowhere" in refused(*audit, "--base", tmp_path / "nowhere", "--out", tmp_path / "o")
     broken = tmp_path / "broken"
     broken.mkdir()

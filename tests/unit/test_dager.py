@@ -3,11 +3,13 @@
 from dataclasses import replace
 from functools import cache
 from itertools import permutations
+from typing import Any
 
 import pytest
 import torch
 
 from gradleak.attacks.dager.dager import Dager, evidence
+from gradleak.attacks.dager.decoder import REPEATS, Prefix, _extended
 from gradleak.attacks.dager.judge import Sentence
 from gradleak.attacks.dager.path import Path
 from gradleak.attacks.dager.spans import FORWARD, Span, excess, numerical_rank, span_of, spans_of
@@ -467,3 +469,9 @@ def test_sentences_that_noise_hides_are_called_guesses() -> None:
     sentences = [Sentence((5, 6), 0.1, 0.5, Outcome.SOLVED), Sentence((7,), 0.1, 0.5, Outcome.GUESSED)]
     assert "are guesses" in evidence(sentences, 0, 2, 7)
     assert "passes" not in evidence(sentences, 0, 2, 7)
+
+
+def test_one_token_over_and_over_is_not_continued_even_where_no_other_passes() -> None:
+    """No sentence is left then, and the judge is not asked about none."""
+    judge: Any = None
+    assert _extended(judge, [Prefix((5,) * REPEATS)], [5], limit=1.0, neutral=1.0) == []

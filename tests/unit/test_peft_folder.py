@@ -267,12 +267,16 @@ def test_half_precision(tmp_path: Path, precision: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("key", "shape"), [("down.to_out.0.weight", (6, 6)), ("up.to_q.bias", (6,)), ("down.to_q.lora_B.bias", (6,))]
 )
-def test_whole_weights_play_no_part_in_one_step_only(tmp_path: Path, key: str, shape: tuple[int, ...]) -> None:
+def test_what_was_trained_besides_is_told(tmp_path: Path, key: str, shape: tuple[int, ...]) -> None:
+    """A whole weight is trained along, in one step as in several; the bias of a factor is held."""
     folder = written(tmp_path, {**PLAIN, f"base_model.model.{key}": torch.randn(shape)})
-    for recipe in (None, Recipe(learning_rate=1, steps=1)):
-        assert read_adapter(folder, model(), recipe=recipe).adapter.scaling.keys() == {"down.to_q"}
-    with pytest.raises(BadInput, match=rf"together with '{key}' for 2 steps"):
-        read_adapter(folder, model(), recipe=Recipe(learning_rate=1, steps=2))
+    own = "lora_B" not in key
+    for recipe in (None, Recipe(learning_rate=1, steps=1), Recipe(learning_rate=1, steps=2)):
+        adapter = read_adapter(folder, model(), recipe=recipe)
+        assert adapter.adapter.scaling.keys() == {"down.to_q"}
+        assert adapter.adapter.beside == ((key,) if own else ())
+        assert len(adapter.adapter.held) == (0 if own else 1)
+        assert any(key in sentence for _, _, sentence in adapter.reservations()) == own
 
 
 # --- Refusals ---
@@ -357,8 +361,10 @@ def test_configs_that_cannot_be(tmp_path: Path, config: dict[str, Any], hint: st
         ),
         ({"down.to_q.lora_A.weight": A[:, :5], "down.to_q.lora_B.weight": B}, r"lora_A of down.to_q is \(2, 5\)"),
         ({"down.to_q.lora_A.weight": A[0], "down.to_q.lora_B.weight": B}, r"lora_A of down.to_q is \(6,\)"),
-        ({**PLAIN, "base_model.model.down.to_q.lora_magnitude_vector": A[0]}, "neither a LoRA factor nor"),
-        ({**PLAIN, "down.lora_embedding_A": A}, "'down.lora_embedding_A', which is neither"),
+        ({**PLAIN, "base_model.model.down.to_q.lora_magnitude_vector": A[0]}, "is DoRA"),
+        ({**PLAIN, "down.lora_embedding_A": A}, "'down', which is neither a LoRA factor nor an embedding"),
+        ({**PLAIN, "down.to_q.scale": A[0]}, "'down.to_q.scale', which is neither a LoRA factor nor"),
+        ({**PLAIN, "down.to_out.0.bias": A[0][:3]}, "down.to_out.0.bias is 3 in the adapter and 6 in the base model"),
         ({**PLAIN, "down.to_q.lora.down.weight": A}, "holds down.to_q.lora_A twice"),
         ({**PLAIN, "down.to_q.lora_B.weight": B * torch.nan}, "NaN or infinite"),
     ],

@@ -167,3 +167,22 @@ def test_words_that_were_seen_in_no_order_are_told_whether_or_not_a_text_was_rec
         assert "34 distinct words were seen." in verdict["sentence"]
         assert verdict["level"] == ("recovered" if recovered else "nothing")
     assert "words were seen" not in judged(scored((True,)))["sentence"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "level"),
+    [
+        ((scored((False,), flags=(flag("information_absent", "info"),)),), "partial"),
+        ((row(ran=False, residual=None),), "partial"),
+        ((scored((True,)),), "recovered"),
+        ((scored((True,), flags=(flag("replay", "error"),)),), "void"),
+    ],
+)
+def test_what_is_told_with_no_attack_is_said_and_nothing_is_called_safe_beside(
+    rows: tuple[Result, ...], level: str
+) -> None:
+    told = tuple(one | {"flags": [*one["flags"], flag("embeddings", "warning")]} for one in rows)
+    found = verdict(told, PICTURES)
+    assert (found["level"], found["sentence"].count("About embeddings.")) == (level, 1)
+    silent = tuple(one | {"flags": [*one["flags"], flag("embeddings", "info")]} for one in rows)
+    assert verdict(silent, PICTURES) == verdict(rows, PICTURES)

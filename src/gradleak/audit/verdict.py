@@ -18,6 +18,7 @@ SERIOUS: tuple[Level, ...] = (
     "unscored",
     "absent",
 )  # the worst of several is told
+TOLD = "embeddings"  # a flag that says, as a warning, what a release tells of the private data with no attack at all
 NO_SECRET = "without the secret, nothing was scored"
 INFORMATION = {
     "information_partial": " The release holds part of the information; no attack found it.",
@@ -27,6 +28,17 @@ INFORMATION = {
 
 
 def verdict(results: Sequence[Result], metrics: Mapping[str, Any], untried: Sequence[str] = ()) -> Verdict:
+    """`of_attacks`, and what the release tells with no attack at all: where it does, nothing is called safe."""
+    judged = of_attacks(results, metrics, untried)
+    flags = [flag for row in results for flag in row["flags"]]
+    told = dict.fromkeys(flag["sentence"] for flag in flags if flag["name"] == TOLD and flag["level"] == "warning")
+    if not told:
+        return judged
+    level = judged["level"] if judged["level"] in ("recovered", "void", "partial") else "partial"
+    return {"level": level, "sentence": " ".join((*told, judged["sentence"]))}
+
+
+def of_attacks(results: Sequence[Result], metrics: Mapping[str, Any], untried: Sequence[str] = ()) -> Verdict:
     """One sentence over all attacks on one observation.
 
     metrics: how each is written, `record["metrics"]`; the first is the one that leads are measured by. untried: attacks that

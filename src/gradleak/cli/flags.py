@@ -30,20 +30,20 @@ class Observed(Common):
 
     observation: Positional[Path | None] = None
     """observation.safetensors of `gradleak capture`; a file of yours, as safetensors, .npz, .npy or parquet ({name: gradient} with
-    --weights, a change of weights with --lr too, a trained model's weights without both); or the folder of a LoRA adapter as PEFT
-    saves it. Left out with --after."""
+    --weights, a change of weights with --lr too, a trained model's weights without both); or a LoRA adapter: the folder that PEFT
+    saves, a Trainer's checkpoint, a file of kohya or diffusers. Left out with --after."""
     before: Path | None = None
     """The parameters before training, the same as --weights."""
     after: Path | None = None
     """The parameters after training, in place of a file with their change: needs --before and --lr."""
     base: str | None = None
-    """For the folder of an adapter: its base model, as a folder of `save_pretrained` or `gradleak capture adapter`, or a
-    name on the Hugging Face hub."""
+    """For an adapter: its base model, as a folder of `save_pretrained` or `gradleak capture adapter`, or a name on the Hugging Face
+    hub; unless this is given, the one that its config names."""
     lr: float | None = None
-    """For an adapter or a change of weights: the learning rate; of an adapter without it one step is assumed, and directions are
-    compared."""
+    """For an adapter or a change of weights: the learning rate; of an adapter without it what a checkpoint tells counts, else one step is
+    assumed, and directions are compared."""
     steps: int | None = None
-    """For an adapter or a change of weights: optimiser steps; 1 unless this is given."""
+    """For an adapter or a change of weights: optimiser steps; unless this is given, what a checkpoint tells, else 1."""
     optimizer: Optimizer | None = None
     """For an adapter or a change of weights: sgd (the default), momentum, adam or adamw."""
     weight_decay: float | None = None
@@ -55,14 +55,15 @@ class Observed(Common):
     clip: float | None = None
     """For a change of weights: norm to which the gradient of each step was cut; not cut unless this is given."""
     initial: Path | None = None
-    """For the folder of an adapter: the folder of the adapter before training, where its start is not zero."""
+    """For an adapter: the folder of the adapter before training, where its start is not zero."""
     model: str | None = None
     """package.module:factory, when the architecture is none of ours; for plain files also a name of `gradleak list`, or the
     folder of a language model."""
     weights: Path | None = None
     """The parameters it was taken at: checked against the provenance; needed for plain files of gradients."""
     task: Task | None = None
-    """Where the model is a language model: what it was trained for, classification (the default), causal-lm or masked-lm."""
+    """Where the model is a language model: what it was trained for, classification (the default, where an adapter's config says nothing
+    else), causal-lm or masked-lm."""
     mode: Literal["eval", "train"] | None = None
     """The mode it was taken in: checked against the provenance; eval if nothing says so."""
     input_shape: tuple[int, int, int] | None = None

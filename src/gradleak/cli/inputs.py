@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ import torch
 from gradleak.attacks.unmixing.span import with_samples_counted
 from gradleak.cli import flags
 from gradleak.errors import BadInput, shortened
-from gradleak.formats.model_folder import read_model
+from gradleak.formats.adapter_files import is_adapter_file, located_adapter
+from gradleak.formats.model_folder import located
 from gradleak.formats.observation_file import check_provenance, has_provenance, load_observation
 from gradleak.formats.own_arrays import kind_of
-from gradleak.formats.peft import is_adapter, read_adapter
+from gradleak.formats.peft import base_of, read_adapter_and_base
 from gradleak.formats.plain_file import (
     has_folder,
     known_language_model,
@@ -23,6 +24,7 @@ from gradleak.formats.plain_file import (
     read_release,
     read_weights,
 )
+from gradleak.formats.trainer_state import Trainer, read_trainer
 from gradleak.modalities.losses import LOSSES
 from gradleak.observations.observation import Observation
 from gradleak.observations.training import Recipe
@@ -37,7 +39,7 @@ EVERY = (*dict.fromkeys((*OF_ADAPTERS, *OF_UPDATES, *OF_FILES, *OF_PLAIN_FILES))
 
 
 def observed(args: flags.Observed) -> Observation[Any]:
-    """The observation of a file, with provenance checked, of an adapter's folder, or of a plain file of tensors.
+    """The observation of a file, with provenance checked, of an adapter's folder or file, or of a plain file of tensors.
 
     A plain file is a gradient at --weights, or of the language model in the folder --model; with --lr, a change of weights, as is
     what lies between --before and --after; where neither weights nor --lr are given, it holds the weights of a trained network.
@@ -48,8 +50,8 @@ def observed(args: flags.Observed) -> Observation[Any]:
         raise BadInput(
             "Give one file or folder that was shared; or the weights --before and --after training, without it."
         )
-    if path is not None and path.is_dir():
-        refuse_others(args, "the folder of an adapter", (*OF_ADAPTERS, "model", "task", "batch_size"))
+    if path is not None and is_of_adapter(path):
+        refuse_others(args, "an adapter", (*OF_ADAPTERS, "model", "task", "batch_size"))
         return observed_adapter(args, path)
     if path is not None and kind_of(path) == "safetensors" and has_provenance(path):
         refuse_others(args, "a file that says itself how it was taken", ("weights", "mode", "model"))
@@ -94,8 +96,8 @@ def observed_plain(args: flags.Observed, path: Path | None) -> Observation[Any]:
             return read_weights(model, batch)
     assert shared is not None  # as above
     if args.after is not None:
-        return read_change(shared, model, recipe_of(args), batch)
-    return read_release(shared, model, recipe_of(args) if update else None, batch)
+        return read_change(shared, model, trained_by(args), batch)
+    return read_release(shared, model, trained_by(args) if update else None, batch)
 
 
 def loss_of(args: flags.Observed) -> Any:
@@ -108,7 +110,7 @@ def loss_of(args: flags.Observed) -> Any:
     return kind(**settings)
 
 
-def recipe_of(args: flags.Observed) -> Recipe:
+def trained_by(args: flags.Observed) -> Recipe:
     """The training that the flags say."""
     return Recipe(
         optimizer=args.optimizer or "sgd",
@@ -121,22 +123,43 @@ def recipe_of(args: flags.Observed) -> Recipe:
     )
 
 
-def observed_adapter(args: flags.Observed, folder: Path) -> Observation[Any]:
-    """The adapter in a PEFT folder, on its base model."""
-    if not is_adapter(folder):
-        raise BadInput(f"{folder} is no folder of a LoRA adapter: it has no adapter_config.json.")
-    if args.base is None:
-        raise BadInput(f"{folder} holds an adapter: say with --base which model it belongs to.")
-    model = read_model(args.base, factory=args.model, task=args.task)
-    recipe = None
+def is_of_adapter(path: Path) -> bool:
+    """Whether this is a folder, which can only be that of an adapter, or a file with LoRA factors in it."""
+    return path.is_dir() or (not has_provenance(path) and is_adapter_file(path))
+
+
+def observed_adapter(args: flags.Observed, given: Path) -> Observation[Any]:
+    """The adapter in a folder or file, on its base model; with the recipe of the flags, else what a checkpoint tells of it."""
+    path = located_adapter(given)
+    told = read_trainer(path)
+    adapter = read_adapter_and_base(
+        path,
+        args.base,
+        factory=args.model,
+        task=args.task,
+        recipe=recipe_of(args, told),
+        batch_size=args.batch_size or (None if told is not None and told.several else 1),
+        initial=args.initial,
+    )
+    used = args.lr is None and told is not None and told.rate is not None
+    remarks = () if told is None else told.remarks(path, used=used, optimizer=args.optimizer)
+    adapter = replace(adapter, release=replace(adapter.release, remarks=(*adapter.adapter.remarks, *remarks)))
+    return adapter if args.batch_size else with_samples_counted(adapter)
+
+
+def recipe_of(args: flags.Observed, told: Trainer | None) -> Recipe | None:
+    """How an adapter was trained: as flags say; where they do not, as its checkpoint says, by AdamW without decay, the Trainer's default."""
     if args.lr is not None:
-        recipe = recipe_of(args)
-    elif args.steps is not None or args.optimizer is not None or args.weight_decay is not None:
+        steps = args.steps or (1 if told is None else told.global_step)
+        return replace(trained_by(args), steps=steps)
+    if told is not None and told.rate is not None:
+        steps, size = args.steps or told.global_step, None if told.per_epoch == 1 else told.train_batch_size
+        return Recipe(optimizer=args.optimizer or "adam", learning_rate=told.rate, steps=steps, batch_size=size)
+    if args.steps is not None or args.optimizer is not None or args.weight_decay is not None:
         raise BadInput(
             "--steps, --optimizer and --weight-decay say how the adapter was trained, which needs its --lr too."
         )
-    adapter = read_adapter(folder, model, recipe=recipe, batch_size=args.batch_size or 1, initial=args.initial)
-    return adapter if args.batch_size else with_samples_counted(adapter)
+    return None
 
 
 def seed_range(text: str | None) -> range | None:
@@ -161,7 +184,10 @@ def observed_files(args: flags.Observed) -> list[Path]:
     adapter before training."""
     given = (args.observation, args.after, args.before, args.weights)
     beside = [Path(path).expanduser() for path in (*given, args.base, args.initial, args.model) if path is not None]
-    folders = [path for path in beside if path.is_dir()]
+    if args.observation is not None and is_of_adapter(args.observation):
+        seen = located_adapter(args.observation)
+        beside += [seen, located(base_of(seen, args.base))]
+    folders = list(dict.fromkeys(path for path in beside if path.is_dir()))
     files = [path for path in given if path is not None and not path.is_dir()]
     for folder in folders:
         files += sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))

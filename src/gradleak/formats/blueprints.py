@@ -153,9 +153,11 @@ def build_texts(
 def working_tokenizer(settings: Any, make: Callable[[], Any], config: Any, where: str) -> Any:
     """What `make` returns; BadInput where it is no fast tokenizer, cannot read a text, or has tokens that the model has not.
 
-    settings: its tokenizer.json, of which nothing is made before its numbers are known to be small.
+    settings: its tokenizer.json, of which nothing is made before its numbers are known to be small; None where there is none, and
+    a list of words is read.
     """
-    checked(settings, TokenizerFile, f"{where} holds no tokenizer that can be read")
+    if settings is not None:
+        checked(settings, TokenizerFile, f"{where} holds no tokenizer that can be read")
     try:
         with quiet_transformers():
             tokenizer = make()

@@ -3,7 +3,9 @@ transformers library, of pictures or of texts.
 
 A folder of ours holds model.safetensors and gradleak.json, which names the `Architecture`. A folder of transformers holds
 config.json and model.safetensors; of pictures preprocessor_config.json, whose mean and standard deviation become our first
-layer; of texts tokenizer.json. Only safetensors are read, and no folder can make us import code.
+layer; of texts a tokenizer (`language_folder`). Only safetensors are read, and no folder can make us import code.
+
+An adapter may bring what the base lacks: a head with its number of classes, rows of added tokens. The model is then built for them.
 """
 
 import json
@@ -18,23 +20,31 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gradleak.errors import BadInput, checked, read_json, shortened
-from gradleak.formats.blueprints import PictureBlueprint, check_state, outline, working_tokenizer
+from gradleak.formats.blueprints import PictureBlueprint, check_state, outline
+from gradleak.formats.language_folder import (
+    PATTERNS,
+    check_readable,
+    fitting,
+    is_text_folder,
+    read_language_with,
+)
+from gradleak.formats.language_folder import is_language_model as is_language_model
+from gradleak.formats.language_folder import read_language_model as read_language_model
 from gradleak.formats.observation_file import load_state, load_tensors
-from gradleak.modalities.language_models import LanguageArchitecture, Task, build
+from gradleak.modalities.language_models import LanguageArchitecture, Task
 from gradleak.modalities.networks import MODELS, Architecture, ImageTransformer
 from gradleak.modalities.transformers_networks import (
     BROKEN,
     one_line,
     quiet_transformers,
-    read_config,
     refusing,
     structure,
 )
-from gradleak.observations.model import LanguageModel, Model
+from gradleak.observations.model import Model
 from gradleak.observations.tensors import Tensors
 
 SCHEMA = "gradleak/base/1"
-MOST_FRESH = 2**28  # numbers of a head that is not in the weights
+SECONDS = 2  # that the hub has to answer
 
 
 class Base(msgspec.Struct, frozen=True):
@@ -44,29 +54,45 @@ class Base(msgspec.Struct, frozen=True):
     architecture: PictureBlueprint
 
 
-def is_language_model(folder: Path) -> bool:
-    """Whether this is the folder of a transformers model with a tokenizer."""
-    return (folder / "config.json").is_file() and (folder / "tokenizer.json").is_file()
-
-
 def read_model(base: str | Path, *, factory: str | None = None, task: Task | None = None) -> Model[Any]:
     """The model in a folder or, by its name, on the Hugging Face hub, in eval mode.
 
     task: of a language model, classification if none is given. Raises BadInput for that of another model, and as `read_base` and
     `read_language_model`.
     """
+    return read_with(base, {}, factory=factory, task=task)[0]
+
+
+def read_with(
+    base: str | Path,
+    brought: Tensors,
+    *,
+    factory: str | None = None,
+    task: Task | None = None,
+    usual: Task = "classification",
+    beside: Path | None = None,
+) -> tuple[Model[Any], tuple[str, ...]]:
+    """The model in a folder or on the hub, and the parameters that it has from `brought`, by an adapter's names, because the base has none
+    of that shape. usual: the task of a language model where none is given. beside: the adapter's folder, whose tokenizer is used where
+    the base has none, or fewer tokens."""
     folder = located(base)
-    if is_language_model(folder):
-        return read_language_model(folder, task or "classification")
+    check_readable(folder)
+    if is_language_model(folder) or (beside is not None and is_text_folder(folder, beside)):
+        return read_language_with(folder, task or usual, brought, beside=beside)
     if task is not None:
         raise BadInput(f"{base} holds no language model, and a task (--task) says nothing about another: leave it out.")
-    return Model.of(*read_base(folder, factory=factory))
+    module, architecture, names = read_base_with(folder, brought, factory=factory)
+    return Model.of(module, architecture), names
 
 
 def located(base: str | Path) -> Path:
     """The folder, or that of a hub name's local copy."""
     folder = Path(os.path.expanduser(base))
-    return folder if folder.is_dir() else _download(str(base))
+    try:
+        here = folder.is_dir()
+    except OSError:  # a name that is too long
+        here = False
+    return folder if here else _download(str(base))
 
 
 def write_base(model: Model[Any], folder: Path) -> None:
@@ -108,82 +134,39 @@ def read_base(base: str | Path, *, factory: str | None = None) -> tuple[nn.Modul
     architecture of a transformers model is "vit" where it is ours, else its folder, from which `Architecture.build`
     makes the structure again. Raises BadInput for what is no model folder, is damaged or lacks weights.
     """
-    folder = located(base)
+    module, architecture, _ = read_base_with(located(base), {}, factory=factory)
+    return module, architecture
+
+
+def read_base_with(
+    folder: Path, brought: Tensors, *, factory: str | None = None
+) -> tuple[nn.Module, Architecture, tuple[str, ...]]:
+    """`read_base`, with what the folder lacks from `brought`, and the names of that."""
     if (folder / "config.json").is_file():
-        module, architecture = _read_transformers(folder)
+        module, architecture, names = _read_transformers(folder, brought)
     elif (folder / "gradleak.json").is_file():
-        module, architecture = _read_ours(folder, factory)
+        module, architecture, names = _read_ours(folder, factory, brought)
     else:
         raise BadInput(
-            f"{base} is no folder of a base model: it has neither config.json (transformers) nor gradleak.json (ours)."
+            f"{folder} is no folder of a base model: it has neither config.json (transformers) nor gradleak.json (ours)."
         )
     for name, tensor in module.state_dict().items():
         if not bool(tensor.isfinite().all()):
-            raise BadInput(f"The base model {base} has entries in {name} that are NaN or infinite.")
+            raise BadInput(f"The base model {folder} has entries in {name} that are NaN or infinite.")
     module.eval()
     try:
         with torch.no_grad():
             logits = module(torch.zeros(1, *architecture.input_shape))
     except BROKEN as error:
-        raise BadInput(f"The base model {base} fails on a picture: {one_line(error)}.") from error
+        raise BadInput(f"The base model {folder} fails on a picture: {one_line(error)}.") from error
     if not bool(logits.isfinite().all()):
-        raise BadInput(f"The base model {base} gives logits that are NaN or infinite.")
+        raise BadInput(f"The base model {folder} gives logits that are NaN or infinite.")
     if logits.shape != (1, architecture.classes):
-        raise BadInput(f"The base model {base} gives {tuple(logits.shape)}, not (1, {architecture.classes}) logits.")
-    return module, architecture
+        raise BadInput(f"The base model {folder} gives {tuple(logits.shape)}, not (1, {architecture.classes}) logits.")
+    return module, architecture, names
 
 
-def read_language_model(folder: Path, task: Task, *, classes: int = 2, seed: int = 0) -> LanguageModel:
-    """The model of a folder with a head for the task; a head that the folder lacks is initialised from the seed.
-
-    Raises BadInput where there is no such folder, transformers cannot build it, weights are pickles or do not fit, or the
-    tokenizer belongs to another model.
-    """
-    from transformers import AutoTokenizer
-
-    if not is_language_model(folder):
-        raise BadInput(f"{folder} holds no language model: it needs config.json, model.safetensors and tokenizer.json.")
-    config = read_config(folder, f"{folder} holds no language model that transformers can read")
-    tokenizer = working_tokenizer(
-        read_json(folder / "tokenizer.json"),
-        lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True),
-        config,
-        str(folder),
-    )
-    if task == "classification" and str(config.architectures).rstrip("']").endswith("ForSequenceClassification"):
-        classes = config.num_labels
-    with torch.device("meta"):
-        shapes = build(config, task, classes=classes, tokenizer=tokenizer, seed=seed)[0]
-    state = _own(load_tensors(folder / "model.safetensors"), shapes, folder)
-    module, config = build(config, task, classes=classes, tokenizer=tokenizer, seed=seed)
-    module.load_state_dict(state, strict=False)
-    model = Model.of(module, LanguageArchitecture(str(folder), config, task, tokenizer))
-    model.check_works()
-    return model
-
-
-def _own(stored: Tensors, module: Any, folder: Path) -> Tensors:
-    """{name in the module: stored tensor}, of those that it has; BadInput where one does not fit, or the body lacks one."""
-    expected, base, state = module.state_dict(), f"{module.base_model_prefix}.", {}
-    for name, tensor in stored.items():
-        plain = name.replace(".gamma", ".weight").replace(".beta", ".bias")
-        key = plain if plain in expected else base + plain
-        if key in expected:
-            if expected[key].shape != tensor.shape or not tensor.is_floating_point():
-                shapes = f"{tuple(tensor.shape)} in the weights and {tuple(expected[key].shape)} in the model"
-                raise BadInput(f"Tensor {name} of {folder} is {shapes}: they do not belong together.")
-            state[key] = tensor.to(expected[key].dtype)
-    missing = [name for name, _ in module.named_parameters() if name.startswith(base) and name not in state]
-    # A pooler is a head in all but name: encoders that were not trained with one come without it.
-    missing = [name for name in missing if ".pooler." not in name]
-    if missing:
-        raise BadInput(f"The weights of {folder} lack {missing[0]}: they belong to another architecture.")
-    if sum(tensor.numel() for name, tensor in expected.items() if name not in state) > MOST_FRESH:
-        raise BadInput(f"The weights of {folder} are far fewer than config.json says: they do not belong together.")
-    return state
-
-
-def _read_ours(folder: Path, factory: str | None) -> tuple[nn.Module, Architecture]:
+def _read_ours(folder: Path, factory: str | None, brought: Tensors) -> tuple[nn.Module, Architecture, tuple[str, ...]]:
     path = folder / "gradleak.json"
     about = checked(read_json(path), Base, f"{path} does not describe a base model")
     if about.schema != SCHEMA:
@@ -197,14 +180,18 @@ def _read_ours(folder: Path, factory: str | None) -> tuple[nn.Module, Architectu
             f"{path} names the model {shortened(architecture.name)!r}, which is none of ours: give your factory."
         )
     state = load_tensors(folder / "model.safetensors")
+    parts, classes = fitting(brought, state, architecture.classes)
+    own = {name: tensor for name, tensor in state.items() if name not in parts or tensor.shape == parts[name].shape}
+    names = tuple(name for name in parts if name not in own)
+    state, architecture = {**parts, **own}, replace(architecture, classes=classes)
     if factory is None:
         check_state(outline(architecture), state)
     module = replace(architecture, name=architecture.name if factory is None else factory).build(seed=0)
     load_state(module, state)
-    return module, architecture
+    return module, architecture, names
 
 
-def _read_transformers(folder: Path) -> tuple[nn.Module, Architecture]:
+def _read_transformers(folder: Path, brought: Tensors) -> tuple[nn.Module, Architecture, tuple[str, ...]]:
     from transformers import AutoModelForImageClassification
 
     module, architecture = structure(folder)
@@ -216,6 +203,10 @@ def _read_transformers(folder: Path) -> tuple[nn.Module, Architecture]:
         )
     for file in files:
         load_tensors(file)  # BadInput for what transformers would take as it is: NaN, 1e38, a damaged file
+    _, classes = fitting(brought, module.network.state_dict(), architecture.classes)
+    if classes != architecture.classes:
+        module, architecture = structure(folder, classes)
+    parts, _ = fitting(brought, module.network.state_dict(), classes)
     with refusing(f"The weights in {folder} cannot be loaded"):
         module.network, info = AutoModelForImageClassification.from_pretrained(
             folder,
@@ -224,29 +215,41 @@ def _read_transformers(folder: Path) -> tuple[nn.Module, Architecture]:
             trust_remote_code=False,
             attn_implementation="eager",
             dtype=torch.float32,
+            num_labels=classes,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are told below, and better
         )
-    if misfits := sorted(info["mismatched_keys"]):
+    if misfits := sorted(m for m in info["mismatched_keys"] if m[0] not in parts):
         name, found, needed = misfits[0]
         raise BadInput(
             f"The weights in {folder} do not fit config.json: {name} is {tuple(found)}, not {tuple(needed)}."
         )
-    if missing := sorted(info["missing_keys"]):
+    if missing := sorted(name for name in info["missing_keys"] if name not in parts):
         raise BadInput(
             f"The weights in {folder} lack {missing[0]}: it would be random, and no adapter was trained on that."
         )
-    return module, architecture
+    lacking = {*info["missing_keys"], *(m[0] for m in info["mismatched_keys"])}
+    taken = {name: tensor.float() for name, tensor in parts.items() if name in lacking}
+    module.network.load_state_dict(taken, strict=False)
+    return module, architecture, tuple(f"network.{name}" for name in taken)
 
 
 def _download(name: str) -> Path:
+    """The local copy of a model of the hub, where there is one with weights; else it is fetched."""
     from huggingface_hub import snapshot_download
 
-    try:
-        with quiet_transformers():
-            return Path(snapshot_download(name, allow_patterns=["*config.json", "model*.safetensors*"]))
-    except (OSError, ValueError) as error:
-        raise BadInput(
-            f"{name!r} is no folder here, and it cannot be had from the Hugging Face hub: {one_line(error)}. "
-            "Give the folder of the base model."
-        ) from error
+    wanted = [*PATTERNS, "model*.safetensors*"]
+    with quiet_transformers():
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
+            if any(folder.glob("model*.safetensors")):
+                return folder
+        except (OSError, ValueError):
+            pass  # not here yet
+        try:
+            return Path(snapshot_download(name, allow_patterns=wanted, etag_timeout=SECONDS))
+        except (OSError, ValueError) as error:
+            raise BadInput(
+                f"{name!r} is no folder here, and it cannot be had from the Hugging Face hub: {one_line(error)}. "
+                "Give the folder of the base model."
+            ) from error

@@ -1,85 +1,52 @@
-"""Adapters as the PEFT library saves them: adapter_config.json and adapter_model.safetensors in a folder.
+"""Adapters as releases: what lies in their files (`adapter_files`), fitted to the base model that they belong to.
 
 What is in the folder is where training ended. What it gives away is the change since it began, so the start has to be
 known: PEFT's default, "gaussian" and "eva" begin with B = 0, "mica" with A = 0; "pissa", "olora", "corda" and "lora_ga"
 begin with neither, and subtract the product of their start from the base model's weights, which give that of the first two.
+
+
+What was trained beside the factors (heads, biases, embeddings) began as the base model has it, or is known only as it ended.
 """
 
-import re
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import replace
-from math import sqrt
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import msgspec
 import torch
-from msgspec import Meta
 from torch import Tensor
 
-from gradleak.errors import BadInput, checked, read_json, shortened
-from gradleak.formats.observation_file import load_tensors
-from gradleak.observations import tensor_file
-from gradleak.observations.layers import is_adaptable, is_transposed, oriented
+from gradleak.errors import BadInput, shortened
+from gradleak.formats.adapter_files import (
+    AdapterFiles,
+    Config,
+    located_adapter,
+    read_config,
+    read_files,
+)
+from gradleak.formats.adapter_files import is_adapter as is_adapter
+from gradleak.formats.adapter_fitting import Fitted
+from gradleak.formats.model_folder import read_with
+from gradleak.formats.trained_beside import listed, trained_beside
+from gradleak.modalities.language_models import Task
+from gradleak.modalities.networks import Architecture
+from gradleak.observations.layers import oriented
 from gradleak.observations.model import Model
 from gradleak.observations.observation import Observation
-from gradleak.observations.releases import Adapter, Origin, decay, product
+from gradleak.observations.releases import Adapter, Origin, Reservation, decay, product
 from gradleak.observations.starts import FROM_WEIGHTS, computed, converted, why_unknown
 from gradleak.observations.tensors import Tensors
 from gradleak.observations.training import Recipe
 
 Start = Literal["B=0", "A=0"]
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 STARTS: dict[str, Start] = {"True": "B=0", "gaussian": "B=0", "eva": "B=0", "mica": "A=0"}  # by init_lora_weights
 SUBTRACTED = ("pissa", "olora", "corda", "lora_ga")  # W + s B A is the base model's weight at the start
-
-# The ways in which a factor is called. PEFT: X.lora_A.weight, with an adapter's name after it in some versions.
-# diffusers: the same, or X.lora.down.weight, or processor.X_lora.down.weight; others: X.lora_down.weight.
-FACTOR = (
-    re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(\.\w+)?\.weight"),
-    re.compile(r"(?P<module>.+)[._]lora[._](?P<factor>down|up)\.weight"),
-)
-SIDE = {"A": "lora_A", "down": "lora_A", "B": "lora_B", "up": "lora_B"}
-PREFIXES = ("base_model.model.", "unet.", "transformer.", "text_encoder.")
-# transformers 5 has shorter names for the parts of its vision transformers than those that trained adapters carry.
-RENAMED = (
-    (r"encoder\.layer\.(\d+)\.", r"layers.\1."),
-    (r"attention\.attention\.(q|k|v)(uery|ey|alue)$", r"attention.\1_proj"),
-    (r"attention\.output\.dense$", "attention.o_proj"),
-    (r"intermediate\.dense$", "mlp.fc1"),
-    (r"output\.dense$", "mlp.fc2"),
-)
-UNUSUAL = ("use_dora", "use_qalora", "layer_replication", "alora_invocation_tokens", "loftq_config")
-
-
-Rank = Annotated[int, Meta(le=1_000_000)]
-Alpha = Annotated[float, Meta(ge=-1e6, le=1e6)]
-
-
-class Config(msgspec.Struct, frozen=True):
-    """What matters in adapter_config.json."""
-
-    peft_type: str
-    r: Rank
-    lora_alpha: Alpha
-    init_lora_weights: bool | str = True
-    use_rslora: bool = False
-    fan_in_fan_out: bool | None = None
-    lora_dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0
-    rank_pattern: Mapping[str, Rank] | None = None
-    alpha_pattern: Mapping[str, Alpha] | None = None
-
-    @property
-    def init(self) -> str:
-        """init_lora_weights as a word: PEFT takes "OLoRA" and "Gaussian" too."""
-        return (
-            self.init_lora_weights.lower() if isinstance(self.init_lora_weights, str) else str(self.init_lora_weights)
-        )
+TASKS: dict[str, Task] = {"SEQ_CLS": "classification", "CAUSAL_LM": "causal-lm"}  # by task_type
 
 
 def read_adapter(
-    folder: Path,
+    path: Path,
     model: Model[Any],
     *,
     recipe: Recipe | None = None,
@@ -87,108 +54,156 @@ def read_adapter(
     labels: Tensor | None = None,
     start: Start | None = None,
     initial: Path | None = None,
+    brought: Collection[str] = (),
 ) -> Observation[Any]:
-    """The adapter in a PEFT folder, as an observation of the base model that it was trained on.
+    """The adapter in a folder of PEFT or a single file, as an observation of the base model that it was trained on.
 
     start    which factor began at zero; None: what the config says. The other factor is taken to have begun where it
              ended (less AdamW's decay), which is exact for one step
     initial  folder of the adapter before training: the changes of both factors are then known exactly
+    brought  parameters that the model has from this adapter, because the base lacks them (see `read_adapter_and_base`)
 
-    Weights that were trained as a whole beside the adapter (modules_to_save, biases) play no part in one step; with
-    more steps, `simulate` would hold them fixed, so they are refused. Dropout is not simulated, and told. Raises BadInput for
-    what is no LoRA folder, is damaged, contradicts its config, does not fit the model or has learnt nothing.
+    What was trained as a whole beside the factors is trained along by `simulate`, from where the model has it; what is not
+    simulated, or not known, is told. Raises BadInput for what is no LoRA adapter, is damaged, contradicts its config, does not fit the
+    model or has learnt nothing.
     """
-    factors, scaling, config, precision = read_factors(folder, model, recipe)
-    origin: Origin = "unknown"
-    init = config.init
-    if initial is not None:
-        before, unscaled, _, _ = read_factors(initial, model, None)
-        if {k: v.shape for k, v in before.items()} != {k: v.shape for k, v in factors.items()} or unscaled != scaling:
-            raise BadInput(f"The initial adapter {initial} has other modules, ranks or scalings than {folder}.")
-        origin, subtracted = "given", init.startswith(SUBTRACTED)
-    elif init in FROM_WEIGHTS and start is None:
-        try:
-            before = computed(init, model, factors, scaling)
-        except BadInput as error:
-            raise BadInput(
-                f"The config in {folder} contradicts {error}; give the adapter before training, or the base it began with."
-            ) from error
-        origin, subtracted = "recovered", True
-    elif init == "True" and start is None and (both := converted(model, factors, scaling)):
-        factors, before = both
-        origin, subtracted = "given", True
-    if origin != "unknown":
-        changed = {name: factors[name] - before[name] for name in factors}
-        model = _subtracted(model, before, scaling) if subtracted else model
+    files = read_files(located_adapter(path))
+    first = None if initial is None else read_files(located_adapter(initial))
+    return adapter_of(
+        files, first, model, recipe=recipe, batch_size=batch_size, labels=labels, start=start, brought=brought
+    )
+
+
+def adapter_of(
+    files: AdapterFiles,
+    first: AdapterFiles | None,
+    model: Model[Any],
+    *,
+    recipe: Recipe | None,
+    batch_size: int | None,
+    labels: Tensor | None = None,
+    start: Start | None = None,
+    brought: Collection[str] = (),
+) -> Observation[Any]:
+    """`read_adapter` of files that were read: those after training, and those before it where they are there."""
+    path, fitted = files.path, Fitted.of(files, model)
+    factors, before, origin = known_start(files, first, fitted, model, start)
+    beside = trained_beside(files, model, fitted.config, first=first, brought=brought if first is None else ())
+    init = fitted.config.init
+    if before is not None:
+        changed = {name: tensor - before[name] for name, tensor in factors.items()}
+        if init.startswith(SUBTRACTED) or (first is None and origin == "given"):
+            model = _subtracted(model, before, fitted.scaling)
     else:
-        zero = "lora_B" if zero_at_start(config, folder, start) == "B=0" else "lora_A"
+        zero = "lora_B" if zero_at_start(fitted.config, path, start) == "B=0" else "lora_A"
         left = decay(recipe)
         before = {k: torch.zeros_like(v) if k.endswith(zero) else v / left for k, v in factors.items()}
         changed = {k: v for k, v in factors.items() if k.endswith(zero)}
     if not any(bool(change.any()) for change in changed.values()):
-        raise BadInput(f"The adapter in {folder} has learnt nothing: no factor has left its start.")
+        raise BadInput(f"The adapter in {path} has learnt nothing: no factor has left its start.")
     release = Adapter(
-        start=before, scaling=scaling, recipe=recipe, dropout=config.lora_dropout, origin=origin, init=shortened(init)
+        start=before,
+        scaling=fitted.scaling,
+        recipe=recipe,
+        dropout=fitted.config.lora_dropout,
+        origin=origin,
+        init=shortened(init),
+        beside=beside.trained,
+        held=(*fitted.unread, *beside.held),
+        known_at_end=beside.known_at_end,
+        remarks=(*unread_remarks(fitted), *beside.remarks),
     )
     return Observation(
-        model=model, release=release, released=changed, batch_size=batch_size, labels=labels, precision=precision
+        model=replace(model, parameters={**model.parameters, **beside.start}),
+        release=release,
+        released=changed,
+        batch_size=batch_size,
+        labels=labels,
+        precision=files.precision,
     )
 
 
-def is_adapter(path: Path) -> bool:
-    """Whether this is a folder with an adapter_config.json."""
-    return (path / CONFIG).is_file()
+def known_start(
+    files: AdapterFiles, first: AdapterFiles | None, fitted: Fitted, model: Model[Any], start: Start | None
+) -> tuple[Tensors, Tensors | None, Origin]:
+    """(factors at the end, factors at the start or None, how these are known): from the adapter before training, from the base model's
+    weights, or from factors that hold both."""
+    factors, scaling, init = fitted.factors, fitted.scaling, fitted.config.init
+    if first is not None:
+        began = Fitted.of(first, model)
+        shapes = [{k: v.shape for k, v in each.items()} for each in (began.factors, factors)]
+        if shapes[0] != shapes[1] or began.scaling != scaling:
+            raise BadInput(f"The initial adapter {first.path} has other modules, ranks or scalings than {files.path}.")
+        return factors, began.factors, "given"
+    if init in FROM_WEIGHTS and start is None:
+        try:
+            return factors, computed(init, model, factors, scaling), "recovered"
+        except BadInput as error:
+            raise BadInput(
+                f"The config in {files.path} contradicts {error}; give the adapter before training, or the base it began with."
+            ) from error
+    if init == "True" and start is None and (both := converted(model, factors, scaling)):
+        return *both, "given"
+    return factors, None, "unknown"
 
 
-def read_factors(
-    folder: Path, model: Model[Any], recipe: Recipe | None
-) -> tuple[Tensors, dict[str, float], Config, str]:
-    """{module.lora_A and module.lora_B}, {module: s}, the config and the number format of an adapter."""
-    config = _config(folder)
-    if not (folder / WEIGHTS).is_file() and (folder / PICKLE).is_file():
-        raise BadInput(
-            f"{folder / PICKLE} is a pickle: it could run code, so it is not opened. Save the adapter again with "
-            "PEFT's save_pretrained(..., safe_serialization=True)."
-        )
-    tensors = load_tensors(folder / WEIGHTS)
-    tensor_file.floating(tensors, folder / WEIGHTS)
-    targets = [name for name, layer in model.module.named_modules() if is_adaptable(layer)]
-    if config.fan_in_fan_out and not any(is_transposed(layer) for layer in model.module.modules()):
-        raise BadInput(
-            f"The adapter in {folder} is of transposed layers (fan_in_fan_out is set), and the model has none."
-        )
-    factors: Tensors = {}
-    names: dict[str, str] = {}  # the base model's module -> what the adapter calls it
-    for key, tensor in tensors.items():
-        match_of_key = next((match for pattern in FACTOR if (match := pattern.fullmatch(key))), None)
-        if match_of_key is None:
-            _check_other(key, tensor, model, recipe, folder)
-            continue
-        module = _module(match_of_key["module"], targets, folder)
-        factor = f"{module}.{SIDE[match_of_key['factor']]}"
-        if factor in factors:
-            raise BadInput(f"The adapter in {folder} holds {factor} twice, once as {key}.")
-        factors[factor], names[module] = tensor.float(), match_of_key["module"]
-    if not factors:
-        raise BadInput(f"{folder / WEIGHTS} holds no LoRA factor of a linear or convolutional layer.")
-    scaling = {module: _checked_scaling(module, name, factors, config, model, folder) for module, name in names.items()}
-    narrowest = min((tensor.dtype for tensor in tensors.values()), key=lambda dtype: dtype.itemsize)
-    return factors, scaling, config, str(narrowest).removeprefix("torch.")
+def read_adapter_and_base(
+    path: Path,
+    base: str | Path | None,
+    *,
+    factory: str | None = None,
+    task: Task | None = None,
+    recipe: Recipe | None = None,
+    batch_size: int | None = None,
+    initial: Path | None = None,
+) -> Observation[Any]:
+    """`read_adapter` on a base model that is read for it: what the base lacks of what the adapter brings (a head with its number of classes,
+    a vocabulary with added tokens) is the adapter's.
+
+    base     a folder or a name on the hub; None: what the adapter's config names
+    factory  of your own architecture
+    task     of a language model; None: what the adapter's config says, else classification
+    """
+    files = read_files(located_adapter(path))
+    first = None if initial is None else read_files(located_adapter(initial))
+    kind = None if files.config is None else files.config.task_type
+    model, brought = read_with(
+        base_of(path, base),
+        (first or files).whole,
+        factory=factory,
+        task=task,
+        usual=TASKS.get(kind or "", "classification"),
+        beside=files.path if files.path.is_dir() else None,
+    )
+    adapter = adapter_of(files, first, model, recipe=recipe, batch_size=batch_size, brought=brought)
+    if kind is None or kind in TASKS or task is not None or isinstance(model.architecture, Architecture):
+        return adapter
+    sentence = (
+        f"The adapter was trained for {shortened(kind)[:40]}, and is read as one for classification: what depends on the loss, as residuals "
+        "do, is not right; spans and words are."
+    )
+    release = replace(adapter.adapter, remarks=(*adapter.adapter.remarks, ("task", "warning", sentence)))
+    return replace(adapter, release=release)
 
 
-def _config(folder: Path) -> Config:
-    if not folder.is_dir():
-        raise BadInput(f"There is no folder {folder}: give one that PEFT's save_pretrained has written.")
-    if not is_adapter(folder):
-        raise BadInput(f"{folder} is no PEFT folder: it has no {CONFIG}.")
-    config = read_json(folder / CONFIG)
-    if isinstance(config, dict) and config.get("peft_type") not in (None, "LORA"):
-        kind = shortened(str(config["peft_type"]))[:60]
-        raise BadInput(f"The adapter in {folder} is of the type {kind!r}: only LORA is read.")
-    known = checked(config, Config, f"{folder / CONFIG} is not the config of an adapter")
-    if unusual := [key for key in UNUSUAL if config.get(key)]:
-        raise BadInput(f"The adapter in {folder} is a variant of LoRA that is not read: {unusual[0]} is set.")
-    return known
+def base_of(path: Path, base: str | Path | None) -> str | Path:
+    """The base model that was given, or that the adapter's config names; BadInput where neither says it."""
+    if base is not None:
+        return base
+    config = read_config(located_adapter(path))
+    if config is None or not config.base_model_name_or_path:
+        raise BadInput(f"{path} holds an adapter: say with --base which model it belongs to.")
+    return config.base_model_name_or_path
+
+
+def unread_remarks(fitted: Fitted) -> tuple[Reservation, ...]:
+    """What a reader has to know of modules that are adapted, and not read."""
+    if not fitted.unread:
+        return ()
+    sentence = (
+        f"The adapter changes {listed(fitted.unread)} too, which is not read here: it may tell more than is found."
+    )
+    return (("not_read", "warning", sentence),)
 
 
 def zero_at_start(config: Config, folder: Path, asked: Start | None = None) -> Start:
@@ -206,83 +221,6 @@ def zero_at_start(config: Config, folder: Path, asked: Start | None = None) -> S
         f"The adapter in {folder} began at {shortened(init)[:60]!r}, where neither factor is zero{reason}: what it learnt is "
         "known only beside its start, so give the folder of the adapter as it was saved before training."
     )
-
-
-def _module(name: str, targets: list[str], folder: Path) -> str:
-    """The base model's module that the adapter calls `name`: of that name, or the only one whose name ends with it."""
-    plain = name.removeprefix(PREFIXES[0])
-    options = [plain, *(plain.removeprefix(p) for p in PREFIXES[1:] if plain.startswith(p))]
-    options = [option.replace(".processor.", ".") for option in options]
-    renamed = options[-1]
-    for old, new in RENAMED:
-        renamed = re.sub(old, new, renamed)
-    options += [renamed, f"{options[-1]}.0"]  # .0: older attention processors call the module to_out.0 to_out
-    for option in options:
-        ending = [target for target in targets if target == option or target.endswith(f".{option}")]
-        if option in targets or len(ending) == 1:
-            return option if option in targets else ending[0]
-        if ending:
-            raise BadInput(
-                f"The adapter's module {plain[:120]!r} could be {ending[0]} or {ending[1]} of the base model."
-            )
-    raise BadInput(
-        f"The adapter in {folder} changes {plain[:120]!r}, but the base model has no linear or convolutional layer of "
-        "that name: they do not belong together."
-    )
-
-
-def _checked_scaling(
-    module: str, name: str, factors: Tensors, config: Config, model: Model[Any], folder: Path
-) -> float:
-    """s of a module: alpha / r, or alpha / sqrt(r) for rslora; BadInput when its factors contradict config or model."""
-    weight = oriented(model, module, model.parameters[f"{module}.weight"])
-    rank = _by_pattern(name, config.rank_pattern, folder) or config.r
-    alpha = _by_pattern(name, config.alpha_pattern, folder)
-    alpha = config.lora_alpha if alpha is None else alpha
-    wanted = {
-        "lora_A": (int(rank), *weight.shape[1:]),
-        "lora_B": (weight.shape[0], int(rank), *(1 for _ in weight.shape[2:])),
-    }
-    for factor, shape in wanted.items():
-        tensor = factors.get(f"{module}.{factor}")
-        if tensor is None:
-            raise BadInput(f"The adapter in {folder} lacks {factor} of {module}.")
-        if tensor.shape != shape:
-            sizes = f"{tuple(tensor.shape)}, not {tuple(shape)} as the base model and rank {rank:g} in its config need"
-            raise BadInput(f"The adapter in {folder} does not fit: {factor} of {module} is {sizes}.")
-    if rank < 1 or alpha == 0:
-        raise BadInput(
-            f"The config in {folder} gives {module} the rank {rank:g} and alpha {alpha:g}: neither may be 0."
-        )
-    return float(alpha / sqrt(rank) if config.use_rslora else alpha / rank)
-
-
-def _by_pattern(name: str, patterns: Mapping[str, float] | None, folder: Path) -> float | None:
-    """The entry of rank_pattern or alpha_pattern for a module: keys are the end of its name, or with ^ all of it."""
-    name = name.removeprefix(PREFIXES[0])
-    for key, value in (patterns or {}).items():
-        plain = key.removeprefix("^").removesuffix("$").replace(r"\.", ".")
-        if not re.fullmatch(r"[\w.]+", plain):
-            raise BadInput(f"The config in {folder} has the pattern {key[:60]!r}: write out the names of the modules.")
-        if name == plain or (name.endswith(f".{plain}") and not key.startswith("^")):
-            return value
-    return None
-
-
-def _check_other(key: str, tensor: Tensor, model: Model[Any], recipe: Recipe | None, folder: Path) -> None:
-    """BadInput for a tensor that is neither a factor nor, in a single step, of no consequence."""
-    plain = key.removeprefix(PREFIXES[0])
-    whole = [name for name in model.parameters if name == plain or name.endswith(f".{plain}")]
-    bias = re.fullmatch(r".+\.lora_B(\.\w+)?\.bias", plain)
-    if not bias and not any(model.parameters[name].shape == tensor.shape for name in whole):
-        raise BadInput(
-            f"The adapter in {folder} holds {plain[:120]!r}, which is neither a LoRA factor nor of the base model."
-        )
-    if recipe is not None and recipe.steps > 1:
-        raise BadInput(
-            f"The adapter in {folder} was trained together with {plain[:120]!r} for {recipe.steps} steps: only a single "
-            "step can be told apart."
-        )
 
 
 def _subtracted(model: Model[Any], start: Tensors, scaling: dict[str, float]) -> Model[Any]:

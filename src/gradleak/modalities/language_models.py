@@ -196,8 +196,13 @@ class LanguageArchitecture:
         return ((0, last), (0, last)), labels[self.task]
 
     def show(self, inputs: Tokens) -> list[str]:
-        """The texts."""
-        return [self.decode(row) for row in inputs]
+        """The texts as somebody may have written them: without the space before the first word, where the tokenizer adds one."""
+        texts = [self.decode(row) for row in inputs]
+        return [bare if self.alike(bare := text.removeprefix(" "), text) else text for text in texts]
+
+    def alike(self, one: str, other: str) -> bool:
+        """Whether two texts are the same tokens."""
+        return one == other or bool(self.tokenizer(one)["input_ids"] == self.tokenizer(other)["input_ids"])
 
     def facts(self, labels: Tensor | None) -> list[Fact]:
         """The architecture, the tokenizer and the task."""

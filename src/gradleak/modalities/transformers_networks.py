@@ -37,13 +37,18 @@ class Preprocessor(TypedDict, total=False):
     image_std: list[float]
 
 
-def structure(folder: Path) -> tuple[ImageTransformer, Architecture]:
-    """An image classifier of transformers from config.json alone: freshly initialised, no weights read, no code imported."""
+def structure(folder: Path, classes: int | None = None) -> tuple[ImageTransformer, Architecture]:
+    """An image classifier of transformers from config.json alone: freshly initialised, no weights read, no code imported.
+
+    classes: of a new head; None: as config.json has them.
+    """
     from transformers import AutoModelForImageClassification
 
     sentence = f"{folder} holds no image classifier that transformers can build"
     config = read_config(folder, sentence)
     with refusing(sentence):
+        if classes is not None:
+            config.num_labels = classes
         size, channels = getattr(config, "image_size", 224), config.num_channels
         height, width = (size, size) if isinstance(size, int) else size
         architecture = Architecture(str(folder), (channels, height, width), config.num_labels)

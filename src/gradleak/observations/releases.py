@@ -247,6 +247,9 @@ class Adapter(Release):
     dropout   probability with which inputs of the adapter may have been dropped in training; the masks are not known
     gradient  whether what was released is the gradient of the factors, and not their change in training
     undone    the step of an optimizer that this gradient was read from, or None
+
+    Of what was trained beside the factors: `beside` names parameters that began as the model has them, and are trained along; `held` what
+    is not trained along; `known_at_end` parameters that the model has as training left them. `remarks` are reservations of the reader's.
     """
 
     name: ClassVar[str] = "adapter"
@@ -262,6 +265,10 @@ class Adapter(Release):
     seed: int | None = None
     tried: int = 0
     init: str = ""
+    beside: tuple[str, ...] = ()
+    held: tuple[str, ...] = ()
+    known_at_end: tuple[str, ...] = ()
+    remarks: tuple[Reservation, ...] = ()
 
     def names(self, model: Model[Any]) -> Tensors:
         """Its factors."""
@@ -290,6 +297,8 @@ class Adapter(Release):
         for name, tensor in released.items():
             if name not in self.start or tensor.shape != self.start[name].shape:
                 raise BadInput(f"The change of {name} does not have the shape of its start.")
+        if missing := [name for name in self.beside if name not in model.parameters]:
+            raise BadInput(f"{missing[0]} is said to be trained beside the adapter, and is no parameter of the model.")
         check_finite(self.start)
 
     def simulate(self, model: Model[Any], released: Tensors, inputs: Any, labels: Tensor | None) -> Tensors:
@@ -299,8 +308,9 @@ class Adapter(Release):
         """
         recipe = self.recipe or UNKNOWN
         # In one step no factor meets the other's change: those that are not released need no gradient.
-        names = released if recipe.steps == 1 or self.gradient else self.start
-        before = {name: self.start[name] for name in names}
+        alone = recipe.steps == 1 or self.gradient
+        before = {name: self.start[name] for name in (released if alone else self.start)}
+        before |= {} if alone else {name: model.parameters[name] for name in self.beside}
 
         def loss(factors: Tensors, inputs: Any, labels: Tensor | None) -> Tensor:
             return self.loss(model, factors, inputs, labels)
@@ -323,7 +333,7 @@ class Adapter(Release):
 
     def merged(self, model: Model[Any], factors: Tensors) -> Tensors:
         """{module.weight: W + s B A}, with `factors` in place of those at the start."""
-        known, weights = {**self.start, **factors}, {}
+        known, weights = {**self.start, **factors}, {name: factors[name] for name in self.beside if name in factors}
         for module, s in self.scaling.items():
             change = s * product(known[f"{module}.lora_A"], known[f"{module}.lora_B"])
             weights[f"{module}.weight"] = model.parameters[f"{module}.weight"] + oriented(model, module, change)
@@ -378,13 +388,17 @@ class Adapter(Release):
         """Dropout, an unknown recipe, more than one step, Adam; nothing for one step of SGD from a known start."""
         if self.dropout > 0:
             return f"it may have been trained with dropout {self.dropout:g}, whose masks nobody knows"
+        if self.known_at_end:
+            return f"{self.known_at_end[0]} is known only as training left it"
         if self.gradient:
             return inexactly_undone(self.undone)
+        if self.held and self.recipe is not None and self.recipe.steps > 1:
+            return f"{self.held[0]} changed in training too, and is held as it was"
         return "its recipe is unknown, one step of SGD is assumed" if self.recipe is None else inexact(self.recipe)
 
     def reservations(self, model: Model[Any], released: Tensors) -> list[Reservation]:
         """Where it is no exact linear sketch of one gradient; and what a known start gives away."""
-        told: list[Reservation] = []
+        told: list[Reservation] = [*self.remarks]
         if self.origin == "recovered":
             known = f"Seed {self.seed} draws" if self.seed is not None else "The weights of the base model give"
             sentence = f"{known} the adapter as it was before training: what training changed of A lies in the span "

@@ -92,6 +92,8 @@ def _extended(
 ) -> list[Prefix]:
     """Every prefix with every token behind it that passes there, but for one token over and over."""
     longer = [(p, t) for p in beam for t in ids if len(p.tokens) < REPEATS or len({*p.tokens, t}) > 1]
+    if not longer:
+        return []
     ends = judge.ends(torch.tensor([(*prefix.tokens, token) for prefix, token in longer]), limit, quick=quick)
     extended = list[Prefix]()
     for i, distance, ratio in zip(*(part.tolist() for part in ends), strict=True):
