@@ -1,0 +1,1 @@
+"""R-GAP: closed-form recursion through a network."""

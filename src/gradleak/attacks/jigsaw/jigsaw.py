@@ -1,0 +1,273 @@
+"""Jigsaw: one picture out of a vision transformer, its patches first, their places afterwards. An attack of our own.
+
+A transformer knows where a patch is from its position embedding alone. Where those are weak, a picture whose patches have
+changed places explains a release almost as well as the true one, and a search over pictures ends in one of those, with about the
+right patches in wrong places. Positions that are unknowns as well take the barrier between two orders away.
+
+Sees      Adapter, Gradient or Update of a vision transformer, one picture; the label is found where it is not told
+Recovers  images (1, channel, height, width) in [0, 1], labels
+Solves    1  min over patches p and positions q of D(p, q) + w (||p||^2 + ||q||^2 / 10), w = 1e-5, 1e-7, 1e-9; both whitened by
+             their covariance: of patches under the prior, of the model's own position embeddings
+          2  max over orders of log N(picture; prior) + 20 sum_t cos(q_t, e_place(t)), by simulated annealing
+          3  min over pictures of D(x) + w ||x||^2, whitened by the prior, w = 1e-6, 1e-7, 1e-8
+          with D = mean_l ||L_l (s_l(x) - s*_l) R_l||^2 / ||L_l s*_l R_l||^2, where L and R whiten the rows and columns of what public
+          pictures would have released; what all pictures share would else drown what tells them apart
+Differs   Begins at what map-inversion finds. Rounds begin at the picture of the one before; that of the least residual is kept
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import vmap
+
+from gradleak.attacks.attack import check_sees
+from gradleak.attacks.jigsaw.arrangement import Puzzle, arrange
+from gradleak.attacks.map_inversion import MapInversion
+from gradleak.attacks.reconstruction import Reconstruction, outcome_of
+from gradleak.attacks.search.descend import OnStep, rowwise
+from gradleak.attacks.search.lbfgs import lbfgs
+from gradleak.attacks.search.start import Start
+from gradleak.errors import BadInput, NotObserved
+from gradleak.modalities.networks import Architecture, ImageTransformer
+from gradleak.modalities.pictures import Pictures
+from gradleak.observations.observation import PictureObservation
+from gradleak.observations.releases import Adapter, Gradient, Release, Update
+from gradleak.observations.tensors import Tensors
+from gradleak.priors.gaussian import GaussianPrior
+
+LOOSE, TIGHT = (1e-5, 1e-7, 1e-9), (1e-6, 1e-7, 1e-8)  # prior weights, places free and places known
+EVIDENCE = 20.0  # nats; 60 did no better
+FLOOR = 1e-4  # of a whitened variance, relative to the greatest
+STATISTICS, CHUNK = 300, 25  # pictures that whiten; simulations side by side
+PIXEL = 0.01  # least standard deviation of a patch in any direction
+POSITIONS = "network.vit.embeddings.position_embeddings"
+Whitening = dict[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Jigsaw:
+    """The prior and the effort.
+
+    prior        GaussianPrior.fit(public pictures), or None for GaussianPrior.smooth
+    evaluations  of the objective at each prior weight
+    swaps        tried while the patches are arranged
+    rounds       of all three stages
+    start        another attack, whose reconstruction is where patches begin; None for map-inversion
+    """
+
+    sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update, Adapter)
+    modality: ClassVar[str] = Architecture.modality
+
+    prior: GaussianPrior | None = field(default=None, repr=False)
+    evaluations: int = 300
+    swaps: int = 400
+    rounds: int = 1
+    start: Start | None = field(default=None, repr=False)
+
+    def prepared(self, observation: PictureObservation, public: Pictures, *, generator: torch.Generator) -> Self:
+        """With a prior of public pictures, where none was given and they are enough."""
+        return self if self.prior is not None else replace(self, prior=GaussianPrior.of_public(public.images))
+
+    def __call__(
+        self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
+    ) -> Reconstruction:
+        """Raises NotObserved where the model is no vision transformer of the transformers library, or more than one picture
+        took part."""
+        check_sees(self, observation)
+        network, shape = observation.model.module, observation.model.architecture.input_shape
+        if not isinstance(network, ImageTransformer) or POSITIONS not in observation.model.parameters:
+            raise NotObserved("The model is no vision transformer: it has no patches to arrange. Use map-inversion.")
+        if observation.batch_size != 1:
+            raise NotObserved(
+                "Patches are arranged for one picture, and the batch holds more, or an unknown number: use map-inversion."
+            )
+        prior = self.prior or GaussianPrior.smooth(shape)
+        if prior.mean.shape != shape:
+            raise BadInput(f"The prior is one of {tuple(prior.mean.shape)} pictures, the model takes {tuple(shape)}.")
+        start = self.start or MapInversion(prior=prior, evaluations=max(self.evaluations // 6, 1))
+        first = start(observation, generator=generator)
+        if first.labels is None:
+            raise NotObserved("Patches are simulated under a label, and the start has none: start from another attack.")
+        where = next(iter(observation.released.values()))
+        images, y = first.value.to(where), first.labels.to(where.device)
+        whitening = whiteners(observation, prior, y, generator)
+        pieces = Patches(network.network.config.patch_size, shape)
+        puzzle = Puzzle.of(prior, pieces.cut)
+        best, residual, done, trace = images, first.residual, first.iterations, list(first.trace)
+        for _ in range(self.rounds):
+            patches, places = self.loose(observation, images, y, whitening, pieces, prior, generator, on_step)
+            likely = EVIDENCE * places @ directions(observation).T.cpu()
+            ordered = arrange(patches, likely, puzzle, swaps=self.swaps, generator=generator)
+            images = self.tight(observation, pieces.whole(ordered).to(where), y, whitening, prior, on_step)
+            done += self.evaluations * (len(LOOSE) + len(TIGHT))
+            found = observation.residual(images, y)
+            trace.append((done, found))
+            if found < residual:
+                best, residual = images, found
+        status = f"{len(ordered)} patches arranged; relative residual {residual:.2g}."
+        return Reconstruction(
+            best.detach().cpu(), y.cpu(), residual, status, outcome_of(residual), iterations=done, trace=trace
+        )
+
+    def loose(
+        self,
+        observation: PictureObservation,
+        images: Tensor,
+        y: Tensor,
+        whitening: Whitening,
+        pieces: "Patches",
+        prior: GaussianPrior,
+        generator: torch.Generator,
+        on_step: OnStep | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Patches of no place (patches, pixels) in [0, 1], and where they seem to come from (patches, width), unit length."""
+        mean, factor = (t.to(images) for t in of_patches(prior, pieces.cut))
+        known = observation.model.parameters[POSITIONS]  # (1, 1 + patches, width), the first is the class token's
+        middle, spread = known[0, 1:].mean(0), spread_of(known[0, 1:])  # (width,), (directions, width)
+        n, pixels = len(known[0]) - 1, len(mean)
+
+        def objective(z: Tensor, weight: Tensor) -> Tensor:
+            p, q = z[: n * pixels].view(n, pixels), z[n * pixels :].view(n, -1)
+            moved = torch.cat([known[:, :1], (middle + q @ spread)[None]], dim=1)
+            model = replace(observation.model, parameters={**observation.model.parameters, POSITIONS: moved})
+            picture = pieces.whole(mean + p @ factor)
+            simulated = observation.release.simulate(model, observation.released, picture, y)
+            price = p.square().sum() + q.square().sum() / 10
+            return distance(simulated, observation.released, whitening) + weight * price
+
+        p = torch.linalg.solve(factor, pieces.cut(images) - mean, left=False)
+        q = 0.1 * torch.randn(n, len(spread), generator=generator).to(images)  # no place yet: 0.1 of a deviation
+        z = self.descend(objective, torch.cat([p.flatten(), q.flatten()]), LOOSE, on_step)
+        p, q = z[: n * pixels].view(n, pixels), z[n * pixels :].view(n, -1)
+        return (mean + p @ factor).clamp(0, 1).double().cpu(), F.normalize(q.double().cpu(), dim=1)
+
+    def tight(
+        self,
+        observation: PictureObservation,
+        images: Tensor,
+        y: Tensor,
+        whitening: Whitening,
+        prior: GaussianPrior,
+        on_step: OnStep | None,
+    ) -> Tensor:
+        """The picture, with every patch where it is: (1, channel, height, width)."""
+        mean, factor = prior.mean.flatten().to(images), prior.factor().to(images)
+
+        def objective(z: Tensor, weight: Tensor) -> Tensor:
+            simulated = observation.simulate((mean + z @ factor).view_as(images), y)
+            return distance(simulated, observation.released, whitening) + weight * z.square().sum()
+
+        z = self.descend(objective, torch.linalg.solve(factor, images.flatten() - mean), TIGHT, on_step)
+        return (mean + z @ factor).view_as(images).clamp(0, 1)
+
+    def descend(
+        self, objective: Callable[..., Tensor], z: Tensor, weights: tuple[float, ...], on_step: OnStep | None
+    ) -> Tensor:
+        """From z (n,) to the minimum at one prior weight after the other."""
+        evaluate = rowwise(objective, z[None], (z.new_ones(1),))
+
+        def at(weight: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.no_grad():
+                gradient, value = evaluate(z, weight)
+            return gradient, value
+
+        for weight in weights:
+            search = partial(at, z.new_full((1,), weight))
+            z = lbfgs(search, z[None], evaluations=self.evaluations, history=40, on_step=on_step).x[0]
+        return z
+
+
+@dataclass(frozen=True)
+class Patches:
+    """How the transformer cuts a picture: squares of `size` pixels, row by row."""
+
+    size: int
+    shape: tuple[int, int, int]
+
+    def cut(self, images: Tensor) -> Tensor:
+        """(1, channel, height, width) -> (patches, pixels)."""
+        return F.unfold(images, self.size, stride=self.size)[0].T
+
+    def whole(self, patches: Tensor) -> Tensor:
+        """The reverse."""
+        return F.fold(patches.T[None], self.shape[1:], self.size, stride=self.size)
+
+
+def spread_of(positions: Tensor) -> Tensor:
+    """(patches, width) -> F (directions, width), F^T F their covariance: a position is mean + q F with q of unit variance."""
+    _, values, vectors = torch.linalg.svd(positions - positions.mean(0), full_matrices=False)
+    seen = values > 1e-3 * values[0]
+    return (values[seen, None] * vectors[seen]) / math.sqrt(len(positions))
+
+
+def directions(observation: PictureObservation) -> Tensor:
+    """Where the places of a picture lie in those coordinates: (patches, directions), unit length, float64."""
+    positions = observation.model.parameters[POSITIONS][0, 1:]
+    q = (positions - positions.mean(0)).double() @ torch.linalg.pinv(spread_of(positions).double())
+    return F.normalize(q, dim=1)
+
+
+def of_patches(prior: GaussianPrior, cut: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """A patch from anywhere in a picture of the prior: its mean (pixels,), a factor F with F^T F its covariance, above a floor."""
+    pixels = cut(torch.arange(prior.mean.numel(), dtype=torch.float64).view(1, *prior.mean.shape)).long()
+    means = prior.mean.flatten()[pixels]  # (patches, pixels)
+    covariance = prior.covariance()
+    within = torch.stack([covariance[rows][:, rows] for rows in pixels]).mean(0)
+    values, vectors = torch.linalg.eigh(within + torch.cov(means.T, correction=0))
+    return means.mean(0), (values.clamp_min(0) + PIXEL**2).sqrt()[:, None] * vectors.T
+
+
+def whiteners(
+    observation: PictureObservation, prior: GaussianPrior, y: Tensor, generator: torch.Generator
+) -> Whitening:
+    """{tensor: (L, R)}, from what public pictures, or draws from the prior, would have released."""
+    if prior.pictures is not None:
+        chosen = torch.randperm(len(prior.pictures), generator=generator)[:STATISTICS]
+        pictures = prior.pictures[chosen]
+    else:
+        noise = torch.randn(STATISTICS, len(prior.std), generator=generator, dtype=torch.float64)
+        pictures = prior.pixels(noise).clamp(0, 1)
+    simulate = vmap(partial(_alone, observation, y))
+    parts = [simulate(part) for part in torch.split(pictures.to(next(iter(observation.released.values()))), CHUNK)]
+    size = torch.stack([tensor.square().sum() for tensor in observation.released.values()]).sum()
+    whitening = {}
+    for name, released in observation.released.items():
+        if released.square().sum() <= 1e-12 * size:
+            continue
+        S = torch.cat([matrix(part[name], 1) for part in parts]).double()  # (pictures, rows, columns)
+        S = F.normalize(S.flatten(1), dim=1).view_as(S)
+        rows, columns = torch.einsum("nij,nkj->ik", S, S), torch.einsum("nij,nik->jk", S, S)
+        whitening[name] = (_inverse_root(rows).to(released), _inverse_root(columns).to(released))
+    return whitening
+
+
+def distance(simulated: Tensors, released: Tensors, whitening: Whitening) -> Tensor:
+    """D of the header: the mean over the tensors of the relative squared distance, whitened from both sides."""
+    errors = []
+    for name, (L, R) in whitening.items():
+        target = matrix(released[name])
+        error = L @ (matrix(simulated[name]) - target) @ R
+        errors.append(error.square().sum() / (L @ target @ R).square().sum())
+    mean: Tensor = torch.stack(errors).mean()
+    return mean
+
+
+def matrix(tensor: Tensor, batch: int = 0) -> Tensor:
+    """(..., out, any) as (..., out, rest), behind so many dimensions that are left alone."""
+    return tensor.flatten(batch + 1) if tensor.ndim > batch + 1 else tensor[..., None]
+
+
+def _inverse_root(C: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(C)
+    root: Tensor = (vectors * (values.clamp_min(0) / values[-1] + FLOOR).rsqrt()) @ vectors.T
+    return root
+
+
+def _alone(observation: PictureObservation, y: Tensor, image: Tensor) -> Tensors:
+    return {name: tensor.detach() for name, tensor in observation.simulate(image[None], y).items()}
