@@ -1,1 +1,1 @@
-"""R-GAP: closed-form recursion through a network."""
+"""One picture out of a vision transformer."""

@@ -12,7 +12,7 @@ Solves    1  min over patches p and positions q of D(p, q) + w (||p||^2 + ||q||^
           3  min over pictures of D(x) + w ||x||^2, whitened by the prior, w = 1e-6, 1e-7, 1e-8
           with D = mean_l ||L_l (s_l(x) - s*_l) R_l||^2 / ||L_l s*_l R_l||^2, where L and R whiten the rows and columns of what public
           pictures would have released; what all pictures share would else drown what tells them apart
-Differs   Begins at what map-inversion finds. Rounds begin at the picture of the one before; that of the least residual is kept
+Differs   Begins at what map-inversion finds, and returns that where it explains the release better
 """
 
 import math
@@ -32,8 +32,7 @@ from gradleak.attacks.map_inversion import MapInversion
 from gradleak.attacks.reconstruction import Reconstruction, outcome_of
 from gradleak.attacks.search.descend import OnStep, rowwise
 from gradleak.attacks.search.lbfgs import lbfgs
-from gradleak.attacks.search.start import Start
-from gradleak.errors import BadInput, NotObserved
+from gradleak.errors import NotObserved
 from gradleak.modalities.networks import Architecture, ImageTransformer
 from gradleak.modalities.pictures import Pictures
 from gradleak.observations.observation import PictureObservation
@@ -55,20 +54,16 @@ class Jigsaw:
     """The prior and the effort.
 
     prior        GaussianPrior.fit(public pictures), or None for GaussianPrior.smooth
-    evaluations  of the objective at each prior weight
+    evaluations  of the objective at each of six prior weights
     swaps        tried while the patches are arranged
-    rounds       of all three stages
-    start        another attack, whose reconstruction is where patches begin; None for map-inversion
     """
 
     sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update, Adapter)
     modality: ClassVar[str] = Architecture.modality
 
     prior: GaussianPrior | None = field(default=None, repr=False)
-    evaluations: int = 300
+    evaluations: int = 180
     swaps: int = 400
-    rounds: int = 1
-    start: Start | None = field(default=None, repr=False)
 
     def prepared(self, observation: PictureObservation, public: Pictures, *, generator: torch.Generator) -> Self:
         """With a prior of public pictures, where none was given and they are enough."""
@@ -77,99 +72,54 @@ class Jigsaw:
     def __call__(
         self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
     ) -> Reconstruction:
-        """Raises NotObserved where the model is no vision transformer of the transformers library, or more than one picture
-        took part."""
+        """Raises NotObserved where the model is no vision transformer of the transformers library, or where more than one
+        picture took part, or nobody says how many."""
         check_sees(self, observation)
         network, shape = observation.model.module, observation.model.architecture.input_shape
         if not isinstance(network, ImageTransformer) or POSITIONS not in observation.model.parameters:
             raise NotObserved("The model is no vision transformer: it has no patches to arrange. Use map-inversion.")
         if observation.batch_size != 1:
             raise NotObserved(
-                "Patches are arranged for one picture, and the batch holds more, or an unknown number: use map-inversion."
+                "Patches are arranged for one picture, and for a batch of size 1 only: use map-inversion."
             )
         prior = self.prior or GaussianPrior.smooth(shape)
-        if prior.mean.shape != shape:
-            raise BadInput(f"The prior is one of {tuple(prior.mean.shape)} pictures, the model takes {tuple(shape)}.")
-        start = self.start or MapInversion(prior=prior, evaluations=max(self.evaluations // 6, 1))
-        first = start(observation, generator=generator)
-        if first.labels is None:
-            raise NotObserved("Patches are simulated under a label, and the start has none: start from another attack.")
+        begun = MapInversion(prior=prior, evaluations=-(-self.evaluations // 6))(observation, generator=generator)
+        assert begun.labels is not None  # map-inversion always has them
         where = next(iter(observation.released.values()))
-        images, y = first.value.to(where), first.labels.to(where.device)
-        whitening = whiteners(observation, prior, y, generator)
-        pieces = Patches(network.network.config.patch_size, shape)
-        puzzle = Puzzle.of(prior, pieces.cut)
-        best, residual, done, trace = images, first.residual, first.iterations, list(first.trace)
-        for _ in range(self.rounds):
-            patches, places = self.loose(observation, images, y, whitening, pieces, prior, generator, on_step)
-            likely = EVIDENCE * places @ directions(observation).T.cpu()
-            ordered = arrange(patches, likely, puzzle, swaps=self.swaps, generator=generator)
-            images = self.tight(observation, pieces.whole(ordered).to(where), y, whitening, prior, on_step)
-            done += self.evaluations * (len(LOOSE) + len(TIGHT))
-            found = observation.residual(images, y)
-            trace.append((done, found))
-            if found < residual:
-                best, residual = images, found
-        status = f"{len(ordered)} patches arranged; relative residual {residual:.2g}."
+        x, y = begun.value.to(where), begun.labels.to(where.device)
+        given = Given(observation, y, whiteners(observation, prior, y, generator), self.evaluations, on_step)
+        patches = Patches(network.network.config.patch_size, shape)
+
+        pieces, places = loose(given, patches.cut(x), patches, prior, generator)
+        likely = EVIDENCE * places @ directions(observation.model.parameters[POSITIONS][0, 1:]).T
+        ordered = arrange(pieces, likely, Puzzle.of(prior, patches.cut), swaps=self.swaps, generator=generator)
+        x = tight(given, patches.whole(ordered).to(where), prior)
+
+        residual, done = observation.residual(x, y), begun.iterations + 6 * self.evaluations
+        trace = [(begun.iterations, begun.residual), (done, residual)]
+        said = (
+            f"{len(ordered)} patches were arranged; relative residual {residual:.2g}, {begun.residual:.2g} before that."
+        )
+        if not residual < begun.residual:
+            x, residual = begun.value, begun.residual
+            said = f"{len(ordered)} patches were arranged and explain the release no better than at relative residual {residual:.2g}."
         return Reconstruction(
-            best.detach().cpu(), y.cpu(), residual, status, outcome_of(residual), iterations=done, trace=trace
+            x.detach().cpu(), y.cpu(), residual, said, outcome_of(residual), iterations=done, trace=trace
         )
 
-    def loose(
-        self,
-        observation: PictureObservation,
-        images: Tensor,
-        y: Tensor,
-        whitening: Whitening,
-        pieces: "Patches",
-        prior: GaussianPrior,
-        generator: torch.Generator,
-        on_step: OnStep | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Patches of no place (patches, pixels) in [0, 1], and where they seem to come from (patches, width), unit length."""
-        mean, factor = (t.to(images) for t in of_patches(prior, pieces.cut))
-        known = observation.model.parameters[POSITIONS]  # (1, 1 + patches, width), the first is the class token's
-        middle, spread = known[0, 1:].mean(0), spread_of(known[0, 1:])  # (width,), (directions, width)
-        n, pixels = len(known[0]) - 1, len(mean)
 
-        def objective(z: Tensor, weight: Tensor) -> Tensor:
-            p, q = z[: n * pixels].view(n, pixels), z[n * pixels :].view(n, -1)
-            moved = torch.cat([known[:, :1], (middle + q @ spread)[None]], dim=1)
-            model = replace(observation.model, parameters={**observation.model.parameters, POSITIONS: moved})
-            picture = pieces.whole(mean + p @ factor)
-            simulated = observation.release.simulate(model, observation.released, picture, y)
-            price = p.square().sum() + q.square().sum() / 10
-            return distance(simulated, observation.released, whitening) + weight * price
+@dataclass(frozen=True)
+class Given:
+    """What both searches have: the observation, the label, what whitens sketches, how much effort, whom to tell."""
 
-        p = torch.linalg.solve(factor, pieces.cut(images) - mean, left=False)
-        q = 0.1 * torch.randn(n, len(spread), generator=generator).to(images)  # no place yet: 0.1 of a deviation
-        z = self.descend(objective, torch.cat([p.flatten(), q.flatten()]), LOOSE, on_step)
-        p, q = z[: n * pixels].view(n, pixels), z[n * pixels :].view(n, -1)
-        return (mean + p @ factor).clamp(0, 1).double().cpu(), F.normalize(q.double().cpu(), dim=1)
+    observation: PictureObservation
+    y: Tensor
+    whitening: Whitening
+    evaluations: int
+    on_step: OnStep | None
 
-    def tight(
-        self,
-        observation: PictureObservation,
-        images: Tensor,
-        y: Tensor,
-        whitening: Whitening,
-        prior: GaussianPrior,
-        on_step: OnStep | None,
-    ) -> Tensor:
-        """The picture, with every patch where it is: (1, channel, height, width)."""
-        mean, factor = prior.mean.flatten().to(images), prior.factor().to(images)
-
-        def objective(z: Tensor, weight: Tensor) -> Tensor:
-            simulated = observation.simulate((mean + z @ factor).view_as(images), y)
-            return distance(simulated, observation.released, whitening) + weight * z.square().sum()
-
-        z = self.descend(objective, torch.linalg.solve(factor, images.flatten() - mean), TIGHT, on_step)
-        return (mean + z @ factor).view_as(images).clamp(0, 1)
-
-    def descend(
-        self, objective: Callable[..., Tensor], z: Tensor, weights: tuple[float, ...], on_step: OnStep | None
-    ) -> Tensor:
-        """From z (n,) to the minimum at one prior weight after the other."""
+    def descend(self, objective: Callable[..., Tensor], z: Tensor, weights: tuple[float, ...], first: int) -> Tensor:
+        """From z (n,) to the minimum at one prior weight after the other; first: stages before."""
         evaluate = rowwise(objective, z[None], (z.new_ones(1),))
 
         def at(weight: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,10 +127,50 @@ class Jigsaw:
                 gradient, value = evaluate(z, weight)
             return gradient, value
 
-        for weight in weights:
-            search = partial(at, z.new_full((1,), weight))
-            z = lbfgs(search, z[None], evaluations=self.evaluations, history=40, on_step=on_step).x[0]
+        def report(stage: int, step: int, steps: int, value: float) -> None:
+            if self.on_step is not None:
+                self.on_step(stage * steps + step, (len(LOOSE) + len(TIGHT)) * steps, value)
+
+        for stage, weight in enumerate(weights, first):
+            search, told = partial(at, z.new_full((1,), weight)), partial(report, stage)
+            z = lbfgs(search, z[None], evaluations=self.evaluations, history=40, on_step=told).x[0]
         return z
+
+
+def loose(
+    given: Given, begun: Tensor, patches: "Patches", prior: GaussianPrior, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Patches of no place (patches, pixels) in [0, 1], and where they seem to come from (patches, directions), of length 1."""
+    seen, model = given.observation, given.observation.model
+    mean, factor = (t.to(begun) for t in of_patches(prior, patches.cut))
+    known = model.parameters[POSITIONS]  # (1, 1 + patches, width), the first is the class token's
+    middle, spread = known[0, 1:].mean(0), spread_of(known[0, 1:])  # (width,), (directions, width)
+
+    def objective(z: Tensor, weight: Tensor) -> Tensor:
+        p, q = z[: begun.numel()].view_as(begun), z[begun.numel() :].view(len(begun), -1)
+        moved = torch.cat([known[:, :1], (middle + q @ spread)[None]], dim=1)
+        elsewhere = replace(model, parameters={**model.parameters, POSITIONS: moved})
+        simulated = seen.release.simulate(elsewhere, seen.released, patches.whole(mean + p @ factor), given.y)
+        price = p.square().sum() + q.square().sum() / 10
+        return distance(simulated, seen.released, given.whitening) + weight * price
+
+    p = torch.linalg.solve(factor, begun - mean, left=False)
+    q = 0.1 * torch.randn(len(begun), len(spread), generator=generator).to(begun)  # nowhere yet
+    z = given.descend(objective, torch.cat([p.flatten(), q.flatten()]), LOOSE, 0)
+    p, q = z[: begun.numel()].view_as(begun), z[begun.numel() :].view(len(begun), -1)
+    return (mean + p @ factor).clamp(0, 1).double().cpu(), F.normalize(q.double().cpu(), dim=1)
+
+
+def tight(given: Given, begun: Tensor, prior: GaussianPrior) -> Tensor:
+    """The picture, every patch in its place: (1, channel, height, width) in [0, 1]."""
+    seen, mean, factor = given.observation, prior.mean.flatten().to(begun), prior.factor().to(begun)
+
+    def objective(z: Tensor, weight: Tensor) -> Tensor:
+        simulated = seen.simulate((mean + z @ factor).view_as(begun), given.y)
+        return distance(simulated, seen.released, given.whitening) + weight * z.square().sum()
+
+    z = given.descend(objective, torch.linalg.solve(factor, begun.flatten() - mean), TIGHT, len(LOOSE))
+    return (mean + z @ factor).view_as(begun).clamp(0, 1)
 
 
 @dataclass(frozen=True)
@@ -206,11 +196,10 @@ def spread_of(positions: Tensor) -> Tensor:
     return (values[seen, None] * vectors[seen]) / math.sqrt(len(positions))
 
 
-def directions(observation: PictureObservation) -> Tensor:
-    """Where the places of a picture lie in those coordinates: (patches, directions), unit length, float64."""
-    positions = observation.model.parameters[POSITIONS][0, 1:]
+def directions(positions: Tensor) -> Tensor:
+    """(patches, width) in those coordinates: (patches, directions), of length 1, float64."""
     q = (positions - positions.mean(0)).double() @ torch.linalg.pinv(spread_of(positions).double())
-    return F.normalize(q, dim=1)
+    return F.normalize(q, dim=1).cpu()
 
 
 def of_patches(prior: GaussianPrior, cut: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
