@@ -41,12 +41,12 @@ def leaked(kind: str) -> PictureModel:
 
 
 def small_transformer(shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """A vision transformer for 8x8 pictures: 16 patches, width 32, two blocks."""
+    """A vision transformer for 8x8 pictures: 16 patches, width 32, one block."""
     from transformers import ViTConfig, ViTForImageClassification
 
     config = ViTConfig(
         hidden_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=2,
         intermediate_size=64,
         image_size=shape[1],

@@ -117,11 +117,10 @@ def adapter(row: int, recipe: Recipe) -> PictureObservation:
     return share_adapter(model, secret, modules=modules, rank=8, recipe=recipe)
 
 
-@pytest.mark.parametrize("steps", [1, 2])
-def test_a_digit_comes_back_from_the_adapter_of_a_transformer(prior: GaussianPrior, steps: int) -> None:
-    truth, observation = load("digits", indices=[3]), adapter(3, Recipe(learning_rate=0.1, steps=steps))
+def test_a_digit_comes_back_from_the_adapter_of_a_transformer(prior: GaussianPrior) -> None:
+    truth, observation = load("digits", indices=[3]), adapter(3, Recipe(learning_rate=0.1, steps=1))
     assert POSITIONS in observation.model.parameters
-    found = Jigsaw(prior=prior, evaluations=60)(observation, generator=seed())
+    found = Jigsaw(prior=prior, evaluations=30)(observation, generator=seed())
     blind = psnr_db(prior.mean[None].float(), truth.images)
     # 64 unknowns against thousands of equations: 6 dB, half the blind error's amplitude, is the least.
     assert float(psnr_db(found.value, truth.images)) > float(blind) + 6
