@@ -62,6 +62,8 @@ def small_transformer(shape: tuple[int, int, int], classes: int) -> nn.Module:
 
 
 TRANSFORMER = Architecture("trained:small_transformer", SHAPE, 10)
+BLOCK = ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2")
+LINEAR = (*(f"network.vit.layers.0.{part}" for part in BLOCK), "network.classifier")  # its linear layers
 
 
 @cache

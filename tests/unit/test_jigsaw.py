@@ -113,8 +113,7 @@ def adapter(row: int, recipe: Recipe) -> PictureObservation:
     """LoRA of rank 8 on a small transformer at its start, whose position embeddings are as weak as they begin."""
     model = trained.transformer()
     secret = keep_secret(model, load("digits", indices=[row]))
-    modules = [n.removesuffix(".weight") for n, t in model.parameters.items() if n.endswith("weight") and t.ndim == 2]
-    return share_adapter(model, secret, modules=modules, rank=8, recipe=recipe)
+    return share_adapter(model, secret, modules=trained.LINEAR, rank=8, recipe=recipe)
 
 
 def test_a_digit_comes_back_from_the_adapter_of_a_transformer(prior: GaussianPrior) -> None:

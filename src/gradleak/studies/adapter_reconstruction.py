@@ -1,7 +1,8 @@
 """Does a released adapter lead back to its training pictures, and when does that end? Per model: (a) the adapter decoded into a
 gradient (ridge), which is inverted; (b) the adapter matched directly; (c) the same from a better start, (a)'s result or a regression;
-activation patterns for the ReLU network, jigsaw for the transformer; controls: B A taken for a gradient, another victim's adapter, the mean image; for the
-transformer also the whole gradient. Then steps, optimisers; then rank against batch size, beside what is identifiable at all.
+activation patterns for the ReLU network, jigsaw for the transformer; controls: B A taken for a gradient, another victim's adapter,
+the mean image; for the transformer also the whole gradient. Then steps, optimisers; then rank against batch size, beside what is
+identifiable at all.
 """
 
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from dataclasses import dataclass, replace
 from gradleak.attacks.activation_patterns.activation_patterns import ActivationPatterns
 from gradleak.attacks.jigsaw.jigsaw import Jigsaw
 from gradleak.attacks.labels import candidate_labels
+from gradleak.attacks.map_inversion import MapInversion
 from gradleak.audit.bound import identifiability
 from gradleak.modalities.pictures import Pictures
 from gradleak.observations.observation import PictureObservation
@@ -76,7 +78,7 @@ def cell(setting: Setting, bench: Bench) -> Result:
     learnt = pairs if name in (LEARNED, OTHER, WHOLE) else pairs // 2 if name in (KNOWN, UNKNOWN, MAP) else 0
     search = victims.search(base, bench.size, learnt, decode if name == AFTER else None)
     patterns = name == PATTERNS or (name == OTHER and setting.model == "mlp1000")
-    attack = ActivationPatterns(prior=base.prior) if patterns else search
+    attack: MapInversion | ActivationPatterns | Jigsaw = ActivationPatterns(prior=base.prior) if patterns else search
     if name == JIGSAW:
         attack = Jigsaw(prior=base.prior)
     result = victims.attacked(base, attack, seen, private, bench, setting.pictures)

@@ -45,6 +45,7 @@ EVIDENCE = 20.0  # nats; 60 did no better
 FLOOR = 1e-4  # of a whitened variance, relative to the greatest
 STATISTICS, CHUNK = 300, 25  # pictures that whiten; simulations side by side
 PIXEL = 0.01  # least standard deviation of a patch in any direction
+PATCH = "network.vit.embeddings.patch_embeddings.projection.weight"  # (width, channel, size, size)
 POSITIONS = "network.vit.embeddings.position_embeddings"
 Whitening = dict[str, tuple[Tensor, Tensor]]
 
@@ -75,8 +76,8 @@ class Jigsaw:
         """Raises NotObserved where the model is no vision transformer of the transformers library, or where more than one
         picture took part, or nobody says how many."""
         check_sees(self, observation)
-        network, shape = observation.model.module, observation.model.architecture.input_shape
-        if not isinstance(network, ImageTransformer) or POSITIONS not in observation.model.parameters:
+        shape = observation.model.architecture.input_shape
+        if not isinstance(observation.model.module, ImageTransformer) or POSITIONS not in observation.model.parameters:
             raise NotObserved("The model is no vision transformer: it has no patches to arrange. Use map-inversion.")
         if observation.batch_size != 1:
             raise NotObserved(
@@ -88,7 +89,7 @@ class Jigsaw:
         where = next(iter(observation.released.values()))
         x, y = begun.value.to(where), begun.labels.to(where.device)
         given = Given(observation, y, whiteners(observation, prior, y, generator), self.evaluations, on_step)
-        patches = Patches(network.network.config.patch_size, shape)
+        patches = Patches(observation.model.parameters[PATCH].shape[-1], shape)
 
         pieces, places = loose(given, patches.cut(x), patches, prior, generator)
         likely = EVIDENCE * places @ directions(observation.model.parameters[POSITIONS][0, 1:]).T
@@ -182,18 +183,21 @@ class Patches:
 
     def cut(self, images: Tensor) -> Tensor:
         """(1, channel, height, width) -> (patches, pixels)."""
-        return F.unfold(images, self.size, stride=self.size)[0].T
+        rows: Tensor = F.unfold(images, self.size, stride=self.size)[0].T
+        return rows
 
     def whole(self, patches: Tensor) -> Tensor:
         """The reverse."""
-        return F.fold(patches.T[None], self.shape[1:], self.size, stride=self.size)
+        image: Tensor = F.fold(patches.T[None], self.shape[1:], self.size, stride=self.size)
+        return image
 
 
 def spread_of(positions: Tensor) -> Tensor:
     """(patches, width) -> F (directions, width), F^T F their covariance: a position is mean + q F with q of unit variance."""
     _, values, vectors = torch.linalg.svd(positions - positions.mean(0), full_matrices=False)
     seen = values > 1e-3 * values[0]
-    return (values[seen, None] * vectors[seen]) / math.sqrt(len(positions))
+    spread: Tensor = (values[seen, None] * vectors[seen]) / math.sqrt(len(positions))
+    return spread
 
 
 def directions(positions: Tensor) -> Tensor:
