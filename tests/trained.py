@@ -13,7 +13,7 @@ from gradleak.attacks.learned.git import Transcript
 from gradleak.attacks.learned.lti import Perceptron
 from gradleak.attacks.learned.pairs import Pairs, stream
 from gradleak.modalities.language_models import Task
-from gradleak.modalities.networks import Architecture
+from gradleak.modalities.networks import Architecture, ImageTransformer, Normalise
 from gradleak.modalities.pictures import Pictures, public_pool
 from gradleak.modalities.texts import load_texts
 from gradleak.observations.model import LanguageModel, Model, PictureModel
@@ -38,6 +38,38 @@ def leaked(kind: str) -> PictureModel:
     """The model that a generator of this kind is trained for."""
     architecture = PERCEPTRON if kind == "exact-git" else LENET
     return Model.of(architecture.build(0).eval(), architecture)
+
+
+def small_transformer(shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """A vision transformer for 8x8 pictures: 16 patches, width 32, one block."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=shape[1],
+        patch_size=shape[1] // 4,
+        num_channels=shape[0],
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.2,  # 0.02 at width 32 leaves patches invisible beside what they are added to
+    )
+    config.num_labels = classes
+    config._attn_implementation = "eager"  # the fused kernels have no second derivative
+    return ImageTransformer(ViTForImageClassification(config), Normalise(shape[0]))
+
+
+TRANSFORMER = Architecture("trained:small_transformer", SHAPE, 10)
+BLOCK = ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2")
+LINEAR = (*(f"network.vit.layers.0.{part}" for part in BLOCK), "network.classifier")  # its linear layers
+
+
+@cache
+def transformer(seed: int = 0) -> PictureModel:
+    """At its start."""
+    return Model.of(TRANSFORMER.build(seed).eval(), TRANSFORMER)
 
 
 @cache

@@ -177,6 +177,12 @@ CASES = {
     "activation-patterns": Case(adapter(MLP, 8, "2", "4", "6"), {"sweeps": 10}, {"sweeps": 1, "rounds": 0}),
     "unmixing": Case(gradient(MLP)),
     "adam-epsilon": Case(tuned_by_adam, explains=False),
+    "jigsaw": Case(
+        adapter(trained.TRANSFORMER, 8, *trained.LINEAR),
+        {"evaluations": 60},
+        {"evaluations": 1, "swaps": 1},
+        fitted=True,
+    ),
     "map-inversion": Case(gradient(SIGMOID), {"evaluations": 8}, {"evaluations": 1}),
     "ntk": Case(gradient(MLP), {"steps": 10, "restarts": 1}),
     "git": Case(gradient(LENET, 0), generator=True),

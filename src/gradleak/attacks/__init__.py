@@ -12,6 +12,7 @@ from gradleak.attacks.decoders.attacks import DecodeMLP, DecodePseudoInverse, De
 from gradleak.attacks.dlg import DLG, IDLG
 from gradleak.attacks.exact_git.exact_git import ExactGit
 from gradleak.attacks.inverting_gradients import InvertingGradients
+from gradleak.attacks.jigsaw.jigsaw import Jigsaw
 from gradleak.attacks.learned.git import Git
 from gradleak.attacks.learned.lti import LTI
 from gradleak.attacks.map_inversion import MapInversion
@@ -31,6 +32,7 @@ ATTACKS: dict[str, type] = {
     "activation-patterns": ActivationPatterns,
     "unmixing": Unmixing,
     "adam-epsilon": AdamEpsilon,
+    "jigsaw": Jigsaw,
     "map-inversion": MapInversion,
     "ntk": NTK,
     "git": Git,

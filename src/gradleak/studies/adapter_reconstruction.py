@@ -1,14 +1,17 @@
 """Does a released adapter lead back to its training pictures, and when does that end? Per model: (a) the adapter decoded into a
 gradient (ridge), which is inverted; (b) the adapter matched directly; (c) the same from a better start, (a)'s result or a regression;
-activation patterns for the ReLU network; controls: B A taken for a gradient, another victim's adapter, the mean image; for the
-transformer also the whole gradient. Then steps, optimisers; then rank against batch size, beside what is identifiable at all.
+activation patterns for the ReLU network, jigsaw for the transformer; controls: B A taken for a gradient, another victim's adapter,
+the mean image; for the transformer also the whole gradient. Then steps, optimisers; then rank against batch size, beside what is
+identifiable at all.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from gradleak.attacks.activation_patterns.activation_patterns import ActivationPatterns
+from gradleak.attacks.jigsaw.jigsaw import Jigsaw
 from gradleak.attacks.labels import candidate_labels
+from gradleak.attacks.map_inversion import MapInversion
 from gradleak.audit.bound import identifiability
 from gradleak.modalities.pictures import Pictures
 from gradleak.observations.observation import PictureObservation
@@ -24,11 +27,12 @@ DECODED, MATCHED = "(a) decoded, then inverted", "(b) adapter matched"
 AFTER, LEARNED = "(c) adapter matched, start (a)", "(c) adapter matched, learned start"
 OTHER, RAW = "control: another's adapter", "control: B A as gradient"
 WHOLE, PATTERNS = "full gradient, learned start", "activation patterns"
+JIGSAW = "jigsaw"
 KNOWN, UNKNOWN, MAP = "recipe known", "recipe unknown", "map"
 ADAM = Recipe(optimizer="adam", learning_rate=1e-3, steps=1)
 USUAL, FEW = (DECODED, MATCHED, AFTER, LEARNED, OTHER, RAW), 4
 # rank, attacks on all pictures; the usual others, which take up to half a minute a picture, on FEW
-MODELS = {"convnet": (8, USUAL), "vit": (16, (LEARNED, WHOLE)), "mlp1000": (8, (PATTERNS,))}
+MODELS = {"convnet": (8, USUAL), "vit": (16, (LEARNED, WHOLE, JIGSAW)), "mlp1000": (8, (PATTERNS,))}
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,9 @@ def cell(setting: Setting, bench: Bench) -> Result:
     learnt = pairs if name in (LEARNED, OTHER, WHOLE) else pairs // 2 if name in (KNOWN, UNKNOWN, MAP) else 0
     search = victims.search(base, bench.size, learnt, decode if name == AFTER else None)
     patterns = name == PATTERNS or (name == OTHER and setting.model == "mlp1000")
-    attack = ActivationPatterns(prior=base.prior) if patterns else search
+    attack: MapInversion | ActivationPatterns | Jigsaw = ActivationPatterns(prior=base.prior) if patterns else search
+    if name == JIGSAW:
+        attack = Jigsaw(prior=base.prior)
     result = victims.attacked(base, attack, seen, private, bench, setting.pictures)
     if name == MAP and setting.batch <= 2:
         known = identifiability(seen[0], private[0].images, private[0].labels, noise_levels=(1e-3,))
@@ -97,7 +103,7 @@ def tell(table: Table) -> Findings:
     """The best attack per model in words; both maps."""
     parts, fields, plots = list[str](), table.where(attack=MAP), {}
     for model in MODELS:
-        if rows := table.where(model=model, attack=lambda name: name in (*USUAL[:4], PATTERNS)):
+        if rows := table.where(model=model, attack=lambda name: name in (*USUAL[:4], PATTERNS, JIGSAW)):
             parts.append(victims.in_words(max(rows, key=lambda row: float(row["psnr_db"]))))
     if fields:
         figure, both = panels(2)

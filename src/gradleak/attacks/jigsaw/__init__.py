@@ -1,0 +1,1 @@
+"""One picture out of a vision transformer."""

@@ -1,0 +1,266 @@
+"""Jigsaw: one picture out of a vision transformer, its patches first, their places afterwards. An attack of our own.
+
+A transformer knows where a patch is from its position embedding alone. Where those are weak, a picture whose patches have
+changed places explains a release almost as well as the true one, and a search over pictures ends in one of those, with about the
+right patches in wrong places. Positions that are unknowns as well take the barrier between two orders away.
+
+Sees      Adapter, Gradient or Update of a vision transformer, one picture; the label is found where it is not told
+Recovers  images (1, channel, height, width) in [0, 1], labels
+Solves    1  min over patches p and positions q of D(p, q) + w (||p||^2 + ||q||^2 / 10), w = 1e-5, 1e-7, 1e-9; both whitened by
+             their covariance: of patches under the prior, of the model's own position embeddings
+          2  max over orders of log N(picture; prior) + 20 sum_t cos(q_t, e_place(t)), by simulated annealing
+          3  min over pictures of D(x) + w ||x||^2, whitened by the prior, w = 1e-6, 1e-7, 1e-8
+          with D = mean_l ||L_l (s_l(x) - s*_l) R_l||^2 / ||L_l s*_l R_l||^2, where L and R whiten the rows and columns of what public
+          pictures would have released; what all pictures share would else drown what tells them apart
+Differs   Begins at what map-inversion finds, and returns that where it explains the release better
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import vmap
+
+from gradleak.attacks.attack import check_sees
+from gradleak.attacks.jigsaw.arrangement import Puzzle, arrange
+from gradleak.attacks.map_inversion import MapInversion
+from gradleak.attacks.reconstruction import Reconstruction, outcome_of
+from gradleak.attacks.search.descend import OnStep, rowwise
+from gradleak.attacks.search.lbfgs import lbfgs
+from gradleak.errors import NotObserved
+from gradleak.modalities.networks import Architecture, ImageTransformer
+from gradleak.modalities.pictures import Pictures
+from gradleak.observations.observation import PictureObservation
+from gradleak.observations.releases import Adapter, Gradient, Release, Update
+from gradleak.observations.tensors import Tensors
+from gradleak.priors.gaussian import GaussianPrior
+
+LOOSE, TIGHT = (1e-5, 1e-7, 1e-9), (1e-6, 1e-7, 1e-8)  # prior weights, places free and places known
+EVIDENCE = 20.0  # nats; 60 did no better
+FLOOR = 1e-4  # of a whitened variance, relative to the greatest
+STATISTICS, CHUNK = 300, 25  # pictures that whiten; simulations side by side
+PIXEL = 0.01  # least standard deviation of a patch in any direction
+PATCH = "network.vit.embeddings.patch_embeddings.projection.weight"  # (width, channel, size, size)
+POSITIONS = "network.vit.embeddings.position_embeddings"
+Whitening = dict[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Jigsaw:
+    """The prior and the effort.
+
+    prior        GaussianPrior.fit(public pictures), or None for GaussianPrior.smooth
+    evaluations  of the objective at each of six prior weights
+    swaps        tried while the patches are arranged
+    """
+
+    sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update, Adapter)
+    modality: ClassVar[str] = Architecture.modality
+
+    prior: GaussianPrior | None = field(default=None, repr=False)
+    evaluations: int = 180
+    swaps: int = 400
+
+    def prepared(self, observation: PictureObservation, public: Pictures, *, generator: torch.Generator) -> Self:
+        """With a prior of public pictures, where none was given and they are enough."""
+        return self if self.prior is not None else replace(self, prior=GaussianPrior.of_public(public.images))
+
+    def __call__(
+        self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
+    ) -> Reconstruction:
+        """Raises NotObserved where the model is no vision transformer of the transformers library, or where more than one
+        picture took part, or nobody says how many."""
+        check_sees(self, observation)
+        shape = observation.model.architecture.input_shape
+        if not isinstance(observation.model.module, ImageTransformer) or POSITIONS not in observation.model.parameters:
+            raise NotObserved("The model is no vision transformer: it has no patches to arrange. Use map-inversion.")
+        if observation.batch_size != 1:
+            raise NotObserved(
+                "Patches are arranged for one picture, and for a batch of size 1 only: use map-inversion."
+            )
+        prior = self.prior or GaussianPrior.smooth(shape)
+        begun = MapInversion(prior=prior, evaluations=-(-self.evaluations // 6))(observation, generator=generator)
+        assert begun.labels is not None  # map-inversion always has them
+        where = next(iter(observation.released.values()))
+        x, y = begun.value.to(where), begun.labels.to(where.device)
+        given = Given(observation, y, whiteners(observation, prior, y, generator), self.evaluations, on_step)
+        patches = Patches(observation.model.parameters[PATCH].shape[-1], shape)
+
+        pieces, places = loose(given, patches.cut(x), patches, prior, generator)
+        likely = EVIDENCE * places @ directions(observation.model.parameters[POSITIONS][0, 1:]).T
+        ordered = arrange(pieces, likely, Puzzle.of(prior, patches.cut), swaps=self.swaps, generator=generator)
+        x = tight(given, patches.whole(ordered).to(where), prior)
+
+        residual, done = observation.residual(x, y), begun.iterations + 6 * self.evaluations
+        trace = [(begun.iterations, begun.residual), (done, residual)]
+        said = (
+            f"{len(ordered)} patches were arranged; relative residual {residual:.2g}, {begun.residual:.2g} before that."
+        )
+        if not residual < begun.residual:
+            x, residual = begun.value, begun.residual
+            said = f"{len(ordered)} patches were arranged and explain the release no better than at relative residual {residual:.2g}."
+        return Reconstruction(
+            x.detach().cpu(), y.cpu(), residual, said, outcome_of(residual), iterations=done, trace=trace
+        )
+
+
+@dataclass(frozen=True)
+class Given:
+    """What both searches have: the observation, the label, what whitens sketches, how much effort, whom to tell."""
+
+    observation: PictureObservation
+    y: Tensor
+    whitening: Whitening
+    evaluations: int
+    on_step: OnStep | None
+
+    def descend(self, objective: Callable[..., Tensor], z: Tensor, weights: tuple[float, ...], first: int) -> Tensor:
+        """From z (n,) to the minimum at one prior weight after the other; first: stages before."""
+        evaluate = rowwise(objective, z[None], (z.new_ones(1),))
+
+        def at(weight: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.no_grad():
+                gradient, value = evaluate(z, weight)
+            return gradient, value
+
+        def report(stage: int, step: int, steps: int, value: float) -> None:
+            if self.on_step is not None:
+                self.on_step(stage * steps + step, (len(LOOSE) + len(TIGHT)) * steps, value)
+
+        for stage, weight in enumerate(weights, first):
+            search, told = partial(at, z.new_full((1,), weight)), partial(report, stage)
+            z = lbfgs(search, z[None], evaluations=self.evaluations, history=40, on_step=told).x[0]
+        return z
+
+
+def loose(
+    given: Given, begun: Tensor, patches: "Patches", prior: GaussianPrior, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Patches of no place (patches, pixels) in [0, 1], and where they seem to come from (patches, directions), of length 1."""
+    seen, model = given.observation, given.observation.model
+    mean, factor = (t.to(begun) for t in of_patches(prior, patches.cut))
+    known = model.parameters[POSITIONS]  # (1, 1 + patches, width), the first is the class token's
+    middle, spread = known[0, 1:].mean(0), spread_of(known[0, 1:])  # (width,), (directions, width)
+
+    def objective(z: Tensor, weight: Tensor) -> Tensor:
+        p, q = z[: begun.numel()].view_as(begun), z[begun.numel() :].view(len(begun), -1)
+        moved = torch.cat([known[:, :1], (middle + q @ spread)[None]], dim=1)
+        elsewhere = replace(model, parameters={**model.parameters, POSITIONS: moved})
+        simulated = seen.release.simulate(elsewhere, seen.released, patches.whole(mean + p @ factor), given.y)
+        price = p.square().sum() + q.square().sum() / 10
+        return distance(simulated, seen.released, given.whitening) + weight * price
+
+    p = torch.linalg.solve(factor, begun - mean, left=False)
+    q = 0.1 * torch.randn(len(begun), len(spread), generator=generator).to(begun)  # nowhere yet
+    z = given.descend(objective, torch.cat([p.flatten(), q.flatten()]), LOOSE, 0)
+    p, q = z[: begun.numel()].view_as(begun), z[begun.numel() :].view(len(begun), -1)
+    return (mean + p @ factor).clamp(0, 1).double().cpu(), F.normalize(q.double().cpu(), dim=1)
+
+
+def tight(given: Given, begun: Tensor, prior: GaussianPrior) -> Tensor:
+    """The picture, every patch in its place: (1, channel, height, width) in [0, 1]."""
+    seen, mean, factor = given.observation, prior.mean.flatten().to(begun), prior.factor().to(begun)
+
+    def objective(z: Tensor, weight: Tensor) -> Tensor:
+        simulated = seen.simulate((mean + z @ factor).view_as(begun), given.y)
+        return distance(simulated, seen.released, given.whitening) + weight * z.square().sum()
+
+    z = given.descend(objective, torch.linalg.solve(factor, begun.flatten() - mean), TIGHT, len(LOOSE))
+    return (mean + z @ factor).view_as(begun).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class Patches:
+    """How the transformer cuts a picture: squares of `size` pixels, row by row."""
+
+    size: int
+    shape: tuple[int, int, int]
+
+    def cut(self, images: Tensor) -> Tensor:
+        """(1, channel, height, width) -> (patches, pixels)."""
+        rows: Tensor = F.unfold(images, self.size, stride=self.size)[0].T
+        return rows
+
+    def whole(self, patches: Tensor) -> Tensor:
+        """The reverse."""
+        image: Tensor = F.fold(patches.T[None], self.shape[1:], self.size, stride=self.size)
+        return image
+
+
+def spread_of(positions: Tensor) -> Tensor:
+    """(patches, width) -> F (directions, width), F^T F their covariance: a position is mean + q F with q of unit variance."""
+    _, values, vectors = torch.linalg.svd(positions - positions.mean(0), full_matrices=False)
+    seen = values > 1e-3 * values[0]
+    spread: Tensor = (values[seen, None] * vectors[seen]) / math.sqrt(len(positions))
+    return spread
+
+
+def directions(positions: Tensor) -> Tensor:
+    """(patches, width) in those coordinates: (patches, directions), of length 1, float64."""
+    q = (positions - positions.mean(0)).double() @ torch.linalg.pinv(spread_of(positions).double())
+    return F.normalize(q, dim=1).cpu()
+
+
+def of_patches(prior: GaussianPrior, cut: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """A patch from anywhere in a picture of the prior: its mean (pixels,), a factor F with F^T F its covariance, above a floor."""
+    pixels = cut(torch.arange(prior.mean.numel(), dtype=torch.float64).view(1, *prior.mean.shape)).long()
+    means = prior.mean.flatten()[pixels]  # (patches, pixels)
+    covariance = prior.covariance()
+    within = torch.stack([covariance[rows][:, rows] for rows in pixels]).mean(0)
+    values, vectors = torch.linalg.eigh(within + torch.cov(means.T, correction=0))
+    return means.mean(0), (values.clamp_min(0) + PIXEL**2).sqrt()[:, None] * vectors.T
+
+
+def whiteners(
+    observation: PictureObservation, prior: GaussianPrior, y: Tensor, generator: torch.Generator
+) -> Whitening:
+    """{tensor: (L, R)}, from what public pictures, or draws from the prior, would have released."""
+    if prior.pictures is not None:
+        chosen = torch.randperm(len(prior.pictures), generator=generator)[:STATISTICS]
+        pictures = prior.pictures[chosen]
+    else:
+        noise = torch.randn(STATISTICS, len(prior.std), generator=generator, dtype=torch.float64)
+        pictures = prior.pixels(noise).clamp(0, 1)
+    simulate = vmap(partial(_alone, observation, y))
+    parts = [simulate(part) for part in torch.split(pictures.to(next(iter(observation.released.values()))), CHUNK)]
+    size = torch.stack([tensor.square().sum() for tensor in observation.released.values()]).sum()
+    whitening = {}
+    for name, released in observation.released.items():
+        if released.square().sum() <= 1e-12 * size:
+            continue
+        S = torch.cat([matrix(part[name], 1) for part in parts]).double()  # (pictures, rows, columns)
+        S = F.normalize(S.flatten(1), dim=1).view_as(S)
+        rows, columns = torch.einsum("nij,nkj->ik", S, S), torch.einsum("nij,nik->jk", S, S)
+        whitening[name] = (_inverse_root(rows).to(released), _inverse_root(columns).to(released))
+    return whitening
+
+
+def distance(simulated: Tensors, released: Tensors, whitening: Whitening) -> Tensor:
+    """D of the header: the mean over the tensors of the relative squared distance, whitened from both sides."""
+    errors = []
+    for name, (L, R) in whitening.items():
+        target = matrix(released[name])
+        error = L @ (matrix(simulated[name]) - target) @ R
+        errors.append(error.square().sum() / (L @ target @ R).square().sum())
+    mean: Tensor = torch.stack(errors).mean()
+    return mean
+
+
+def matrix(tensor: Tensor, batch: int = 0) -> Tensor:
+    """(..., out, any) as (..., out, rest), behind so many dimensions that are left alone."""
+    return tensor.flatten(batch + 1) if tensor.ndim > batch + 1 else tensor[..., None]
+
+
+def _inverse_root(C: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(C)
+    root: Tensor = (vectors * (values.clamp_min(0) / values[-1] + FLOOR).rsqrt()) @ vectors.T
+    return root
+
+
+def _alone(observation: PictureObservation, y: Tensor, image: Tensor) -> Tensors:
+    return {name: tensor.detach() for name, tensor in observation.simulate(image[None], y).items()}
