@@ -30,8 +30,10 @@ from gradleak.formats.reconstruction_file import load_reconstruction
 from gradleak.formats.secret_file import load_secret
 from gradleak.modalities.networks import MODELS, Architecture
 from gradleak.modalities.pictures import load
+from gradleak.observations.adapter import Adapter
 from gradleak.observations.defenses import GaussianNoise, Sign, TopK
-from gradleak.observations.releases import RELEASES, Adapter, Gradient, Release, Update
+from gradleak.observations.release import Release
+from gradleak.observations.releases import RELEASES, Gradient, Update
 from gradleak.observations.tensors import fingerprint
 from gradleak.observations.training import Recipe
 from gradleak.report import record

@@ -37,7 +37,8 @@ from gradleak.modalities.pictures import load
 from gradleak.modalities.texts import load_texts
 from gradleak.observations.model import Model
 from gradleak.observations.observation import Observation
-from gradleak.observations.releases import GRADIENT, Release, Update
+from gradleak.observations.release import Release
+from gradleak.observations.releases import GRADIENT, Update
 from gradleak.observations.tensors import Tensors
 from gradleak.observations.training import Recipe
 from gradleak.victims.small_language import small_model, train_tokenizer

@@ -30,8 +30,10 @@ from gradleak.attacks.search.start import Start, begin
 from gradleak.errors import BadInput
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures
+from gradleak.observations.adapter import Adapter
 from gradleak.observations.observation import PictureObservation
-from gradleak.observations.releases import Adapter, Gradient, Release, Update
+from gradleak.observations.release import Release
+from gradleak.observations.releases import Gradient, Update
 from gradleak.observations.tensors import Tensors
 from gradleak.priors.gaussian import GaussianPrior
 
