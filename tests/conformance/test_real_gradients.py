@@ -5,7 +5,7 @@ Bounds: what has only to be renamed or read is equal bit by bit; what is compute
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -696,3 +696,35 @@ def test_what_no_attack_explains_is_not_called_explained() -> None:
     [done] = audit(wrong, {"inverting-gradients": replace(ATTACKS["inverting-gradients"](), steps=2)}, None)
     assert "unexplained" in named(done.result["flags"])
     assert "No attack explains" in unscored([{**done.result, "residual": 92.0}])
+
+
+class Attentive(nn.Module):
+    """Fused attention, a weight that is computed from others, and a layer that nothing uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.unused, self.act = nn.Conv2d(1, 8, 3, 2, 1), nn.Linear(3, 3), nn.Sigmoid()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.fc = nn.utils.parametrizations.weight_norm(nn.Linear(8 * 16, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = self.act(self.conv(x)).flatten(2).transpose(1, 2)
+        t = self.attention(t, t, t)[0]
+        logits: Tensor = self.fc(F.scaled_dot_product_attention(t, t, t).flatten(1))
+        return logits
+
+
+@pytest.mark.parametrize("name", ["dlg", "idlg", "inverting-gradients", "map-inversion", "recursive", "analytic"])
+def test_attention_and_weights_that_are_computed(name: str) -> None:
+    """Every attack runs, or says why not; what runs explains more than nothing."""
+    module = Attentive()
+    F.cross_entropy(module(DIGITS.images[[7]]), DIGITS.labels[[7]]).backward()  # type: ignore[no-untyped-call]
+    released = {key: p.grad for key, p in module.named_parameters()}
+    assert released["unused.weight"] is None
+    given = {"steps": 20, "evaluations": 20, "rounds": 0, "restarts": 1}
+    kind = ATTACKS[name]
+    attack = kind(**{key: value for key, value in given.items() if key in {field.name for field in fields(kind)}})
+    observation = replace(seen(released, module, 1, mode="eval"), labels=DIGITS.labels[[7]])
+    [done] = audit(observation, {name: attack}, None)
+    assert done.result["status"].endswith(".")
+    assert done.reconstruction is None or done.reconstruction.residual < 1
