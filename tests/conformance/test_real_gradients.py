@@ -373,7 +373,7 @@ def test_samples_are_counted_by_ranks(tmp_path: Path, count: int) -> None:
 
 def test_more_samples_than_ranks_tell() -> None:
     module = made()
-    with pytest.raises(BadInput, match="9 samples or more"):  # ten classes, whose p - y adds up to zero
+    with pytest.raises(BadInput, match="9 or more samples"):  # ten classes, whose p - y adds up to zero
         with_batch_counted(seen(gradient_of(module, list(range(16))), module, None))
     update = Update(recipe=Recipe(learning_rate=0.1, steps=5))
     with pytest.raises(BadInput, match="say it with --batch-size"):
@@ -547,6 +547,20 @@ def test_a_bias_gradient_beyond_what_cross_entropy_gives() -> None:
     summed = model_of(module, criterion=CrossEntropy(reduction="sum"))
     told = Observation(model=summed, released={n: 16 * t for n, t in plain.items()}, batch_size=16)
     assert "scale" not in named(check_observation(told))
+
+
+@pytest.mark.parametrize("rows", [[7], [7, 1, 2, 3]], ids=len)
+def test_more_negative_classes_than_samples(rows: list[int]) -> None:
+    """Algebra: dL/db_c = mean_n (p_nc - [y_n = c]) is negative for classes of the batch only, whatever the network."""
+    module = made(perceptron)
+    for parameter in module.parameters():
+        parameter.data *= 3  # predictions that are far from even
+    plain = gradient_of(module, rows)
+    turned = {name: -0.1 * tensor for name, tensor in plain.items()}
+    assert "points the other way" in named(check_observation(seen(turned, module, len(rows))))["sign"]
+    assert "sign" not in named(check_observation(seen(plain, module, len(rows))))
+    update = Update(recipe=Recipe(learning_rate=0.1, steps=1))
+    assert "sign" not in named(check_observation(seen(turned, module, len(rows), update)))
 
 
 TRAININGS: dict[str, tuple[Callable[[Any], torch.optim.Optimizer], int, str]] = {
