@@ -212,6 +212,7 @@ def test_what_was_not_trained_is_left_out() -> None:
         (lambda arrays: [arrays[1], arrays[0], *arrays[2:]], "Array 0 is 4, where"),
         (lambda arrays: [np.array([None, 1], dtype=object), *arrays[1:]], "not an array of numbers|Array 0"),
         (lambda arrays: {"0.weight": "text"}, "not an array of numbers"),
+        (lambda arrays: [arrays[0].astype(int), *arrays[1:]], "which are whole"),
     ],
 )
 def test_arrays_that_are_none_of_the_model(spoil: Callable[[Any], Any], hint: str) -> None:
