@@ -16,6 +16,7 @@ from gradleak.attacks import ATTACKS
 from gradleak.attacks.attack import refusal
 from gradleak.attacks.parameters import built
 from gradleak.attacks.search.start import Given
+from gradleak.attacks.seed import with_start_recovered
 from gradleak.audit.loop import Audited
 from gradleak.audit.loop import audit as run_audit
 from gradleak.audit.scoring import SCORING
