@@ -63,7 +63,7 @@ DEEP = {
     "attacks/decoders/attacks.py": (11, 1_310),  # four decoders, and the inversion behind them
     "attacks/learned/git.py": (5, 990),  # a generator, how it is trained and kept
     "attacks/learned/lti.py": (5, 730),  # the same
-    "attacks/activation_patterns/activation_patterns.py": (4, 660),  # half-spaces, the first layer, labels
+    "attacks/activation_patterns/activation_patterns.py": (4, 670),  # half-spaces, the first layer, labels
     "attacks/weights/ntk.py": (3, 550),  # KKT's search
     "attacks/weights/kkt_search.py": (3, 520),  # KKT's own, many times
     "attacks/dlg.py": (2, 510),  # and labels

@@ -1,9 +1,7 @@
 """Does a released adapter lead back to its training pictures, and when does that end? Per model: (a) the adapter decoded into a
 gradient (ridge), which is inverted; (b) the adapter matched directly; (c) the same from a better start, (a)'s result or a regression;
-activation patterns for the ReLU network, jigsaw for the transformer; controls: B A taken for a gradient, another victim's adapter,
-the mean image; for the transformer also the whole gradient. Then steps, optimisers; then rank against batch size, beside what is
-identifiable at all.
-"""
+activation patterns for the ReLU network, jigsaw for the transformer, and its whole gradient; controls: B A taken for a gradient, another
+victim's adapter, the mean image. Then steps, optimisers; then rank against batch size, beside what is identifiable at all."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -11,7 +9,6 @@ from dataclasses import dataclass, replace
 from gradleak.attacks.activation_patterns.activation_patterns import ActivationPatterns
 from gradleak.attacks.jigsaw.jigsaw import Jigsaw
 from gradleak.attacks.labels import candidate_labels
-from gradleak.attacks.map_inversion import MapInversion
 from gradleak.audit.bound import identifiability
 from gradleak.modalities.pictures import Pictures
 from gradleak.observations.observation import PictureObservation
@@ -26,8 +23,7 @@ from gradleak.studies.table import Table
 DECODED, MATCHED = "(a) decoded, then inverted", "(b) adapter matched"
 AFTER, LEARNED = "(c) adapter matched, start (a)", "(c) adapter matched, learned start"
 OTHER, RAW = "control: another's adapter", "control: B A as gradient"
-WHOLE, PATTERNS = "full gradient, learned start", "activation patterns"
-JIGSAW = "jigsaw"
+WHOLE, PATTERNS, JIGSAW = "full gradient, learned start", "activation patterns", "jigsaw"
 KNOWN, UNKNOWN, MAP = "recipe known", "recipe unknown", "map"
 ADAM = Recipe(optimizer="adam", learning_rate=1e-3, steps=1)
 USUAL, FEW = (DECODED, MATCHED, AFTER, LEARNED, OTHER, RAW), 4
@@ -78,10 +74,8 @@ def cell(setting: Setting, bench: Bench) -> Result:
     learnt = pairs if name in (LEARNED, OTHER, WHOLE) else pairs // 2 if name in (KNOWN, UNKNOWN, MAP) else 0
     search = victims.search(base, bench.size, learnt, decode if name == AFTER else None)
     patterns = name == PATTERNS or (name == OTHER and setting.model == "mlp1000")
-    attack: MapInversion | ActivationPatterns | Jigsaw = ActivationPatterns(prior=base.prior) if patterns else search
-    if name == JIGSAW:
-        attack = Jigsaw(prior=base.prior)
-    result = victims.attacked(base, attack, seen, private, bench, setting.pictures)
+    exact = ActivationPatterns(prior=base.prior) if patterns else Jigsaw(prior=base.prior) if name == JIGSAW else None
+    result = victims.attacked(base, exact or search, seen, private, bench, setting.pictures)
     if name == MAP and setting.batch <= 2:
         known = identifiability(seen[0], private[0].images, private[0].labels, noise_levels=(1e-3,))
         result.facts.update(determined=known.determined[0], explained=known.explained[0])

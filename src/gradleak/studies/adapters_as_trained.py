@@ -81,9 +81,8 @@ def cell(setting: Setting, bench: Bench) -> Result:
     private = replace(held, labels=held.labels % 2)
     mean, samples = public.images[DECOYS:].mean(0, keepdim=True), list[Row]()
     for first in range(0, len(private.labels) - 2 * count + 1, 2 * count):
-        own = rows_of(private, first, count)
-        found, seen = attacked(model, own, setting, mean)
-        other = attacked(model, rows_of(private, first + count, count), setting, mean)[0]
+        own, others = (rows_of(private, at, count) for at in (first, first + count))
+        (found, seen), (other, _) = (attacked(model, some, setting, mean) for some in (own, others))
         matched, blind = (images[metrics.match(images, own.images)] for images in (found, other))
         told = {"seed_found": seen.adapter.seed == SEED, "counted": seen.batch_size == count}
         rows = compared(matched, own.images, mean, public.images[:DECOYS])
@@ -104,10 +103,9 @@ def attacked(model: PictureModel, own: Pictures, setting: Setting, mean: Tensor)
 
 def tell(table: Table) -> Findings:
     """Shares of pictures that were identified, row by row."""
-    usual = columns(Setting())
 
     def about(row: Row) -> str:
-        return ", ".join(f"{name} {row[name]}" for name in usual if row[name] != usual[name]) or "the usual"
+        return ", ".join(f"{k} {row[k]}" for k, usual in columns(Setting()).items() if row[k] != usual) or "the usual"
 
     said = "; ".join(f"{about(row)}: {row['identified']:.0%}, {row['psnr_db']:.1f} dB" for row in table.rows)
     figure, [axes] = panels(width=7, height=1 + 0.3 * len(table.rows))
