@@ -53,7 +53,7 @@ def audit(
 
     public: data of the observation's kind that everybody may know (`SCORING[...].public`); for priors, controls and decoys.
     Without them, or without the secret, nothing is scored. name: of the observation, where a record holds several.
-    on_step: called with the attack's name before it runs, returns its progress callback.
+    on_step: called with the attack's name before it runs, returns its progress callback; NotObserved out of either ends that attack.
     Raises BadInput for a secret of another kind or size.
     """
     model = observation.model
@@ -71,8 +71,9 @@ def audit(
         if reason := refusal(attack, observation):
             yield Audited(not_run(title, attack, about, general, reason), None)
             continue
-        report, start = on_step(title) if on_step is not None else None, time.perf_counter()
+        start = time.perf_counter()
         try:
+            report = on_step(title) if on_step is not None else None
             ready = prepared(attack, observation, rest, seed)
             reconstruction = ready(observation.to(where), generator=torch.Generator().manual_seed(seed), on_step=report)
         except UNABLE as error:
