@@ -48,7 +48,6 @@ LONG = {
     "attacks/dataset_size.py": 350,  # the estimate, its interval, and its zoo
     "modalities/networks.py": 380,  # the list of architectures
     "modalities/pictures.py": 400,  # every source of pictures
-    "observations/releases.py": 580,  # every kind of release, side by side
     "observations/fully_connected.py": 310,  # a derivative by hand
     "studies/sweep.py": 350,  # what a file may say, checked
     "report/record.py": 310,  # the schema, field by field
@@ -67,7 +66,7 @@ DEEP = {
     "attacks/learned/lti.py": (5, 730),  # the same
     "attacks/activation_patterns/activation_patterns.py": (4, 660),  # half-spaces, the first layer, labels
     "attacks/weights/ntk.py": (3, 550),  # KKT's search
-    "attacks/weights/kkt_search.py": (3, 510),  # KKT's own, many times
+    "attacks/weights/kkt_search.py": (3, 520),  # KKT's own, many times
     "attacks/dlg.py": (2, 510),  # and labels
     "attacks/unmixing/unmixing.py": (3, 690),  # the span, two layers, two ways to tell samples apart, and the replay
 }

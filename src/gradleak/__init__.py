@@ -48,15 +48,15 @@ if TYPE_CHECKING:  # the one list of public names: `__getattr__` reads it too
     from gradleak.modalities.pictures import public_pool as public_pool
     from gradleak.modalities.texts import Texts as Texts
     from gradleak.modalities.texts import load_texts as load_texts
+    from gradleak.observations.adapter import Adapter as Adapter
     from gradleak.observations.defenses import GaussianNoise as GaussianNoise
     from gradleak.observations.defenses import Sign as Sign
     from gradleak.observations.defenses import TopK as TopK
     from gradleak.observations.model import Model as Model
     from gradleak.observations.observation import Observation as Observation
-    from gradleak.observations.releases import Adapter as Adapter
     from gradleak.observations.releases import Gradient as Gradient
     from gradleak.observations.releases import Update as Update
-    from gradleak.observations.releases import Weights as Weights
+    from gradleak.observations.trained_weights import Weights as Weights
     from gradleak.observations.training import Recipe as Recipe
     from gradleak.victims.adapter import fine_tune as fine_tune
     from gradleak.victims.gradient import capture_gradient as capture_gradient

@@ -29,11 +29,13 @@ from gradleak.modalities.modality import Tokens
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures, load
 from gradleak.modalities.texts import load_texts
+from gradleak.observations.adapter import Adapter
 from gradleak.observations.distances import relative_residual
 from gradleak.observations.model import Model
 from gradleak.observations.observation import Observation
-from gradleak.observations.releases import RELEASES, Adapter, Update, Weights
+from gradleak.observations.releases import RELEASES, Update
 from gradleak.observations.tensors import Tensors, fingerprint, flatten
+from gradleak.observations.trained_weights import Weights
 from gradleak.observations.training import Recipe
 from gradleak.observations.transformer import layout_of
 from gradleak.victims.adapter import lora_start, share_adapter

@@ -30,8 +30,10 @@ from gradleak.formats.reconstruction_file import load_reconstruction
 from gradleak.formats.secret_file import load_secret
 from gradleak.modalities.networks import MODELS, Architecture
 from gradleak.modalities.pictures import load
+from gradleak.observations.adapter import Adapter
 from gradleak.observations.defenses import GaussianNoise, Sign, TopK
-from gradleak.observations.releases import RELEASES, Adapter, Gradient, Release, Update
+from gradleak.observations.release import Release
+from gradleak.observations.releases import RELEASES, Gradient, Update
 from gradleak.observations.tensors import fingerprint
 from gradleak.observations.training import Recipe
 from gradleak.report import record
@@ -893,7 +895,10 @@ def attributes(tree: ast.AST, variable: str) -> list[str]:
         ("captured", ["--initial", "somewhere"]),
         ("captured", ["--task", "causal-lm"]),
         ("plain", ["--initial", "somewhere"]),
-        ("plain", ["--lr", "0.01"]),
+        ("plain", ["--proximal", "0.1"]),
+        ("captured", ["--weight-decay", "0.1"]),
+        ("captured", ["--loss", "focal"]),
+        ("adapter", ["--local-batch-size", "2"]),
         ("plain", ["--steps", "2"]),
         ("plain", ["--base", "somewhere"]),
         ("plain", ["--task", "classification"]),

@@ -23,8 +23,10 @@ from gradleak.formats.observation_file import load_observation
 from gradleak.formats.secret_file import load_secret, save_secret
 from gradleak.modalities.language_models import LanguageArchitecture, Task
 from gradleak.modalities.texts import load_texts
+from gradleak.observations.adapter import Adapter
 from gradleak.observations.observation import TextObservation
-from gradleak.observations.releases import Adapter, Gradient, Release, Update
+from gradleak.observations.release import Release
+from gradleak.observations.releases import Gradient, Update
 from gradleak.report import record
 from gradleak.victims.small_language import Kind, small_model, train_tokenizer
 

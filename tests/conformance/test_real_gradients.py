@@ -5,7 +5,7 @@ Bounds: what has only to be renamed or read is equal bit by bit; what is compute
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ from gradleak.modalities.pictures import load
 from gradleak.modalities.texts import load_texts
 from gradleak.observations.model import Model
 from gradleak.observations.observation import Observation
-from gradleak.observations.releases import GRADIENT, Release, Update
+from gradleak.observations.release import Release
+from gradleak.observations.releases import GRADIENT, Update
 from gradleak.observations.tensors import Tensors
 from gradleak.observations.training import Recipe
 from gradleak.victims.small_language import small_model, train_tokenizer
@@ -212,6 +213,7 @@ def test_what_was_not_trained_is_left_out() -> None:
         (lambda arrays: [arrays[1], arrays[0], *arrays[2:]], "Array 0 is 4, where"),
         (lambda arrays: [np.array([None, 1], dtype=object), *arrays[1:]], "not an array of numbers|Array 0"),
         (lambda arrays: {"0.weight": "text"}, "not an array of numbers"),
+        (lambda arrays: [arrays[0].astype(int), *arrays[1:]], "which are whole"),
     ],
 )
 def test_arrays_that_are_none_of_the_model(spoil: Callable[[Any], Any], hint: str) -> None:
@@ -373,7 +375,7 @@ def test_samples_are_counted_by_ranks(tmp_path: Path, count: int) -> None:
 
 def test_more_samples_than_ranks_tell() -> None:
     module = made()
-    with pytest.raises(BadInput, match="9 samples or more"):  # ten classes, whose p - y adds up to zero
+    with pytest.raises(BadInput, match="9 or more samples"):  # ten classes, whose p - y adds up to zero
         with_batch_counted(seen(gradient_of(module, list(range(16))), module, None))
     update = Update(recipe=Recipe(learning_rate=0.1, steps=5))
     with pytest.raises(BadInput, match="say it with --batch-size"):
@@ -549,6 +551,20 @@ def test_a_bias_gradient_beyond_what_cross_entropy_gives() -> None:
     assert "scale" not in named(check_observation(told))
 
 
+@pytest.mark.parametrize("rows", [[7], [7, 1, 2, 3]], ids=len)
+def test_more_negative_classes_than_samples(rows: list[int]) -> None:
+    """Algebra: dL/db_c = mean_n (p_nc - [y_n = c]) is negative for classes of the batch only, whatever the network."""
+    module = made(perceptron)
+    for parameter in module.parameters():
+        parameter.data *= 3  # predictions that are far from even
+    plain = gradient_of(module, rows)
+    turned = {name: -0.1 * tensor for name, tensor in plain.items()}
+    assert "points the other way" in named(check_observation(seen(turned, module, len(rows))))["sign"]
+    assert "sign" not in named(check_observation(seen(plain, module, len(rows))))
+    update = Update(recipe=Recipe(learning_rate=0.1, steps=1))
+    assert "sign" not in named(check_observation(seen(turned, module, len(rows), update)))
+
+
 TRAININGS: dict[str, tuple[Callable[[Any], torch.optim.Optimizer], int, str]] = {
     "momentum": (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), 5, "5 momentum steps"),
     "weight decay": (lambda p: torch.optim.SGD(p, 0.1, weight_decay=5e-2), 1, "weight decay 0.05"),
@@ -696,3 +712,35 @@ def test_what_no_attack_explains_is_not_called_explained() -> None:
     [done] = audit(wrong, {"inverting-gradients": replace(ATTACKS["inverting-gradients"](), steps=2)}, None)
     assert "unexplained" in named(done.result["flags"])
     assert "No attack explains" in unscored([{**done.result, "residual": 92.0}])
+
+
+class Attentive(nn.Module):
+    """Fused attention, a weight that is computed from others, and a layer that nothing uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.unused, self.act = nn.Conv2d(1, 8, 3, 2, 1), nn.Linear(3, 3), nn.Sigmoid()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.fc = nn.utils.parametrizations.weight_norm(nn.Linear(8 * 16, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = self.act(self.conv(x)).flatten(2).transpose(1, 2)
+        t = self.attention(t, t, t)[0]
+        logits: Tensor = self.fc(F.scaled_dot_product_attention(t, t, t).flatten(1))
+        return logits
+
+
+@pytest.mark.parametrize("name", ["dlg", "idlg", "inverting-gradients", "map-inversion", "recursive", "analytic"])
+def test_attention_and_weights_that_are_computed(name: str) -> None:
+    """Every attack runs, or says why not; what runs explains more than nothing."""
+    module = Attentive()
+    F.cross_entropy(module(DIGITS.images[[7]]), DIGITS.labels[[7]]).backward()  # type: ignore[no-untyped-call]
+    released = {key: p.grad for key, p in module.named_parameters()}
+    assert released["unused.weight"] is None
+    given = {"steps": 20, "evaluations": 20, "rounds": 0, "restarts": 1}
+    kind = ATTACKS[name]
+    attack = kind(**{key: value for key, value in given.items() if key in {field.name for field in fields(kind)}})
+    observation = replace(seen(released, module, 1, mode="eval"), labels=DIGITS.labels[[7]])
+    [done] = audit(observation, {name: attack}, None)
+    assert done.result["status"].endswith(".")
+    assert done.reconstruction is None or done.reconstruction.residual < 1

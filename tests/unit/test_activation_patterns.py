@@ -11,9 +11,9 @@ from gradleak.attacks.activation_patterns.activation_patterns import ActivationP
 from gradleak.errors import BadInput, NotObserved
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures, load, public_pool
+from gradleak.observations.adapter import Adapter
 from gradleak.observations.model import Model, PictureModel
 from gradleak.observations.observation import Observation, PictureObservation
-from gradleak.observations.releases import Adapter
 from gradleak.observations.training import Recipe
 from gradleak.priors.gaussian import GaussianPrior
 from gradleak.victims.training import train

@@ -29,10 +29,12 @@ from gradleak.formats.secret_file import Secret
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures, load, png
 from gradleak.modalities.texts import Texts, load_texts
+from gradleak.observations.adapter import Adapter
 from gradleak.observations.defenses import GaussianNoise, TopK
 from gradleak.observations.model import LanguageModel, Model
 from gradleak.observations.observation import Observation, PictureObservation
-from gradleak.observations.releases import Adapter, Gradient, Release, Update
+from gradleak.observations.release import Release
+from gradleak.observations.releases import Gradient, Update
 from gradleak.observations.training import Recipe
 from gradleak.observations.transformer import layout_of
 from gradleak.report import record

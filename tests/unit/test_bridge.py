@@ -18,9 +18,9 @@ from gradleak.errors import BadInput
 from gradleak.formats.observation_file import save_observation
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures, load
+from gradleak.observations.adapter import Adapter
 from gradleak.observations.model import Model
 from gradleak.observations.observation import Observation, PictureObservation
-from gradleak.observations.releases import Adapter
 from gradleak.observations.tensors import Tensors, flatten
 from gradleak.observations.training import Recipe
 from gradleak.victims.training import train

@@ -14,9 +14,9 @@ from gradleak.formats.secret_file import Secret
 from gradleak.modalities.losses import CrossEntropy
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures, load
+from gradleak.observations.adapter import Adapter
 from gradleak.observations.model import Model, PictureModel
 from gradleak.observations.observation import Observation, PictureObservation
-from gradleak.observations.releases import Adapter
 from gradleak.observations.training import Recipe
 from gradleak.report.record import Flag
 from gradleak.victims.adapter import lora_start

@@ -12,9 +12,9 @@ from gradleak.attacks.dataset_size import DatasetSize, log_spectra, singular_val
 from gradleak.errors import BadInput
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import load
+from gradleak.observations.adapter import Adapter, product
 from gradleak.observations.model import Model, PictureModel
 from gradleak.observations.observation import Observation, PictureObservation
-from gradleak.observations.releases import Adapter, product
 from gradleak.observations.tensors import Tensors
 from gradleak.observations.training import Recipe
 from gradleak.victims.adapter import lora_start

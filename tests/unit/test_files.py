@@ -31,11 +31,14 @@ from gradleak.modalities.losses import BinaryCrossEntropy, CrossEntropy, FocalLo
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures, load
 from gradleak.modalities.texts import load_texts
+from gradleak.observations.adapter import Adapter
 from gradleak.observations.defenses import GaussianNoise, Sign, TopK
 from gradleak.observations.model import Mode, Model
 from gradleak.observations.observation import Observation, PictureObservation
-from gradleak.observations.releases import Adapter, Gradient, Release, Stationarity, Update, Weights
+from gradleak.observations.release import Release
+from gradleak.observations.releases import Gradient, Update
 from gradleak.observations.tensors import Tensors, fingerprint
+from gradleak.observations.trained_weights import Stationarity, Weights
 from gradleak.observations.training import Recipe
 from gradleak.observations.transformer import layout_of
 from gradleak.victims.adapter import share_adapter

@@ -22,9 +22,10 @@ from gradleak.audit.bound import (
 from gradleak.audit.jacobian import jacobian_gram, jacobian_grams
 from gradleak.errors import BadInput
 from gradleak.modalities.networks import Architecture
+from gradleak.observations.adapter import Adapter
 from gradleak.observations.model import Model, PictureModel
 from gradleak.observations.observation import Observation, PictureObservation
-from gradleak.observations.releases import Adapter, Update
+from gradleak.observations.releases import Update
 from gradleak.observations.tensors import flatten
 from gradleak.observations.training import Recipe
 from oracles import dense_jacobian, lora_b_by_autograd, posterior_by_conditioning

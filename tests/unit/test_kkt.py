@@ -28,7 +28,7 @@ from gradleak.observations.distances import relative_residual
 from gradleak.observations.fully_connected import FullyConnected, Target, cone, distance, explained, grams
 from gradleak.observations.model import Model
 from gradleak.observations.observation import PictureObservation
-from gradleak.observations.releases import Weights
+from gradleak.observations.trained_weights import Weights
 from gradleak.studies.rank_against_samples import CHANGE, compared, drawn
 from gradleak.studies.trained_adapters import sides
 from gradleak.victims.fine_tuning import ALL, All, LowRank, Released, Truncated, fine_tuned

@@ -18,9 +18,9 @@ from gradleak.formats.peft import read_adapter
 from gradleak.formats.secret_file import Secret
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures, load
+from gradleak.observations.adapter import Adapter
 from gradleak.observations.model import Model
 from gradleak.observations.observation import Observation, PictureObservation
-from gradleak.observations.releases import Adapter
 from gradleak.observations.tensors import Tensors, fingerprint, flatten
 from gradleak.observations.training import Optimizer, Recipe
 from gradleak.victims.adapter import fine_tune, share_adapter

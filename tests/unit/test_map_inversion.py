@@ -11,7 +11,7 @@ from gradleak.errors import BadInput, NotObserved
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import load, public_pool
 from gradleak.observations.model import Model
-from gradleak.observations.observation import PictureObservation
+from gradleak.observations.observation import Observation, PictureObservation
 from gradleak.observations.training import Recipe
 from gradleak.priors.gaussian import GaussianPrior
 from gradleak.victims.adapter import share_adapter
@@ -73,6 +73,16 @@ def test_a_batch_needs_labels(prior: GaussianPrior) -> None:
 def test_a_prior_of_another_shape_is_refused() -> None:
     with pytest.raises(BadInput, match="prior"):
         MapInversion(prior=GaussianPrior.smooth((3, 8, 8)))(adapter([0]), generator=torch.Generator())
+
+
+def test_a_covariance_that_no_memory_holds_is_not_begun() -> None:
+    """Of 3 x 224 x 224 pixels it takes 8 (150,528)^2 bytes, 169 GiB."""
+    architecture = Architecture("mine", (3, 224, 224), 2)
+    module = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 2))
+    released = {name: torch.ones_like(p) for name, p in module.named_parameters()}
+    large = Observation(model=Model.of(module, architecture), released=released, batch_size=1)
+    with pytest.raises(NotObserved, match="169 GiB"):
+        MapInversion()(large, generator=torch.Generator())
 
 
 def test_misfit_by_hand() -> None:

@@ -14,7 +14,8 @@ from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures
 from gradleak.observations.model import Mode, Model
 from gradleak.observations.observation import Observation, PictureObservation
-from gradleak.observations.releases import GRADIENT, Release, Update
+from gradleak.observations.release import Release
+from gradleak.observations.releases import GRADIENT, Update
 from gradleak.observations.tensors import fingerprint
 from gradleak.observations.training import Recipe
 from gradleak.victims.gradient import capture_gradient, share_update

@@ -18,9 +18,10 @@ from gradleak.attacks.recursion.recursive import Recursive, features
 from gradleak.errors import NotObserved
 from gradleak.modalities.networks import Architecture, Normalise, ResidualBlock
 from gradleak.modalities.pictures import load
+from gradleak.observations.adapter import Adapter
 from gradleak.observations.model import Mode, Model
 from gradleak.observations.observation import Observation, PictureObservation
-from gradleak.observations.releases import Adapter, Update
+from gradleak.observations.releases import Update
 from gradleak.observations.training import Recipe
 from gradleak.victims.gradient import capture_gradient
 from oracles import gradient_by_autograd, labels_of, psnr_db_by_hand

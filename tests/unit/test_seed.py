@@ -20,9 +20,9 @@ from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures
 from gradleak.modalities.texts import load_texts
 from gradleak.modalities.transformers_networks import quiet_transformers
+from gradleak.observations.adapter import Adapter
 from gradleak.observations.model import Model
 from gradleak.observations.observation import Observation
-from gradleak.observations.releases import Adapter
 from gradleak.observations.tensors import Tensors
 from gradleak.observations.training import Recipe
 from gradleak.victims.adapter import fine_tune, share_adapter

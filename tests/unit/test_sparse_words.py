@@ -14,9 +14,9 @@ from gradleak.errors import NotObserved
 from gradleak.formats.secret_file import Secret
 from gradleak.modalities.language_models import Task
 from gradleak.modalities.texts import load_texts
+from gradleak.observations.adapter import Adapter
 from gradleak.observations.model import LanguageModel
 from gradleak.observations.observation import Observation, TextObservation
-from gradleak.observations.releases import Adapter
 from gradleak.observations.training import Recipe
 from gradleak.observations.transformer import layout_of
 from gradleak.victims.adapter import lora_start, share_adapter

@@ -18,9 +18,10 @@ from gradleak.errors import NotObserved
 from gradleak.modalities import pictures
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures
+from gradleak.observations.adapter import Adapter
 from gradleak.observations.model import Model
 from gradleak.observations.observation import PictureObservation
-from gradleak.observations.releases import Adapter, Gradient, Update
+from gradleak.observations.releases import Gradient, Update
 from gradleak.observations.training import Optimizer, Recipe
 from gradleak.victims.adapter import fine_tune, lora_start
 

@@ -30,9 +30,11 @@ from gradleak.attacks.search.descend import OnStep
 from gradleak.attacks.unmixing.span import adapted_first_layer
 from gradleak.errors import NotObserved
 from gradleak.modalities.networks import Architecture
+from gradleak.observations.adapter import Adapter
 from gradleak.observations.fully_connected import FullyConnected
 from gradleak.observations.observation import PictureObservation
-from gradleak.observations.releases import Adapter, Release, Update
+from gradleak.observations.release import Release
+from gradleak.observations.releases import Update
 
 ALIVE = 0.1  # a row that moved less than this share of the strongest is not counted: its gradient came and went
 MOVED = 1e-2  # and a pixel that no row moved with this share was zero

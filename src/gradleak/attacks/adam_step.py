@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradleak.observations.adapter import Adapter
 from gradleak.observations.observation import Observation
-from gradleak.observations.releases import Adapter, Gradient, Update
+from gradleak.observations.releases import Gradient, Update
 from gradleak.observations.tensors import Tensors, flatten, rounding
 from gradleak.observations.training import EPSILON, OPTIMISERS, Recipe, Undone
 

@@ -24,7 +24,8 @@ from gradleak.modalities.networks import Architecture
 from gradleak.observations.layers import calls
 from gradleak.observations.model import PictureModel
 from gradleak.observations.observation import PictureObservation
-from gradleak.observations.releases import Gradient, Release, Update
+from gradleak.observations.release import Release
+from gradleak.observations.releases import Gradient, Update
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from gradleak.attacks.reconstruction import Reconstruction
 from gradleak.attacks.search.descend import OnStep
 from gradleak.errors import NotObserved
 from gradleak.observations.observation import Observation, a
-from gradleak.observations.releases import Release
+from gradleak.observations.release import Release
 
 
 class Attack(Protocol):

@@ -16,6 +16,8 @@ from gradleak.modalities.networks import Architecture
 from gradleak.observations.layers import calls
 from gradleak.observations.observation import Observation
 
+LARGEST = 2**22  # numbers of a gradient whose rank is asked: singular values of more take minutes
+
 
 def with_batch_counted(observation: Observation[Any]) -> Observation[Any]:
     """The observation with the number of its samples; 1 where no layer tells it. Raises BadInput where there are so many samples
@@ -28,7 +30,7 @@ def with_batch_counted(observation: Observation[Any]) -> Observation[Any]:
     count, most = counted
     if count >= most:
         raise BadInput(
-            f"The gradient is of {count} samples or more, and its ranks tell no more: say how many with --batch-size."
+            f"The gradient is of {count} or more samples, and its ranks tell no more: say how many with --batch-size."
         )
     return replace(observation, batch_size=count)
 
@@ -41,7 +43,10 @@ def batch_size(observation: Observation[Any]) -> tuple[int, int] | None:
     grey = torch.full((2, *architecture.input_shape), 0.5).to(next(iter(model.parameters.values())))
     try:
         rows = {call.name for call in calls(model, grey) if isinstance(call.layer, nn.Linear) and call.input.ndim == 2}
-        sketches = observation.sketches(sorted(rows))
+        sizes = {
+            name: model.parameters[f"{name}.weight"].numel() for name in rows if f"{name}.weight" in model.parameters
+        }
+        sketches = observation.sketches([name for name in sorted(sizes) if sizes[name] <= LARGEST])
     except NotObserved:
         return None
     counted = []
@@ -52,7 +57,6 @@ def batch_size(observation: Observation[Any]) -> tuple[int, int] | None:
         noise = 0.0 if sketch.noise is None else float(sketch.noise.max()) * sum(n**0.5 for n in gradient.shape)
         count = int((values > max(3 * noise, 1e-5 * float(values[0]))).sum())
         if count:
-            counted.append(
-                (count, min(gradient.shape) - (len(gradient) == architecture.classes))
-            )  # p - y adds up to zero
+            full = min(gradient.shape) - (len(gradient) == architecture.classes)  # p - y adds up to zero
+            counted.append((count, full))
     return max(counted, key=lambda pair: (pair[0] < pair[1], pair[0]), default=None)

@@ -27,8 +27,9 @@ from gradleak.attacks.search.descend import OnStep
 from gradleak.errors import BadInput, NotObserved
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures
+from gradleak.observations.adapter import Adapter
 from gradleak.observations.observation import PictureObservation
-from gradleak.observations.releases import Adapter, Release
+from gradleak.observations.release import Release
 from gradleak.observations.tensors import Tensors
 from gradleak.observations.training import Recipe
 

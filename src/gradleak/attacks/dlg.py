@@ -31,7 +31,8 @@ from gradleak.attacks.search.start import Start, begin
 from gradleak.errors import BadInput, NotObserved
 from gradleak.modalities.networks import Architecture
 from gradleak.observations.observation import PictureObservation
-from gradleak.observations.releases import Gradient, Release, Update
+from gradleak.observations.release import Release
+from gradleak.observations.releases import Gradient, Update
 from gradleak.observations.tensors import Tensors, flatten
 
 SOLVED = 1e-8  # objective above which another start is worth its time: a relative residual of 1e-4

@@ -121,7 +121,7 @@ def named(factor: float, batch: int | None) -> str:
     if power >= 3 and abs(power - round(power)) < 0.02:
         return f"a loss scale of {2 ** round(power):,}, as mixed precision uses, or a sum"
     return (
-        "a sum over samples, a loss scale, or a number of clients"
+        "a sum over samples, a loss scale, or another learning rate"
         if size > 1
-        else "clipping, or a mean over more samples or clients"
+        else "clipping, a mean over more samples or clients, or another learning rate"
     )

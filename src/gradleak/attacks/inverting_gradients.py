@@ -25,9 +25,11 @@ from gradleak.attacks.reconstruction import Reconstruction, outcome_of
 from gradleak.attacks.search.descend import OnStep, best_of_restarts, descend, stack
 from gradleak.attacks.search.start import Start, begin
 from gradleak.modalities.networks import Architecture
+from gradleak.observations.adapter import Adapter
 from gradleak.observations.distances import cosine
 from gradleak.observations.observation import PictureObservation
-from gradleak.observations.releases import Adapter, Gradient, Release, Update
+from gradleak.observations.release import Release
+from gradleak.observations.releases import Gradient, Update
 from gradleak.observations.tensors import Tensors, flatten
 from gradleak.priors.prior import Energy
 from gradleak.priors.total_variation import TotalVariation

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from gradleak.errors import NotObserved
 from gradleak.modalities.losses import CrossEntropy
+from gradleak.observations.adapter import Adapter
 from gradleak.observations.layers import Call, calls
 from gradleak.observations.observation import PictureObservation
-from gradleak.observations.releases import Adapter
 
 
 def known_or_recovered(observation: PictureObservation) -> Tensor:

@@ -27,11 +27,13 @@ from gradleak.attacks.reconstruction import Reconstruction, outcome_of
 from gradleak.attacks.search.descend import OnStep, rowwise, stack
 from gradleak.attacks.search.lbfgs import lbfgs
 from gradleak.attacks.search.start import Start, begin
-from gradleak.errors import BadInput
+from gradleak.errors import BadInput, NotObserved
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures
+from gradleak.observations.adapter import Adapter
 from gradleak.observations.observation import PictureObservation
-from gradleak.observations.releases import Adapter, Gradient, Release, Update
+from gradleak.observations.release import Release
+from gradleak.observations.releases import Gradient, Update
 from gradleak.observations.tensors import Tensors
 from gradleak.priors.gaussian import GaussianPrior
 
@@ -39,6 +41,7 @@ PRIOR_WEIGHTS: tuple[float, ...] = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
 KERNEL_RIDGE = 0.1  # of the regression; 0.01 to 0.3 make little difference
 FEATURES = 100_000  # released numbers that the regression looks at, at most
 CHUNK = 25  # simulations side by side
+MOST_PIXELS = 3 * 64 * 64  # a matrix of so many takes 1.1 GiB, and five are held
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +79,11 @@ class MapInversion:
         check_sees(self, *observations)
         seen, where = observations[0], next(iter(observations[0].released.values()))
         shape = seen.model.architecture.input_shape
+        if (pixels := math.prod(shape)) > MOST_PIXELS:
+            raise NotObserved(
+                f"A covariance of {pixels:,} pixels takes {8 * pixels**2 / 2**30:,.0f} GiB, several times: pictures of up to "
+                f"{MOST_PIXELS:,} are inverted so, and inverting-gradients reads larger ones."
+            )
         prior = self.prior or GaussianPrior.smooth(shape)
         if prior.mean.shape != shape:
             raise BadInput(f"The prior is one of {tuple(prior.mean.shape)} pictures, the model takes {tuple(shape)}.")

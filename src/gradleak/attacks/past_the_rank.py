@@ -26,9 +26,10 @@ from gradleak.attacks.reconstruction import Outcome, Reconstruction
 from gradleak.attacks.search.descend import OnStep
 from gradleak.errors import NotObserved
 from gradleak.modalities.language_models import LanguageArchitecture
+from gradleak.observations.adapter import Adapter
 from gradleak.observations.model import LanguageModel
 from gradleak.observations.observation import TextObservation
-from gradleak.observations.releases import Adapter, Release, Sketch
+from gradleak.observations.release import Release, Sketch
 from gradleak.observations.transformer import layout_of
 
 # 1 is the likelihood ratio of Gaussians. From 0.75 to 1.75, the median rank of true tokens among 420 changes by 3 at most (five

@@ -27,10 +27,10 @@ from torch.nn.init import kaiming_uniform_, normal_
 from gradleak.attacks.search.descend import OnStep
 from gradleak.attacks.twisters import TOGETHER, Floats, Twisters
 from gradleak.modalities.networks import ImageTransformer
+from gradleak.observations.adapter import Adapter
 from gradleak.observations.layers import is_linear
 from gradleak.observations.model import Model
 from gradleak.observations.observation import Observation
-from gradleak.observations.releases import Adapter
 from gradleak.observations.tensors import Tensors
 
 TYPED: tuple[int, ...] = (42, 0, 1, 1234, 3407, 1337, 2023, 2024, 2025, 2026, 123, 7, 12345, 123456, 1234567, 12345678)

@@ -32,8 +32,9 @@ from gradleak.attacks.reconstruction import Outcome, Reconstruction
 from gradleak.attacks.search.descend import OnStep
 from gradleak.errors import NotObserved
 from gradleak.modalities.language_models import LanguageArchitecture
+from gradleak.observations.adapter import Adapter
 from gradleak.observations.observation import TextObservation
-from gradleak.observations.releases import Adapter, Release
+from gradleak.observations.release import Release
 from gradleak.observations.tensors import rounding
 from gradleak.observations.transformer import layout_of
 

@@ -26,8 +26,10 @@ from gradleak.attacks.reconstruction import Reconstruction, outcome_of
 from gradleak.attacks.search.descend import OnStep
 from gradleak.errors import NotObserved
 from gradleak.modalities.networks import Architecture, ImageTransformer
+from gradleak.observations.adapter import Adapter
 from gradleak.observations.observation import PictureObservation
-from gradleak.observations.releases import Adapter, Gradient, Release, Update
+from gradleak.observations.release import Release
+from gradleak.observations.releases import Gradient, Update
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -68,15 +68,26 @@ def more_samples(observation: Observation[Any]) -> list[Flag]:
 
 
 def beyond_bounds(observation: Observation[Any], gradient: Tensors) -> list[Flag]:
-    """The gradient of a softmax cross entropy by the last bias is p - y: its entries add up to 2 at most per sample."""
+    """The gradient of a softmax cross entropy by the last bias is p - y: its entries add up to 2 at most per sample, and each
+    negative one needs a sample of its class."""
     model, criterion = observation.model, observation.model.criterion
     name = list(model.parameters)[-1]
     if not isinstance(criterion, CrossEntropy) or not criterion.plain or observation.release.inexact():
         return []
     if name not in gradient or gradient[name].shape != (model.architecture.classes,):
         return []
+    bias, batch = gradient[name], observation.batch_size or math.inf
+    above, below = (
+        int((sign * bias > 1e-4 * bias.abs().max()).sum()) for sign in (1, -1)
+    )  # differences round smaller ones
+    if below > batch >= above > 0 and observation.factor == 1:
+        sentence = (
+            f"{below} classes have a negative bias gradient, and {batch} samples have {batch} labels at most: it points the other way, as "
+            "a difference of weights (after - before) does that is taken for a gradient. Give --lr with it, or turn its sign."
+        )
+        return [flag("sign", "warning", sentence)]
     most = 2.0 * ((observation.batch_size or math.inf) if criterion.reduction == "sum" else 1)
-    size = float(gradient[name].abs().sum())
+    size = float(bias.abs().sum())
     if size <= 1.05 * most:  # bfloat16 leaves a hundredth
         return []
     sentence = (

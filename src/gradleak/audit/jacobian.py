@@ -16,8 +16,8 @@ from torch.func import grad, jvp, vmap
 
 from gradleak.attacks.search.descend import OnStep, record
 from gradleak.errors import BadInput
+from gradleak.observations.adapter import Adapter
 from gradleak.observations.observation import PictureObservation
-from gradleak.observations.releases import Adapter
 from gradleak.observations.tensors import Tensors
 from gradleak.observations.training import Recipe
 

@@ -13,20 +13,19 @@ from typing import Any
 import msgspec
 
 from gradleak.attacks import ATTACKS
-from gradleak.attacks.adam_step import with_step_undone
 from gradleak.attacks.attack import refusal
-from gradleak.attacks.factor import with_factor_found
 from gradleak.attacks.parameters import built
 from gradleak.attacks.search.start import Given
-from gradleak.attacks.seed import has_open_start, with_start_recovered
+from gradleak.attacks.seed import with_start_recovered
 from gradleak.audit.loop import Audited
 from gradleak.audit.loop import audit as run_audit
 from gradleak.audit.scoring import SCORING
 from gradleak.audit.verdict import judged
 from gradleak.audit.written import describe, finish, keep_shown, untried, written_audit
 from gradleak.cli import flags
-from gradleak.cli.inputs import check_device, file_hash, fresh_folder, observed, observed_files, seed_range
-from gradleak.cli.progress import OnStep, progress
+from gradleak.cli.informed import informed
+from gradleak.cli.inputs import check_device, file_hash, fresh_folder, observed_files
+from gradleak.cli.progress import progress
 from gradleak.errors import BadInput, near, shortened
 from gradleak.formats.observation_file import load_observation, usable_labels
 from gradleak.formats.reconstruction_file import load_reconstruction, save_reconstruction
@@ -100,37 +99,6 @@ def demo(args: flags.Demo) -> None:
         attacks = {attack: ATTACKS[attack]() for attack in names}
         audit_one(observation, attacks, public, secret, written, left, out, args.seed, args.device, name)
     print(written["verdict"]["sentence"], f"Open {out / 'report.html'} in a browser.", sep="\n")
-
-
-def informed(args: flags.Observed) -> Observation[Any]:
-    """What was observed, and what everybody can know besides: where training began, where a usual seed or one of --seeds draws that."""
-    more = seed_range(args.seeds)
-    with progress() as start:
-        observation = observed(args)
-        if more is not None and not has_open_start(observation):
-            raise BadInput(
-                "--seeds says nothing about this observation: there is no start that a seed could have drawn."
-            )
-        observation = with_start_recovered(observation, on_step=start("seed"))
-        observation = observation if more is None else searched(observation, more, start("seed"))
-        return with_factor_found(with_step_undone(observation))
-
-
-def searched(observation: Observation[Any], more: range, on_step: OnStep) -> Observation[Any]:
-    """The observation with its start where one of these seeds drew it; as it is after Ctrl-C, which is told where to go on."""
-    reached = more.start
-
-    def tell(tried: int, total: int, value: float) -> None:
-        nonlocal reached
-        reached = more.start + tried
-        on_step(tried, total, value)
-
-    try:
-        return with_start_recovered(observation, seeds=more, on_step=tell)
-    except KeyboardInterrupt:
-        left = f"gradleak: the search for the seed stops; --seeds {reached}:{more.stop} goes on with it."
-        print(left, file=sys.stderr)
-        return observation
 
 
 def audit_one(

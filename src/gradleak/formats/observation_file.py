@@ -20,7 +20,8 @@ from gradleak.observations import tensor_file
 from gradleak.observations.defenses import DEFENSES
 from gradleak.observations.model import Mode, Model
 from gradleak.observations.observation import Observation
-from gradleak.observations.releases import RELEASES, Release
+from gradleak.observations.release import Release
+from gradleak.observations.releases import RELEASES
 from gradleak.observations.tensors import Tensors
 
 SCHEMA = "gradleak/observation/2"

@@ -30,10 +30,11 @@ from gradleak.formats.model_folder import read_with
 from gradleak.formats.trained_beside import listed, trained_beside
 from gradleak.modalities.language_models import Task
 from gradleak.modalities.networks import Architecture
+from gradleak.observations.adapter import Adapter, Origin, decay, product
 from gradleak.observations.layers import oriented
 from gradleak.observations.model import Model
 from gradleak.observations.observation import Observation
-from gradleak.observations.releases import Adapter, Origin, Reservation, decay, product
+from gradleak.observations.release import Reservation
 from gradleak.observations.starts import FROM_WEIGHTS, computed, converted, why_unknown
 from gradleak.observations.tensors import Tensors
 from gradleak.observations.training import Recipe

@@ -20,8 +20,9 @@ from gradleak.observations.distances import relative_residual
 from gradleak.observations.given import fitted
 from gradleak.observations.model import Mode, Model
 from gradleak.observations.observation import Observation
-from gradleak.observations.releases import GRADIENT, Update, Weights
+from gradleak.observations.releases import GRADIENT, Update
 from gradleak.observations.tensors import Tensors
+from gradleak.observations.trained_weights import Weights
 from gradleak.observations.training import Recipe
 
 NEAR = 0.5  # of the weights' length: weights after training lie within, and a gradient has no reason to point along the weights

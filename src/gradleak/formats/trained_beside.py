@@ -18,7 +18,7 @@ from gradleak.formats.adapter_names import module_of, parameter_of
 from gradleak.modalities.language_models import LanguageArchitecture
 from gradleak.modalities.modality import by
 from gradleak.observations.model import Model
-from gradleak.observations.releases import Reservation
+from gradleak.observations.release import Reservation
 from gradleak.observations.tensors import Tensors
 
 SHORT = (torch.bfloat16, torch.float16)  # formats through which weights may have gone that nobody trained

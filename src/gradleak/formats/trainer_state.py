@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from gradleak.errors import BadInput, checked, shortened
-from gradleak.observations.releases import Reservation
+from gradleak.observations.release import Reservation
 
 STATE, ARGUMENTS = "trainer_state.json", "training_args.bin"
 LARGEST = 2**26  # bytes

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from gradleak.errors import NotObserved
 from gradleak.modalities.networks import AgainstZero, Normalise
+from gradleak.observations.sequence import layers_of
 from gradleak.observations.tensors import Tensors
 
 
@@ -45,7 +46,7 @@ class FullyConnected:
     @classmethod
     def of(cls, module: nn.Module, parameters: Tensors, input_shape: tuple[int, int, int]) -> Self:
         """The network behind a module of Normalise, Flatten, Linear, ReLU and AgainstZero; NotObserved for any other."""
-        layers = list(module.named_children())
+        layers = layers_of(module)
         kinds = [type(layer) for _, layer in layers if not isinstance(layer, (Normalise, nn.Flatten, AgainstZero))]
         if not kinds or kinds[0::2] != [nn.Linear] * len(kinds[0::2]) or kinds[1::2] != [nn.ReLU] * len(kinds[1::2]):
             raise NotObserved(

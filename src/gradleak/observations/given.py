@@ -45,7 +45,7 @@ def fitted(
             continue
         if name in tensors:
             raise BadInput(f"Two tensors are called {shortened(name)}: {shortened(str(old))} is one of them.")
-        tensors[name] = like(as_tensor(array, name), known.get(name, state.get(name)))
+        tensors[name] = like(as_tensor(array, name), known.get(name, state.get(name)), name)
     beside = tuple(name for name in tensors if name in state)
     return {name: tensor for name, tensor in tensors.items() if name not in state}, beside
 
@@ -74,15 +74,17 @@ def as_tensor(array: Any, name: str) -> Tensor:
         raise BadInput(f"What is given as {shortened(name)} is a {what}, not an array of numbers.") from error
 
 
-def like(tensor: Tensor, known: Tensor | None) -> Tensor:
+def like(tensor: Tensor, known: Tensor | None, name: str) -> Tensor:
     """In the shape of the known tensor where this one is flat, and in its number format where that loses nothing that a numpy
-    array has by default."""
+    array has by default; BadInput for whole numbers in place of others."""
     if known is None:
         return tensor
     if tensor.shape != known.shape and tensor.ndim <= 1 and tensor.numel() == known.numel():
         tensor = tensor.reshape(known.shape)
     if not known.is_floating_point():
         return tensor.round().to(known.dtype) if tensor.is_floating_point() else tensor
+    if not tensor.is_floating_point():
+        raise BadInput(f"Tensor {shortened(name)} holds {tensor.dtype} numbers, which are whole: it is damaged.")
     return tensor.to(known.dtype)
 
 

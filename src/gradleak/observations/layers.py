@@ -24,12 +24,14 @@ class Call:
 
 
 def calls(model: Model[Any], inputs: Any) -> list[Call]:
-    """Every call of a layer that has parameters of its own with a tensor, in order of execution, for a batch of inputs."""
+    """Every call of a layer that has parameters of its own and makes one tensor of another, in order of execution."""
     seen: list[Call] = []
 
     def listen(name: str) -> Any:
         def hook(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            if inputs and isinstance(inputs[0], Tensor):
+            if (
+                inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor)
+            ):  # not attention, nor parametrizations
                 seen.append(Call(name, layer, inputs[0], output))
 
         return hook

@@ -16,11 +16,13 @@ from gradleak.errors import BadInput, NotObserved
 from gradleak.modalities.language_models import LanguageArchitecture
 from gradleak.modalities.modality import Fact, fact
 from gradleak.modalities.networks import Architecture
+from gradleak.observations.adapter import Adapter
 from gradleak.observations.defenses import Defense, defended
 from gradleak.observations.distances import relative_residual
 from gradleak.observations.given import fitted
 from gradleak.observations.model import A, Model
-from gradleak.observations.releases import GRADIENT, Adapter, Release, Reservation, Sketch, check_finite
+from gradleak.observations.release import Release, Reservation, Sketch, check_finite
+from gradleak.observations.releases import GRADIENT
 from gradleak.observations.tensors import Tensors
 
 R = TypeVar("R", bound=Release)

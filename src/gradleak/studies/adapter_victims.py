@@ -25,9 +25,10 @@ from gradleak.audit import metrics
 from gradleak.errors import BadInput, NotObserved
 from gradleak.modalities.networks import BINARY, Architecture
 from gradleak.modalities.pictures import Pictures, public_pool
+from gradleak.observations.adapter import Adapter, product
 from gradleak.observations.model import Model, PictureModel
 from gradleak.observations.observation import Observation, PictureObservation
-from gradleak.observations.releases import Adapter, Gradient, product
+from gradleak.observations.releases import Gradient
 from gradleak.observations.training import Recipe
 from gradleak.priors.gaussian import GaussianPrior
 from gradleak.studies.data_sets import beside, blueprint, rows_of, shrunk, unseen

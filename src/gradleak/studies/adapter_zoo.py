@@ -17,10 +17,10 @@ from torch.func import vmap
 from gradleak.attacks.dataset_size import DatasetSize
 from gradleak.modalities.networks import BINARY, Architecture
 from gradleak.modalities.pictures import Pictures, load, public_pool
+from gradleak.observations.adapter import Adapter
 from gradleak.observations.layers import is_adaptable
 from gradleak.observations.model import Model, PictureModel
 from gradleak.observations.observation import Observation, PictureObservation
-from gradleak.observations.releases import Adapter
 from gradleak.observations.tensors import Tensors
 from gradleak.observations.training import Recipe, train
 from gradleak.studies.data_sets import blueprint, rows_of, shrunk

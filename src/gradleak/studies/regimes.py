@@ -6,8 +6,8 @@ from torch import Tensor
 from gradleak.modalities.pictures import Pictures
 from gradleak.observations.fully_connected import FullyConnected, cone, explained
 from gradleak.observations.observation import PictureObservation
-from gradleak.observations.releases import Weights
 from gradleak.observations.tensors import Tensors, flatten
+from gradleak.observations.trained_weights import Weights
 from gradleak.studies.study import Row
 from gradleak.victims.weights import slope
 

@@ -17,7 +17,7 @@ import torch
 from gradleak.attacks.weights.kkt import KKT
 from gradleak.modalities.pictures import Pictures
 from gradleak.observations.observation import Observation, PictureObservation
-from gradleak.observations.releases import Weights
+from gradleak.observations.trained_weights import Weights
 from gradleak.observations.training import Recipe
 from gradleak.studies.extractions import extracted, judged, mean_image, owners, two_class_source, untrained
 from gradleak.studies.findings import Findings, stands_in

@@ -11,7 +11,7 @@ from typing import Any
 
 from gradleak.attacks.weights.kkt import KKT
 from gradleak.attacks.weights.kkt_search import KKTSearch
-from gradleak.observations.releases import Weights
+from gradleak.observations.trained_weights import Weights
 from gradleak.studies.extractions import RECOVERED, extracted, judged, mean_image, owners, two_class_source, untrained
 from gradleak.studies.findings import Findings, stands_in
 from gradleak.studies.plots import bars, panels

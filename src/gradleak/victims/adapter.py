@@ -21,10 +21,10 @@ from gradleak.formats.secret_file import Secret
 from gradleak.modalities.modality import Blueprint
 from gradleak.modalities.networks import ImageTransformer
 from gradleak.modalities.transformers_networks import quiet_transformers
+from gradleak.observations.adapter import Adapter
 from gradleak.observations.layers import is_adaptable, is_transposed, oriented
 from gradleak.observations.model import Model
 from gradleak.observations.observation import Observation
-from gradleak.observations.releases import Adapter
 from gradleak.observations.tensors import Tensors
 from gradleak.observations.training import OPTIMISERS, Recipe
 from gradleak.victims.gradient import keep_secret, revealable

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from gradleak.modalities.pictures import Pictures
+from gradleak.observations.adapter import Adapter
 from gradleak.observations.model import PictureModel
 from gradleak.observations.observation import Observation, PictureObservation
-from gradleak.observations.releases import Adapter, Update
+from gradleak.observations.releases import Update
 from gradleak.observations.tensors import Tensors
 from gradleak.observations.training import Objective, Recipe, train
 from gradleak.victims.adapter import check_converged, lora_start

@@ -12,7 +12,8 @@ from gradleak.modalities.modality import Blueprint
 from gradleak.observations.defenses import Defense, defended
 from gradleak.observations.model import Model
 from gradleak.observations.observation import Observation
-from gradleak.observations.releases import Gradient, Release, Update
+from gradleak.observations.release import Release
+from gradleak.observations.releases import Gradient, Update
 from gradleak.observations.tensors import Tensors
 from gradleak.observations.training import Recipe
 

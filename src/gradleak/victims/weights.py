@@ -21,8 +21,8 @@ from gradleak.observations import tensor_file
 from gradleak.observations.fully_connected import FullyConnected, Target, explained
 from gradleak.observations.model import PictureModel
 from gradleak.observations.observation import Observation, PictureObservation
-from gradleak.observations.releases import Stationarity, Weights
 from gradleak.observations.tensors import Tensors, fingerprint
+from gradleak.observations.trained_weights import Stationarity, Weights
 from gradleak.victims.gradient import keep_secret
 
 PROGRESS = "gradleak/training/1"

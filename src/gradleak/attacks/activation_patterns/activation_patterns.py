@@ -29,9 +29,10 @@ from gradleak.attacks.search.descend import OnStep
 from gradleak.errors import BadInput, NotObserved
 from gradleak.modalities.networks import AgainstZero, Architecture, Normalise
 from gradleak.modalities.pictures import Pictures
+from gradleak.observations.adapter import Adapter
 from gradleak.observations.distances import relative_residual
 from gradleak.observations.observation import PictureObservation
-from gradleak.observations.releases import Adapter, Release
+from gradleak.observations.release import Release
 from gradleak.observations.tensors import flatten
 from gradleak.priors.gaussian import GaussianPrior
 

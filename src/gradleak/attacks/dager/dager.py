@@ -40,9 +40,11 @@ from gradleak.attacks.search.descend import OnStep
 from gradleak.attacks.text_ordering import Ordered, closed, ordered
 from gradleak.errors import NotObserved
 from gradleak.modalities.language_models import LanguageArchitecture
+from gradleak.observations.adapter import Adapter
 from gradleak.observations.layers import layer_inputs
 from gradleak.observations.observation import TextObservation
-from gradleak.observations.releases import Adapter, Gradient, Release, Update
+from gradleak.observations.release import Release
+from gradleak.observations.releases import Gradient, Update
 from gradleak.observations.transformer import layout_of
 
 # Sentences are weighed as a whole if random candidates need this times what noise allows. True tokens need 0.84 to 0.90 of it

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradleak.observations.observation import TextObservation
-from gradleak.observations.releases import Sketch
+from gradleak.observations.release import Sketch
 from gradleak.observations.transformer import layout_of
 
 # The rounding of a victim's forward pass: sums of 1,024 terms, whose roundings add up like a random walk of as many steps.

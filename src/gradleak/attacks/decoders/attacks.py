@@ -23,8 +23,9 @@ from gradleak.attacks.search.descend import OnStep
 from gradleak.errors import NotObserved
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures
+from gradleak.observations.adapter import Adapter
 from gradleak.observations.observation import PictureObservation
-from gradleak.observations.releases import Adapter, Release
+from gradleak.observations.release import Release
 
 Decoder = PseudoInverse | Ridge | MLP | UNet
 PAIRS = 1_000  # public pictures that a decoder is fitted on, at most

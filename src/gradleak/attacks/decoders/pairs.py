@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gradleak.errors import BadInput
 from gradleak.observations.observation import Observation, PictureObservation
-from gradleak.observations.releases import Sketch
+from gradleak.observations.release import Sketch
 from gradleak.observations.tensors import Tensors, fingerprint
 
 Factors = tuple[Tensor, Tensor]  # (n, tokens, columns of M) and (n, tokens, rows of M): M = second^T first

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gradleak.observations.layers import calls
 from gradleak.observations.observation import PictureObservation
-from gradleak.observations.releases import Sketch
+from gradleak.observations.release import Sketch
 
 ROUNDING = 1e-7  # the relative error of a released float32
 NOT_ONE_PICTURE = 1e-2  # a second singular value larger than this, relative to the first, is no rank-one sketch

@@ -28,7 +28,7 @@ from gradleak.attacks.decoders.pairs import (
 )
 from gradleak.attacks.search.descend import OnStep
 from gradleak.observations.observation import PictureObservation
-from gradleak.observations.releases import Sketch, weight_shaped
+from gradleak.observations.release import Sketch, weight_shaped
 from gradleak.observations.tensors import Tensors
 
 SEEN = 16  # columns of S that enter the grouping

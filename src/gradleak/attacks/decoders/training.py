@@ -13,7 +13,7 @@ from torch import Tensor
 from gradleak.attacks.decoders.pairs import batches, check_pictures, key
 from gradleak.attacks.search.descend import OnStep
 from gradleak.observations.observation import PictureObservation
-from gradleak.observations.releases import Sketch, weight_shaped
+from gradleak.observations.release import Sketch, weight_shaped
 from gradleak.observations.tensors import Tensors
 
 # weights, the sketch, S (n, rows, rank) of unit root mean square, S's pseudo-inverse (n, rows, columns) -> M^

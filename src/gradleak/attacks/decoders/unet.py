@@ -17,7 +17,7 @@ from gradleak.attacks.decoders import storage, training
 from gradleak.attacks.decoders.pairs import as_observation, check_identity, identity, key
 from gradleak.attacks.search.descend import OnStep
 from gradleak.observations.observation import PictureObservation
-from gradleak.observations.releases import Sketch
+from gradleak.observations.release import Sketch
 from gradleak.observations.tensors import Tensors
 
 EMBEDDED = 2  # numbers for each row, and for each column

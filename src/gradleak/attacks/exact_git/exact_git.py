@@ -37,7 +37,8 @@ from gradleak.errors import BadInput, NotObserved
 from gradleak.modalities.networks import Architecture
 from gradleak.observations.model import PictureModel
 from gradleak.observations.observation import PictureObservation
-from gradleak.observations.releases import Gradient, Release, Update
+from gradleak.observations.release import Release
+from gradleak.observations.releases import Gradient, Update
 from gradleak.observations.tensors import Tensors
 
 STARTS = 20  # of the fixed point of a batch

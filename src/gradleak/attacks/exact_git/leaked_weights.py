@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradleak.attacks.learned.pairs import Pairs, check
-from gradleak.attacks.recursion.network import unrolled
 from gradleak.errors import BadInput
 from gradleak.modalities.networks import Normalise
 from gradleak.observations.model import PictureModel
+from gradleak.observations.sequence import layers_of
 from gradleak.observations.tensors import Tensors
 
 ROUNDING = 2.0**-24  # of float32, in which pairs are released
@@ -52,7 +52,7 @@ class Chain:
         trained = {name for name in model.parameters if name not in model.frozen}
         pixels = torch.stack([f(model.architecture.input_shape).double() for f in (torch.zeros, torch.ones)])
         linear, activations = list[tuple[str, nn.Linear]](), list[nn.Module]()
-        for name, layer in unrolled("", model.module):
+        for name, layer in layers_of(model.module):
             between = len(linear) > len(activations)
             if not linear and isinstance(layer, nn.Flatten | Normalise):
                 pixels = layer(pixels)

@@ -35,8 +35,10 @@ from gradleak.attacks.search.lbfgs import lbfgs
 from gradleak.errors import NotObserved
 from gradleak.modalities.networks import Architecture, ImageTransformer
 from gradleak.modalities.pictures import Pictures
+from gradleak.observations.adapter import Adapter
 from gradleak.observations.observation import PictureObservation
-from gradleak.observations.releases import Adapter, Gradient, Release, Update
+from gradleak.observations.release import Release
+from gradleak.observations.releases import Gradient, Update
 from gradleak.observations.tensors import Tensors
 from gradleak.priors.gaussian import GaussianPrior
 

@@ -29,7 +29,8 @@ from gradleak.errors import BadInput
 from gradleak.modalities.networks import Architecture
 from gradleak.observations.model import Model, PictureModel
 from gradleak.observations.observation import PictureObservation
-from gradleak.observations.releases import Gradient, Release, Update
+from gradleak.observations.release import Release
+from gradleak.observations.releases import Gradient, Update
 from gradleak.observations.tensors import Tensors
 
 HASHED = 4_096  # numbers of a unit's gradient that are read as they are

@@ -25,7 +25,8 @@ from gradleak.attacks.search.descend import OnStep
 from gradleak.modalities.networks import Architecture
 from gradleak.observations.model import PictureModel
 from gradleak.observations.observation import PictureObservation
-from gradleak.observations.releases import Gradient, Release, Update
+from gradleak.observations.release import Release
+from gradleak.observations.releases import Gradient, Update
 from gradleak.observations.tensors import Tensors, flatten
 
 HASHED = 2**16

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -14,6 +13,7 @@ from gradleak.attacks.recursion.inverses import affine, is_affine
 from gradleak.attacks.recursion.linear_systems import DENSE, Belief
 from gradleak.errors import NotObserved
 from gradleak.observations.observation import PictureObservation
+from gradleak.observations.sequence import layers_of
 from gradleak.observations.tensors import Tensors
 
 RELATIVE = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11}  # half a last place; others: 2^-9
@@ -26,7 +26,7 @@ PICTURES = 16  # random ones that show what is typical of each layer's input
 class Network:
     """All in float64.
 
-    layers    (name, layer), nested sequences unrolled
+    layers    (name, layer), in a sequence
     typical   the input of every layer for random smooth pictures, (pictures, ...)
     gradient  {parameter name: gradient}
     unit      half a last place of 1 in the format of the release
@@ -51,7 +51,7 @@ class Network:
         observation = observation.to(torch.device("cpu")).to(torch.float64)
         model = observation.model
         module = model.solid().requires_grad_(False)
-        layers = list(unrolled("", module))
+        layers = layers_of(module)
         name, last = layers[-1]
         if not isinstance(last, nn.Linear):
             where = f"ends in {name}, a" if name else "is a"
@@ -107,15 +107,6 @@ class Network:
                 return None
             scale = scale.flatten() if isinstance(layer, nn.Flatten) else scale * affine(layer)[0]
         return scale.flatten()
-
-
-def unrolled(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(dotted name, layer) with nested sequences unrolled."""
-    if not isinstance(module, nn.Sequential):
-        yield name, module
-        return
-    for part, child in module.named_children():
-        yield from unrolled(f"{name}.{part}" if name else part, child)
 
 
 def _inputs(layers: list[tuple[str, nn.Module]], shape: tuple[int, int, int]) -> list[Tensor]:

@@ -33,7 +33,8 @@ from gradleak.attacks.search.descend import OnStep
 from gradleak.errors import NotObserved
 from gradleak.modalities.networks import Architecture
 from gradleak.observations.observation import PictureObservation
-from gradleak.observations.releases import Gradient, Release, Update
+from gradleak.observations.release import Release
+from gradleak.observations.releases import Gradient, Update
 
 GUESSES = 4  # how often a layer is solved at most, to choose between two inputs of an activation
 

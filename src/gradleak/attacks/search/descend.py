@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 from gradleak.errors import BadInput
+from gradleak.observations.adapter import UNKNOWN
 from gradleak.observations.observation import PictureObservation
-from gradleak.observations.releases import UNKNOWN
 from gradleak.observations.tensors import Tensors, fingerprint, flatten
 
 Objective = Callable[..., Tensor]

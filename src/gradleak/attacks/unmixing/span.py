@@ -20,9 +20,10 @@ from torch import Tensor
 
 from gradleak.errors import NotObserved
 from gradleak.modalities.networks import Architecture
+from gradleak.observations.adapter import Adapter
 from gradleak.observations.fully_connected import FullyConnected
 from gradleak.observations.observation import Observation, PictureObservation
-from gradleak.observations.releases import Adapter, Update
+from gradleak.observations.releases import Update
 from gradleak.observations.tensors import rounding
 
 STEPS = 300  # of a training whose recipe is unknown: each rounds the weights once

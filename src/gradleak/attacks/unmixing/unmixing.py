@@ -30,9 +30,11 @@ from gradleak.attacks.search.descend import OnStep
 from gradleak.attacks.unmixing.sources import by_pixels, by_units
 from gradleak.attacks.unmixing.span import Span, span_of
 from gradleak.modalities.networks import Architecture
+from gradleak.observations.adapter import Adapter
 from gradleak.observations.fully_connected import FullyConnected
 from gradleak.observations.observation import PictureObservation
-from gradleak.observations.releases import Adapter, Gradient, Release, Update
+from gradleak.observations.release import Release
+from gradleak.observations.releases import Gradient, Update
 from gradleak.observations.tensors import Tensors
 from gradleak.observations.training import train
 

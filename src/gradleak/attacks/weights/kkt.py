@@ -33,7 +33,8 @@ from gradleak.attacks.weights.row_space import Span, rank_of, span_of, unit_inpu
 from gradleak.modalities.networks import Architecture
 from gradleak.observations.fully_connected import FullyConnected, Target, distance, grams
 from gradleak.observations.observation import PictureObservation
-from gradleak.observations.releases import Release, Weights
+from gradleak.observations.release import Release
+from gradleak.observations.trained_weights import Weights
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from gradleak.errors import BadInput, checked
 from gradleak.modalities.networks import Architecture
 from gradleak.observations import tensor_file
 from gradleak.observations.observation import PictureObservation
-from gradleak.observations.releases import Release, Weights
+from gradleak.observations.release import Release
+from gradleak.observations.trained_weights import Weights
 
 TRIAL = "gradleak/trial/1"
 RANGES = {  # drawn log-uniformly

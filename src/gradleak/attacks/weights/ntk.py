@@ -27,7 +27,8 @@ from gradleak.attacks.weights.row_space import Span, rank_of, span_of, unit_inpu
 from gradleak.modalities.networks import Architecture
 from gradleak.observations.fully_connected import FullyConnected, Target, cone, grams
 from gradleak.observations.observation import PictureObservation
-from gradleak.observations.releases import Gradient, Release, Update
+from gradleak.observations.release import Release
+from gradleak.observations.releases import Gradient, Update
 
 LARGEST_POOL = 1_200  # inputs with labels of which the best combination is solved for
 COPY = 0.1  # relative distance below which two inputs are the same image

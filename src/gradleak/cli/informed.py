@@ -1,0 +1,44 @@
+"""What was observed, and what everybody can know besides: the start that a seed drew, the step behind a change, the factor of a release."""
+
+import sys
+from typing import Any
+
+from gradleak.attacks.adam_step import with_step_undone
+from gradleak.attacks.factor import with_factor_found
+from gradleak.attacks.seed import has_open_start, with_start_recovered
+from gradleak.cli import flags
+from gradleak.cli.inputs import observed, seed_range
+from gradleak.cli.progress import OnStep, progress
+from gradleak.errors import BadInput
+from gradleak.observations.observation import Observation
+
+
+def informed(args: flags.Observed) -> Observation[Any]:
+    """What was observed, and what everybody can know besides: where training began, where a usual seed or one of --seeds draws that."""
+    more = seed_range(args.seeds)
+    with progress() as start:
+        observation = observed(args)
+        if more is not None and not has_open_start(observation):
+            raise BadInput(
+                "--seeds says nothing about this observation: there is no start that a seed could have drawn."
+            )
+        observation = with_start_recovered(observation, on_step=start("seed"))
+        observation = observation if more is None else searched(observation, more, start("seed"))
+        return with_factor_found(with_step_undone(observation))
+
+
+def searched(observation: Observation[Any], more: range, on_step: OnStep) -> Observation[Any]:
+    """The observation with its start where one of these seeds drew it; as it is after Ctrl-C, which is told where to go on."""
+    reached = more.start
+
+    def tell(tried: int, total: int, value: float) -> None:
+        nonlocal reached
+        reached = more.start + tried
+        on_step(tried, total, value)
+
+    try:
+        return with_start_recovered(observation, seeds=more, on_step=tell)
+    except KeyboardInterrupt:
+        left = f"gradleak: the search for the seed stops; --seeds {reached}:{more.stop} goes on with it."
+        print(left, file=sys.stderr)
+        return observation

@@ -1,0 +1,253 @@
+"""A LoRA adapter beside its base model: what training changed of its factors."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+from torch.func import grad
+
+from gradleak.errors import BadInput, NotObserved
+from gradleak.modalities.modality import Fact, by, fact
+from gradleak.observations.layers import oriented
+from gradleak.observations.model import Model
+from gradleak.observations.release import (
+    Release,
+    Reservation,
+    Sketch,
+    check_finite,
+    inexact,
+    inexactly_undone,
+    weight_shaped,
+)
+from gradleak.observations.starts import why_unknown
+from gradleak.observations.tensors import Tensors, flatten
+from gradleak.observations.training import Recipe, Undone, train
+
+SMALLEST, LARGEST = 1e-6, 1e6  # the scaling of an adapter
+UNKNOWN = Recipe(learning_rate=1.0, steps=1)  # what is assumed of an adapter that comes without its recipe
+
+
+Origin = Literal["given", "recovered", "unknown"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter(Release):
+    """A LoRA adapter beside its base model (Hu et al. 2021, arXiv:2106.09685): a layer computes (W + s B A) x.
+
+    What is released is {MODULE.lora_A (r, in) or MODULE.lora_B (out, r): its change during training}, of a convolution
+    (r, in, k, k) and (out, r, 1, 1), as PEFT stores them; only factors whose start is known.
+
+    start     {MODULE.lora_A and MODULE.lora_B, for every adapted module: where training started}. PEFT's default starts B at
+              zero; where A's start is unknown, it is taken to be the released A, which is exact for one step
+    origin    how the start is known: given (the adapter before training), recovered (from the seed that drew it, or from the
+              base model's weights), unknown
+    seed      the seed that drew it, where that was recovered
+    tried     how many seeds were tried in vain
+    init      what PEFT's config says of the start (init_lora_weights), or ""
+    scaling   {module: s}, alpha / r, or alpha / sqrt(r) (rslora)
+    recipe    how it was trained, or None: one SGD step is then assumed, and only directions can be told
+    dropout   probability with which inputs of the adapter may have been dropped in training; the masks are not known
+    gradient  whether what was released is the gradient of the factors, and not their change in training
+    undone    the step of an optimizer that this gradient was read from, or None
+
+    Of what was trained beside the factors: `beside` names parameters that began as the model has them, and are trained along; `held` what
+    is not trained along; `known_at_end` parameters that the model has as training left them. `remarks` are reservations of the reader's.
+    """
+
+    name: ClassVar[str] = "adapter"
+    sketched: ClassVar[bool] = True
+
+    start: Tensors = field(repr=False)
+    scaling: dict[str, float] = field(repr=False)
+    recipe: Recipe | None = None
+    dropout: float = 0.0
+    gradient: bool = False
+    undone: Undone | None = None
+    origin: Origin = "unknown"
+    seed: int | None = None
+    tried: int = 0
+    init: str = ""
+    beside: tuple[str, ...] = ()
+    held: tuple[str, ...] = ()
+    known_at_end: tuple[str, ...] = ()
+    remarks: tuple[Reservation, ...] = ()
+
+    def names(self, model: Model[Any]) -> Tensors:
+        """Its factors."""
+        return self.start
+
+    def check(self, model: Model[Any], released: Tensors) -> None:
+        """BadInput naming the first module whose factors do not fit the model, or factor whose change does not fit it."""
+        if not self.scaling:
+            raise BadInput("The adapter changes no module.")
+        if not 0 <= self.dropout < 1:
+            raise BadInput(f"Dropout has a probability below 1, not {self.dropout:g}.")
+        for module, s in self.scaling.items():
+            if not SMALLEST <= abs(s) <= LARGEST:
+                raise BadInput(f"The adapter of {module} is scaled by {s:g}: no adapter is.")
+            if missing := [f for f in ("lora_A", "lora_B") if f"{module}.{f}" not in self.start]:
+                raise BadInput(f"The adapter of {module} has no {missing[0]}: both factors at the start are needed.")
+            A, B, weight = self.start[f"{module}.lora_A"], self.start[f"{module}.lora_B"], f"{module}.weight"
+            if weight not in model.parameters:
+                raise BadInput(f"The adapter changes {module}, which has no weight in the base model.")
+            product_shape, shape = (*B.shape[:1], *A.shape[1:]), oriented(model, module, model.parameters[weight]).shape
+            if B.shape[1:2] != A.shape[:1] or product_shape != shape or not A.numel() or B.shape[2:].numel() != 1:
+                raise BadInput(
+                    f"The adapter of {module} makes a weight of {by(product_shape)}, the base model's is {by(shape)}: "
+                    "they do not belong together."
+                )
+        for name, tensor in released.items():
+            if name not in self.start or tensor.shape != self.start[name].shape:
+                raise BadInput(f"The change of {name} does not have the shape of its start.")
+        if missing := [name for name in self.beside if name not in model.parameters]:
+            raise BadInput(f"{missing[0]} is said to be trained beside the adapter, and is no parameter of the model.")
+        check_finite(self.start)
+
+    def simulate(self, model: Model[Any], released: Tensors, inputs: Any, labels: Tensor | None) -> Tensors:
+        """The change of the released factors after training on these, unrolled, differentiable; or their gradient.
+
+        Without a recipe the learning rate is unknown: the change is brought to the length of what was released.
+        """
+        recipe = self.recipe or UNKNOWN
+        # In one step no factor meets the other's change: those that are not released need no gradient.
+        alone = recipe.steps == 1 or self.gradient
+        before = {name: self.start[name] for name in (released if alone else self.start)}
+        before |= {} if alone else {name: model.parameters[name] for name in self.beside}
+
+        def loss(factors: Tensors, inputs: Any, labels: Tensor | None) -> Tensor:
+            return self.loss(model, factors, inputs, labels)
+
+        if self.gradient:
+            gradient: Tensors = grad(loss)(before, inputs, labels)
+            return gradient
+        after = train(loss, before, inputs, labels, recipe)
+        change = {name: after[name] - before[name] for name in released}
+        if self.recipe is not None:
+            return change
+        size, wanted = (flatten(tensors).square().sum() for tensors in (change, released))
+        ratio = wanted / size.clamp_min(torch.finfo(size.dtype).tiny)
+        scale = torch.where((size > 0) & (wanted > 0), ratio, 1.0).sqrt()
+        return {name: scale * tensor for name, tensor in change.items()}
+
+    def loss(self, model: Model[Any], factors: Tensors, inputs: Any, labels: Tensor | None) -> Tensor:
+        """The base model's loss with the adapter in place."""
+        return model.loss(self.merged(model, factors), inputs, labels)
+
+    def merged(self, model: Model[Any], factors: Tensors) -> Tensors:
+        """{module.weight: W + s B A}, with `factors` in place of those at the start."""
+        known, weights = {**self.start, **factors}, {name: factors[name] for name in self.beside if name in factors}
+        for module, s in self.scaling.items():
+            change = s * product(known[f"{module}.lora_A"], known[f"{module}.lora_B"])
+            weights[f"{module}.weight"] = model.parameters[f"{module}.weight"] + oriented(model, module, change)
+        return weights
+
+    def sketches(
+        self, model: Model[Any], released: Tensors, precision: str, modules: Collection[str] | None
+    ) -> list[Sketch]:
+        """One equation per released factor: exact for one SGD step, else a mean over the steps."""
+        recipe = self.recipe or UNKNOWN
+        sketches = []
+        for module, s in self.scaling.items():
+            if modules is not None and module not in modules:
+                continue
+            unit = 1 / s if self.gradient else -1 / (recipe.learning_rate * recipe.steps * s)
+            A, B = (self.start[f"{module}.{factor}"].flatten(1) for factor in ("lora_A", "lora_B"))
+            if f"{module}.lora_B" in released and bool(A.any()):
+                sketches.append(Sketch(module, "right", unit * released[f"{module}.lora_B"].flatten(1), A))
+            if f"{module}.lora_A" in released and bool(B.any()):
+                sketches.append(Sketch(module, "left", unit * released[f"{module}.lora_A"].flatten(1).T, B.T))
+        return sketches
+
+    def as_gradient(self, model: Model[Any], released: Tensors) -> Tensors:
+        """{module.weight: the gradient of least norm that explains its sketch}: M = S (F F^T)^-1 F."""
+        sketches = sorted(self.sketches(model, released, "float32", None), key=lambda s: s.side)  # B's change stays
+        if not sketches:
+            raise NotObserved(
+                "The adapter measures no gradient: the other factor of each that is released starts at zero."
+            )
+        return {
+            f"{s.module}.weight": weight_shaped(model, s, s.measured @ torch.linalg.pinv(s.through).T) for s in sketches
+        }
+
+    def ended(self, released: Tensors) -> Tensors:
+        """{factor: its value after training}, of every factor."""
+        left = decay(self.recipe)  # of a factor whose start is unknown
+        changes = {name: released[name] if name in released else (left - 1) * t for name, t in self.start.items()}
+        return {name: self.start[name] + change for name, change in changes.items()}
+
+    def begun(self, released: Tensors, start: Tensors, origin: Origin, seed: int | None = None) -> tuple[Self, Tensors]:
+        """The same release with another start of all factors, and the changes of all of them from there."""
+        changes = {name: tensor - start[name] for name, tensor in self.ended(released).items()}
+        return replace(self, start=start, origin=origin, seed=seed), changes
+
+    def after(self, model: Model[Any], released: Tensors) -> Tensors | None:
+        """W + s B A of the adapted layers, where training changed the factors."""
+        if self.gradient:
+            return None
+        return self.merged(model, {name: self.start[name] + change for name, change in released.items()})
+
+    def inexact(self) -> str:
+        """Dropout, an unknown recipe, more than one step, Adam; nothing for one step of SGD from a known start."""
+        if self.dropout > 0:
+            return f"it may have been trained with dropout {self.dropout:g}, whose masks nobody knows"
+        if self.known_at_end:
+            return f"{self.known_at_end[0]} is known only as training left it"
+        if self.gradient:
+            return inexactly_undone(self.undone)
+        if self.held and self.recipe is not None and self.recipe.steps > 1:
+            return f"{self.held[0]} changed in training too, and is held as it was"
+        return "its recipe is unknown, one step of SGD is assumed" if self.recipe is None else inexact(self.recipe)
+
+    def reservations(self, model: Model[Any], released: Tensors) -> list[Reservation]:
+        """Where it is no exact linear sketch of one gradient; and what a known start gives away."""
+        told: list[Reservation] = [*self.remarks]
+        if self.origin == "recovered":
+            known = f"Seed {self.seed} draws" if self.seed is not None else "The weights of the base model give"
+            sentence = f"{known} the adapter as it was before training: what training changed of A lies in the span "
+            told.append(("seed", "warning", f"{sentence}of what its layers were fed with."))
+        if self.origin == "unknown" and not self.gradient and (reason := why_unknown(self.init, self.tried)):
+            told.append(("no_seed", "info", f"Where training began is not known: {reason}."))
+        if self.undone is not None:
+            told.append(("step_undone", "warning", self.undone.sentence()))
+        if reason := self.inexact():
+            told.append(("not_exact", "warning", f"The adapter is no exact linear sketch of one gradient: {reason}."))
+        return told
+
+    def facts(self) -> list[Fact]:
+        """The ranks and the recipe."""
+        ranks = sorted({tensor.shape[0] for name, tensor in self.start.items() if name.endswith("lora_A")})
+        rank = f"{len(self.scaling)} modules of rank {', '.join(map(str, ranks))}"
+        recipe = "one SGD step assumed; only directions are compared" if self.recipe is None else str(self.recipe)
+        if self.gradient:
+            recipe = f"{self.undone.recipe}; undone" if self.undone else "none: gradients of the factors"
+        facts = [fact("adapter", True, rank), fact("recipe", self.recipe is not None or self.gradient, recipe)]
+        if not self.gradient:
+            facts.append(fact("initial adapter", self.origin != "unknown", self.beginning()))
+        return facts
+
+    def beginning(self) -> str:
+        """How the start is known, in words."""
+        if self.origin == "recovered":
+            source = "the base model's weights give it" if self.seed is None else f"seed {self.seed} draws it"
+            return f"recovered: {source}"
+        return {"given": "given", "unknown": "unknown: taken to be where training ended"}[self.origin]
+
+    def to(self, where: torch.device | torch.dtype) -> Self:
+        """The start on another device, or in another precision."""
+        return replace(self, start={name: tensor.to(where) for name, tensor in self.start.items()})
+
+
+def product(A: Tensor, B: Tensor) -> Tensor:
+    """B A in the shape of the layer's weight: (out, in) or (out, in, k, k)."""
+    return (B.flatten(1) @ A.flatten(1)).view(len(B), *A.shape[1:])
+
+
+def decay(recipe: Recipe | None) -> float:
+    """What AdamW's weight decay has left of a parameter that had no gradient."""
+    if recipe is None or recipe.optimizer != "adamw":
+        return 1.0
+    if recipe.learning_rate * recipe.decay >= 1:
+        raise BadInput(f"At a learning rate of {recipe.learning_rate:g}, the weight decay of AdamW leaves nothing.")
+    return float((1 - recipe.learning_rate * recipe.decay) ** recipe.steps)
