@@ -63,8 +63,8 @@ def train(out: Path, callback: LeakageCallback | None, *, count: int = 1, model:
     trainer: Any = Trainer(
         model=adapted() if model is None else model,
         args=TrainingArguments(output_dir=str(out), **(usual | settings)),
-        train_dataset=[{"tokens": tokens} for tokens in private(count).inputs],  # type: ignore[arg-type]
-        data_collator=collated,  # type: ignore[arg-type]
+        train_dataset=[{"tokens": tokens} for tokens in private(count).inputs],
+        data_collator=collated,
         processing_class=base().architecture.tokenizer,
         callbacks=[] if callback is None else [callback],
     )
@@ -163,7 +163,8 @@ def test_when_time_is_over_attacks_end_and_say_so(tmp_path: Path) -> None:
 
 
 def test_an_audit_that_fails_does_not_end_the_training(tmp_path: Path) -> None:
-    trainer = train(tmp_path, LeakageCallback(), learning_rate=1e-30)  # float32 does not move
+    pictures = Secret(torch.zeros(1, 3, 8, 8), torch.zeros(1, dtype=torch.int64))
+    trainer = train(tmp_path, LeakageCallback(secret=pictures))
     assert trainer.state.global_step == 1
     told = (tmp_path / "checkpoint-1" / "leakage" / "leakage.md").read_text(encoding="utf-8")
     assert "could not be audited" in told

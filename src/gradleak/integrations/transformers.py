@@ -24,10 +24,10 @@ from gradleak.formats.peft import read_adapter
 from gradleak.formats.secret_file import Secret
 from gradleak.integrations.auditing import CHEAP, audit_to
 from gradleak.modalities.language_models import LanguageArchitecture, Task, build
-from gradleak.modalities.transformers_networks import structure
+from gradleak.modalities.transformers_networks import quiet_transformers, structure
 from gradleak.observations.model import Model
 from gradleak.observations.observation import Observation
-from gradleak.observations.releases import Reservation
+from gradleak.observations.release import Reservation
 from gradleak.observations.training import BETAS, EPSILON, MOMENTUM, Optimizer, Recipe
 
 TASKS: dict[str, Task] = {  # by the end of the class of the base model
@@ -88,10 +88,11 @@ class LeakageCallback(TrainerCallback):
         self.rates, self.begun = [], state.global_step
         initial = self.folder(args) / INITIAL
         if state.is_world_process_zero and not (self.begun and initial.is_dir()):
-            model.save_pretrained(str(initial))
-            model.config.save_pretrained(initial)
-            if (reader := kwargs.get("processing_class")) is not None:
-                reader.save_pretrained(initial)
+            with quiet_transformers():
+                model.save_pretrained(str(initial))
+                model.config.save_pretrained(initial)
+                if (reader := kwargs.get("processing_class")) is not None:
+                    reader.save_pretrained(initial)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -112,7 +113,8 @@ class LeakageCallback(TrainerCallback):
         if not state.is_world_process_zero or state.global_step in self.verdicts or args.load_best_model_at_end:
             return
         folder = self.folder(args) / FINAL
-        kwargs["model"].save_pretrained(str(folder))
+        with quiet_transformers():
+            kwargs["model"].save_pretrained(str(folder))
         self.audit(folder, folder, args, state, **kwargs)
 
     def folder(self, args: TrainingArguments) -> Path:
@@ -122,10 +124,11 @@ class LeakageCallback(TrainerCallback):
     def audit(self, adapter: Path, out: Path, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
         """Audit the adapter in a folder, into a folder `leakage` in another."""
         try:
-            training = Training.of(args, state, kwargs["optimizer"], kwargs["train_dataloader"], self.rates, self.begun)
+            model, optimizer, loader = kwargs["model"], kwargs["optimizer"], kwargs["train_dataloader"]
+            training = Training.of(args, state, model, optimizer, loader, self.rates, self.begun)
             initial = self.folder(args) / INITIAL
-            with torch.random.fork_rng():
-                base = base_model(kwargs["model"], kwargs.get("processing_class"), initial)
+            with torch.random.fork_rng(), quiet_transformers():
+                base = base_model(model, kwargs.get("processing_class"), initial)
                 observation = observed(adapter, initial, base, training)
             written = audit_to(
                 observation, out / LEAKAGE, attacks=self.attacks, seconds=self.seconds, secret=self.secret
@@ -140,17 +143,33 @@ class LeakageCallback(TrainerCallback):
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What a Trainer knows of its training. recipe: None where it is none that gradleak knows; samples: that were seen; remarks: why."""
+    """What a Trainer knows of its training.
+
+    recipe   None where it is none that gradleak knows
+    samples  how many were seen, or None
+    dropout  the largest probability of a dropout in the base model
+    remarks  what a reader of the report has to know of it
+    """
 
     recipe: Recipe | None
     samples: int | None
+    dropout: float
     remarks: tuple[Reservation, ...] = field(default=())
 
     @classmethod
     def of(
-        cls, args: TrainingArguments, state: TrainerState, optimizer: Any, loader: Any, rates: list[float], begun: int
+        cls,
+        args: TrainingArguments,
+        state: TrainerState,
+        model: nn.Module,
+        optimizer: Any,
+        loader: Any,
+        rates: Sequence[float],
+        begun: int,
     ) -> "Training":
         """From the Trainer's objects; rates: of the steps since `begun`."""
+        layers = [layer for name, layer in model.named_modules() if "lora_dropout" not in name]
+        dropped = max((m.p for m in layers if isinstance(m, nn.modules.dropout._DropoutNd)), default=0.0)
         size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         data = getattr(loader, "dataset", None)
         total = len(data) if isinstance(data, Sized) else None
@@ -160,8 +179,11 @@ class Training:
         steps = f"{state.global_step} steps" if state.global_step > 1 else "1 step"
         spread = f"learning rates between {min(rates):g} and {max(rates):g}" if rates else "unknown learning rates"
         if kind is None or not constant:
-            why = f"The Trainer took {steps} by {type(bare(optimizer)).__name__} at {spread}: that is no recipe of constant rate that can be replayed, so what assumes one step is approximate."
-            return cls(recipe=None, samples=samples, remarks=(("trainer", "warning", why),))
+            why = (
+                f"The Trainer took {steps} by {type(bare(optimizer)).__name__} at {spread}: that is no recipe that can be replayed, so "
+                "what assumes one step is approximate."
+            )
+            return cls(recipe=None, samples=samples, dropout=dropped, remarks=(("trainer", "warning", why),))
         recipe = Recipe(
             optimizer=kind,
             learning_rate=rates[0],
@@ -174,7 +196,7 @@ class Training:
         if recipe.batch_size is not None and state.global_step > 1:
             said = "The Trainer shuffles: which samples met in a step is not known, and a replay takes them in their order."
             remarks = (("shuffled", "warning", said),)
-        return cls(recipe=recipe, samples=samples, remarks=remarks)
+        return cls(recipe=recipe, samples=samples, dropout=dropped, remarks=remarks)
 
 
 def kind_of(optimizer: Any) -> tuple[Optimizer | None, float]:
@@ -221,8 +243,6 @@ def base_model(adapted: Any, reader: Any, folder: Path) -> Model[Any]:
 def observed(adapter: Path, initial: Path, base: Model[Any], training: Training) -> Observation[Any]:
     """The adapter in a folder as an observation, with all that the Trainer knows."""
     observation = read_adapter(adapter, base, recipe=training.recipe, batch_size=training.samples, initial=initial)
-    release, remarks = observation.adapter, training.remarks
-    if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in base.module.modules()):
-        sentence = "The base model was trained with dropout, whose masks nobody knows: attacks assume none."
-        remarks = (*remarks, ("dropout", "warning", sentence))
-    return replace(observation, release=replace(release, remarks=(*release.remarks, *remarks)))
+    release, remarks = observation.adapter, observation.adapter.remarks
+    dropped = max(release.dropout, training.dropout)
+    return replace(observation, release=replace(release, dropout=dropped, remarks=(*remarks, *training.remarks)))

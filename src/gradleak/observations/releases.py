@@ -41,7 +41,7 @@ class Gradient(Release):
     def simulate(self, model: Model[Any], released: Tensors, inputs: Any, labels: Tensor | None) -> Tensors:
         """dL/dtheta of this batch."""
         gradient: Tensors = grad(model.loss)({name: model.parameters[name] for name in released}, inputs, labels)
-        return gradient
+        return gradient if self.undone is None else self.undone.of(gradient)
 
     def as_gradient(self, model: Model[Any], released: Tensors) -> Tensors:
         """What was released."""
