@@ -1,5 +1,6 @@
 """LeakageCallback in a Trainer of transformers with PEFT: what it keeps is what was trained, and training is as without it."""
 
+import json
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from gradleak.errors import BadInput
 from gradleak.formats.observation_file import load_observation
 from gradleak.formats.secret_file import Secret
 from gradleak.integrations.transformers import LeakageCallback, Training, kind_of
+from gradleak.modalities.pictures import load
 from gradleak.modalities.texts import load_texts
 from gradleak.observations.model import LanguageModel
 from gradleak.report import record
@@ -210,3 +212,52 @@ def test_training_is_read_without_a_data_set_of_known_size(tmp_path: Path) -> No
     assert told.samples is None
     assert told.recipe is not None
     assert told.recipe.batch_size == 4
+
+
+class Reader:
+    """What of an image processor a Trainer needs, and we: it saves its constants."""
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        about = {"do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+        (Path(folder) / "preprocessor_config.json").write_text(json.dumps(about), encoding="utf-8")
+
+
+def picture_trainer(out: Path, reader: Reader | None, callback: LeakageCallback) -> Any:
+    """A Trainer of a small vision transformer with an adapter, on the first two embedded photographs."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
+
+    sizes: dict[str, Any] = {
+        "image_size": 16,
+        "patch_size": 4,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    torch.manual_seed(0)
+    network = ViTForImageClassification(ViTConfig(**sizes, intermediate_size=64))
+    config = LoraConfig(r=4, target_modules="all-linear", modules_to_save=["classifier"])
+    pictures = load("embedded", "test", indices=[0, 1], resize=(16, 16))
+    rows = [{"pixel_values": (x - 0.5) / 0.25, "labels": y} for x, y in zip(pictures.images, (0, 1), strict=True)]
+    settings: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_steps": 3}
+    settings |= {"save_steps": 3, "report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_strategy": "no"}
+    args = TrainingArguments(output_dir=str(out), dataloader_pin_memory=False, **settings)
+    model: Any = get_peft_model(network, config)
+    given: Any = {"processing_class": reader, "train_dataset": rows}
+    return Trainer(model=model, args=args, callbacks=[callback], **given)
+
+
+def test_pictures_go_through_the_constants_of_their_processor(tmp_path: Path) -> None:
+    """Three steps of the Trainer against our own replay, of pixels in [0, 1], the classifier trained along."""
+    pictures = load("embedded", "test", indices=[0, 1], resize=(16, 16))
+    callback = LeakageCallback(attacks=["analytic"], secret=Secret(pictures.images, torch.tensor([0, 1])))
+    picture_trainer(tmp_path, Reader(), callback).train()
+    assert flags(tmp_path / "checkpoint-3")["replay"]["level"] == "info"
+    loaded = tmp_path / "checkpoint-3" / "leakage" / "observation.safetensors"
+    assert load_observation(loaded, factory=str(tmp_path / "initial")).batch_size == 2
+
+
+def test_pictures_without_their_processor_are_not_guessed_at(tmp_path: Path) -> None:
+    picture_trainer(tmp_path, None, LeakageCallback()).train()
+    told = (tmp_path / "checkpoint-3" / "leakage" / "leakage.md").read_text(encoding="utf-8")
+    assert "give the Trainer its processing_class" in told

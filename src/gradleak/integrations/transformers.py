@@ -225,6 +225,8 @@ def base_model(adapted: Any, reader: Any, folder: Path) -> Model[Any]:
     base = copy.deepcopy(adapted).unload()
     kind, state = type(base).__name__, base.state_dict()
     if kind.endswith("ForImageClassification"):
+        if not (folder / "preprocessor_config.json").is_file():
+            raise BadInput("How pixels are normalised is not known: give the Trainer its processing_class.")
         module, pictures = structure(folder)
         module.network.load_state_dict(state)
         norms = any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in module.modules())
