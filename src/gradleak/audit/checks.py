@@ -27,6 +27,9 @@ from gradleak.report.record import Flag
 # Relative rounding error of a release in each format, with room for another summation order.
 REPLAY_TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2}
 UNRELATED = 1.0  # relative error that unrelated data of the same size leave: above it, not even the direction is right
+AGAINST = (
+    2**0.5
+)  # that of a direction at a right angle: by another training than the one assumed, the truth may leave less
 FEW_UNKNOWNS = 3_100  # pixels up to which a bound is worth its minutes although it does not count all
 WEAK = 0.5  # of the observation: a reconstruction that leaves more unexplained explains little
 
@@ -104,7 +107,7 @@ def replay(
     doubts = [observation.release.inexact()] if observation.release.inexact() else []
     if observation.defenses is None or any(defense.random for defense in observation.defenses):
         doubts.append("a defense stands between")
-    if doubts and error <= UNRELATED:
+    if doubts and error <= (UNRELATED if not observation.release.guessed() else AGAINST):
         sentence = (
             f"The model reproduces the release from the truth up to {error:.2g} of its size: {', and '.join(doubts)}."
         )

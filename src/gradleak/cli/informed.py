@@ -1,4 +1,5 @@
-"""What was observed, and what everybody can know besides: the start that a seed drew, the step behind a change, the factor of a release."""
+"""What was observed, and what everybody can know besides: the start that a seed drew, the step behind a change,
+the number of samples, the factor of a release."""
 
 import sys
 from typing import Any
@@ -6,8 +7,9 @@ from typing import Any
 from gradleak.attacks.adam_step import with_step_undone
 from gradleak.attacks.factor import with_factor_found
 from gradleak.attacks.seed import has_open_start, with_start_recovered
+from gradleak.attacks.unmixing.span import with_samples_counted
 from gradleak.cli import flags
-from gradleak.cli.inputs import observed, seed_range
+from gradleak.cli.inputs import is_of_adapter, observed, seed_range
 from gradleak.cli.progress import OnStep, progress
 from gradleak.errors import BadInput
 from gradleak.observations.observation import Observation
@@ -24,7 +26,10 @@ def informed(args: flags.Observed) -> Observation[Any]:
             )
         observation = with_start_recovered(observation, on_step=start("seed"))
         observation = observation if more is None else searched(observation, more, start("seed"))
-        return with_factor_found(with_step_undone(observation))
+        observation = with_step_undone(observation)
+        if args.batch_size is None and args.observation is not None and is_of_adapter(args.observation):
+            observation = with_samples_counted(observation)
+        return with_factor_found(observation)
 
 
 def searched(observation: Observation[Any], more: range, on_step: OnStep) -> Observation[Any]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from gradleak.attacks.unmixing.span import with_samples_counted
 from gradleak.cli import flags
 from gradleak.errors import BadInput, shortened
 from gradleak.formats.adapter_files import is_adapter_file, located_adapter
@@ -143,8 +142,7 @@ def observed_adapter(args: flags.Observed, given: Path) -> Observation[Any]:
     )
     used = args.lr is None and told is not None and told.rate is not None
     remarks = () if told is None else told.remarks(path, used=used, optimizer=args.optimizer)
-    adapter = replace(adapter, release=replace(adapter.release, remarks=(*adapter.adapter.remarks, *remarks)))
-    return adapter if args.batch_size else with_samples_counted(adapter)
+    return replace(adapter, release=replace(adapter.release, remarks=(*adapter.adapter.remarks, *remarks)))
 
 
 def recipe_of(args: flags.Observed, told: Trainer | None) -> Recipe | None:

@@ -200,6 +200,10 @@ class Adapter(Release):
             return f"{self.held[0]} changed in training too, and is held as it was"
         return "its recipe is unknown, one step of SGD is assumed" if self.recipe is None else inexact(self.recipe)
 
+    def guessed(self) -> bool:
+        """Without a recipe: one step of SGD is assumed."""
+        return self.recipe is None and not self.gradient
+
     def reservations(self, model: Model[Any], released: Tensors) -> list[Reservation]:
         """Where it is no exact linear sketch of one gradient; and what a known start gives away."""
         told: list[Reservation] = [*self.remarks]

@@ -92,6 +92,10 @@ class Release:
         """Why what is read off as a gradient is not exactly one, or nothing."""
         return ""
 
+    def guessed(self) -> bool:
+        """Whether `simulate` stands on a training that nobody told."""
+        return False
+
     def reservations(self, model: Model[Any], released: Tensors) -> list[Reservation]:
         """What speaks against relying on it, as (name, level, sentence)."""
         return []

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradleak.attacks.adam_step import with_step_undone
 from gradleak.attacks.decoders.mlp import MLP
 from gradleak.attacks.decoders.pairs import as_observation
 from gradleak.attacks.decoders.ridge import PseudoInverse, Ridge
@@ -23,6 +24,7 @@ from gradleak.attacks.seed import with_start_recovered
 from gradleak.attacks.unmixing.span import with_samples_counted
 from gradleak.audit import metrics
 from gradleak.errors import BadInput, NotObserved
+from gradleak.formats.peft import read_adapter
 from gradleak.modalities.networks import BINARY, Architecture
 from gradleak.modalities.pictures import Pictures, public_pool
 from gradleak.observations.adapter import Adapter, product
@@ -219,6 +221,6 @@ def of_a_stranger(
     """An adapter's folder by PEFT under this seed, as somebody reads it who has the base model: neither recipe nor number is told."""
     kind = getattr(torch, precision)
     with TemporaryDirectory() as out:
-        adapter, _ = fine_tune(model, pictures, rank=rank, recipe=recipe, out=Path(out), seed=seed, precision=kind)
-    unknown = replace(adapter, release=replace(adapter.adapter, recipe=None), batch_size=1)
-    return with_samples_counted(with_start_recovered(unknown))
+        fine_tune(model, pictures, rank=rank, recipe=recipe, out=Path(out), seed=seed, precision=kind)
+        unknown = read_adapter(Path(out) / "adapter", model, batch_size=1)
+    return with_samples_counted(with_step_undone(with_start_recovered(unknown)))

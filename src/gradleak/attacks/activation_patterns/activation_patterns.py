@@ -37,6 +37,7 @@ from gradleak.observations.tensors import flatten
 from gradleak.priors.gaussian import GaussianPrior
 
 ROUNDING = 1e-5  # relative: float32 and the sums inside a layer
+ZERO = 1e-9, 1e-3  # where numbers are those of a gradient, and where they are all of one size
 SEVERAL = 0.1  # second over first singular value: from here on an adapter holds more than one picture, or noise
 RELINEARISE = 3  # times that equation (3) is linearised per estimate; t then stands still
 
@@ -155,7 +156,8 @@ def read(observation: PictureObservation) -> Evidence:
             last = delta = direction
         else:
             expected = layers[index + 1][1].T @ delta
-            on, sure = pattern(direction, rest, expected, signs_only)
+            zeros = ZERO[1] if signs_only else ZERO[0] if release.undone else None
+            on, sure = pattern(direction, rest, expected, zeros)
             active, decided, delta = [on, *active], [sure, *decided], torch.where(on, expected, 0.0)
         scales.insert(0, S.T @ delta / delta.square().sum())
     # From the first layer to the last: pre-activations M x + m inside the cell.
@@ -198,15 +200,19 @@ def rank_one(name: str, S: Tensor) -> tuple[Tensor, float]:
     return U[:, 0], rest
 
 
-def pattern(direction: Tensor, rest: float, expected: Tensor, signs_only: bool) -> tuple[Tensor, Tensor]:
+def pattern(direction: Tensor, rest: float, expected: Tensor, zero: float | None) -> tuple[Tensor, Tensor]:
     """Which units were active, and which of these answers count: (out,) booleans.
 
     direction is proportional to `expected` where a unit was active and zero elsewhere, up to noise of norm `rest`;
-    a unit on which nothing downstream depends cannot tell. signs_only: of the sizes only the zeros are right.
+    a unit on which nothing downstream depends cannot tell. zero: share of the largest below which a number is an exact zero,
+    of steps of Adam, whose other numbers are not right; None where there is noise on all of them.
     """
     match = expected @ direction / direction.square().sum()  # expected where on = match * direction
-    on = direction.abs() > 1e-3 * direction.abs().max() if signs_only else match * direction / expected > 0.5
-    error = 6 * rest / len(direction) ** 0.5 * float(match.abs())  # six standard deviations of one entry
+    if zero is not None:
+        on, error = direction.abs() > zero * direction.abs().max(), 0.0
+    else:
+        on = match * direction / expected > 0.5
+        error = 6 * rest / len(direction) ** 0.5 * float(match.abs())  # six standard deviations of one entry
     return on, expected.abs() > max(error, ROUNDING * float(expected.abs().max()))
 
 

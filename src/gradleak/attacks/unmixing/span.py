@@ -30,6 +30,7 @@ STEPS = 300  # of a training whose recipe is unknown: each rounds the weights on
 ABOVE = 3.0  # how far a singular value stands above those of the rounding
 TAIL = 10.0  # and above the middle one of a gradient, which is a sum of rounded products
 CLEARLY = 1e-3  # of the last singular value of N samples, what is left is rounding
+EVEN = 0.3  # of the largest change of B the median one, where Adam made it; products of two random numbers have a tenth
 TURNED = 1 / 3  # mean of (t / T)^2: from B = 0, B grows with t and A moves with t^2
 
 
@@ -159,9 +160,13 @@ def with_samples_counted(observation: Observation[Any]) -> Observation[Any]:
         name = f"{adapted_first_layer(observation, release)[1]}.lora_B"
     except NotObserved:
         return observation
-    if release.gradient or name not in observation.released or bool(release.start[name].any()):
+    plain = not release.gradient or release.undone is not None
+    if not plain or name not in observation.released or bool(release.start[name].any()):
         return observation
     B = observation.released[name].double()
+    sizes = B[B != 0].abs()
+    if not release.gradient and len(sizes) and float(sizes.median()) > EVEN * float(sizes.max()):
+        return observation  # Adam has divided every number by its size: rank and samples have nothing to do with each other
     N = samples(observation, B)
     return replace(observation, batch_size=N) if 1 < N < B.shape[1] else observation
 
