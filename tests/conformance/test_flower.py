@@ -20,6 +20,7 @@ from gradleak.modalities.pictures import Pictures, load
 from gradleak.observations.releases import Update
 from gradleak.observations.training import OPTIMISERS, Recipe
 from gradleak.report import record
+from pages import run_page
 
 pytest.importorskip("flwr", reason="gradleak[flower] is not installed")
 
@@ -246,3 +247,19 @@ def test_recipes_are_read_from_the_usual_names() -> None:
     for wrong in ({"lr": "fast"}, {"lr": 0.1, "optimizer": "lion"}, {}):
         with pytest.raises(BadInput):
             recipe_of(wrong, 1)
+
+
+def test_the_lines_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp.strategy import FedAvg
+
+    monkeypatch.chdir(tmp_path)
+    before, after = ARCHITECTURE.build(0), ARCHITECTURE.build(0)
+    train(after, 11, TOLD[11])
+    states = {"before": list(before.state_dict().values()), "after": list(after.state_dict().values())}
+    given = {"net": before, "Architecture": Architecture, "Recipe": Recipe, "ClientApp": ClientApp, "FedAvg": FedAvg}
+    made = run_page("flower", {**given, **states}, tmp_path)
+    data = private(11)
+    assert made["observation"].residual(data.images, data.labels) < REPLAY_TOLERANCE["float32"]
+    federated(made["strategy"], client_app([]))
+    assert list(tmp_path.rglob("observation.safetensors"))

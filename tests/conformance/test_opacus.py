@@ -14,6 +14,8 @@ from gradleak.formats.secret_file import Secret
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures, load
 from gradleak.observations.tensors import flatten
+from gradleak.report import record
+from pages import run_page
 
 opacus = pytest.importorskip("opacus", reason="gradleak[opacus] is not installed")
 pytestmark = [
@@ -113,3 +115,15 @@ def test_what_is_cut_otherwise_is_refused_and_nothing_is_seen_before_a_step() ->
     _, model, optimizer, _ = private(1.0, 2)
     with pytest.raises(NotObserved, match="has to step once"):
         _ = observe(optimizer, model, ARCHITECTURE).observation
+
+
+def test_the_lines_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what the page says of them: the recursion is exact (R-GAP, section 3), so that rounding alone is left, far below 1e-4."""
+    monkeypatch.chdir(tmp_path)
+    engine, model, optimizer, loader = private(0.0, 1)
+    given = {"engine": engine, "model": model, "optimizer": optimizer, "loader": loader, "train_one_step": step}
+    given |= {"Architecture": Architecture, "Path": Path, "Secret": Secret}
+    run_page("opacus", {**given, "images": pictures(1).images, "labels": pictures(1).labels}, tmp_path)
+    rows = record.read(tmp_path / "leakage" / "record.json")["results"]
+    scores = [row["scores"]["psnr_db"][0] or 0 for row in rows if row["attack"] == "recursive"]
+    assert scores[0] > 80

@@ -21,6 +21,7 @@ from gradleak.modalities.texts import load_texts
 from gradleak.observations.model import LanguageModel
 from gradleak.report import record
 from gradleak.victims.small_language import small_model, train_tokenizer
+from pages import run_page
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks
 
@@ -261,3 +262,9 @@ def test_pictures_without_their_processor_are_not_guessed_at(tmp_path: Path) -> 
     picture_trainer(tmp_path, None, LeakageCallback()).train()
     told = (tmp_path / "checkpoint-3" / "leakage" / "leakage.md").read_text(encoding="utf-8")
     assert "give the Trainer its processing_class" in told
+
+
+def test_the_lines_of_the_page_run(tmp_path: Path) -> None:
+    trainer = train(tmp_path, None)
+    run_page("transformers", {"trainer": trainer}, tmp_path)
+    assert (tmp_path / "checkpoint-1" / "leakage" / "leakage.md").is_file()

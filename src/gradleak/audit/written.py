@@ -31,6 +31,7 @@ def written_audit(
     device: str = "cpu",
     name: str = "",
     on_step: Callable[[str], OnStep] | None = None,
+    bound: bool = True,
 ) -> Iterator[Audited]:
     """`audit`, with record.json, report.html and what was recovered written to `out` after each attack.
 
@@ -40,9 +41,8 @@ def written_audit(
     left = {} if left is None else left
     describe(written, observation, name)
     left[name or observation.release.name] = untried(observation, attacks)
-    for done in audit(
-        observation, attacks, public, secret=secret, seed=seed, device=device, name=name, on_step=on_step
-    ):
+    about: Any = {"secret": secret, "seed": seed, "device": device, "name": name, "on_step": on_step, "bound": bound}
+    for done in audit(observation, attacks, public, **about):
         written["results"].append(done.result)
         judged(written, left)
         keep_shown(done, out)

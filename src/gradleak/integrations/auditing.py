@@ -18,6 +18,7 @@ from gradleak.audit.written import written_audit
 from gradleak.errors import NotObserved
 from gradleak.formats.observation_file import save_observation
 from gradleak.formats.secret_file import Secret
+from gradleak.modalities.networks import MODELS, Architecture
 from gradleak.observations.observation import Observation, a
 from gradleak.report import record
 
@@ -51,8 +52,8 @@ def audit_to(
     most `LARGEST` numbers; from that `gradleak rerun` and other attacks go on.
 
     seconds: when these are over, an attack ends at its next step, and the others do not begin. Attacks of one closed form have
-    no steps: the audit may last as long as one of them more. Random numbers of the training are left as they are. Raises BadInput for
-    unknown attacks, and for a secret that is not of this model.
+    no steps: the audit may last as long as one of them more. What the release determines at all is not asked; `gradleak rerun` asks it.
+    Random numbers of the training are left as they are. Raises BadInput for unknown attacks, and for a secret that is not of this model.
     """
     check_names(list(attacks))
     modality = observation.model.architecture.modality
@@ -63,14 +64,24 @@ def audit_to(
     if sum(p.numel() for p in observation.model.parameters.values()) <= LARGEST:
         file = out / "observation.safetensors"
         save_observation(observation, file)
-        arguments = {"observation": str(file.resolve()), "attacks": list(chosen), "seed": seed, "out": str(out)}
+        arguments: dict[str, Any] = {
+            "observation": str(file.resolve()),
+            "attacks": list(chosen),
+            "seed": seed,
+            "out": str(out),
+        }
+        architecture = observation.model.architecture
+        if isinstance(architecture, Architecture) and architecture.name not in MODELS:
+            arguments["model"] = architecture.name
         command = {"name": "audit", "arguments": arguments, "attacks": {name: {} for name in chosen}}
     written = record.new_record(command, seed, [])
     with torch.random.fork_rng():
         ready = with_factor_found(with_step_undone(observation))
         public = SCORING[modality].public("embedded", "train", ready.model)
         limit = within(seconds)
-        for _ in written_audit(ready, chosen, public, written, out, secret=secret, seed=seed, on_step=limit):
+        for _ in written_audit(
+            ready, chosen, public, written, out, secret=secret, seed=seed, on_step=limit, bound=False
+        ):
             pass
     (out / "leakage.md").write_text(card(written, ready), encoding="utf-8")
     return written
