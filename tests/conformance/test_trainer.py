@@ -36,8 +36,8 @@ def private(count: int) -> Secret:
     return Secret(base().architecture.encode(load_texts("embedded", indices=range(count)).texts), None, "embedded")
 
 
-def adapted(*, dropout: float = 0.0) -> Any:
-    """The base model with LoRA factors of a rank above the number of tokens of two texts."""
+def adapted(*, dropout: float = 0.0, **lora: Any) -> Any:
+    """The base model with LoRA factors of a rank above the number of tokens of two texts; lora: more of its config."""
     from peft import LoraConfig, get_peft_model
 
     network: Any = base().solid()
@@ -46,7 +46,7 @@ def adapted(*, dropout: float = 0.0) -> Any:
             layer.p = dropout
     torch.manual_seed(0)
     targets = ["c_attn", "c_proj"]
-    config = LoraConfig(r=64, lora_alpha=64, target_modules=targets, fan_in_fan_out=True, task_type="CAUSAL_LM")
+    config = LoraConfig(r=64, lora_alpha=64, target_modules=targets, fan_in_fan_out=True, task_type="CAUSAL_LM", **lora)
     return get_peft_model(network, config)
 
 
@@ -118,6 +118,53 @@ def test_what_is_kept_is_what_was_trained(tmp_path: Path, settings: dict[str, An
     assert seen.residual(private(2).inputs, None) < (1e-2 if adam else REPLAY_TOLERANCE["float32"])
 
 
+HEAD: dict[str, Any] = {"modules_to_save": ["ln_f"]}  # trained as a whole, and part of the norm that is cut
+
+
+@pytest.mark.parametrize(
+    ("lora", "settings"),
+    [
+        ({"init_lora_weights": "pissa"}, {"max_steps": 3}),  # whose start is subtracted from the weights in memory
+        (HEAD, {"max_steps": 3, "max_grad_norm": 0.01}),
+        (HEAD, {"max_grad_norm": 0.01, "optim": "adamw_torch"}),  # a step that is undone, of a gradient that was cut
+        ({}, {"bf16": True}),
+    ],
+    ids=str,
+)
+def test_whatever_was_trained_replays(tmp_path: Path, lora: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Level "info": within the rounding of the format in which gradients were (checks.REPLAY_TOLERANCE)."""
+    callback = LeakageCallback(secret=private(2), attacks=["dager"])
+    train(
+        tmp_path, callback, count=2, model=adapted(**lora), **{"save_steps": settings.get("max_steps", 1)}, **settings
+    )
+    about = flags(tmp_path / f"checkpoint-{settings.get('max_steps', 1)}")
+    assert about["replay"]["level"] == "info", about["replay"]["sentence"]
+
+
+def test_accumulated_gradients_are_told(tmp_path: Path) -> None:
+    callback = LeakageCallback(attacks=["dager"])
+    train(tmp_path, callback, count=2, per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    assert "accumulated over 2 batches" in flags(tmp_path / "checkpoint-1")["accumulated"]["sentence"]
+    seen = load_observation(tmp_path / "checkpoint-1" / "leakage" / "observation.safetensors")
+    assert seen.batch_size == 2
+
+
+def test_a_training_that_was_resumed_keeps_the_first_start(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    train(tmp_path, LeakageCallback(attacks=["dager"]), save_steps=1)
+    first = load_file(tmp_path / "initial" / "adapter_model.safetensors")
+    callback = LeakageCallback(attacks=["dager"])
+    trainer = train(tmp_path / "other", None)
+    trainer.args.output_dir, trainer.args.max_steps = str(tmp_path), 3
+    trainer.add_callback(callback)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    again = load_file(tmp_path / "initial" / "adapter_model.safetensors")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert set(callback.verdicts) == {2, 3}
+    assert "resumed at step 1" in flags(tmp_path / "checkpoint-3")["trainer"]["sentence"]
+
+
 def test_training_is_as_without_the_callback(tmp_path: Path) -> None:
     """Bit by bit, dropout and shuffling included: an audit leaves the random numbers of the training alone."""
     ended = []
@@ -171,6 +218,7 @@ def test_an_audit_that_fails_does_not_end_the_training(tmp_path: Path) -> None:
     assert trainer.state.global_step == 1
     told = (tmp_path / "checkpoint-1" / "leakage" / "leakage.md").read_text(encoding="utf-8")
     assert "could not be audited" in told
+    assert not (tmp_path / "final").exists()  # it was tried
 
 
 def test_what_cannot_be_audited_is_refused_at_the_beginning(tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ class LeakageCallback(TrainerCallback):
         self.out = None if out is None else Path(out)
         self.verdicts: dict[int, Any] = {}
         self.rates: list[float] = []
+        self.audited: set[int] = set()  # steps
         self.begun = 0  # the step at which this process began
 
     def on_train_begin(
@@ -110,7 +111,7 @@ class LeakageCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Audit the adapter as training left it, unless that was a checkpoint. A best model that was loaded in the end was one."""
-        if not state.is_world_process_zero or state.global_step in self.verdicts or args.load_best_model_at_end:
+        if not state.is_world_process_zero or state.global_step in self.audited or args.load_best_model_at_end:
             return
         folder = self.folder(args) / FINAL
         with quiet_transformers():
@@ -123,6 +124,7 @@ class LeakageCallback(TrainerCallback):
 
     def audit(self, adapter: Path, out: Path, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
         """Audit the adapter in a folder, into a folder `leakage` in another."""
+        self.audited.add(state.global_step)
         try:
             model, optimizer, loader = kwargs["model"], kwargs["optimizer"], kwargs["train_dataloader"]
             training = Training.of(args, state, model, optimizer, loader, self.rates, self.begun)
@@ -148,12 +150,14 @@ class Training:
     recipe   None where it is none that gradleak knows
     samples  how many were seen, or None
     dropout  the largest probability of a dropout in the base model
+    precision  the number format of its gradients
     remarks  what a reader of the report has to know of it
     """
 
     recipe: Recipe | None
     samples: int | None
     dropout: float
+    precision: str
     remarks: tuple[Reservation, ...] = field(default=())
 
     @classmethod
@@ -169,6 +173,7 @@ class Training:
     ) -> "Training":
         """From the Trainer's objects; rates: of the steps since `begun`."""
         layers = [layer for name, layer in model.named_modules() if "lora_dropout" not in name]
+        remarks: tuple[Reservation, ...] = ()
         dropped = max((m.p for m in layers if isinstance(m, nn.modules.dropout._DropoutNd)), default=0.0)
         size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         data = getattr(loader, "dataset", None)
@@ -176,14 +181,17 @@ class Training:
         samples = None if total is None else min(total, size * state.global_step)
         kind, decay = kind_of(optimizer)
         constant = bool(rates) and min(rates) > 0 and max(rates) <= min(rates) * (1 + SAME) and not begun
+        precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
         steps = f"{state.global_step} steps" if state.global_step > 1 else "1 step"
         spread = f"learning rates between {min(rates):g} and {max(rates):g}" if rates else "unknown learning rates"
+        spread += f", resumed at step {begun}" if begun else ""
         if kind is None or not constant:
             why = (
                 f"The Trainer took {steps} by {type(bare(optimizer)).__name__} at {spread}: that is no recipe that can be replayed, so "
                 "what assumes one step is approximate."
             )
-            return cls(recipe=None, samples=samples, dropout=dropped, remarks=(("trainer", "warning", why),))
+            remarks = (("trainer", "warning", why),)
+            return cls(recipe=None, samples=samples, dropout=dropped, precision=precision, remarks=remarks)
         recipe = Recipe(
             optimizer=kind,
             learning_rate=rates[0],
@@ -192,11 +200,16 @@ class Training:
             weight_decay=decay,
             clip=args.max_grad_norm or None,
         )
-        remarks: tuple[Reservation, ...] = ()
         if recipe.batch_size is not None and state.global_step > 1:
             said = "The Trainer shuffles: which samples met in a step is not known, and a replay takes them in their order."
-            remarks = (("shuffled", "warning", said),)
-        return cls(recipe=recipe, samples=samples, dropout=dropped, remarks=remarks)
+            remarks = (*remarks, ("shuffled", "warning", said))
+        if args.gradient_accumulation_steps > 1:
+            said = (
+                f"Gradients were accumulated over {args.gradient_accumulation_steps} batches: whether that makes a mean or a sum, depends on the "
+                "model's loss; a mean is assumed."
+            )
+            remarks = (*remarks, ("accumulated", "warning", said))
+        return cls(recipe=recipe, samples=samples, dropout=dropped, precision=precision, remarks=remarks)
 
 
 def kind_of(optimizer: Any) -> tuple[Optimizer | None, float]:
@@ -246,5 +259,9 @@ def observed(adapter: Path, initial: Path, base: Model[Any], training: Training)
     """The adapter in a folder as an observation, with all that the Trainer knows."""
     observation = read_adapter(adapter, base, recipe=training.recipe, batch_size=training.samples, initial=initial)
     release, remarks = observation.adapter, observation.adapter.remarks
-    dropped = max(release.dropout, training.dropout)
-    return replace(observation, release=replace(release, dropout=dropped, remarks=(*remarks, *training.remarks)))
+    release = replace(release, dropout=max(release.dropout, training.dropout), remarks=(*remarks, *training.remarks))
+    # As in memory: a start that PEFT subtracts from the weights (PiSSA, OLoRA) is subtracted there already.
+    weights = {name: base.parameters[name] for name in (f"{module}.weight" for module in release.scaling)}
+    model = replace(observation.model, parameters={**observation.model.parameters, **weights})
+    short = observation.precision if training.precision == "float32" else training.precision
+    return replace(observation, model=model, release=release, precision=short)
