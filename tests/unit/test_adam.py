@@ -82,7 +82,7 @@ def test_the_gradient_behind_a_step_of_torch_comes_back(optimizer: Optimizer, ra
         parameter.detach(), torch.zeros_like(g), Recipe(optimizer=optimizer, learning_rate=rate, steps=1), "float32"
     )
     assert torch.equal(found.sign(), g.double().sign())
-    # Ten roundings of float32 at most are behind u: each is 2^-24, where KEPT is a deviation of 1.7 of them.
+    # Ten roundings of float32 at most are behind u: each is 2^-24, where KEPT is a deviation of 0.8 of them.
     bound = (g.double().abs() + EPSILON).square() / EPSILON * 10 * 2**-24
     sure = bound < 0.1 * g.double().abs()  # where the formula is linear
     assert sure.double().mean() > 0.6  # those below 1e-3 are two thirds of them

@@ -21,7 +21,7 @@ from gradleak.observations.releases import Gradient, Update
 from gradleak.observations.tensors import Tensors, flatten, rounding
 from gradleak.observations.training import EPSILON, OPTIMISERS, Recipe, Undone
 
-KEPT = 1e-7  # deviation of m / (sqrt v + epsilon) near 1 in float32, after its five roundings
+KEPT = 5e-8  # deviation of m / (sqrt v + epsilon) near 1 in float32, after its five roundings
 WORTH = 0.8  # of the gradient's length: where more stays unknown, signs are as good
 EVEN = 1e-2  # of the largest: how much smaller the middle change is, at most, after one step of Adam
 MOST, SWEEPS, CHI = (
@@ -30,8 +30,8 @@ MOST, SWEEPS, CHI = (
     4.0,
 )  # ranks that are tried, up to half of this; sweeps for each; squared errors that are explained
 TOLD = 0.25  # share of the numbers that have to be known better than to their half
-EXACT = 1e-6  # of a learning rate that people typed, and that the largest change shows
-SHORTER = {"float16": 1e-3, "bfloat16": 1e-2}  # formats whose rounding is of the size of such errors
+EXACT = 1e-4  # of a learning rate of two digits, as people type: the largest gradients are 1e-4 or more, and a random rate is seldom so near
+SHORTER = {"float16": 3e-3, "bfloat16": 2e-2}  # formats whose rounding is of the size of such errors
 
 
 def with_step_undone(observation: Observation[Any]) -> Observation[Any]:
@@ -59,7 +59,8 @@ def with_step_undone(observation: Observation[Any]) -> Observation[Any]:
         if isinstance(release, Adapter)
         else Gradient(undone=step)
     )
-    precision = next((name for name, most in SHORTER.items() if error <= most), "bfloat16")
+    typical = sorted(float(e.norm() / g.norm().clamp_min(1e-300)) for g, e in found.values())[len(found) // 2]
+    precision = next((name for name, most in SHORTER.items() if typical <= most), "bfloat16")
     return replace(observation, release=after, released=gradient, precision=precision)
 
 
@@ -87,21 +88,36 @@ def largest(recipe: Recipe) -> float:
 def completed(g: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
     """A layer's gradient (out, in) with the least rank that explains it within its errors, and what is then uncertain. Few samples
     make a gradient of low rank, and the numbers that are known well complete those that are not. As it was where none does."""
-    sure = error / (g.abs() + EPSILON).square()  # what the error of a number is beside its square
     told = g.dim() == 2 and float((error < g.abs() / 2)[g != 0].double().mean()) > TOLD
-    for rank in range(1, min(*g.shape, MOST + 1) // 2 + 1) if told else ():
-        _, S, V = torch.linalg.svd(g, full_matrices=False)
-        right, fit = V[:rank] * S[:rank, None].sqrt(), g
-        for _ in range(SWEEPS):
-            blur = sure * (fit.abs() + EPSILON).square()  # of the fit: a number that came out too small looks too sure
-            left = solved(g, blur, right)[0]
-            right = solved(g.T, blur.T, left.T)[0].T
-            fit = left @ right
-        left, covariance = solved(g, blur, right)
-        freedom = g.numel() - rank * (sum(g.shape) - rank)
-        if float(((g - fit) / blur).square().sum()) < CHI * freedom:
-            return fit, torch.einsum("ki,jkl,li->ji", right, covariance, right).clamp_min(0).sqrt()
-    return g, error.minimum(g.abs())
+    most = min(MOST, *(side // 2 for side in g.shape)) if told else 0
+    found = {rank: explained(g, error, rank) for rank in {1, most} if 0 < rank <= most}
+    low, high = (0, 1) if found.get(1) else (1, most)
+    if not found.get(high):
+        return g, error.minimum(g.abs())
+    while high - low > 1:  # where a rank explains it, every larger one does
+        rank = (low + high) // 2
+        found[rank] = explained(g, error, rank)
+        low, high = (low, rank) if found[rank] else (rank, high)
+    best = found[high]
+    assert best is not None
+    return best
+
+
+def explained(g: Tensor, error: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
+    """The matrix of this rank nearest to g in units of its errors, and its deviation; None where it is not that near."""
+    sure = error / (g.abs() + EPSILON).square()  # what the error of a number is beside its square
+    _, S, V = torch.linalg.svd(g, full_matrices=False)
+    right, fit = V[:rank] * S[:rank, None].sqrt(), g
+    for _ in range(SWEEPS):
+        blur = sure * (fit.abs() + EPSILON).square()  # of the fit: a number that came out too small looks too sure
+        left = solved(g, blur, right)[0]
+        right = solved(g.T, blur.T, left.T)[0].T
+        fit = left @ right
+    left, covariance = solved(g, blur, right)
+    freedom = g.numel() - rank * (sum(g.shape) - rank)
+    if not float(((g - fit) / blur).square().sum()) < CHI * freedom:
+        return None
+    return fit, torch.einsum("ki,jkl,li->ji", right, covariance, right).clamp_min(0).sqrt()
 
 
 def solved(g: Tensor, error: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,7 +152,7 @@ def recognised(observation: Observation[Any]) -> Recipe | None:
                 return None
     if not len(moved) or float(moved.median()) < (1 - EVEN) * rate:
         return None
-    typed = float(f"{rate:.2e}")
+    typed = float(f"{rate:.1e}")
     return Recipe(optimizer="adam", learning_rate=typed if abs(rate / typed - 1) < EXACT else rate, steps=1)
 
 

@@ -11,6 +11,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from gradleak.attacks.activation_patterns.activation_patterns import ActivationPatterns
+from gradleak.attacks.adam_epsilon import AdamEpsilon
 from gradleak.attacks.unmixing.unmixing import Unmixing
 from gradleak.audit import metrics
 from gradleak.errors import NotObserved
@@ -47,7 +49,8 @@ class Setting:
 def settings(data: str, size: Size) -> Iterator[Setting]:
     """One thing after another differs from the usual."""
     usual = Setting() if size != "smoke" else Setting(pictures=4, rank=8, recipe=replace(SGD, steps=50))
-    yield from (usual, replace(usual, recipe=replace(SLOW, optimizer="adamw")))
+    adam = replace(SLOW, optimizer="adamw")
+    yield from (usual, replace(usual, recipe=adam), replace(usual, pictures=1, recipe=replace(adam, steps=20)))
     if size == "smoke":
         return
     yield from (replace(usual, pictures=n, rank=r) for n, r in ((2, 16), (4, 16), (8, 8), (16, 32), (16, 16)))
@@ -55,6 +58,8 @@ def settings(data: str, size: Size) -> Iterator[Setting]:
     recipes += [replace(SLOW, learning_rate=1e-1), SLOW, replace(SLOW, optimizer="momentum")]
     yield from (replace(usual, recipe=recipe) for recipe in recipes)
     yield from (replace(usual, precision=precision) for precision in ("bfloat16", "float16"))
+    yield from (replace(usual, pictures=1, recipe=replace(adam, steps=n)) for n in (1, 2, 5, 200))
+    yield replace(usual, pictures=1, recipe=replace(adam, steps=20), precision="bfloat16")
     yield from (replace(usual, base="trained", recipe=replace(SGD, learning_rate=rate)) for rate in (1e-2, 1e-1))
 
 
@@ -71,7 +76,7 @@ def cell(setting: Setting, bench: Bench) -> Result:
     """Each set of pictures, and another as its control."""
     source, count = str(beside(bench.data, "mnist") or "digits"), setting.pictures
     model, public = prepared(setting.base, source, bench.size, bench.seed)
-    wanted = 2 * SETS[bench.size] * count
+    wanted = 2 * max(SETS[bench.size] * count, SETS[bench.size] ** 2 + 1)
     held = unseen(source, FIRST, wanted, model.architecture.input_shape)
     private = replace(held, labels=held.labels % 2)
     mean, samples = public.images[DECOYS:].mean(0, keepdim=True), list[Row]()
@@ -91,8 +96,9 @@ def cell(setting: Setting, bench: Bench) -> Result:
 def attacked(model: PictureModel, own: Pictures, setting: Setting, mean: Tensor) -> tuple[Tensor, PictureObservation]:
     """What comes back of an adapter's folder, padded by the mean image, and what was observed."""
     seen, found = of_a_stranger(model, own, setting.rank, setting.recipe, setting.precision, SEED), mean[:0]
-    with suppress(NotObserved):
-        found = Unmixing()(seen, generator=torch.Generator().manual_seed(0)).value
+    for attack in (ActivationPatterns(), AdamEpsilon(), Unmixing()):  # the last one that reads it
+        with suppress(NotObserved):
+            found = attack(seen, generator=torch.Generator().manual_seed(0)).value
     return torch.cat([found, mean.expand(len(own.labels), *mean.shape[1:])]), seen
 
 

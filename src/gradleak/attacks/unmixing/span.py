@@ -122,6 +122,10 @@ def span_of_adapter(observation: PictureObservation, release: Adapter) -> Span:
             "seed that drew it."
         )
     (dA, dB), (A, B) = ([tensors[name] for name in names] for tensors in (observation.released, release.start))
+    if divided(release, dB):
+        raise NotObserved(
+            "All numbers of lora_B are of one size, as Adam leaves them: no span is left. adam-epsilon reads that."
+        )
     noise, r, from_zero = number_noise(observation, dA, A), len(A), not bool(B.any())
     N = samples(observation, dB) if from_zero else rank(torch.linalg.svdvals(dA), noise, dA)
     if observation.batch_size and observation.batch_size > 1:  # one is what is said where nobody knows
@@ -164,11 +168,16 @@ def with_samples_counted(observation: Observation[Any]) -> Observation[Any]:
     if not plain or name not in observation.released or bool(release.start[name].any()):
         return observation
     B = observation.released[name].double()
-    sizes = B[B != 0].abs()
-    if not release.gradient and len(sizes) and float(sizes.median()) > EVEN * float(sizes.max()):
-        return observation  # Adam has divided every number by its size: rank and samples have nothing to do with each other
+    if divided(release, B):
+        return observation  # rank and number of samples have nothing to do with each other
     N = samples(observation, B)
     return replace(observation, batch_size=N) if 1 < N < B.shape[1] else observation
+
+
+def divided(release: Adapter, B: Tensor) -> bool:
+    """Whether Adam has divided every number of lora_B by its own size, of a training that nobody told."""
+    sizes = B[B != 0].abs()
+    return release.guessed() and len(sizes) > 0 and float(sizes.median()) > EVEN * float(sizes.max())
 
 
 def samples(observation: PictureObservation, B: Tensor) -> int:
