@@ -1,7 +1,9 @@
 """Clients and a strategy of real Flower apps, in this process: what is kept replays, and the training is as without us."""
 
+import copy
 import logging
 import random
+from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from gradleak.audit.checks import REPLAY_TOLERANCE
 from gradleak.errors import BadInput
 from gradleak.formats.observation_file import load_observation
 from gradleak.formats.secret_file import Secret
-from gradleak.modalities.networks import Architecture
+from gradleak.modalities.networks import Architecture, Normalise
 from gradleak.modalities.pictures import Pictures, load
 from gradleak.observations.releases import Update
 from gradleak.observations.training import OPTIMISERS, Recipe
@@ -263,3 +265,36 @@ def test_the_lines_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert made["observation"].residual(data.images, data.labels) < REPLAY_TOLERANCE["float32"]
     federated(made["strategy"], client_app([]))
     assert list(tmp_path.rglob("observation.safetensors"))
+
+
+class Net(nn.Module):
+    """A network of somebody's own: with BatchNorm, of pixels that were normalised before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Linear(144, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.fc(torch.relu(self.bn(self.conv(x))).flatten(1))
+        return logits
+
+
+def test_a_network_of_ones_own_with_its_statistics_and_what_normalises_before_it() -> None:
+    """Three steps of momentum against our own replay, through a module that holds the network and takes pixels in [0, 1]."""
+    from gradleak.integrations.flower import observed_update
+
+    torch.manual_seed(0)
+    network, data = Net(), private(13)
+    before = copy.deepcopy(list(network.state_dict().values()))
+    optimizer = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(network(Normalise(1)(data.images)), data.labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    recipe = Recipe(optimizer="momentum", learning_rate=0.05, steps=3)
+    whole = nn.Sequential(OrderedDict([("normalise", Normalise(1)), ("network", Net())]))
+    after = list(network.state_dict().values())
+    seen = observed_update(before, after, whole, Architecture("own:net", (1, 8, 8), 10), recipe, batch_size=4)
+    assert seen.residual(data.images, data.labels) < REPLAY_TOLERANCE["float32"]
+    assert "network.bn.running_mean" in seen.beside

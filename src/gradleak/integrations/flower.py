@@ -70,7 +70,8 @@ class Clients:
         before, after = the_arrays(sent, "message"), the_arrays(reply, "reply")
         config = {name: value for record in sent.config_records.values() for name, value in record.items()}
         metrics = {name: value for record in reply.metric_records.values() for name, value in record.items()}
-        count = int(metrics["num-examples"]) if metrics.get("num-examples") else None
+        counted = {**metrics, **(self.told or {})}.get("num-examples")
+        count = int(counted) if counted else None
         recipe = recipe_of({**known, **config, **(self.told or {})}, count)
         seen = observed_update(
             before,
@@ -178,8 +179,8 @@ def observed_update(
 ) -> Observation[Any]:
     """What lies between two states of a model, as ArrayRecords, {name: array}, or lists of arrays in the order of its state_dict.
 
-    module: the network; its numbers do not matter. batch_size: samples of the client; None: counted where the change tells it, else 1.
-    Raises BadInput where the states are of another model, or nothing has changed.
+    module: the network; its numbers do not matter. batch_size: samples of the client; None: counted, as one step of SGD tells them.
+    Raises BadInput where the states are of another model, nothing has changed, or nothing tells the number of samples.
     """
     network = copy.deepcopy(module)
     state, _ = fitted(plain(before), dict(network.state_dict(keep_vars=True)), network)
