@@ -56,6 +56,7 @@ def audit_to(
     Random numbers of the training are left as they are. Raises BadInput for unknown attacks, and for a secret that is not of this model.
     """
     check_names(list(attacks))
+    observation = observation.to(torch.device("cpu"))  # the training's device is left to the training
     modality = observation.model.architecture.modality
     every: dict[str, Any] = {name: ATTACKS[name]() for name in attacks}
     chosen = {name: attack for name, attack in every.items() if attack.modality == modality}
@@ -75,7 +76,7 @@ def audit_to(
             arguments["model"] = architecture.name
         command = {"name": "audit", "arguments": arguments, "attacks": {name: {} for name in chosen}}
     written = record.new_record(command, seed, [])
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         ready = with_factor_found(with_step_undone(observation))
         public = SCORING[modality].public("embedded", "train", ready.model)
         limit = within(seconds)

@@ -182,7 +182,7 @@ def observed_update(
     module: the network; its numbers do not matter. batch_size: samples of the client; None: counted, as one step of SGD tells them.
     Raises BadInput where the states are of another model, nothing has changed, or nothing tells the number of samples.
     """
-    network = copy.deepcopy(module)
+    network = copy.deepcopy(module).cpu()
     state, _ = fitted(plain(before), dict(network.state_dict(keep_vars=True)), network)
     told = any(name in state for name, _ in network.named_buffers())
     load_state(network, state, partial=not told)

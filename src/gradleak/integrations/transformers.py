@@ -129,7 +129,7 @@ class LeakageCallback(TrainerCallback):
             model, optimizer, loader = kwargs["model"], kwargs["optimizer"], kwargs["train_dataloader"]
             training = Training.of(args, state, model, optimizer, loader, self.rates, self.begun)
             initial = self.folder(args) / INITIAL
-            with torch.random.fork_rng(), quiet_transformers():
+            with torch.random.fork_rng(devices=[]), quiet_transformers():
                 base = base_model(model, kwargs.get("processing_class"), initial)
                 observation = observed(adapter, initial, base, training)
             written = audit_to(
