@@ -23,6 +23,7 @@ FLOORS = {  # from the ground up: a floor may import those before it
     "report": "WHAT IS SHOWN: no torch in here",
     "audit": "WHAT IT MEANS",
     "studies": "QUESTIONS",
+    "integrations": "WHERE TRAINING HAPPENS",
     "cli": "THE COMMAND LINE",
 }
 

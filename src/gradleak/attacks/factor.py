@@ -44,6 +44,7 @@ def factor_of(observation: Observation[Any]) -> float | None:
         or not isinstance(model.architecture, Architecture)
         or not plain
         or observation.defenses != ()
+        or (isinstance(release, Gradient) and release.private is not None)  # the cut is simulated
         or observation.factor != 1
         or not observation.batch_size
         or model.architecture.classes < 2

@@ -48,12 +48,14 @@ def audit(
     device: str = "cpu",
     name: str = "",
     on_step: Callable[[str], OnStep] | None = None,
+    bound: bool = True,
 ) -> Iterator[Audited]:
     """Run each attack on the observation, and score it against controls if the secret is there; yields as they finish.
 
     public: data of the observation's kind that everybody may know (`SCORING[...].public`); for priors, controls and decoys.
     Without them, or without the secret, nothing is scored. name: of the observation, where a record holds several.
-    on_step: called with the attack's name before it runs, returns its progress callback.
+    on_step: called with the attack's name before it runs, returns its progress callback; NotObserved out of either ends that attack.
+    bound: whether to ask besides what the release determines at all (bound.py), which may take longer than the attacks.
     Raises BadInput for a secret of another kind or size.
     """
     model = observation.model
@@ -66,13 +68,14 @@ def audit(
     general = check_observation(observation)
     if secret is not None:
         general += replay(observation, secret.inputs, secret.labels)
-        general += information(observation, secret.inputs, secret.labels, "at the truth")
+        general += information(observation, secret.inputs, secret.labels, "at the truth") if bound else []
     for title, attack in attacks.items():
         if reason := refusal(attack, observation):
             yield Audited(not_run(title, attack, about, general, reason), None)
             continue
-        report, start = on_step(title) if on_step is not None else None, time.perf_counter()
+        start = time.perf_counter()
         try:
+            report = on_step(title) if on_step is not None else None
             ready = prepared(attack, observation, rest, seed)
             reconstruction = ready(observation.to(where), generator=torch.Generator().manual_seed(seed), on_step=report)
         except UNABLE as error:
@@ -92,7 +95,11 @@ def audit(
             labels = None if reconstruction.labels is None else reconstruction.labels[:count]
             row["flags"] = [
                 *general,
-                *information(observation, reconstruction.value[:count], labels, "at this reconstruction"),
+                *(
+                    information(observation, reconstruction.value[:count], labels, "at this reconstruction")
+                    if bound
+                    else []
+                ),
                 *at_reconstruction(observation, reconstruction),
                 *(unexplained(reconstruction.residual) if observation.release.replays else []),
             ]

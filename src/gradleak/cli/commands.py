@@ -20,8 +20,8 @@ from gradleak.attacks.seed import with_start_recovered
 from gradleak.audit.loop import Audited
 from gradleak.audit.loop import audit as run_audit
 from gradleak.audit.scoring import SCORING
-from gradleak.audit.scoring.scoring import legend
 from gradleak.audit.verdict import judged
+from gradleak.audit.written import describe, finish, keep_shown, untried, written_audit
 from gradleak.cli import flags
 from gradleak.cli.informed import informed
 from gradleak.cli.inputs import check_device, file_hash, fresh_folder, observed_files
@@ -30,11 +30,9 @@ from gradleak.errors import BadInput, near, shortened
 from gradleak.formats.observation_file import load_observation, usable_labels
 from gradleak.formats.reconstruction_file import load_reconstruction, save_reconstruction
 from gradleak.formats.secret_file import Secret, load_secret
-from gradleak.formats.shown_files import save_shown
 from gradleak.modalities.networks import MODELS
 from gradleak.observations.observation import Observation
 from gradleak.report import html, record
-from gradleak.report.sheet import save_sheet
 from gradleak.victims.demo import DEMO
 
 
@@ -115,21 +113,10 @@ def audit_one(
     device: str,
     name: str = "",
 ) -> None:
-    """Audit one observation into a record that may hold others, with progress, writing after each attack.
-
-    left: {observation: attacks that were not asked for} of those before it, which are judged again with it.
-    """
-    describe(written, observation, name)
-    left[name or observation.release.name] = untried(observation, attacks)
+    """Audit one observation into a record that may hold others, with progress, and say what each attack found."""
+    about: Any = {"secret": secret, "left": left, "seed": seed, "device": device, "name": name}
     with progress() as start:
-        for done in run_audit(
-            observation, attacks, public, secret=secret, seed=seed, device=device, name=name, on_step=start
-        ):
-            written["results"].append(done.result)
-            judged(written, left)
-            keep_shown(done, out)
-            finish(written, out)
-            save_sheet(written, out / "pictures.png")
+        for done in written_audit(observation, attacks, public, written, out, **about, on_step=start):
             if done.reconstruction is not None:
                 print(said(done))
 
@@ -139,11 +126,6 @@ def check_named(names: Sequence[str], options: Mapping[str, Any]) -> None:
     if set(names) != set(options):
         given = ", ".join(map(shortened, options)) or "none"
         raise BadInput(f"Parameters are given of {given}, and what is to run is {', '.join(map(shortened, names))}.")
-
-
-def untried(observation: Observation[Any], attacks: Mapping[str, Any]) -> list[str]:
-    """The attacks that read such an observation and were not asked for."""
-    return [name for name, kind in ATTACKS.items() if name not in attacks and not refusal(kind, observation)]
 
 
 def reading(observation: Observation[Any]) -> str:
@@ -299,32 +281,9 @@ def plain(value: Any) -> Any:
     return msgspec.to_builtins(value, enc_hook=str)
 
 
-def describe(written: record.Record, observation: Observation[Any], name: str) -> None:
-    """Put an observation's threat model into the record, and how its metrics and controls are called."""
-    title = name or observation.release.name
-    rows = [{"observation": title, **row} for row in observation.threat_model()]
-    metrics, controls = legend(SCORING[observation.model.architecture.modality])
-    written["threat_model"] = [*written["threat_model"], *rows]  # type: ignore[list-item]
-    written["metrics"] = {**written.get("metrics", {}), **metrics}
-    written["controls"] = {**written.get("controls", {}), **controls}
-
-
 def said(done: Audited) -> str:
     """An attack's status for the terminal, and the texts that came out."""
     row = done.result
     texts = row["shown"]["reconstruction"] if row.get("media") == "text/plain" and "shown" in row else []
     lines = [f"{row['attack']}: {row['status']}", *(f"  {shortened(text)}" for text in texts)]
     return "\n".join(lines)
-
-
-def finish(written: record.Record, out: Path) -> None:
-    """record.json, and report.html from it."""
-    record.write(written, out / "record.json")
-    (out / "report.html").write_text(html.render(written), encoding="utf-8")
-
-
-def keep_shown(done: Audited, out: Path) -> None:
-    """What an attack returned, in files to look at."""
-    row, found = done.result, done.reconstruction
-    if found is not None and "shown" in row:
-        save_shown(row["attack"], row["shown"]["reconstruction"], row["media"], found, out)

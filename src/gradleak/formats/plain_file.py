@@ -1,6 +1,7 @@
 """A file of somebody's own, without provenance, as an observation of a model that is known besides: {name: gradient}, weights before
 and after training, their difference, or the weights of a trained network. In safetensors, .npz, .npy or parquet."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from gradleak.modalities.language_models import Task
 from gradleak.modalities.losses import Loss
 from gradleak.modalities.networks import MODELS, Architecture
 from gradleak.observations.distances import relative_residual
-from gradleak.observations.given import fitted
+from gradleak.observations.given import as_tensor, fitted
 from gradleak.observations.model import Mode, Model
 from gradleak.observations.observation import Observation
 from gradleak.observations.releases import GRADIENT, Update
@@ -84,21 +85,28 @@ def read_release(path: Path, model: Model[Any], recipe: Recipe | None, batch_siz
 
 
 def read_change(after: Path, model: Model[Any], recipe: Recipe, batch_size: int | None) -> Observation[Any]:
-    """The change from the model's parameters to those in a file. Parameters that did not move were not trained."""
+    """The change from the model's parameters to those in a file. A batch size that is not given is counted where it shows."""
+    return change_to(load_arrays(after), model, recipe, batch_size, str(after))
+
+
+def change_to(given: Any, model: Model[Any], recipe: Recipe, batch_size: int | None, where: str) -> Observation[Any]:
+    """The change from the model's parameters to these arrays, as `fitted` takes them. Parameters that did not move were not trained.
+
+    where: what the arrays are called in sentences. Raises BadInput where they are of another model, or nothing has changed.
+    """
     known = {**model.parameters, **(model.buffers or {})}
-    given = load_arrays(after)
-    precision = shortest(given)
     state, _ = fitted(given, known, model.module)
+    precision = shortest(given)
     if unknown := [name for name in state if name not in known]:
-        raise BadInput(f"{after} holds {unknown[0]}, which the model does not have: it is of another architecture.")
+        raise BadInput(f"{where} holds {unknown[0]}, which the model does not have: it is of another architecture.")
     for name, tensor in state.items():
         if tensor.shape != known[name].shape:
-            raise BadInput(f"{after} and the weights before it differ in the shape of {name}: they are of two models.")
+            raise BadInput(f"{where} and the weights before it differ in the shape of {name}: they are of two models.")
     change: Tensors = {name: (t.double() - known[name].double()).float() for name, t in state.items()}
     still = [name for name, tensor in change.items() if name in model.parameters and not bool(tensor.any())]
     moved = {name: tensor for name, tensor in change.items() if name not in still}
     if not moved.keys() & model.parameters.keys():
-        raise BadInput(f"{after} holds the weights before training: nothing has changed.")
+        raise BadInput(f"{where} holds the weights before training: nothing has changed.")
     seen = observed(moved, model, recipe, batch_size or 1)
     seen = replace(seen, precision=precision, beside=(*seen.beside, *still))
     return seen if batch_size else with_batch_counted(seen)
@@ -111,7 +119,9 @@ def observed(given: Any, model: Model[Any], recipe: Recipe | None, batch_size: i
     return replace(seen, released={name: tensor.float() for name, tensor in seen.released.items()})
 
 
-def shortest(arrays: dict[str, Any]) -> str:
-    """The number format of the shortest floating-point numbers."""
-    formats = [a.dtype for a in arrays.values() if a.is_floating_point()]
-    return str(min(formats, key=lambda kind: kind.itemsize, default=torch.float32)).removeprefix("torch.")
+def shortest(arrays: Any) -> str:
+    """The number format of the shortest floating-point numbers, as torch calls it."""
+    values = arrays.values() if isinstance(arrays, Mapping) else arrays
+    formats = [as_tensor(array, "an array").dtype for array in values if array is not None]
+    floating = [kind for kind in formats if kind.is_floating_point]
+    return str(min(floating, key=lambda kind: kind.itemsize, default=torch.float32)).removeprefix("torch.")

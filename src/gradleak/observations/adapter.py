@@ -111,8 +111,8 @@ class Adapter(Release):
         Without a recipe the learning rate is unknown: the change is brought to the length of what was released.
         """
         recipe = self.recipe or UNKNOWN
-        # In one step no factor meets the other's change: those that are not released need no gradient.
-        alone = recipe.steps == 1 or self.gradient
+        # In one step no factor meets the other's change: those that are not released need no gradient, but for the norm that is cut.
+        alone = recipe.clip is None and (recipe.steps == 1 or self.gradient)
         before = {name: self.start[name] for name in (released if alone else self.start)}
         before |= {} if alone else {name: model.parameters[name] for name in self.beside}
 
@@ -121,7 +121,8 @@ class Adapter(Release):
 
         if self.gradient:
             gradient: Tensors = grad(loss)(before, inputs, labels)
-            return gradient
+            gradient = gradient if self.undone is None else self.undone.of(gradient)
+            return {name: gradient[name] for name in released}
         after = train(loss, before, inputs, labels, recipe)
         change = {name: after[name] - before[name] for name in released}
         if self.recipe is not None:

@@ -17,6 +17,7 @@ from gradleak.modalities.modality import Fact, fact
 from gradleak.observations.adapter import Adapter
 from gradleak.observations.layers import is_linear, oriented
 from gradleak.observations.model import Model
+from gradleak.observations.private_step import PrivateStep
 from gradleak.observations.release import Release, Reservation, Sketch, inexact, inexactly_undone
 from gradleak.observations.tensors import Tensors, rounding
 from gradleak.observations.trained_weights import Weights
@@ -31,17 +32,22 @@ class Gradient(Release):
 
     What is released is {parameter name: gradient}; parameters may be missing (frozen, or not shared).
 
-    undone  the step of an optimizer that the gradient was read from, or None
+    undone   the step of an optimizer that the gradient was read from, or None
+    private  what differentially private training did to it, noise apart, or None
     """
 
     name: ClassVar[str] = "gradient"
 
     undone: Undone | None = None
+    private: PrivateStep | None = None
 
     def simulate(self, model: Model[Any], released: Tensors, inputs: Any, labels: Tensor | None) -> Tensors:
-        """dL/dtheta of this batch."""
-        gradient: Tensors = grad(model.loss)({name: model.parameters[name] for name in released}, inputs, labels)
-        return gradient
+        """dL/dtheta of this batch; of a private step, the sum of what is left of each sample's."""
+        parameters = {name: model.parameters[name] for name in released}
+        if self.private is not None:
+            return self.private.gradient(model, parameters, inputs, labels)
+        gradient: Tensors = grad(model.loss)(parameters, inputs, labels)
+        return gradient if self.undone is None else self.undone.of(gradient)
 
     def as_gradient(self, model: Model[Any], released: Tensors) -> Tensors:
         """What was released."""
@@ -68,8 +74,9 @@ class Gradient(Release):
         return [] if self.undone is None else [("step_undone", "warning", self.undone.sentence())]
 
     def facts(self) -> list[Fact]:
-        """The step that was undone."""
-        return [] if self.undone is None else [fact("step", True, f"{self.undone.recipe}; undone")]
+        """The step that was undone, or what made it private."""
+        undone = [] if self.undone is None else [fact("step", True, f"{self.undone.recipe}; undone")]
+        return [*undone, *(self.private.facts() if self.private is not None else [])]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,6 +82,10 @@ class Undone:
     recipe: Recipe
     error: float
 
+    def of(self, gradient: Tensors) -> Tensors:
+        """What the optimizer was given of such a gradient."""
+        return cut(gradient, self.recipe.clip)
+
     def sentence(self) -> str:
         """What that means."""
         return (
@@ -101,7 +105,12 @@ Objective = Callable[[Tensors, Any, Any], Tensor]  # (parameters, inputs, labels
 
 
 def train(loss: Objective, parameters: Tensors, inputs: Inputs, labels: Tensor | None, recipe: Recipe) -> Tensors:
-    """The parameters after training, unrolled: differentiable with respect to the inputs where these are tensors."""
+    """The parameters after training, unrolled: differentiable with respect to the inputs where these are tensors.
+
+    BadInput where there are no inputs: nothing is trained on nothing.
+    """
+    if not len(inputs):
+        raise BadInput("There is no sample to train on.")
     size = recipe.batch_size or len(inputs)
     starts = range(0, len(inputs), size)
     first = {name: torch.zeros_like(p) for name, p in parameters.items()}
@@ -113,9 +122,7 @@ def train(loss: Objective, parameters: Tensors, inputs: Inputs, labels: Tensor |
         g = grad(loss)(parameters, inputs[part], None if labels is None else labels[part])
         if recipe.proximal:
             g = {k: g[k] + recipe.proximal * (parameters[k] - start[k]) for k in g}
-        if recipe.clip is not None:  # as clip_grad_norm_ does
-            cut = (recipe.clip / (flatten(g).norm() + 1e-6)).clamp(max=1)
-            g = {k: cut * g[k] for k in g}
+        g = cut(g, recipe.clip)
         if decay and recipe.optimizer != "adamw":
             g = {k: g[k] + decay * parameters[k] for k in g}
         match recipe.optimizer:
@@ -133,6 +140,14 @@ def train(loss: Objective, parameters: Tensors, inputs: Inputs, labels: Tensor |
             parameters = {k: (1 - rate * decay) * p for k, p in parameters.items()}
         parameters = {k: p - rate * change[k] for k, p in parameters.items()}
     return parameters
+
+
+def cut(gradient: Tensors, norm: float | None) -> Tensors:
+    """A gradient cut to a norm over all its tensors, as clip_grad_norm_ does; None: the gradient itself."""
+    if norm is None:
+        return gradient
+    share = (norm / (flatten(gradient).norm() + 1e-6)).clamp(max=1)
+    return {name: share * tensor for name, tensor in gradient.items()}
 
 
 def other_recipes(recipe: Recipe, before: Tensors, change: Tensors, simulated: Tensors) -> list[Recipe]:

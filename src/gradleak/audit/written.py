@@ -1,0 +1,79 @@
+"""An audit written down while it runs: the record and the report, after each attack, so that an interrupt loses one at most."""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from gradleak.attacks import ATTACKS
+from gradleak.attacks.attack import refusal
+from gradleak.attacks.search.descend import OnStep
+from gradleak.audit.loop import Audited, audit
+from gradleak.audit.scoring import SCORING
+from gradleak.audit.scoring.scoring import legend
+from gradleak.audit.verdict import judged
+from gradleak.formats.secret_file import Secret
+from gradleak.formats.shown_files import save_shown
+from gradleak.observations.observation import Observation
+from gradleak.report import html, record
+from gradleak.report.sheet import save_sheet
+
+
+def written_audit(
+    observation: Observation[Any],
+    attacks: Mapping[str, Any],
+    public: Any | None,
+    written: record.Record,
+    out: Path,
+    *,
+    secret: Secret | None = None,
+    left: dict[str, list[str]] | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    name: str = "",
+    on_step: Callable[[str], OnStep] | None = None,
+    bound: bool = True,
+) -> Iterator[Audited]:
+    """`audit`, with record.json, report.html and what was recovered written to `out` after each attack.
+
+    written: the record, which may hold other observations. left: {observation: attacks that were not asked for} of those before it,
+    which are judged again with it.
+    """
+    left = {} if left is None else left
+    describe(written, observation, name)
+    left[name or observation.release.name] = untried(observation, attacks)
+    about: Any = {"secret": secret, "seed": seed, "device": device, "name": name, "on_step": on_step, "bound": bound}
+    for done in audit(observation, attacks, public, **about):
+        written["results"].append(done.result)
+        judged(written, left)
+        keep_shown(done, out)
+        finish(written, out)
+        save_sheet(written, out / "pictures.png")
+        yield done
+
+
+def untried(observation: Observation[Any], attacks: Mapping[str, Any]) -> list[str]:
+    """The attacks that read such an observation and were not asked for."""
+    return [name for name, kind in ATTACKS.items() if name not in attacks and not refusal(kind, observation)]
+
+
+def describe(written: record.Record, observation: Observation[Any], name: str) -> None:
+    """Put an observation's threat model into the record, and how its metrics and controls are called."""
+    title = name or observation.release.name
+    rows = [{"observation": title, **row} for row in observation.threat_model()]
+    metrics, controls = legend(SCORING[observation.model.architecture.modality])
+    written["threat_model"] = [*written["threat_model"], *rows]  # type: ignore[list-item]
+    written["metrics"] = {**written.get("metrics", {}), **metrics}
+    written["controls"] = {**written.get("controls", {}), **controls}
+
+
+def finish(written: record.Record, out: Path) -> None:
+    """record.json, and report.html from it."""
+    record.write(written, out / "record.json")
+    (out / "report.html").write_text(html.render(written), encoding="utf-8")
+
+
+def keep_shown(done: Audited, out: Path) -> None:
+    """What an attack returned, in files to look at."""
+    row, found = done.result, done.reconstruction
+    if found is not None and "shown" in row:
+        save_shown(row["attack"], row["shown"]["reconstruction"], row["media"], found, out)

@@ -1,0 +1,68 @@
+"""A step of differentially private training (DP-SGD; Abadi et al., CCS 2016, arXiv:1607.00133, algorithm 1): the gradient of each sample
+is cut to a norm C, noise of deviation sigma C is added to their sum, and that is divided by the number of samples that is expected.
+
+Cutting is no defense that a mean could be given to afterwards: how much is cut differs from sample to sample. It is part of what a
+gradient of this kind is, so it is simulated. The noise is a defense like any other.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import grad
+
+from gradleak.errors import BadInput
+from gradleak.modalities.modality import Fact, fact
+from gradleak.observations.defenses import Defense, GaussianNoise
+from gradleak.observations.model import Model
+from gradleak.observations.tensors import Tensors
+from gradleak.observations.training import cut
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivateStep:
+    """What is public of it.
+
+    clip              C: norm over all tensors, above zero
+    noise_multiplier  sigma, 0 or more
+    divisor           what the sum is divided by: the expected number of samples; 1 for a sum
+    epsilon           what an accountant says was spent up to this step, included, at this delta; None where it is not counted
+    """
+
+    clip: float
+    noise_multiplier: float
+    divisor: float
+    epsilon: float | None = None
+    delta: float | None = None
+
+    def __post_init__(self) -> None:
+        numbers = (self.clip, self.noise_multiplier, self.divisor)
+        if not all(map(math.isfinite, numbers)) or self.clip <= 0 or self.noise_multiplier < 0 or self.divisor <= 0:
+            raise BadInput(
+                "A private step has a norm and a number of samples above zero, and a noise multiplier that is not below it, not "
+                f"{self.clip:g}, {self.divisor:g} and {self.noise_multiplier:g}."
+            )
+
+    @property
+    def defenses(self) -> tuple[Defense, ...]:
+        """The noise, on the scale of what is released."""
+        deviation = self.noise_multiplier * self.clip / self.divisor
+        return (GaussianNoise(deviation),) if deviation else ()
+
+    def gradient(self, model: Model[Any], parameters: Tensors, inputs: Any, labels: Tensor | None) -> Tensors:
+        """sum_i min(1, C / ||g_i||) g_i / divisor, without the noise; differentiable."""
+        total = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
+        for i in range(len(inputs)):
+            one = grad(model.loss)(parameters, inputs[i : i + 1], None if labels is None else labels[i : i + 1])
+            part = cut(one, self.clip)
+            total = {name: total[name] + part[name] / self.divisor for name in total}
+        return total
+
+    def facts(self) -> list[Fact]:
+        """What an attacker reads in the code of the training, and what its accountant says."""
+        step = f"each sample cut to norm {self.clip:g}, noise multiplier {self.noise_multiplier:g}, sum divided by {self.divisor:g}"
+        spent = "not counted" if self.epsilon is None else f"epsilon {self.epsilon:.3g} at delta {self.delta:g}, so far"
+        spent = "none: without noise there is none" if not self.noise_multiplier else spent
+        return [fact("private step", True, step), fact("privacy spent", self.epsilon is not None, spent)]
