@@ -621,7 +621,7 @@ def test_a_search_for_seeds_that_is_stopped_says_where_to_go_on(
         raise KeyboardInterrupt
 
     monkeypatch.setitem(ATTACKS, "dlg", Guess)
-    monkeypatch.setattr(commands, "with_start_recovered", stopped)
+    monkeypatch.setattr("gradleak.cli.informed.with_start_recovered", stopped)
     tuned = captured / "tuned"
     audit = ["audit", str(tuned / "adapter"), "--base", str(tuned / "base"), *DIGITS, "--attacks", "dlg"]
     assert main([*audit, "--seeds", "1000:4000000000", "--out", str(tmp_path / "out")]) == 0

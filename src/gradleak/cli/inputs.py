@@ -124,7 +124,7 @@ def trained_by(args: flags.Observed) -> Recipe:
 
 def is_of_adapter(path: Path) -> bool:
     """Whether this is a folder, which can only be that of an adapter, or a file with LoRA factors in it."""
-    return path.is_dir() or (not has_provenance(path) and is_adapter_file(path))
+    return path.is_dir() or (kind_of(path) == "safetensors" and not has_provenance(path) and is_adapter_file(path))
 
 
 def observed_adapter(args: flags.Observed, given: Path) -> Observation[Any]:
