@@ -181,7 +181,7 @@ CASES = {
     "adam-epsilon": Case(tuned_by_adam, explains=False),
     "jigsaw": Case(
         adapter(trained.TRANSFORMER, 8, *trained.LINEAR),
-        {"evaluations": 60},
+        {"evaluations": 8},
         {"evaluations": 1, "swaps": 1},
         fitted=True,
     ),

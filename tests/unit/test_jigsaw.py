@@ -7,7 +7,16 @@ import torch
 
 import trained
 from gradleak.attacks.jigsaw.arrangement import REMAINDER, Puzzle, arrange
-from gradleak.attacks.jigsaw.jigsaw import POSITIONS, Jigsaw, Patches, directions, distance, of_patches, spread_of
+from gradleak.attacks.jigsaw.jigsaw import (
+    POSITIONS,
+    Jigsaw,
+    Patches,
+    directions,
+    distance,
+    of_patches,
+    refuse_large,
+    spread_of,
+)
 from gradleak.attacks.map_inversion import misfit
 from gradleak.audit.metrics import psnr_db
 from gradleak.errors import NotObserved
@@ -55,35 +64,35 @@ def test_a_patch_of_the_prior_is_a_patch_from_anywhere(prior: GaussianPrior) -> 
 
 
 def test_gains_by_swapping_and_looking(prior: GaussianPrior) -> None:
-    puzzle, pieces = Puzzle.of(prior, CUT.cut), torch.rand(16, 4, generator=seed(), dtype=torch.float64)
+    pieces, order = torch.rand(16, 4, generator=seed(), dtype=torch.float64), torch.randperm(16, generator=seed())
     covariance = prior.covariance() + REMAINDER**2 * torch.eye(64, dtype=torch.float64)
 
-    def unlikely(pieces: torch.Tensor) -> float:
-        apart = (CUT.whole(pieces) - prior.mean).flatten()
+    def unlikely(order: torch.Tensor) -> float:
+        apart = (CUT.whole(pieces[order]) - prior.mean).flatten()
         return float(apart @ torch.linalg.solve(covariance, apart)) / 2
 
-    gains = puzzle.gains(pieces)
+    gains = Puzzle.of(pieces, prior, CUT.cut).gains(order)
     for a, b in ((0, 1), (3, 12), (15, 7)):
-        swapped = pieces.clone()
+        swapped = order.clone()
         swapped[[a, b]] = swapped[[b, a]]
-        assert float(gains[a, b]) == pytest.approx(unlikely(swapped) - unlikely(pieces), rel=1e-8, abs=1e-8)
+        assert float(gains[a, b]) == pytest.approx(unlikely(swapped) - unlikely(order), rel=1e-8, abs=1e-8)
 
 
 def test_evidence_decides_the_order_where_it_is_strong(prior: GaussianPrior) -> None:
     pieces = CUT.cut(load("digits", indices=[3]).images.double())
     shuffle = torch.randperm(16, generator=seed())
     evidence = 1e4 * torch.eye(16, dtype=torch.float64)[shuffle]  # the piece in slot s comes from place shuffle[s]
-    puzzle = Puzzle.of(prior, CUT.cut)
-    assert torch.equal(arrange(pieces[shuffle], evidence, puzzle, swaps=50, generator=seed()), pieces)
+    order = arrange(Puzzle.of(pieces[shuffle], prior, CUT.cut), evidence, swaps=50, generator=seed())
+    assert torch.equal(pieces[shuffle][order], pieces)
 
 
 def test_arranging_makes_a_picture_more_likely(prior: GaussianPrior) -> None:
     """Without evidence. Annealing ends at an order that no swap improves: that is what its last swaps are for."""
     pieces = CUT.cut(load("digits", indices=[3]).images.double())[torch.randperm(16, generator=seed())]
-    puzzle = Puzzle.of(prior, CUT.cut)
-    found = arrange(pieces, torch.zeros(16, 16, dtype=torch.float64), puzzle, swaps=1_000, generator=seed())
-    assert torch.equal(found.sort(0).values, pieces.sort(0).values)
-    assert float(puzzle.gains(found).min()) >= -1e-9  # rounding of float64, at energies of some hundred
+    puzzle = Puzzle.of(pieces, prior, CUT.cut)
+    order = arrange(puzzle, torch.zeros(16, 16, dtype=torch.float64), swaps=1_000, generator=seed())
+    assert torch.equal(order.sort().values, torch.arange(16))
+    assert float(puzzle.gains(order).min()) >= -1e-9  # rounding of float64, at energies of some hundred
 
 
 def test_positions_in_their_own_coordinates() -> None:
@@ -119,7 +128,7 @@ def adapter(row: int, recipe: Recipe) -> PictureObservation:
 def test_a_digit_comes_back_from_the_adapter_of_a_transformer(prior: GaussianPrior) -> None:
     truth, observation = load("digits", indices=[3]), adapter(3, Recipe(learning_rate=0.1, steps=1))
     assert POSITIONS in observation.model.parameters
-    found = Jigsaw(prior=prior, evaluations=30)(observation, generator=seed())
+    found = Jigsaw(prior=prior, evaluations=8)(observation, generator=seed())
     blind = psnr_db(prior.mean[None].float(), truth.images)
     # 64 unknowns against thousands of equations: 6 dB, half the blind error's amplitude, is the least.
     assert float(psnr_db(found.value, truth.images)) > float(blind) + 6
@@ -137,3 +146,15 @@ def test_what_it_cannot_arrange_is_refused() -> None:
     for size in (2, None):
         with pytest.raises(NotObserved, match="one picture"):
             Jigsaw()(replace(observation, batch_size=size), generator=seed())
+
+
+def test_large_models_are_refused() -> None:
+    """On numbers alone. ViT-B/16: 150,528 squared float64 are 169 GiB, and 86 M parameters 300 times those of the estimate."""
+    observation, large = adapter(0, Recipe(learning_rate=0.1, steps=1)), Patches(16, (3, 224, 224))
+    with pytest.raises(NotObserved, match=r"196 patches.* 168.8 GiB.* says nothing about whether"):
+        refuse_large(observation, large, 1)
+    refuse_large(observation, CUT, 150)
+    with pytest.raises(NotObserved, match="CPU-minutes"):
+        refuse_large(observation, CUT, 150_000_000)
+    with pytest.raises(NotObserved, match="CPU-minutes"):  # many local steps
+        refuse_large(adapter(0, Recipe(learning_rate=1e-9, steps=30)), CUT, 5_000_000)

@@ -17,37 +17,42 @@ COLD = 0.9  # of the swaps; after that only those that gain
 
 @dataclass(frozen=True)
 class Puzzle:
-    """A Gaussian of whole pictures, seen piece by piece.
+    """How unlikely, under a Gaussian of whole pictures, each order of these pieces is: a quadratic assignment problem.
 
-    precision  (pieces, pieces, pixels, pixels)
-    mean       (pieces, pixels)
+    pairs   [a, i, b, j]: piece i in place a beside piece j in place b, (pieces, pieces, pieces, pieces), nats, float64
+    single  [a, i]: piece i in place a, whatever the others do, (pieces, pieces)
     """
 
-    precision: Tensor
-    mean: Tensor
+    pairs: Tensor
+    single: Tensor
 
     @classmethod
-    def of(cls, prior: GaussianPrior, cut: Callable[[Tensor], Tensor]) -> Self:
-        """cut: (1, channel, height, width) -> (pieces, pixels), a permutation of the pixels."""
+    def of(cls, pieces: Tensor, prior: GaussianPrior, cut: Callable[[Tensor], Tensor]) -> Self:
+        """pieces (pieces, pixels), float64; cut: (1, channel, height, width) -> (pieces, pixels), a permutation of the pixels."""
         covariance = prior.covariance()
         precision = torch.linalg.inv(covariance + REMAINDER**2 * torch.eye(len(covariance), dtype=covariance.dtype))
         pixels = cut(torch.arange(prior.mean.numel(), dtype=torch.float64).view(1, *prior.mean.shape)).long()
-        rows = precision[pixels.flatten()][:, pixels.flatten()].view(*pixels.shape, *pixels.shape)
-        return cls(rows.permute(0, 2, 1, 3).contiguous(), cut(prior.mean[None]))
+        n, size = pixels.shape
+        precision = precision[pixels.flatten()][:, pixels.flatten()]
+        half = (pieces @ precision.view(n, size, n * size)).view(n, n, n, size)  # [a, i, b, pixel]
+        return cls(half @ pieces.T, -(half * cut(prior.mean[None])).sum((2, 3)))
 
-    def gains(self, pieces: Tensor) -> Tensor:
-        """How much less likely, in nats, the picture is after the pieces of two places have changed them: (pieces, pieces)."""
-        slope = torch.einsum("abij,bj->ai", self.precision, pieces - self.mean)
-        apart = pieces[None] - pieces[:, None]  # [a, b]: what place a sees when it gets the piece of b
-        linear = torch.einsum("ai,abi->ab", slope, apart)
-        own = torch.einsum("abi,aij,abj->ab", apart, self.precision.diagonal(dim1=0, dim2=1).permute(2, 0, 1), apart)
-        both = torch.einsum("abi,abij,abj->ab", apart, self.precision, apart)
-        change: Tensor = linear + linear.T + (own + own.T) / 2 - both
+    def gains(self, order: Tensor) -> Tensor:
+        """How much less likely, in nats, the picture is after the pieces of two places have changed them: (places, places).
+
+        order (places,): [place] -> piece."""
+        places = torch.arange(len(order))
+        a, b, i, j = places[:, None], places, order[:, None], order  # piece i in place a, j in b
+        field = self.single + self.pairs[:, :, places, order].sum(2)  # [a, i]: what place a feels of all of them
+        own = self.pairs[a, j, a, j] - 2 * self.pairs[a, i, a, j] + self.pairs[a, i, a, i]
+        alone = field[a, j] - field[a, i] + own / 2
+        both = self.pairs[a, j, b, j] - self.pairs[a, j, b, i] - self.pairs[a, i, b, j] + self.pairs[a, i, b, i]
+        change: Tensor = alone + alone.T - both
         return change
 
 
-def arrange(pieces: Tensor, evidence: Tensor, puzzle: Puzzle, *, swaps: int, generator: torch.Generator) -> Tensor:
-    """The pieces (pieces, pixels) in likely places, by simulated annealing over swaps; float64.
+def arrange(puzzle: Puzzle, evidence: Tensor, *, swaps: int, generator: torch.Generator) -> Tensor:
+    """A likely order, (places,): [place] -> piece, by simulated annealing over swaps.
 
     evidence (pieces, places): the log-likelihood, in nats, that a piece comes from a place. It alone decides where the
     annealing begins: the best assignment.
@@ -55,23 +60,23 @@ def arrange(pieces: Tensor, evidence: Tensor, puzzle: Puzzle, *, swaps: int, gen
     from scipy.optimize import linear_sum_assignment
 
     piece, place = linear_sum_assignment(-evidence.numpy())
-    order = torch.empty(len(pieces), dtype=torch.int64)
-    order[torch.from_numpy(place)] = torch.from_numpy(piece)  # [place] -> piece
-    upper = torch.ones(len(pieces), len(pieces), dtype=torch.bool).triu(1)
+    order = torch.empty(len(evidence), dtype=torch.int64)
+    order[torch.from_numpy(place)] = torch.from_numpy(piece)
+    upper = torch.ones(len(order), len(order), dtype=torch.bool).triu(1)
     for step in range(swaps):
         said = evidence[order]  # [a, b]: of the piece in a, that it belongs to b
         stays = said.diagonal()
-        change = puzzle.gains(pieces[order]) - (said + said.T - stays[:, None] - stays)
+        change = puzzle.gains(order) - (said + said.T - stays[:, None] - stays)
         change = change.where(upper, torch.inf)
         temperature = HOTTEST * (COLDEST / HOTTEST) ** (step / swaps)
         cold = step >= COLD * swaps
         # Gumbel's trick: a swap drawn with probabilities exp(-change / temperature).
         noise = -(-torch.rand(change.shape, generator=generator, dtype=change.dtype).clamp_min(1e-12).log()).log()
         chosen = int((change if cold else change / temperature - noise).argmin())
-        a, b = divmod(chosen, len(pieces))
+        a, b = divmod(chosen, len(order))
         worse = float(change[a, b])
         if cold and worse >= 0:
             break
         if worse < 0 or float(torch.rand((), generator=generator)) < math.exp(-worse / temperature):
             order[[a, b]] = order[[b, a]]
-    return pieces[order]
+    return order

@@ -8,11 +8,12 @@ Sees      Adapter, Gradient or Update of a vision transformer, one picture; the 
 Recovers  images (1, channel, height, width) in [0, 1], labels
 Solves    1  min over patches p and positions q of D(p, q) + w (||p||^2 + ||q||^2 / 10), w = 1e-5, 1e-7, 1e-9; both whitened by
              their covariance: of patches under the prior, of the model's own position embeddings
-          2  max over orders of log N(picture; prior) + 20 sum_t cos(q_t, e_place(t)), by simulated annealing
+          2  max over orders of log N(picture; prior) + 40 sum_t cos(q_t, e_place(t)), by simulated annealing
           3  min over pictures of D(x) + w ||x||^2, whitened by the prior, w = 1e-6, 1e-7, 1e-8
           with D = mean_l ||L_l (s_l(x) - s*_l) R_l||^2 / ||L_l s*_l R_l||^2, where L and R whiten the rows and columns of what public
           pictures would have released; what all pictures share would else drown what tells them apart
-Differs   Begins at what map-inversion finds, and returns that where it explains the release better
+Differs   Begins at what map-inversion finds, and returns that where it explains the release better. Large models are refused: more
+          than 1 GiB for a matrix (11,585 pixels or 107 patches) or ten CPU-minutes, by parameters times patches times evaluations
 """
 
 import math
@@ -28,7 +29,7 @@ from torch.func import vmap
 
 from gradleak.attacks.attack import check_sees
 from gradleak.attacks.jigsaw.arrangement import Puzzle, arrange
-from gradleak.attacks.map_inversion import MapInversion
+from gradleak.attacks.map_inversion import PRIOR_WEIGHTS, MapInversion
 from gradleak.attacks.reconstruction import Reconstruction, outcome_of
 from gradleak.attacks.search.descend import OnStep, rowwise
 from gradleak.attacks.search.lbfgs import lbfgs
@@ -42,13 +43,22 @@ from gradleak.observations.releases import Gradient, Update
 from gradleak.observations.tensors import Tensors
 from gradleak.priors.gaussian import GaussianPrior
 
-LOOSE, TIGHT = (1e-5, 1e-7, 1e-9), (1e-6, 1e-7, 1e-8)  # prior weights, places free and places known
-EVIDENCE = 20.0  # nats; 60 did no better
+# Prior weights and how long the search stays at each, places free and places known: where patches belong emerges late.
+LOOSE, TIGHT = ((1e-5, 1), (1e-7, 1), (1e-9, 6)), ((1e-6, 1), (1e-7, 1), (1e-8, 1))
+# What it may take. The square matrices of all pixels and of all pairs of a patch and a place are float64; a transformer
+# of 0.8 M parameters and 64 patches took 110 CPU-seconds for 2,100 evaluations, and time grows like parameters times patches.
+MOST_GIB, MOST_MINUTES, PER_MINUTE = 1.0, 10.0, 6e10
+RUNS = sum(run for _, run in LOOSE + TIGHT)
+STARTS, FIRST = 2, 20  # of the search with free places; after so many evaluations the better one is told
+EXPLAINED = 5e-5  # D at which patches without places explain the release well enough
+HISTORY = 100  # of L-BFGS; 40 descends more slowly
+EVIDENCE = 40.0  # nats; 20 did worse on test rows 101 and 103
 FLOOR = 1e-4  # of a whitened variance, relative to the greatest
 STATISTICS, CHUNK = 300, 25  # pictures that whiten; simulations side by side
 PIXEL = 0.01  # least standard deviation of a patch in any direction
 PATCH = "network.vit.embeddings.patch_embeddings.projection.weight"  # (width, channel, size, size)
 POSITIONS = "network.vit.embeddings.position_embeddings"
+Weights = tuple[tuple[float, int], ...]
 Whitening = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -57,7 +67,7 @@ class Jigsaw:
     """The prior and the effort.
 
     prior        GaussianPrior.fit(public pictures), or None for GaussianPrior.smooth
-    evaluations  of the objective at each of six prior weights
+    evaluations  of the objective at each prior weight, and six times as many at the last one with free places
     swaps        tried while the patches are arranged
     """
 
@@ -65,8 +75,8 @@ class Jigsaw:
     modality: ClassVar[str] = Architecture.modality
 
     prior: GaussianPrior | None = field(default=None, repr=False)
-    evaluations: int = 180
-    swaps: int = 400
+    evaluations: int = 150
+    swaps: int = 800
 
     def prepared(self, observation: PictureObservation, public: Pictures, *, generator: torch.Generator) -> Self:
         """With a prior of public pictures, where none was given and they are enough."""
@@ -75,39 +85,51 @@ class Jigsaw:
     def __call__(
         self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
     ) -> Reconstruction:
-        """Raises NotObserved where the model is no vision transformer of the transformers library, or where more than one
-        picture took part, or nobody says how many."""
+        """Raises NotObserved where the model is no vision transformer of the transformers library, where more than one picture
+        took part, or nobody says how many, and where the search would take more than MOST_GIB or MOST_MINUTES."""
         check_sees(self, observation)
         shape = observation.model.architecture.input_shape
         if not isinstance(observation.model.module, ImageTransformer) or POSITIONS not in observation.model.parameters:
             raise NotObserved("The model is no vision transformer: it has no patches to arrange. Use map-inversion.")
         if observation.batch_size != 1:
-            raise NotObserved(
-                "Patches are arranged for one picture, and for a batch of size 1 only: use map-inversion."
-            )
+            raise NotObserved("Patches are arranged for one picture, in a batch of size 1: use map-inversion.")
+        patches = Patches(observation.model.parameters[PATCH].shape[-1], shape)
+        refuse_large(observation, patches, self.evaluations)
         prior = self.prior or GaussianPrior.smooth(shape)
-        begun = MapInversion(prior=prior, evaluations=-(-self.evaluations // 6))(observation, generator=generator)
+        begun = MapInversion(prior=prior, evaluations=-(-self.evaluations // 2))(observation, generator=generator)
         assert begun.labels is not None  # map-inversion always has them
         where = next(iter(observation.released.values()))
         x, y = begun.value.to(where), begun.labels.to(where.device)
         given = Given(observation, y, whiteners(observation, prior, y, generator), self.evaluations, on_step)
-        patches = Patches(observation.model.parameters[PATCH].shape[-1], shape)
 
-        pieces, places = loose(given, patches.cut(x), patches, prior, generator)
+        pieces, places, apart = loose(given, patches.cut(x), patches, prior, generator)
         likely = EVIDENCE * places @ directions(observation.model.parameters[POSITIONS][0, 1:]).T
-        ordered = arrange(pieces, likely, Puzzle.of(prior, patches.cut), swaps=self.swaps, generator=generator)
-        x = tight(given, patches.whole(ordered).to(where), prior)
+        ordered = pieces[arrange(Puzzle.of(pieces, prior, patches.cut), likely, swaps=self.swaps, generator=generator)]
+        x, whole = tight(given, patches.whole(ordered).to(where), prior)
 
-        residual, done = observation.residual(x, y), begun.iterations + 6 * self.evaluations
+        x, residual, done = x.detach().cpu(), observation.residual(x, y), begun.iterations + apart + whole
         trace = [(begun.iterations, begun.residual), (done, residual)]
-        said = (
-            f"{len(ordered)} patches were arranged; relative residual {residual:.2g}, {begun.residual:.2g} before that."
-        )
+        said = f"{len(ordered)} patches were arranged; relative residual {residual:.2g}, {begun.residual:.2g} before."
         if not residual < begun.residual:
             x, residual = begun.value, begun.residual
             said = f"{len(ordered)} patches were arranged and explain the release no better than at relative residual {residual:.2g}."
-        return Reconstruction(
-            x.detach().cpu(), y.cpu(), residual, said, outcome_of(residual), iterations=done, trace=trace
+        return Reconstruction(x, y.cpu(), residual, said, outcome_of(residual), iterations=done, trace=trace)
+
+
+def refuse_large(observation: PictureObservation, patches: "Patches", evaluations: int) -> None:
+    """NotObserved, with an estimate, where the search would take too much memory or time; a CPU is assumed."""
+    channels, height, width = patches.shape
+    count, pixels = (height // patches.size) * (width // patches.size), channels * height * width
+    parameters = sum(tensor.numel() for tensor in observation.model.parameters.values())
+    released = sum(tensor.numel() for tensor in observation.released.values())
+    gib = max(8 * pixels**2, 8 * count**4, 4 * STATISTICS * released) / 2**30
+    recipe = getattr(observation.release, "recipe", None)
+    work = parameters * count * (recipe.steps if recipe else 1) * evaluations * (RUNS + len(PRIOR_WEIGHTS) / 2)
+    if gib > MOST_GIB or work > MOST_MINUTES * PER_MINUTE:
+        raise NotObserved(
+            f"Arranging {count} patches of a {height}x{width} picture behind {parameters / 1e6:,.1f} M parameters would take about "
+            f"{gib:,.1f} GiB and {work / PER_MINUTE:,.0f} CPU-minutes, more than the {MOST_GIB:g} GiB and {MOST_MINUTES:g} minutes that "
+            "are tried; this says nothing about whether the picture leaks."
         )
 
 
@@ -121,29 +143,33 @@ class Given:
     evaluations: int
     on_step: OnStep | None
 
-    def descend(self, objective: Callable[..., Tensor], z: Tensor, weights: tuple[float, ...], first: int) -> Tensor:
-        """From z (n,) to the minimum at one prior weight after the other; first: stages before."""
-        evaluate = rowwise(objective, z[None], (z.new_ones(1),))
+    def descend(
+        self, objective: Callable[..., Tensor], starts: Tensor, weights: Weights, first: int, goal: float
+    ) -> tuple[Tensor, int]:
+        """From the best of starts (starts, n) down one prior weight after the other, and how many evaluations; first: runs before."""
+        evaluate = torch.no_grad()(rowwise(objective, starts[:1], (starts.new_ones(1),)))
+        scales = [starts.new_full((1,), weight) for weight, _ in weights]
+        searches = [(lambda z, w=w: evaluate(z, w)) for w in scales]
 
-        def at(weight: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-            with torch.no_grad():
-                gradient, value = evaluate(z, weight)
-            return gradient, value
-
-        def report(stage: int, step: int, steps: int, value: float) -> None:
+        def report(before: int, step: int, _: int, value: float) -> None:
             if self.on_step is not None:
-                self.on_step(stage * steps + step, (len(LOOSE) + len(TIGHT)) * steps, value)
+                self.on_step(before * self.evaluations + step, RUNS * self.evaluations, value)
 
-        for stage, weight in enumerate(weights, first):
-            search, told = partial(at, z.new_full((1,), weight)), partial(report, stage)
-            z = lbfgs(search, z[None], evaluations=self.evaluations, history=40, on_step=told).x[0]
-        return z
+        tried = [lbfgs(searches[0], z[None], evaluations=FIRST) for z in starts] if len(starts) > 1 else []
+        z = min(tried, key=lambda found: float(found.value)).x if tried else starts
+        done = sum(found.iterations for found in tried)
+        for search, (_, run) in zip(searches, weights, strict=True):
+            most, told = run * self.evaluations, partial(report, first)
+            found = lbfgs(search, z, evaluations=most, history=HISTORY, goal=goal, on_step=told)
+            z, done, first = found.x, done + found.iterations, first + run
+        return z[0], done
 
 
 def loose(
     given: Given, begun: Tensor, patches: "Patches", prior: GaussianPrior, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Patches of no place (patches, pixels) in [0, 1], and where they seem to come from (patches, directions), of length 1."""
+) -> tuple[Tensor, Tensor, int]:
+    """Patches of no place (patches, pixels) in [0, 1], where they seem to come from (patches, directions), of length 1,
+    and the number of evaluations."""
     seen, model = given.observation, given.observation.model
     mean, factor = (t.to(begun) for t in of_patches(prior, patches.cut))
     known = model.parameters[POSITIONS]  # (1, 1 + patches, width), the first is the class token's
@@ -158,22 +184,23 @@ def loose(
         return distance(simulated, seen.released, given.whitening) + weight * price
 
     p = torch.linalg.solve(factor, begun - mean, left=False)
-    q = 0.1 * torch.randn(len(begun), len(spread), generator=generator).to(begun)  # nowhere yet
-    z = given.descend(objective, torch.cat([p.flatten(), q.flatten()]), LOOSE, 0)
+    q = 0.02 * torch.randn(STARTS, len(begun) * len(spread), generator=generator).to(begun)  # nowhere yet
+    z, done = given.descend(objective, torch.cat([p.flatten().expand(STARTS, -1), q], dim=1), LOOSE, 0, EXPLAINED)
     p, q = z[: begun.numel()].view_as(begun), z[begun.numel() :].view(len(begun), -1)
-    return (mean + p @ factor).clamp(0, 1).double().cpu(), F.normalize(q.double().cpu(), dim=1)
+    return (mean + p @ factor).clamp(0, 1).double().cpu(), F.normalize(q.double().cpu(), dim=1), done
 
 
-def tight(given: Given, begun: Tensor, prior: GaussianPrior) -> Tensor:
-    """The picture, every patch in its place: (1, channel, height, width) in [0, 1]."""
+def tight(given: Given, begun: Tensor, prior: GaussianPrior) -> tuple[Tensor, int]:
+    """The picture, every patch in its place, (1, channel, height, width) in [0, 1], and the number of evaluations."""
     seen, mean, factor = given.observation, prior.mean.flatten().to(begun), prior.factor().to(begun)
 
     def objective(z: Tensor, weight: Tensor) -> Tensor:
         simulated = seen.simulate((mean + z @ factor).view_as(begun), given.y)
         return distance(simulated, seen.released, given.whitening) + weight * z.square().sum()
 
-    z = given.descend(objective, torch.linalg.solve(factor, begun.flatten() - mean), TIGHT, len(LOOSE))
-    return (mean + z @ factor).view_as(begun).clamp(0, 1)
+    start = torch.linalg.solve(factor, begun.flatten() - mean)[None]
+    z, done = given.descend(objective, start, TIGHT, sum(run for _, run in LOOSE), 0)
+    return (mean + z @ factor).view_as(begun).clamp(0, 1), done
 
 
 @dataclass(frozen=True)
