@@ -58,7 +58,7 @@ DEEP = {
     "attacks/dager/dager.py": (10, 1_790),  # spans, vocabulary, judge, decoders, encoders; orders and masks besides
     "attacks/past_the_rank.py": (3, 660),  # DAGER's spans and vocabulary
     "attacks/sparse_words.py": (3, 690),  # the same
-    "attacks/jigsaw/jigsaw.py": (4, 740),  # its arrangement, and the search that it begins with
+    "attacks/jigsaw/jigsaw.py": (4, 770),  # its arrangement, and the search that it begins with
     "attacks/recursion/recursive.py": (9, 1_600),  # a layer backwards, of each kind
     "attacks/exact_git/exact_git.py": (11, 1_860),  # the weights first, then the pictures
     "attacks/decoders/attacks.py": (11, 1_310),  # four decoders, and the inversion behind them
