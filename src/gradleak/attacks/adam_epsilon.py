@@ -12,7 +12,7 @@ Solves    the first layer's input x never changes, so that the gradient of its r
           1. the signs: those of the first singular vectors of the change
           2. 1 / |x| up to an affine map: what is left of rank one, with the decay, by alternating least squares
           3. that map's two numbers, and which sign is which: the units that never moved were off, W x + b < 0, and the others
-             on; of the maps that keep the pixels in their range, the one that fewest units contradict, and these least
+             on; the mean of the maps by their likelihood, if pictures mostly reach from black to white
 Differs   no paper to differ from
 Misses    several samples; dropout before the adapter, and formats that round epsilon away: then the signs are all there is,
           pixels darker and brighter than the mean, and the status says so
@@ -41,14 +41,10 @@ MOVED = 1e-2  # and a pixel that no row moved with this share was zero
 AGREE = 0.99  # share of the entries whose signs are those of a row times those of one picture
 EVEN = 0.05  # deviation of the sizes in a row, as a share of their mean: gradients, or several samples, differ far more
 ABOVE = 2.0  # how far the singular value of 1 / |x| has to stand above that of noise
-CONTRADICTED = (
-    0.1  # share of the units that may be on the wrong side: of another picture of the kind a fifth or more are
-)
+CONTRADICTED = 0.1  # share of the units that may be on the wrong side: of another picture a fifth are, or more
 SURE, LIARS = 1e-3, 0.01  # what units are given is surer than the first of its mean; share of them that may lie
-CONTRAST, EDGES = (
-    0.05,
-    torch.tensor([0.02, 0.98]).double(),
-)  # how near to black and white the ends of a picture's range are
+CONTRAST = 0.05  # how near to black and white the ends of a picture's range are
+EDGES = torch.tensor([0.02, 0.98]).double()  # and which share of its pixels lies beyond them
 GRID, ZOOMS = 25, 6
 
 
@@ -71,9 +67,7 @@ class AdamEpsilon:
         shape = observation.model.architecture.input_shape
         images = network.images(x, shape)[None].clamp(0, 1)
         labels = observation.labels if observation.labels is not None else label_of(observation, images)
-        told = (
-            "sizes from epsilon" if sizes.clear else "signs only: epsilon is rounded away, or masks of dropout cover it"
-        )
+        told = "sizes from epsilon" if sizes.clear else "signs only: rounding, or dropout, covers epsilon"
         status = (
             f"One picture by the steps of Adam, {told}; {sizes.misfit:.2g} of the first layer's change is left, and {wrong:.1%} of "
             f"{len(on)} units contradict it."

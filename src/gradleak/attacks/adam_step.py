@@ -5,7 +5,7 @@ Recovers  the gradient, as an observation of the kind that all attacks on gradie
 Solves    from moments of zero the first step is u = g / (|g| + epsilon), whatever the betas are (Kingma and Ba 2015,
           arXiv:1412.6980, algorithm 1 at t = 1). Hence g = epsilon u / (1 - |u|). We know of no publication that did this
 Errors    float32 keeps u to `KEPT`, and what is stored rounds it again: a number g is known to (|g| + epsilon)^2 / epsilon times
-          that. Of 1e-3 it is one percent; above .1 there is the sign alone. `Undone.error` sums it up
+          that. Of 1e-3 it is half a percent; above .1 there is the sign alone. `Undone.error` sums it up
 Misses    formats that round epsilon away: there the signs are all there is, and the observation stays as it was
 """
 
@@ -24,13 +24,9 @@ from gradleak.observations.training import EPSILON, OPTIMISERS, Recipe, Undone
 KEPT = 5e-8  # deviation of m / (sqrt v + epsilon) near 1 in float32, after its five roundings
 WORTH = 0.8  # of the gradient's length: where more stays unknown, signs are as good
 EVEN = 1e-2  # of the largest: how much smaller the middle change is, at most, after one step of Adam
-MOST, SWEEPS, CHI = (
-    16,
-    10,
-    4.0,
-)  # ranks that are tried, up to half of this; sweeps for each; squared errors that are explained
+MOST, SWEEPS, CHI = 16, 10, 4.0  # ranks that are tried; sweeps for each; squared errors of what is explained
 TOLD = 0.25  # share of the numbers that have to be known better than to their half
-EXACT = 1e-4  # of a learning rate of two digits, as people type: the largest gradients are 1e-4 or more, and a random rate is seldom so near
+EXACT = 1e-4  # of a learning rate of two digits, as people type: the largest gradient is 1e-4 or more
 SHORTER = {"float16": 3e-3, "bfloat16": 2e-2}  # formats whose rounding is of the size of such errors
 
 
@@ -132,15 +128,11 @@ def solved(g: Tensor, error: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 def recognised(observation: Observation[Any]) -> Recipe | None:
     """One step of Adam at a learning rate, where an adapter shows it: from B = 0, A stayed, and all of B moved by the same."""
     release, released = observation.adapter, observation.released
-    B = (
-        flatten({name: t for name, t in released.items() if name.endswith("lora_B")} or {"": torch.zeros(1)})
-        .abs()
-        .double()
-    )
-    if release.origin == "unknown" or any(
-        bool(release.start[name].any()) for name in release.start if name.endswith("B")
-    ):
+    sides = {name: tensor for name, tensor in released.items() if name.endswith("lora_B")}
+    begun = any(bool(tensor.any()) for name, tensor in release.start.items() if name.endswith("lora_B"))
+    if release.origin == "unknown" or begun or not sides:
         return None
+    B = flatten(sides).abs().double()
     rate, moved = float(B.max()), B[B > 0]
     for name, start in release.start.items():
         change = released.get(name)
