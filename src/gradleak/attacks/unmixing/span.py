@@ -31,6 +31,7 @@ ABOVE = 3.0  # how far a singular value stands above those of the rounding
 TAIL = 10.0  # and above the middle one of a gradient, which is a sum of rounded products
 CLEARLY = 1e-3  # of the last singular value of N samples, what is left is rounding
 EVEN = 0.3  # of the largest change of B the median one, where Adam made it; products of two random numbers have a tenth
+SUMMED = 1e-6  # of the largest singular value: eight roundings of float32, as sums of some dozen products leave them
 TURNED = 1 / 3  # mean of (t / T)^2: from B = 0, B grows with t and A moves with t^2
 
 
@@ -187,7 +188,8 @@ def samples(observation: PictureObservation, B: Tensor) -> int:
 
 def rank(values: Tensor, noise: float, matrix: Tensor) -> int:
     """How many singular values (k,) of a matrix stand above those of such noise, which reach sqrt(rows) + sqrt(columns)."""
-    return int((values > ABOVE * noise * sum(side**0.5 for side in matrix.shape)).sum())
+    white, sums = ABOVE * noise * sum(side**0.5 for side in matrix.shape), SUMMED * float(values[0])
+    return int((values > max(white, sums)).sum())
 
 
 def number_noise(observation: PictureObservation, change: Tensor, weight: Tensor) -> float:
