@@ -44,7 +44,7 @@ ABOVE = 2.0  # how far the singular value of 1 / |x| has to stand above that of 
 CONTRADICTED = 0.1  # share of the units that may be on the wrong side: of another picture a fifth are, or more
 SURE, LIARS = 1e-3, 0.01  # what units are given is surer than the first of its mean; share of them that may lie
 CONTRAST = 0.05  # how near to black and white the ends of a picture's range are
-EDGES = torch.tensor([0.02, 0.98]).double()  # and which share of its pixels lies beyond them
+EDGES = 0.02, 0.98  # and which share of its pixels lies beyond them
 GRID, ZOOMS = 25, 6
 
 
@@ -175,7 +175,7 @@ def placed(network: FullyConnected, sizes: Sizes, on: Tensor) -> tuple[Tensor, f
 
     def likelihood(a: Tensor, b: Tensor, sign: float) -> Tensor:  # (n, 1), (n, 1) -> (n,), its logarithm
         free = inputs(a, b, sign)
-        darkest, brightest = (free * network.scale + network.shift).quantile(EDGES, dim=1)
+        darkest, brightest = (free * network.scale + network.shift).quantile(torch.tensor(EDGES).to(free), dim=1)
         x = torch.minimum(torch.maximum(free, low), high)
         z = side * (x @ W.T + (0 if offset is None else offset))
         blur = b * deviation * (x.pow(4) @ W.square().T).sqrt() + SURE * z.abs().mean(1, keepdim=True)

@@ -10,6 +10,7 @@ Misses    formats that round epsilon away: there the signs are all there is, and
 """
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -72,6 +73,7 @@ def undone(change: Tensor, start: Tensor, recipe: Recipe, precision: str) -> tup
     return g - (recipe.decay * start if recipe.optimizer == "adam" else 0.0), error
 
 
+@cache
 def largest(recipe: Recipe) -> float:
     """The u that float32 makes of gradients far above epsilon: 1, up to the rounding of the learning rate and of the betas."""
     g = torch.linspace(0.5, 2.0, 1_000)
@@ -86,24 +88,28 @@ def completed(g: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
     make a gradient of low rank, and the numbers that are known well complete those that are not. As it was where none does."""
     told = g.dim() == 2 and float((error < g.abs() / 2)[g != 0].double().mean()) > TOLD
     most = min(MOST, *(side // 2 for side in g.shape)) if told else 0
-    found = {rank: explained(g, error, rank) for rank in {1, most} if 0 < rank <= most}
+    if not most:
+        return g, error.minimum(g.abs())
+    _, S, V = torch.linalg.svd(g, full_matrices=False)
+    begun = S[:, None].sqrt() * V
+    found = {rank: explained(g, error, begun[:rank]) for rank in {1, most}}
     low, high = (0, 1) if found.get(1) else (1, most)
     if not found.get(high):
         return g, error.minimum(g.abs())
     while high - low > 1:  # where a rank explains it, every larger one does
         rank = (low + high) // 2
-        found[rank] = explained(g, error, rank)
+        found[rank] = explained(g, error, begun[:rank])
         low, high = (low, rank) if found[rank] else (rank, high)
     best = found[high]
     assert best is not None
     return best
 
 
-def explained(g: Tensor, error: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
-    """The matrix of this rank nearest to g in units of its errors, and its deviation; None where it is not that near."""
+def explained(g: Tensor, error: Tensor, right: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The matrix of the rank of `right` (k, in), where the search begins, that is nearest to g (out, in) in units of its errors, and its
+    deviation; None where it is not that near."""
     sure = error / (g.abs() + EPSILON).square()  # what the error of a number is beside its square
-    _, S, V = torch.linalg.svd(g, full_matrices=False)
-    right, fit = V[:rank] * S[:rank, None].sqrt(), g
+    fit, rank = g, len(right)
     for _ in range(SWEEPS):
         blur = sure * (fit.abs() + EPSILON).square()  # of the fit: a number that came out too small looks too sure
         left = solved(g, blur, right)[0]

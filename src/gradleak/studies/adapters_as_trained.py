@@ -32,6 +32,7 @@ from gradleak.victims.training import prepare_model
 
 SGD, SLOW = (Recipe(learning_rate=rate, steps=200) for rate in (1e-2, 1e-3))
 SEED, DECOYS, SETS = 42, 99, {"smoke": 1, "small": 3, "paper": 10}
+LEAST = {"smoke": 1, "small": 10, "paper": 50}  # pictures of a row
 FIRST = 400  # test row; those before it were looked at
 
 
@@ -76,7 +77,7 @@ def cell(setting: Setting, bench: Bench) -> Result:
     """Each set of pictures, and another as its control."""
     source, count = str(beside(bench.data, "mnist") or "digits"), setting.pictures
     model, public = prepared(setting.base, source, bench.size, bench.seed)
-    wanted = 2 * max(SETS[bench.size] * count, SETS[bench.size] ** 2 + 1)
+    wanted = 2 * max(SETS[bench.size] * count, LEAST[bench.size])
     held = unseen(source, FIRST, wanted, model.architecture.input_shape)
     private = replace(held, labels=held.labels % 2)
     mean, samples = public.images[DECOYS:].mean(0, keepdim=True), list[Row]()
