@@ -10,6 +10,7 @@ from tyro.conf import Positional
 from gradleak.modalities.language_models import Task
 from gradleak.observations.defenses import Leak
 from gradleak.observations.training import Optimizer
+from gradleak.report.gate import Bar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +112,13 @@ class Audit(Observed):
     before them: --dlg.restarts 5."""
     device: str = "cpu"
     """Where attacks run: cpu, cuda, cuda:1, ..."""
+    fail_on: Bar | None = None
+    """For jobs: exit code 1 where a private sample came back whole (recovered), or also in part (partly); 3 where nothing could run
+    or nothing can be said; else 0."""
+    json: bool = False
+    """Print summary.json in place of sentences, which go to stderr."""
+    redact: bool = False
+    """Hashes stand in record and report in place of private data, and nothing that was recovered is kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
