@@ -685,7 +685,7 @@ def test_from_the_shell() -> None:
     """A process of its own; one that attacks something is in test_examples.py."""
 
     def shell(*argv: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "gradleak.cli", *argv]
+        command = [sys.executable, "-m", "gradleak", *argv]
         return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
     done = shell("--version")

@@ -108,6 +108,7 @@ def start(name: str, given: list[str]) -> int:
     place, summary = COMMANDS[name]
     command = located(place)
     kind = kind_of(name, command)
+    given = attack_flags.with_own_imported(name, given)
     attacks = attack_flags.selected(name, given)
     parsed: Any = tyro.cli(
         attack_flags.extended(kind, attacks), args=given, prog=f"gradleak {name}", description=kind.__doc__ or summary

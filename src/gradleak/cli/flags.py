@@ -94,7 +94,8 @@ class Attack(Observed):
     """Reconstruct the private data with one attack. Sees no secret."""
 
     attack: str
-    """A name of `gradleak list`; its parameters are flags with its name before them (try --attack dlg --help)."""
+    """A name of `gradleak list`, or package.module:Class of your own; its parameters are flags with its name before them (try
+    --attack dlg --help)."""
     start: Path | None = None
     """reconstruction.safetensors of another attack on the same observation: where the search begins."""
     device: str = "cpu"
@@ -108,7 +109,7 @@ class Audit(Observed):
     secret: Path | None = None
     """secret.safetensors of `gradleak capture`: only this command opens it."""
     attacks: tuple[str, ...] | None = None
-    """Names of `gradleak list`; all that recover such data unless this is given. Parameters are flags with the attack's name
+    """Names of `gradleak list`, or package.module:Class; all that recover such data unless this is given. Parameters are flags with the attack's name
     before them: --dlg.restarts 5."""
     device: str = "cpu"
     """Where attacks run: cpu, cuda, cuda:1, ..."""
