@@ -112,7 +112,8 @@ def reachable(name: str) -> set[str]:
 
 
 def floor(name: str) -> str:
-    return name.split(".")[1]
+    part = name.split(".")[1]
+    return "cli" if part == "__main__" else part
 
 
 def place(name: str) -> str:
