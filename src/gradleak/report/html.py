@@ -77,6 +77,7 @@ def render(record: Record) -> str:
         levels=LEVELS,
         parts=[_part(record, name, len(names) > 1, numbers) for name in names],
         table=beside(record.get("table", [])),
+        arguments=_given(record),
         is_private=any(row.get("shown") and row.get("media") for row in record["results"])
         and not record.get("redacted", False),
         costs=record.get("costs", []),
@@ -114,6 +115,12 @@ def describe(value: Mapping[str, Any] | None) -> str:
     rest = ", ".join(f"{key} {plain(entry)}" for key, entry in value.items() if key != "kind")
     kind = plain(value.get("kind", ""))
     return f"{kind} ({rest})" if kind and rest else kind or rest
+
+
+def _given(record: Record) -> dict[str, Any]:
+    """The arguments that were given: what is null or off was not."""
+    arguments = dict(record["command"]["arguments"], seed=record["seed"])
+    return {name: value for name, value in arguments.items() if value is not None and value is not False}
 
 
 def _names(record: Record) -> list[str]:
