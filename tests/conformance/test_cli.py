@@ -36,7 +36,7 @@ from gradleak.observations.release import Release
 from gradleak.observations.releases import RELEASES, Gradient, Update
 from gradleak.observations.tensors import fingerprint
 from gradleak.observations.training import Recipe
-from gradleak.report import record
+from gradleak.report import record, summary
 from gradleak.studies.catalogue import STUDIES
 from gradleak.victims.demo import DEMO
 from gradleak.victims.play import CaptureAdapter, CaptureGradient
@@ -685,7 +685,7 @@ def test_from_the_shell() -> None:
     """A process of its own; one that attacks something is in test_examples.py."""
 
     def shell(*argv: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "gradleak.cli", *argv]
+        command = [sys.executable, "-m", "gradleak", *argv]
         return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
     done = shell("--version")
@@ -789,12 +789,52 @@ def test_what_cannot_run_is_a_row_with_the_reason(tmp_path: Path, captured: Path
     assert "analytic explains the observation best" in said
 
 
-def test_an_audit_in_which_nothing_can_run_says_why(tmp_path: Path, captured: Path, ok: Run) -> None:
-    said = ok("audit", seen(captured, "mlp"), "--attacks", "dager", *DIGITS, "--out", tmp_path / "out")
+def test_an_audit_in_which_nothing_can_run_says_why(
+    tmp_path: Path, captured: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["audit", seen(captured, "mlp"), "--attacks", "dager", *DIGITS, "--out", tmp_path / "out"]
+    assert main([str(part) for part in command]) == 3
+    said = capsys.readouterr().out
     made = record.read(tmp_path / "out" / "record.json")
     assert made["verdict"]["level"] == "unscored"
     assert "No attack could run on this observation. dager: Not run: It recovers texts" in said
     assert "Not tried: analytic," in said
+
+
+@pytest.mark.parametrize(("bar", "code"), [((), 0), (("--fail-on", "recovered"), 1), (("--fail-on", "partly"), 1)])
+def test_an_audit_is_a_gate(
+    bar: tuple[str, ...], code: int, tmp_path: Path, captured: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One digit behind a perceptron's gradient comes back (Phong et al. 2017); with --json nothing but JSON is on stdout."""
+    files = [seen(captured, "mlp"), "--secret", captured / "mlp" / "secret.safetensors", "--attacks", "analytic"]
+    command = ["audit", *files, *DIGITS, *bar, "--json", "--out", tmp_path / "out"]
+    assert main([str(part) for part in command]) == code
+    printed = capsys.readouterr()
+    short = json.loads(printed.out)
+    assert short["verdict"]["level"] == "recovered"
+    assert [(row["attack"], row["recovered"], row["samples"]) for row in short["attacks"]] == [("analytic", 1, 1)]
+    assert "1 of 1 private samples recovered by analytic" in printed.err
+
+
+def test_what_an_audit_writes_is_its_owners_alone(tmp_path: Path, captured: Path, ok: Run) -> None:
+    secret = captured / "mlp" / "secret.safetensors"
+    ok("audit", seen(captured, "mlp"), "--secret", secret, "--attacks", "analytic", *DIGITS, "--out", tmp_path / "out")
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert {"record.json", "report.html", "pictures.png", "analytic-0.png", *summary.FILES} <= modes.keys()
+    assert set(modes.values()) == {0o600}
+
+
+def test_a_redacted_audit_keeps_scores_and_no_picture(tmp_path: Path, captured: Path, ok: Run) -> None:
+    secret = captured / "mlp" / "secret.safetensors"
+    common = [seen(captured, "mlp"), "--secret", secret, "--attacks", "analytic", *DIGITS]
+    ok("audit", *common, "--redact", "--out", tmp_path / "out")
+    ok("audit", *common, "--out", tmp_path / "whole")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"record.json", "report.html", *summary.FILES}
+    for path in (tmp_path / "out").iterdir():
+        assert not [word for word in ("data:image", str(tmp_path), str(captured)) if word in path.read_text()]
+    [own], [whole] = (rows_of(tmp_path / name).values() for name in ("out", "whole"))
+    assert own["scores"] == whole["scores"]
+    assert "data:image" in (tmp_path / "whole" / "report.html").read_text()
 
 
 def test_an_attack_that_does_not_read_the_observation_names_those_that_do(

@@ -122,7 +122,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_attack_of_the_page_runs_from_the_command_line(tmp_path: Path, house: Path) -> None:
     observation, _ = observe()
     save_observation(observation, tmp_path / "observation.safetensors")
-    command = [sys.executable, "-W", "error", "-m", "gradleak.cli", "attack", "observation.safetensors"]
+    command = [sys.executable, "-W", "error", "-m", "gradleak", "attack", "observation.safetensors"]
     command += ["--data", "digits", "--attack", "plain-matching", "--plain-matching.steps", "50", "--out", "attacked"]
     environment = {**os.environ, "PYTHONPATH": str(house)}
     done = subprocess.run(
@@ -137,6 +137,50 @@ def test_the_attack_of_the_page_runs_from_the_command_line(tmp_path: Path, house
     # A residual of 1 is what explains nothing; fifty steps of a tenth and less explain most of it.
     assert found.residual < 0.5
     assert found.residual == pytest.approx(observation.residual(found.value, found.labels), rel=1e-4)
+
+
+@pytest.mark.parametrize("offered", ["path", "package"])
+def test_the_attack_of_the_page_runs_outside_the_package(tmp_path: Path, offered: str) -> None:
+    """By its place in the current folder, or by the entry point of a package that pip has installed (its dist-info)."""
+    observation, _ = observe()
+    save_observation(observation, tmp_path / "observation.safetensors")
+    (code,), (point,) = blocks(PAGE, "python"), blocks(PAGE, "toml")
+    (tmp_path / "plain_matching.py").write_text(code, encoding="utf-8")
+    name = "plain_matching:PlainMatching" if offered == "path" else "plain-matching"
+    environment = {**os.environ, "PYTHONPATH": str(Path(gradleak.__file__).parents[1])}
+    if offered == "package":
+        installed = tmp_path / "site" / "plain-1.0.dist-info"
+        installed.mkdir(parents=True)
+        (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: plain\nVersion: 1.0\n", encoding="utf-8")
+        group, line = point.splitlines()
+        points = f"[{group.split(chr(34))[1]}]\n{line.replace(chr(34), '')}\n"
+        (installed / "entry_points.txt").write_text(points, encoding="utf-8")
+        (tmp_path / "plain_matching.py").rename(installed.parent / "plain_matching.py")
+        environment["PYTHONPATH"] += f"{os.pathsep}{installed.parent}"
+    command = [sys.executable, "-m", "gradleak", "attack", "observation.safetensors", "--attack", name]
+    command += ["--data", "digits", "--plain-matching.steps", "50", "--out", "attacked"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    (row,) = record.read(tmp_path / "attacked" / "record.json")["results"]
+    assert (row["attack"], row["parameters"]["steps"]) == ("plain-matching", 50)
+    assert load_reconstruction(tmp_path / "attacked" / "reconstruction.safetensors").residual < 0.5
+
+
+@pytest.mark.parametrize(
+    ("place", "sentence"),
+    [
+        ("no_such_module:Attack", "Cannot import the attack 'no_such_module:Attack': No module named"),
+        ("pathlib:Nothing", "Cannot import the attack 'pathlib:Nothing'"),
+        ("pathlib:Path", "pathlib:Path is no attack: it has no sees"),
+    ],
+)
+def test_what_is_no_attack_is_refused_in_a_sentence(
+    place: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["attack", "observation.safetensors", "--attack", place, "--out", "nowhere"]) == 2
+    assert capsys.readouterr().err.startswith(f"gradleak: {sentence}")
 
 
 def test_the_file_of_the_page_passes_the_linters(house: Path) -> None:

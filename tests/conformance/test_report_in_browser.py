@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,6 +73,11 @@ def text_result(attack: str) -> Result:
     result["media"], result["proven"] = "text/plain", [True, False]
     result["shown"] = {name: [LONG, f"{name} & a <b>few</b> words"] for name in COLOURS}
     return result
+
+
+def first(values: Any) -> Any:
+    """Of the first sample alone."""
+    return {key: value[:1] for key, value in values.items()} if isinstance(values, dict) else values[:1]
 
 
 def make_record(level: Level = "partial") -> Record:
@@ -182,20 +188,41 @@ def hidden_parts(tmp_path: Path, html: str) -> int:
     return int(measured[1])
 
 
-def test_what_is_folded_up_is_open_in_print(tmp_path: Path) -> None:
-    """Paper cannot be clicked on. The rules for print are tried on the screen."""
+def test_what_is_folded_up_is_open_in_print_but_for_the_details_of_attacks(tmp_path: Path) -> None:
+    """Paper cannot be clicked on, and nobody reads thirty pages of it. The rules for print are tried on the screen."""
     html = render(two_observations())
     assert hidden_parts(tmp_path, html) > 10
     assert html.count("@media print {") == 1
-    assert hidden_parts(tmp_path, html.replace("@media print {", "@media screen {")) == 0
+    printed = html.replace("@media print {", "@media screen {")
+    folded = re.sub(r'<details class="(attack )?more".*?</details>\n', "", printed, flags=re.DOTALL)
+    assert hidden_parts(tmp_path, folded) == 0
+
+
+def test_one_picture_audited_by_many_attacks_prints_on_three_pages(tmp_path: Path) -> None:
+    names = ["recursive", "map-inversion", "dlg", "idlg", "inverting-gradients"]
+    record = make_record()
+    for key in ("table", "plots"):
+        del record[key]  # type: ignore[misc]
+    rows: list[Any] = [{**make_result(name), "observation": {"name": "gradient"}} for name in names]
+    for row in rows:
+        for key in ("scores", "controls", "shown"):
+            row[key] = {name: first(value) for name, value in row[key].items()}
+    skipped: list[Any] = [
+        {**records.new_result(f"attack-{i}", {}, {"name": "gradient"}), "ran": False} for i in range(13)
+    ]
+    for i, row in enumerate(skipped):
+        row["status"] = f"Not run: It reads an adapter, and what was released is a gradient of kind {i}."
+    record["results"] = [*rows, *skipped]
+    browse(tmp_path, render(record), f"--print-to-pdf={tmp_path / 'report.pdf'}")
+    assert len(re.findall(rb"/Type\s*/Page\b(?!s)", (tmp_path / "report.pdf").read_bytes())) <= 3
 
 
 def test_a_link_to_an_attack_opens_it(tmp_path: Path) -> None:
     html = render(make_record())
-    assert '<details class="attack" open' not in html
+    assert '<details class="attack more" open' not in html
     page = browse(tmp_path, html, "--dump-dom", place="#result-2")
-    assert page.count('<details class="attack" open') == 1
-    assert page.index('<details class="attack" open') > page.index('id="result-1"')
+    assert page.count('<details class="attack more" open') == 1
+    assert page.index('<details class="attack more" open') > page.index('id="result-1"')
 
 
 def test_the_policy_stops_a_script_that_got_through(tmp_path: Path) -> None:

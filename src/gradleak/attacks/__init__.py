@@ -1,6 +1,6 @@
 """One paper, one file or folder. ATTACKS is the only place where an attack has a name.
 
-Each says what it reads (`sees`, `modality`); an audit asks all of them and tells why the others did not run.
+Those of installed packages come after them (`own`). Each says what it reads (`sees`, `modality`); an audit asks all of them and tells why the others did not run.
 """
 
 from gradleak.attacks.activation_patterns.activation_patterns import ActivationPatterns
@@ -16,6 +16,7 @@ from gradleak.attacks.jigsaw.jigsaw import Jigsaw
 from gradleak.attacks.learned.git import Git
 from gradleak.attacks.learned.lti import LTI
 from gradleak.attacks.map_inversion import MapInversion
+from gradleak.attacks.own import installed
 from gradleak.attacks.past_the_rank import PastTheRank
 from gradleak.attacks.recursion.recursive import Recursive
 from gradleak.attacks.sparse_words import SparseWords
@@ -52,3 +53,4 @@ ATTACKS: dict[str, type] = {
     "past-the-rank": PastTheRank,
     "sparse-words": SparseWords,
 }
+ATTACKS |= installed(ATTACKS)

@@ -1,6 +1,8 @@
 """An audit written down while it runs: the record and the report, after each attack, so that an interrupt loses one at most."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from gradleak.audit.verdict import judged
 from gradleak.formats.secret_file import Secret
 from gradleak.formats.shown_files import save_shown
 from gradleak.observations.observation import Observation
-from gradleak.report import html, record
+from gradleak.report import html, record, summary
+from gradleak.report.redaction import redacted
 from gradleak.report.sheet import save_sheet
 
 
@@ -32,11 +35,12 @@ def written_audit(
     name: str = "",
     on_step: Callable[[str], OnStep] | None = None,
     bound: bool = True,
+    redact: bool = False,
 ) -> Iterator[Audited]:
     """`audit`, with record.json, report.html and what was recovered written to `out` after each attack.
 
     written: the record, which may hold other observations. left: {observation: attacks that were not asked for} of those before it,
-    which are judged again with it.
+    which are judged again with it. redact: hashes stand in the files in place of private data, and nothing that was recovered is kept.
     """
     left = {} if left is None else left
     describe(written, observation, name)
@@ -45,9 +49,11 @@ def written_audit(
     for done in audit(observation, attacks, public, **about):
         written["results"].append(done.result)
         judged(written, left)
-        keep_shown(done, out)
-        finish(written, out)
-        save_sheet(written, out / "pictures.png")
+        finish(written, out, redact)
+        if not redact:
+            with private():
+                keep_shown(done, out)
+                save_sheet(written, out / "pictures.png")
         yield done
 
 
@@ -66,10 +72,24 @@ def describe(written: record.Record, observation: Observation[Any], name: str) -
     written["controls"] = {**written.get("controls", {}), **controls}
 
 
-def finish(written: record.Record, out: Path) -> None:
-    """record.json, and report.html from it."""
-    record.write(written, out / "record.json")
-    (out / "report.html").write_text(html.render(written), encoding="utf-8")
+def finish(written: record.Record, out: Path, redact: bool = False) -> None:
+    """record.json, report.html from it, and the summaries, which hold no private data in any case."""
+    handed_on = redacted(written)
+    told = handed_on if redact else written
+    with private():
+        record.write(told, out / "record.json")
+        (out / "report.html").write_text(html.render(told), encoding="utf-8")
+        summary.save(handed_on, out)
+
+
+@contextmanager
+def private() -> Iterator[None]:
+    """Files that are made meanwhile are their owner's alone: what was recovered is as private as the data."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def keep_shown(done: Audited, out: Path) -> None:

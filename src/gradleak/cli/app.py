@@ -53,12 +53,12 @@ OUT_OF_MEMORY = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Run one command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C; of an audit also 1 and 3, as `gate` says."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold what no terminal can write
     try:
-        run(argv)
+        return run(argv)
     except BadInput as error:
         return complain(str(error))
     except (MemoryError, RuntimeError) as error:
@@ -72,7 +72,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("gradleak: interrupted; what was finished is on disk.", file=sys.stderr)
         return 130
-    return 0
 
 
 def complain(sentence: str) -> int:
@@ -82,26 +81,26 @@ def complain(sentence: str) -> int:
     return 2
 
 
-def run(argv: list[str]) -> None:
-    """Find the command, parse its flags, set threads, do it. Raises BadInput with a sentence."""
+def run(argv: list[str]) -> int:
+    """Find the command, parse its flags, set threads, do it; returns the exit code. Raises BadInput with a sentence."""
     if not argv or argv[0] in ("-h", "--help"):
         print(usage(COMMANDS))
-        return
+        return 0
     if argv[0] in ("-V", "--version"):
         print(f"gradleak {metadata.version('gradleak')}")
-        return
+        return 0
     words = 2 if argv[0] in GROUPS else 1
     name = " ".join(argv[:words])
     if argv[0] in GROUPS and (len(argv) == 1 or argv[1] in ("-h", "--help")):
         print(usage(known for known in COMMANDS if known.startswith(f"{argv[0]} ")))
-        return
+        return 0
     if name not in COMMANDS:
         raise BadInput(f"Unknown command {shortened(name)!r}{near(name, COMMANDS)} (commands: {', '.join(COMMANDS)}).")
-    start(name, argv[words:])
+    return start(name, argv[words:])
 
 
-def start(name: str, given: list[str]) -> None:
-    """Parse the flags of a command of this name, and do it."""
+def start(name: str, given: list[str]) -> int:
+    """Parse the flags of a command of this name, and do it; returns the exit code."""
     import tyro
 
     from gradleak.cli import attack_flags
@@ -109,15 +108,16 @@ def start(name: str, given: list[str]) -> None:
     place, summary = COMMANDS[name]
     command = located(place)
     kind = kind_of(name, command)
+    given = attack_flags.with_own_imported(name, given)
     attacks = attack_flags.selected(name, given)
     parsed: Any = tyro.cli(
         attack_flags.extended(kind, attacks), args=given, prog=f"gradleak {name}", description=kind.__doc__ or summary
     )
-    perform(name, parsed, attack_flags.options(parsed, attacks))
+    return perform(name, parsed, attack_flags.options(parsed, attacks))
 
 
-def perform(name: str, parsed: Any, options: dict[str, dict[str, Any]]) -> None:
-    """Do a command with its arguments, and the parameters of attacks."""
+def perform(name: str, parsed: Any, options: dict[str, dict[str, Any]]) -> int:
+    """Do a command with its arguments, and the parameters of attacks; returns the exit code."""
     if (threads := getattr(parsed, "threads", None)) is not None:
         set_threads(threads)
     if not 0 <= getattr(parsed, "seed", 0) <= LARGEST_SEED:
@@ -125,7 +125,7 @@ def perform(name: str, parsed: Any, options: dict[str, dict[str, Any]]) -> None:
     command = located(COMMANDS[name][0])
     takes = inspect.signature(command).parameters
     more: dict[str, Any] = {"name": name} if "name" in takes else {}
-    command(parsed, **more, **({"options": options} if "options" in takes else {}))
+    return command(parsed, **more, **({"options": options} if "options" in takes else {})) or 0
 
 
 def set_threads(count: int) -> None:

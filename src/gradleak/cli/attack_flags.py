@@ -8,6 +8,7 @@ from typing import Annotated, Any, get_type_hints
 import tyro
 
 from gradleak.attacks import ATTACKS
+from gradleak.attacks.own import imported
 from gradleak.attacks.parameters import check_names, parameters
 from gradleak.errors import BadInput
 
@@ -31,6 +32,20 @@ def selected(command: str, given: list[str]) -> list[str]:
         raise BadInput(f"{OPTION[command]} needs a name: one of {', '.join(ATTACKS)}.")
     check_names(names)
     return list(dict.fromkeys(names))
+
+
+def with_own_imported(command: str, given: list[str]) -> list[str]:
+    """The flags, with names in place of attacks as package.module:Class, which are imported and known from here on."""
+    told, is_attack = [], False
+    for part in (part for flag in given for part in (flag.split("=", 1) if flag.startswith("--attack") else [flag])):
+        if part.startswith("-"):
+            is_attack = part == OPTION.get(command)
+        elif is_attack and ":" in part:
+            part, kind = imported(part)
+            if ATTACKS.setdefault(part, kind) is not kind:
+                raise BadInput(f"There is an attack {part} already: give yours another name.")
+        told.append(part)
+    return told
 
 
 def settings(attack: str) -> type:

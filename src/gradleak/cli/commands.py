@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import msgspec
 
@@ -21,7 +21,7 @@ from gradleak.audit.loop import Audited
 from gradleak.audit.loop import audit as run_audit
 from gradleak.audit.scoring import SCORING
 from gradleak.audit.verdict import judged
-from gradleak.audit.written import describe, finish, keep_shown, untried, written_audit
+from gradleak.audit.written import describe, finish, keep_shown, private, untried, written_audit
 from gradleak.cli import flags
 from gradleak.cli.informed import informed
 from gradleak.cli.inputs import check_device, file_hash, fresh_folder, observed_files
@@ -33,6 +33,7 @@ from gradleak.formats.secret_file import Secret, load_secret
 from gradleak.modalities.networks import MODELS
 from gradleak.observations.observation import Observation
 from gradleak.report import html, record
+from gradleak.report.gate import exit_code
 from gradleak.victims.demo import DEMO
 
 
@@ -56,14 +57,16 @@ def attack(args: flags.Attack, options: dict[str, dict[str, Any]]) -> None:
                 raise BadInput(done.result["status"].removeprefix("Not run: "))
             written["results"].append(done.result)
             save_reconstruction(done.reconstruction, out / "reconstruction.safetensors")
-            keep_shown(done, out)
+            with private():
+                keep_shown(done, out)
             judged(written, {})
             finish(written, out)
             print(said(done), f"See {out / 'report.html'}.", sep="\n")
 
 
-def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> None:
-    """Write record.json, report.html and what was recovered; after each attack, so that an interrupt loses one at most."""
+def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
+    """Write record.json, report.html and what was recovered; after each attack, so that an interrupt loses one at most. Returns the
+    exit code that `gate` gives."""
     check_device(args.device)
     if args.attacks is not None:
         check_named(args.attacks, options)
@@ -78,8 +81,13 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> None:
         usable_labels(secret.labels, observation.model, len(secret), args.secret)
     inputs = [*observed_files(args), *([args.secret] if args.secret else [])]
     written = new_record("audit", args, {name: options[name] for name in attacks}, inputs)
-    audit_one(observation, attacks, public_data(args, observation), secret, written, {}, out, args.seed, args.device)
-    print(written["verdict"]["sentence"], f"See {out / 'report.html'}.", sep="\n")
+    about: dict[str, Any] = {"seed": args.seed, "device": args.device, "redact": args.redact}
+    told = sys.stderr if args.json else sys.stdout
+    audit_one(observation, attacks, public_data(args, observation), secret, written, {}, out, told, **about)
+    print(written["verdict"]["sentence"], f"See {out / 'report.html'}.", sep="\n", file=told)
+    if args.json:
+        print((out / "summary.json").read_text(encoding="utf-8"), end="")
+    return exit_code(written, args.fail_on)
 
 
 def demo(args: flags.Demo) -> None:
@@ -97,7 +105,8 @@ def demo(args: flags.Demo) -> None:
         secret = load_secret(out / name / "secret.safetensors")
         public = SCORING[observation.model.architecture.modality].public("embedded", "train", observation.model)
         attacks = {attack: ATTACKS[attack]() for attack in names}
-        audit_one(observation, attacks, public, secret, written, left, out, args.seed, args.device, name)
+        about: dict[str, Any] = {"seed": args.seed, "device": args.device, "name": name}
+        audit_one(observation, attacks, public, secret, written, left, out, sys.stdout, **about)
     print(written["verdict"]["sentence"], f"Open {out / 'report.html'} in a browser.", sep="\n")
 
 
@@ -109,16 +118,17 @@ def audit_one(
     written: record.Record,
     left: dict[str, list[str]],
     out: Path,
-    seed: int,
-    device: str,
-    name: str = "",
+    told: TextIO,
+    **about: Any,
 ) -> None:
-    """Audit one observation into a record that may hold others, with progress, and say what each attack found."""
-    about: Any = {"secret": secret, "left": left, "seed": seed, "device": device, "name": name}
+    """Audit one observation into a record that may hold others, with progress, and say what each attack found; about: as
+    `written_audit` takes it."""
     with progress() as start:
-        for done in written_audit(observation, attacks, public, written, out, **about, on_step=start):
+        for done in written_audit(
+            observation, attacks, public, written, out, secret=secret, left=left, on_step=start, **about
+        ):
             if done.reconstruction is not None:
-                print(said(done))
+                print(said(done), file=told)
 
 
 def check_named(names: Sequence[str], options: Mapping[str, Any]) -> None:
@@ -203,7 +213,7 @@ def report(args: flags.Report) -> None:
     print(args.out)
 
 
-def rerun(args: flags.Rerun) -> None:
+def rerun(args: flags.Rerun) -> int:
     """The command of a record, again: same input files (by hash), seed and parameters, results to another folder.
 
     It is rebuilt from the record's fields, each checked against the type that the command has for it. Nothing that a record says
@@ -238,7 +248,7 @@ def rerun(args: flags.Rerun) -> None:
         parsed: Any = msgspec.convert(values, kind, dec_hook=lambda kind, value: kind(value))
     except (msgspec.ValidationError, TypeError, ValueError) as error:
         raise BadInput(f"{args.record} does not say how it was made ({shortened(str(error))}).") from error
-    perform(name, parsed, options)
+    return perform(name, parsed, options)
 
 
 RERUNNABLE: dict[str, type] = {

@@ -10,6 +10,7 @@ from tyro.conf import Positional
 from gradleak.modalities.language_models import Task
 from gradleak.observations.defenses import Leak
 from gradleak.observations.training import Optimizer
+from gradleak.report.gate import Bar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +94,8 @@ class Attack(Observed):
     """Reconstruct the private data with one attack. Sees no secret."""
 
     attack: str
-    """A name of `gradleak list`; its parameters are flags with its name before them (try --attack dlg --help)."""
+    """A name of `gradleak list`, or package.module:Class of your own; its parameters are flags with its name before them (try
+    --attack dlg --help)."""
     start: Path | None = None
     """reconstruction.safetensors of another attack on the same observation: where the search begins."""
     device: str = "cpu"
@@ -107,10 +109,17 @@ class Audit(Observed):
     secret: Path | None = None
     """secret.safetensors of `gradleak capture`: only this command opens it."""
     attacks: tuple[str, ...] | None = None
-    """Names of `gradleak list`; all that recover such data unless this is given. Parameters are flags with the attack's name
+    """Names of `gradleak list`, or package.module:Class; all that recover such data unless this is given. Parameters are flags with the attack's name
     before them: --dlg.restarts 5."""
     device: str = "cpu"
     """Where attacks run: cpu, cuda, cuda:1, ..."""
+    fail_on: Bar | None = None
+    """For jobs: exit code 1 where a private sample came back whole (recovered), or also in part (partly); 3 where nothing could run
+    or nothing can be said; else 0."""
+    json: bool = False
+    """Print summary.json in place of sentences, which go to stderr."""
+    redact: bool = False
+    """Hashes stand in record and report in place of private data, and nothing that was recovered is kept."""
 
 
 @dataclass(frozen=True, kw_only=True)

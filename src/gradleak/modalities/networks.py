@@ -4,7 +4,6 @@ Every model takes pixels in [0, 1], shape (batch, channel, height, width), and r
 normalisation is its first layer, so that no attack ever has to know about it.
 """
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from gradleak.errors import BadInput
 from gradleak.modalities.modality import Fact, by, fact
+from gradleak.modalities.own_code import named
 from gradleak.modalities.pictures import LONGEST_SIDE, MOST_CLASSES, Pictures, png
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -340,16 +340,13 @@ def find_factory(name: str) -> Callable[[tuple[int, int, int], int], nn.Module]:
         return MODELS[name]
     if (Path(name) / "config.json").is_file():
         return partial(_from_config, Path(name))
-    module_name, colon, attribute = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise BadInput(f"Unknown model {name!r}: choose one of {', '.join(MODELS)}, or give package.module:factory.")
-    try:
-        factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise BadInput(f"Cannot import the model factory {name!r}: {error}.") from error
+    factory = named(name, "the model factory")
     if not callable(factory):
         raise BadInput(f"{name!r} is not callable: a model factory takes (input_shape, classes).")
-    return factory  # type: ignore[no-any-return]
+    found: Callable[[tuple[int, int, int], int], nn.Module] = factory
+    return found
 
 
 def _from_config(folder: Path, shape: tuple[int, int, int], classes: int) -> nn.Module:

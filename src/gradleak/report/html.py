@@ -21,20 +21,25 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, StrictUndefined, Template
 
 from gradleak.report.curve import curve
-from gradleak.report.numbers import DASH, OUTCOMES, RANK, SHOWN, Legend, at, beside, glance, heads, number, present
+from gradleak.report.numbers import (
+    DASH,
+    LEVELS,
+    OUTCOMES,
+    RANK,
+    SHOWN,
+    Legend,
+    at,
+    beside,
+    glance,
+    heads,
+    number,
+    present,
+)
 from gradleak.report.record import Record, Result, Verdict
 
 PICTURE = re.compile(r"data:image/png;base64,[A-Za-z0-9+/=]+")
 MOST_SAMPLES = 8  # that are seen at the top without a click
 NOT_RUN = "Not run: "
-LEVELS = {
-    "recovered": "Private data recovered",
-    "partial": "Private data partly recovered",
-    "nothing": "Nothing recovered: no proof of safety",
-    "absent": "Not in the release: nothing to recover",
-    "unscored": "Not scored",
-    "void": "Void: these numbers mean nothing",
-}
 EVIDENCE = {  # the heading over the strongest evidence; what the numbers are void for is no evidence, unless it is proven
     "recovered": "What came back: {}",
     "partial": "What came back: {}",
@@ -72,6 +77,9 @@ def render(record: Record) -> str:
         levels=LEVELS,
         parts=[_part(record, name, len(names) > 1, numbers) for name in names],
         table=beside(record.get("table", [])),
+        arguments=_given(record),
+        is_private=any(row.get("shown") and row.get("media") for row in record["results"])
+        and not record.get("redacted", False),
         costs=record.get("costs", []),
         has_intervals=any(key.endswith("_low") for row in record.get("table", []) for key in row),
         plots=[(plot["title"], _safe(plot["image"])) for plot in record.get("plots", [])],
@@ -107,6 +115,12 @@ def describe(value: Mapping[str, Any] | None) -> str:
     rest = ", ".join(f"{key} {plain(entry)}" for key, entry in value.items() if key != "kind")
     kind = plain(value.get("kind", ""))
     return f"{kind} ({rest})" if kind and rest else kind or rest
+
+
+def _given(record: Record) -> dict[str, Any]:
+    """The arguments that were given: what is null or off was not."""
+    arguments = dict(record["command"]["arguments"], seed=record["seed"])
+    return {name: value for name, value in arguments.items() if value is not None and value is not False}
 
 
 def _names(record: Record) -> list[str]:

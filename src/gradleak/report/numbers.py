@@ -15,6 +15,14 @@ T = TypeVar("T")
 DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 SIGNS = {"higher": +1, "lower": -1, "unknown": 0}
 RANK = "identification_rank"
+LEVELS = {
+    "recovered": "Private data recovered",
+    "partial": "Private data partly recovered",
+    "nothing": "Nothing recovered: no proof of safety",
+    "absent": "Not in the release: nothing to recover",
+    "unscored": "Not scored",
+    "void": "Void: these numbers mean nothing",
+}
 OUTCOMES = {  # of what was observed
     "solved": "explains all",
     "close": "explains most",

@@ -172,6 +172,7 @@ class Record(TypedDict):
     verdict: Verdict
     results: list[Result]
     verdicts: NotRequired[Sequence[Verdict]]
+    redacted: NotRequired[bool]  # hashes stand where pictures and texts stood
     metrics: NotRequired[Mapping[str, Metric]]
     controls: NotRequired[Mapping[str, Control]]
     table: NotRequired[Sequence[Mapping[str, Any]]]

@@ -1,4 +1,4 @@
-"""`python -m gradleak.cli` is `gradleak`."""
+"""`python -m gradleak` is `gradleak`."""
 
 import sys
 

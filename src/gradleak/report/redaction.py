@@ -1,0 +1,61 @@
+"""A record without private data: scores, counts and hashes stay; pictures, texts, labels and the places of files do not."""
+
+import hashlib
+from pathlib import PurePath
+from typing import Any
+
+from gradleak.report.record import Record, Result
+
+REMOVED = "(removed: it may name private data)"
+NAMING = "embeddings"  # flags of this name say private words
+
+
+def redacted(record: Record) -> Record:
+    """A copy of the record that may be handed on."""
+    results = [without_data(row) for row in record["results"]]
+    said = {flag["sentence"] for row in record["results"] for flag in row["flags"] if flag["name"] == NAMING}
+    command = {
+        **record["command"],
+        "arguments": {k: without_place(v) for k, v in record["command"]["arguments"].items()},
+    }
+    command["inputs"] = {PurePath(path).name: digest for path, digest in record["command"].get("inputs", {}).items()}
+    copy: Any = {
+        **record,
+        "command": command,
+        "results": results,
+        "redacted": True,
+        "verdict": unsaid(record["verdict"], said),
+    }
+    if "verdicts" in record:
+        copy["verdicts"] = [unsaid(verdict, said) for verdict in record["verdicts"]]
+    whole: Record = copy
+    return whole
+
+
+def without_data(row: Result) -> Result:
+    """The row with hashes in place of what came out, and of the truth."""
+    copy: Any = {key: value for key, value in row.items() if key not in ("labels", "shown", "media")}
+    if "shown" in row:
+        hashes = {name: [hashed(value) for value in values] for name, values in row["shown"].items()}
+        copy |= {"shown": hashes, "media": "text/plain"}
+    copy["flags"] = [{**flag, "sentence": REMOVED} if flag["name"] == NAMING else flag for flag in row["flags"]]
+    cleaned: Result = copy
+    return cleaned
+
+
+def hashed(value: str) -> str:
+    """A short SHA-256, which tells only whoever has the data which of them it was."""
+    return f"SHA-256 {hashlib.sha256(value.encode('utf-8', 'replace')).hexdigest()[:16]}"
+
+
+def unsaid(verdict: Any, said: set[str]) -> Any:
+    """The verdict without the sentences that name private words."""
+    sentence = verdict["sentence"]
+    for one in said:
+        sentence = sentence.replace(one, REMOVED)
+    return {**verdict, "sentence": sentence}
+
+
+def without_place(value: Any) -> Any:
+    """The last part of a path alone."""
+    return PurePath(value).name if isinstance(value, str) and "/" in value else value
