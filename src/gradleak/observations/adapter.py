@@ -51,6 +51,7 @@ class Adapter(Release):
     dropout   probability with which inputs of the adapter may have been dropped in training; the masks are not known
     gradient  whether what was released is the gradient of the factors, and not their change in training
     undone    the step of an optimizer that this gradient was read from, or None
+    unmerged  {module: deviation of one number of s B A} of an adapter that was read off the weights that it was merged into
 
     Of what was trained beside the factors: `beside` names parameters that began as the model has them, and are trained along; `held` what
     is not trained along; `known_at_end` parameters that the model has as training left them. `remarks` are reservations of the reader's.
@@ -73,6 +74,7 @@ class Adapter(Release):
     held: tuple[str, ...] = ()
     known_at_end: tuple[str, ...] = ()
     remarks: tuple[Reservation, ...] = ()
+    unmerged: dict[str, float] = field(default_factory=dict)
 
     def names(self, model: Model[Any]) -> Tensors:
         """Its factors."""
