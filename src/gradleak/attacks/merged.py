@@ -27,7 +27,7 @@ from gradleak.attacks.draws import Factors, draw, drawn_before, first_word, roun
 from gradleak.attacks.search.descend import OnStep
 from gradleak.attacks.seed import ALARM, CUT, FEW, FEWEST, MOST, SEEDS, USUAL, Found, first_drawn
 from gradleak.attacks.twisters import TOGETHER, Floats, Twisters, normal
-from gradleak.observations.merged import merged, with_start
+from gradleak.observations.merged import merged, was_merged, with_start
 from gradleak.observations.observation import Observation
 from gradleak.observations.releases import Update
 from gradleak.observations.tensors import Tensors
@@ -85,14 +85,12 @@ def recover_merged_seed(
 def with_merged_recovered(
     observation: Observation[Any], *, seeds: range | None = None, on_step: OnStep | None = None
 ) -> Observation[Any]:
-    """The observation as that of the adapter which was merged into the weights, where one of these seeds drew it.
+    """The observation as that of the adapter which was merged into the weights, with its start where one of these seeds drew it.
 
-    Without `seeds`, the usual ones within 10 CPU-seconds. Where none did, an adapter knows how many were tried in vain, and a change of
-    weights stays one: few samples, or few steps, leave a low rank too.
+    Without `seeds`, the usual ones within 10 CPU-seconds. Where none did, an adapter knows how many were tried in vain; a change of
+    weights that something else may have made stays one: few samples leave a low rank too.
     """
-    known = observation if is_open(observation) else None
-    if isinstance(observation.release, Update):
-        known = merged(observation, observation.release.recipe)
+    known, else_ = unmerged(observation)
     if known is None:
         return observation
     told = [0]
@@ -105,15 +103,19 @@ def with_merged_recovered(
     seconds = 10.0 if seeds is None else None
     if found := recover_merged_seed(known, seeds=seeds, on_step=tell, seconds=seconds):
         return with_start(known, found.start, found.seed)
-    if not is_open(observation):
-        return observation
-    adapter = observation.adapter
-    return replace(observation, release=replace(adapter, tried=adapter.tried + told[0]))
+    return (
+        replace(else_, release=replace(else_.adapter, tried=else_.adapter.tried + told[0])) if else_ is known else else_
+    )
 
 
-def is_open(observation: Observation[Any]) -> bool:
-    """Whether this is an adapter that was read off merged weights, and its start is not known."""
-    return bool(getattr(observation.release, "unmerged", {})) and observation.adapter.origin == "unknown"
+def unmerged(observation: Observation[Any]) -> tuple[Observation[Any] | None, Observation[Any]]:
+    """(an adapter of unknown start that may have been merged or None, what to go on with where no seed drew it)."""
+    if was_merged(observation) and observation.adapter.origin == "unknown":
+        return observation, observation
+    found = merged(observation, observation.release.recipe) if isinstance(observation.release, Update) else None
+    if found is None:
+        return None, observation
+    return found.observation, found.observation if found.sure else observation
 
 
 def confirm(

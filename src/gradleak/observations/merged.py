@@ -22,7 +22,6 @@ from gradleak.observations.adapter import Adapter
 from gradleak.observations.layers import is_adaptable, oriented
 from gradleak.observations.model import Model
 from gradleak.observations.observation import Observation
-from gradleak.observations.releases import Update
 from gradleak.observations.tensors import Tensors
 from gradleak.observations.training import Recipe
 
@@ -30,7 +29,7 @@ EDGE = 1.1  # times sqrt(rows) + sqrt(columns), the greatest singular value of n
 GAP = 2.0  # between the last singular value and the next: so large a step is no chance
 MOST, BESIDE = 128, 32  # the largest rank that is told of large layers, and how many directions beside are looked at
 WORK, TURNS = 5e9, 20  # operations of a turn of the weighted fit, at most; turns
-CLEAR = 5.0  # deviations by which a row of C stands above what is rounding
+CLEAR = 2.0  # times the length that rounding gives a row of B C: shorter ones are that
 STEPS, SETTLED, FAR = 200, 1e-12, 0.5  # of the iteration for E: how many, when it stands still, and the largest E
 SCALES = range(-4, 5)  # of alpha / rank, which is a power of two
 
@@ -48,12 +47,31 @@ class LowRank:
     noise: float
     step: float
 
+    @property
+    def low(self) -> bool:
+        """Whether so low a rank says something."""
+        return 2 * len(self.right) <= min(len(self.left), self.right.shape[1])
 
-def merged(observation: Observation[Any], recipe: Recipe | None = None) -> Observation[Any] | None:
-    """A change of weights as the adapter that was merged into them, its start unknown; None where it is not such a change.
+
+@dataclass(frozen=True)
+class Merged:
+    """The adapter in a change of weights.
+
+    observation  of the adapter, its start unknown
+    plain        whether its rank ends with a step that no chance makes
+    sure         whether nothing else makes such a change: the layers have biases, which did not move
+    """
+
+    observation: Observation[Any]
+    plain: bool
+    sure: bool
+
+
+def merged(observation: Observation[Any], recipe: Recipe | None) -> Merged | None:
+    """A change of weights as the adapter that may have been merged into them; None where it is not such a change.
 
     The factors are then known up to a matrix between them: A has orthogonal rows of the length that PEFT's have. What else was trained
-    is beside it. recipe: of the adapter.
+    is beside it. recipe: of the adapter, None where it is not known.
     """
     model, change = observation.model, observation.released
     layers = low_rank_layers(model, change, observation.precision)
@@ -64,23 +82,26 @@ def merged(observation: Observation[Any], recipe: Recipe | None = None) -> Obser
     for module, layer in layers.items():
         weight = oriented(model, module, model.parameters[f"{module}.weight"])
         Q, R = torch.linalg.qr(layer.right.T)  # right = R^T Q^T
+        B = 3**0.5 * layer.left @ R.T
         start[f"{module}.lora_A"] = (Q.T / 3**0.5).view(-1, *weight.shape[1:]).float()
-        released[f"{module}.lora_B"] = as_stored(3**0.5 * layer.left @ R.T, weight)
+        released[f"{module}.lora_B"] = B.view(*B.shape, *(1 for _ in weight.shape[2:])).float()
         start[f"{module}.lora_B"] = torch.zeros_like(released[f"{module}.lora_B"])
-    whole = tuple(name for name in change if name.removesuffix(".weight") not in layers and name in model.parameters)
+    trained = [name for name in change if name in model.parameters and bool(change[name].any())]
     release = Adapter(
         start=start,
         scaling=dict.fromkeys(layers, 1.0),
         recipe=recipe,
-        beside=whole,
+        beside=tuple(name for name in trained if name.removesuffix(".weight") not in layers),
         unmerged={module: layer.noise for module, layer in layers.items()},
     )
-    return replace(observation, release=release, released=released)
+    plain = any(layer.step >= GAP and layer.low for layer in layers.values())
+    biases = any(f"{module}.bias" in observation.beside for module in layers)
+    return Merged(replace(observation, release=release, released=released, factor=1.0), plain, plain and biases)
 
 
-def looks_merged(observation: Observation[Any]) -> bool:
-    """Whether a change of weights may be a merged adapter: of low rank in at least one layer."""
-    return isinstance(observation.release, Update) and merged(observation) is not None
+def was_merged(observation: Observation[Any]) -> bool:
+    """Whether what was released is an adapter that was read off merged weights."""
+    return isinstance(observation.release, Adapter) and bool(observation.release.unmerged)
 
 
 def low_rank_layers(model: Model[Any], change: Tensors, precision: str) -> dict[str, LowRank]:
@@ -89,27 +110,25 @@ def low_rank_layers(model: Model[Any], change: Tensors, precision: str) -> dict[
     LoRA leaves biases and norms alone: a layer whose bias moved was trained as a whole, as heads are; where a norm did, all was.
     """
     modules = dict(model.module.named_modules())
-    changed = {name for name in change if bool(change[name].any())}
+    changed = {name for name in change if name in model.parameters and bool(change[name].any())}
     owners = {name.rpartition(".")[0] for name in changed}
     weights = {m for m in owners if m in modules and is_adaptable(modules[m]) and f"{m}.weight" in changed}
-    for owner in owners - weights:
-        if any(change[n].ndim == 1 for n in changed if n.rpartition(".")[0] == owner):
-            return {}
+    if any(change[name].ndim == 1 for name in changed if name.rpartition(".")[0] not in weights):
+        return {}
     found: dict[str, LowRank] = {}
     for module in modules:
         if module not in weights or f"{module}.bias" in changed:
             continue
-        d = oriented(model, module, change[f"{module}.weight"]).flatten(1).double()
-        before = oriented(model, module, model.parameters[f"{module}.weight"]).flatten(1).double()
+        d, before = (
+            oriented(model, module, tensors[f"{module}.weight"]).flatten(1).double()
+            for tensors in (change, model.parameters)
+        )
         layer = low_rank(d, rounding_errors(before + d, d, precision))
         if layer is None:
             return {}
         if len(layer.right):
             found[module] = layer
-    telling = [layer for layer in found.values() if 2 * len(layer.right) <= min(len(layer.left), layer.right.shape[1])]
-    if not any(layer.step >= GAP for layer in telling):
-        return {}
-    rank = max(len(layer.right) for layer in telling)
+    rank = max((len(layer.right) for layer in found.values() if layer.low), default=0)
     return {module: layer for module, layer in found.items() if len(layer.right) <= rank}
 
 
@@ -130,7 +149,7 @@ def low_rank(change: Tensor, errors: Tensor) -> LowRank | None:
     noise, total = float(errors.square().mean().sqrt()), float(change.square().sum())
     allowed, k, before = EDGE * noise, 0, -1
     while k != before:  # where a base in the same format was rounded to itself, less is left
-        before, k = k, int((S > EDGE * noise * (rows**0.5 + columns**0.5)).sum())
+        before, k = k, int((EDGE * noise * (rows**0.5 + columns**0.5) < S).sum())
         rest = max(total - float(S[:k].square().sum()), 0.0) / (rows * columns)
         noise = min(noise, rest**0.5) if 2 * k <= min(rows, columns) else noise
     if rest**0.5 > allowed or (k > MOST and min(rows, columns) > 2 * k):
@@ -176,11 +195,6 @@ def solved(d: Tensor, weight: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     normal = (weight @ (right[:, None] * right).flatten(0, 1).T).view(-1, k, k)
     covariance = torch.linalg.inv(normal)
     return ((weight * d) @ right.T)[:, None].matmul(covariance)[:, 0], covariance.diagonal(dim1=1, dim2=2)
-
-
-def as_stored(B: Tensor, weight: Tensor) -> Tensor:
-    """A factor B (out, r) as PEFT stores that of such a weight (out, in, ...), in float32."""
-    return B.reshape(*B.shape, *(1 for _ in weight.shape[2:])).float()
 
 
 # -- the factors, where A_0 is known
@@ -233,7 +247,7 @@ class Parts:
         through = right @ A_0.T @ H
         u, size, v = torch.linalg.svd(through, full_matrices=False)
         beside, n = u.T @ (right - through @ A_0), A_0.shape[1]  # rows of white noise
-        beside[beside.square().sum(1) <= noise**2 * (n + CLEAR * (2 * n) ** 0.5)] = 0
+        beside[beside.norm(dim=1) < CLEAR * noise * n**0.5] = 0
         return cls(A_0, H, left @ through, v.T @ (beside / size[:, None]))
 
     def factors(self, E: Tensor) -> tuple[Tensor, Tensor]:
