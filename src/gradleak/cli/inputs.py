@@ -136,9 +136,9 @@ def trained_by(args: flags.Observed) -> Recipe:
 
 def is_of_adapter(path: Path) -> bool:
     """Whether this is a folder of no whole model, which can only be that of an adapter, or a file with LoRA factors in it."""
-    return (path.is_dir() and not is_model(path)) or (
-        kind_of(path) == "safetensors" and not has_provenance(path) and is_adapter_file(path)
-    )
+    if path.is_dir():
+        return not is_model(path)
+    return kind_of(path) == "safetensors" and not has_provenance(path) and is_adapter_file(path)
 
 
 def observed_adapter(args: flags.Observed, given: Path) -> Observation[Any]:

@@ -26,6 +26,7 @@ from gradleak.observations.tensors import Tensors
 from gradleak.observations.training import Recipe
 
 EDGE = 1.1  # times sqrt(rows) + sqrt(columns), the greatest singular value of noise of deviation 1
+ROUNDED = 0.51  # of the distance of two numbers: half of it, and what float32 rounds of that
 GAP = 2.0  # between the last singular value and the next: so large a step is no chance
 MOST, BESIDE = 128, 32  # the largest rank that is told of large layers, and how many directions beside are looked at
 WORK, TURNS = 5e9, 20  # operations of a turn of the weighted fit, at most; turns
@@ -86,16 +87,15 @@ def merged(observation: Observation[Any], recipe: Recipe | None) -> Merged | Non
         start[f"{module}.lora_A"] = (Q.T / 3**0.5).view(-1, *weight.shape[1:]).float()
         released[f"{module}.lora_B"] = B.view(*B.shape, *(1 for _ in weight.shape[2:])).float()
         start[f"{module}.lora_B"] = torch.zeros_like(released[f"{module}.lora_B"])
-    trained = [name for name in change if name in model.parameters and bool(change[name].any())]
     release = Adapter(
         start=start,
         scaling=dict.fromkeys(layers, 1.0),
         recipe=recipe,
-        beside=tuple(name for name in trained if name.removesuffix(".weight") not in layers),
+        beside=tuple(name for name in moved(model, change, observation.precision) if name.removesuffix(".weight") not in layers),
         unmerged={module: layer.noise for module, layer in layers.items()},
     )
     plain = any(layer.step >= GAP and layer.low for layer in layers.values())
-    biases = any(f"{module}.bias" in observation.beside for module in layers)
+    biases = any(f"{module}.bias" in {*observation.beside, *change} for module in layers)
     return Merged(replace(observation, release=release, released=released, factor=1.0), plain, plain and biases)
 
 
@@ -104,13 +104,29 @@ def was_merged(observation: Observation[Any]) -> bool:
     return isinstance(observation.release, Adapter) and bool(observation.release.unmerged)
 
 
+def moved(model: Model[Any], change: Tensors, precision: str) -> dict[str, None]:
+    """The parameters that changed by more than rounding to the number format, in their order."""
+    return {
+        name: None
+        for name, d in change.items()
+        if name in model.parameters
+        and bool((d.abs() > ROUNDED * apart(model.parameters[name].double() + d, precision)).any())
+    }
+
+
+def apart(after: Tensor, precision: str) -> Tensor:
+    """The distance of two neighbouring numbers of the format, there."""
+    kind = torch.finfo(getattr(torch, precision))
+    return kind.eps * torch.exp2(after.abs().clamp_min(kind.tiny).log2().floor())
+
+
 def low_rank_layers(model: Model[Any], change: Tensors, precision: str) -> dict[str, LowRank]:
     """{module: its change} of the layers that an adapter may have changed, in the order of the model; none where this is no adapter's.
 
     LoRA leaves biases and norms alone: a layer whose bias moved was trained as a whole, as heads are; where a norm did, all was.
     """
     modules = dict(model.module.named_modules())
-    changed = {name for name in change if name in model.parameters and bool(change[name].any())}
+    changed = moved(model, change, precision)
     owners = {name.rpartition(".")[0] for name in changed}
     weights = {m for m in owners if m in modules and is_adaptable(modules[m]) and f"{m}.weight" in changed}
     if any(change[name].ndim == 1 for name in changed if name.rpartition(".")[0] not in weights):
@@ -134,9 +150,8 @@ def low_rank_layers(model: Model[Any], change: Tensors, precision: str) -> dict[
 
 def rounding_errors(after: Tensor, change: Tensor, precision: str) -> Tensor:
     """The deviation of each number of a change of weights: what rounding the weights afterwards left, and float32 a sum of products."""
-    kind = torch.finfo(getattr(torch, precision))
-    apart = kind.eps * torch.exp2(after.abs().clamp_min(kind.tiny).log2().floor())
-    return torch.hypot(apart / 12**0.5, change.square().mean().sqrt() * torch.finfo(torch.float32).eps)
+    product = change.square().mean().sqrt() * torch.finfo(torch.float32).eps
+    return torch.hypot(apart(after, precision) / 12**0.5, product)
 
 
 def low_rank(change: Tensor, errors: Tensor) -> LowRank | None:
