@@ -11,10 +11,11 @@ Errors    of a wrong seed, z = <a, u> / |a| with a = A at the end and u = its dr
 Misses    other draws (PiSSA, LoRA-GA, EVA; of biases or embeddings), and others before them than `drawn_before` lists
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice, product
-from math import inf, log, pi, sqrt
+from math import inf, log, sqrt
 from operator import length_hint
 from time import process_time
 from typing import Any, Self
@@ -22,14 +23,11 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.init import kaiming_uniform_, normal_
 
+from gradleak.attacks.draws import FAR, Factors, draw, drawn_before, first_word, rounded
 from gradleak.attacks.search.descend import OnStep
-from gradleak.attacks.twisters import TOGETHER, Floats, Twisters
-from gradleak.modalities.networks import ImageTransformer
+from gradleak.attacks.twisters import TOGETHER, Floats, Twisters, normal
 from gradleak.observations.adapter import Adapter
-from gradleak.observations.layers import is_linear
-from gradleak.observations.model import Model
 from gradleak.observations.observation import Observation
 from gradleak.observations.tensors import Tensors
 
@@ -46,9 +44,8 @@ FEW, FEWEST, MOST = 320, 1024, 8192  # numbers of A in the sieve; in the strong 
 CUT = 3.0  # z of all numbers that so far fit, below which no more are drawn
 LOW, HIGH = 2.2, 3.5  # z that a seed has to reach in those two tests, as 1 of 72 and 1 of 4,300 wrong ones does
 ABREAST = 2048  # seeds side by side
-FAR = 2**20  # words before the adapter beyond which no new head is tried, and fewer seeds side by side
 
-Factors = dict[str, tuple[Tensor, int]]  # {module: (A at the end, float32 on the CPU; count of B's numbers)}, as drawn
+Score = Callable[[list[int]], Floats]  # z (tests, seeds)
 
 
 @dataclass(frozen=True)
@@ -100,28 +97,54 @@ def recover_seed(
         for wanted in (FEW, min(max(FEWEST, first // 4), MOST))
     )
     threshold = sqrt(2 * log(SEEDS * 2 * len(offsets) / ALARM))
-    seeds = USUAL if seeds is None else seeds
+
+    def confirmed(seed: int, test: int) -> Found | None:
+        skipped, gaussian = draws[test]
+        drawn, cosine = confirm(seed, skipped, factors, gaussian, threshold)
+        start = rounded(drawn, model, zero)
+        return Found(seed, offsets[skipped], start, cosine, 0.0, 0) if drawn else None
+
+    scores = partial(agreements, tests=sieve), partial(agreements, tests=strong)
+    return first_drawn(
+        scores,
+        confirmed,
+        max(*offsets, first),
+        seeds=USUAL if seeds is None else seeds,
+        on_step=on_step,
+        seconds=seconds,
+    )
+
+
+def first_drawn(
+    scores: tuple[Score, Score],
+    confirmed: Callable[[int, int], Found | None],
+    farthest: int,
+    *,
+    seeds: Iterable[int],
+    on_step: OnStep | None,
+    seconds: float | None,
+) -> Found | None:
+    """The first seed that passes the sieve, the strong test and `confirmed`, which is given a seed and the number of a test.
+
+    scores: z of seeds in both. farthest: word that the sieve reaches. The rest as `recover_seed`.
+    """
     total, best = length_hint(seeds), 0.0
     until = process_time() + (inf if seconds is None else seconds)
-    abreast = max(1, min(ABREAST, FAR * ABREAST // max(*offsets, first)))
+    abreast = max(1, min(ABREAST, FAR * ABREAST // farthest))
     low = LOW if total > len(USUAL) else -inf
-    for tried, passed in sieved(iter(seeds), sieve, low, abreast, until):
-        z = agreements(passed, strong)
+    for tried, passed in sieved(iter(seeds), scores[0], low, abreast, until):
+        z = scores[1](passed)
         best = max(best, float(z.max(initial=0)))
         for i, test in np.argwhere(z.transpose() > HIGH):
-            (skipped, gaussian), seed = draws[test], passed[i]
-            drawn, cosine = confirm(seed, skipped, factors, gaussian, threshold)
-            if drawn:  # PEFT keeps A in the format of the layer's weight
-                start = {f"{m}.lora_A": A.to(model.parameters[f"{m}.weight"].dtype) for m, A in drawn.items()}
-                start = {name: start.get(name, tensor).to(tensor) for name, tensor in zero.items()}
-                return Found(seed, offsets[skipped], start, cosine, ALARM * tried / max(SEEDS, tried), tried)
+            if found := confirmed(passed[i], test):
+                return replace(found, false_alarm=ALARM * tried / max(SEEDS, tried), tried=tried)
         if on_step:
             on_step(tried, max(total, tried), -best)
     return None
 
 
 def sieved(
-    seeds: Iterator[int], sieve: list["QuickTest"], low: float, abreast: int, until: float
+    seeds: Iterator[int], score: Score, low: float, abreast: int, until: float
 ) -> Iterator[tuple[int, list[int]]]:
     """(how many were looked at so far, the new ones whose z exceeds `low` in any test), whenever many wait, and at the end.
 
@@ -130,7 +153,7 @@ def sieved(
     tried, passed = 0, list[int]()
     while process_time() < until and (chunk := [seed % SEEDS for seed in islice(seeds, abreast)]):
         tried += len(chunk)
-        passed += [chunk[i] for i in np.flatnonzero((agreements(chunk, sieve) > low).any(0))]
+        passed += [chunk[i] for i in np.flatnonzero((score(chunk) > low).any(0))]
         if len(passed) >= abreast // 4:
             yield tried, passed
             passed = []
@@ -167,37 +190,10 @@ def with_start_recovered(
 def has_open_start(observation: Observation[Any]) -> bool:
     """Whether a seed can be looked for: an adapter, no gradients, of unknown start, at B = 0, not said to be drawn otherwise."""
     release = observation.release
-    if not isinstance(release, Adapter) or release.gradient or release.origin != "unknown":
+    if not isinstance(release, Adapter) or release.gradient or release.unmerged or release.origin != "unknown":
         return False
     drawn = release.init in ("", "False", *GAUSSIAN)
     return drawn and not any(t.any() for name, t in release.start.items() if name.endswith("lora_B"))
-
-
-def drawn_before(model: Model[Any]) -> dict[int, str]:
-    """{words of the stream used before the adapter: what for}: nothing; of classifiers, a new head too.
-
-    transformers draws a head's weights normally and no biases; of other networks the last linear layer may be new, as
-    nn.Linear draws it. Heads of more than `FAR` numbers are left out.
-    """
-    network = model.module.network if isinstance(model.module, ImageTransformer) else model.module
-    layers = {name: layer for name, layer in network.named_modules() if is_linear(layer)}
-    if prefix := getattr(network, "base_model_prefix", ""):
-        sizes = [layer.weight.numel() for name, layer in layers.items() if not name.startswith(f"{prefix}.")]
-        head = sum(n + 16 * (n % 16 > 0) for n in sizes)  # torch draws the last 16 normal numbers again
-    else:
-        head = sum(p.numel() for layer in list(layers.values())[-1:] for p in layer.parameters())
-    tried = model.architecture.classes > 1 and 0 < head <= FAR
-    return {0: "", head: "a new classification head"} if tried else {0: ""}
-
-
-def draw(seed: int, skipped: int, factors: Factors, gaussian: bool) -> Iterator[Tensor]:
-    """A of each module as PEFT draws it after this seed and so many words of its stream, bit for bit; float32."""
-    generator = torch.Generator().manual_seed(seed)
-    torch.empty(skipped).uniform_(generator=generator)
-    for shape, numbers_of_B in ((A.shape, n) for A, n in factors.values()):
-        torch.empty(shape.numel() + numbers_of_B).uniform_(generator=generator)  # as the layers draw themselves
-        A = torch.empty(shape)
-        yield normal_(A, 0, 1 / len(A), generator) if gaussian else kaiming_uniform_(A, sqrt(5), generator=generator)
 
 
 def confirm(seed: int, skipped: int, factors: Factors, gaussian: bool, threshold: float) -> tuple[Tensors, float]:
@@ -253,15 +249,8 @@ class QuickTest:
         if not self.gaussian:
             uniform: Floats = np.float32(sqrt(12)) * (a @ u - a.sum() / 2)
             return uniform
-        first, second = u.reshape(-1, 2, 8, u.shape[1]).swapaxes(0, 1)  # torch makes numbers i and i + 8 of each 16
-        radius, angle = np.sqrt(-2 * np.log(1 - first)), np.float32(2 * pi) * second  # from uniform ones i and i + 8
-        normal: Floats = a @ np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(u.shape)
-        return normal
-
-
-def first_word(factors: Factors) -> int:
-    """Words that PEFT draws before it draws the first A anew."""
-    return next(A.numel() + numbers_of_B for A, numbers_of_B in factors.values())
+        normal_numbers: Floats = a @ normal(u)
+        return normal_numbers
 
 
 def agreements(seeds: list[int], tests: list[QuickTest]) -> Floats:

@@ -6,6 +6,7 @@ row depend on all that were made before them (64 on 63 % of the 2,048 before the
 """
 
 from collections.abc import Iterable
+from math import pi
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,3 +66,11 @@ class Twisters:
         u = y.view(np.int32).astype(np.float32)
         u *= np.float32(2**-24)
         return u
+
+
+def normal(u: Floats) -> Floats:
+    """Normal numbers as torch makes them of uniform ones (numbers, seeds), whose count is a multiple of 16."""
+    first, second = u.reshape(-1, 2, 8, u.shape[1]).swapaxes(0, 1)  # torch makes numbers i and i + 8 of each 16
+    radius, angle = np.sqrt(-2 * np.log(1 - first)), np.float32(2 * pi) * second  # from uniform ones i and i + 8
+    both: Floats = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(u.shape)
+    return both

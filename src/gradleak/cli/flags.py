@@ -32,13 +32,15 @@ class Observed(Common):
     observation: Positional[Path | None] = None
     """observation.safetensors of `gradleak capture`; a file of yours, as safetensors, .npz, .npy or parquet ({name: gradient} with
     --weights, a change of weights with --lr too, a trained model's weights without both); or a LoRA adapter: the folder that PEFT
-    saves, a Trainer's checkpoint, a file of kohya or diffusers. Left out with --after."""
+    saves, a Trainer's checkpoint, a file of kohya or diffusers; or the folder of a model that one was merged into, with --base. Left out
+    with --after."""
     before: Path | None = None
     """The parameters before training, the same as --weights."""
     after: Path | None = None
-    """The parameters after training, in place of a file with their change: needs --before and --lr."""
+    """The parameters after training, in place of a file with their change: needs --before, and --lr unless a LoRA adapter was merged into
+    them."""
     base: str | None = None
-    """For an adapter: its base model, as a folder of `save_pretrained` or `gradleak capture adapter`, or a name on the Hugging Face
+    """For an adapter, or a model that one was merged into: the base model, as a folder of `save_pretrained` or `gradleak capture adapter`, or a name on the Hugging Face
     hub; unless this is given, the one that its config names."""
     lr: float | None = None
     """For an adapter or a change of weights: the learning rate; of an adapter without it what a checkpoint tells counts, else one step is
@@ -81,7 +83,7 @@ class Observed(Common):
     """For plain files and adapters: number of private samples; unless this is given, what the ranks of a gradient or the adapter of a
     fully connected network tell, else 1."""
     seeds: str | None = None
-    """For adapters: which seeds may have drawn it, besides the usual ones: N for 0 to N - 1, or START:END; of 4294967296. Ctrl-C
+    """For adapters, merged or not: which seeds may have drawn it, besides the usual ones: N for 0 to N - 1, or START:END; of 4294967296. Ctrl-C
     ends the search, says where to go on, and goes on with what is known."""
     data: str = "embedded"
     """Public data of the same kind, for priors; in audits also for controls and decoys."""

@@ -6,12 +6,14 @@ from typing import Any
 
 from gradleak.attacks.adam_step import with_step_undone
 from gradleak.attacks.factor import with_factor_found
+from gradleak.attacks.merged import unmerged, with_merged_recovered
 from gradleak.attacks.seed import has_open_start, with_start_recovered
 from gradleak.attacks.unmixing.span import with_samples_counted
 from gradleak.cli import flags
 from gradleak.cli.inputs import is_of_adapter, observed, seed_range
 from gradleak.cli.progress import OnStep, progress
 from gradleak.errors import BadInput
+from gradleak.observations.merged import was_merged
 from gradleak.observations.observation import Observation
 
 
@@ -20,14 +22,16 @@ def informed(args: flags.Observed) -> Observation[Any]:
     more = seed_range(args.seeds)
     with progress() as start:
         observation = observed(args)
-        if more is not None and not has_open_start(observation):
+        recover = with_start_recovered if has_open_start(observation) else with_merged_recovered
+        if more is not None and recover is with_merged_recovered and unmerged(observation)[0] is None:
             raise BadInput(
                 "--seeds says nothing about this observation: there is no start that a seed could have drawn."
             )
-        observation = with_start_recovered(observation, on_step=start("seed"))
+        observation = recover(observation, on_step=start("seed"))
         observation = observation if more is None else searched(observation, more, start("seed"))
         observation = with_step_undone(observation)
-        if args.batch_size is None and args.observation is not None and is_of_adapter(args.observation):
+        folder = args.observation is not None and is_of_adapter(args.observation)
+        if args.batch_size is None and (folder or (was_merged(observation) and observation.precision == "float32")):
             observation = with_samples_counted(observation)
         return with_factor_found(observation)
 
@@ -41,8 +45,9 @@ def searched(observation: Observation[Any], more: range, on_step: OnStep) -> Obs
         reached = more.start + tried
         on_step(tried, total, value)
 
+    recover = with_start_recovered if has_open_start(observation) else with_merged_recovered
     try:
-        return with_start_recovered(observation, seeds=more, on_step=tell)
+        return recover(observation, seeds=more, on_step=tell)
     except KeyboardInterrupt:
         left = f"gradleak: the search for the seed stops; --seeds {reached}:{more.stop} goes on with it."
         print(left, file=sys.stderr)

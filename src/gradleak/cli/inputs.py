@@ -11,6 +11,7 @@ import torch
 from gradleak.cli import flags
 from gradleak.errors import BadInput, shortened
 from gradleak.formats.adapter_files import is_adapter_file, located_adapter
+from gradleak.formats.merged_weights import is_model, read_model_and_base
 from gradleak.formats.model_folder import located
 from gradleak.formats.observation_file import check_provenance, has_provenance, load_observation
 from gradleak.formats.own_arrays import kind_of
@@ -38,10 +39,11 @@ EVERY = (*dict.fromkeys((*OF_ADAPTERS, *OF_UPDATES, *OF_FILES, *OF_PLAIN_FILES))
 
 
 def observed(args: flags.Observed) -> Observation[Any]:
-    """The observation of a file, with provenance checked, of an adapter's folder or file, or of a plain file of tensors.
+    """The observation of a file, with provenance checked, of an adapter's folder or file, of a model's folder beside --base, or of a plain
+    file of tensors.
 
     A plain file is a gradient at --weights, or of the language model in the folder --model; with --lr, a change of weights, as is
-    what lies between --before and --after; where neither weights nor --lr are given, it holds the weights of a trained network.
+    what lies between --before and --after, where an adapter that was merged needs no --lr; where neither weights nor --lr are given, it holds the weights of a trained network.
     Raises BadInput for flags that say nothing about such an observation.
     """
     path = args.observation
@@ -49,6 +51,13 @@ def observed(args: flags.Observed) -> Observation[Any]:
         raise BadInput(
             "Give one file or folder that was shared; or the weights --before and --after training, without it."
         )
+    if path is not None and is_model(path):
+        if args.base is None:
+            raise BadInput(f"{path} holds a whole model: say with --base which one it was made from.")
+        of_update = OF_UPDATES if args.lr is not None else ()
+        refuse_others(args, "a model beside its base", ("base", "model", "task", "batch_size", *of_update))
+        known: Any = {"factory": args.model, "task": args.task, "recipe": told(args), "batch_size": args.batch_size}
+        return read_model_and_base(path, args.base, **known)
     if path is not None and is_of_adapter(path):
         refuse_others(args, "an adapter", (*OF_ADAPTERS, "model", "task", "batch_size"))
         return observed_adapter(args, path)
@@ -70,11 +79,9 @@ def observed_plain(args: flags.Observed, path: Path | None) -> Observation[Any]:
     name, before, batch = str(args.model), args.before or args.weights, args.batch_size
     shared = path or args.after
     update = args.lr is not None or args.after is not None
-    of_update = OF_UPDATES if update else ()
+    of_update = ("after",) if args.lr is None and update else OF_UPDATES if update else ()
     if args.before is not None and args.weights is not None:
         raise BadInput("--before and --weights say the same: the parameters before training. Give one of them.")
-    if args.after is not None and args.lr is None:
-        raise BadInput("Between --before and --after lies a training: say its learning rate with --lr.")
     if has_folder(name):
         refuse_others(
             args, "a plain file of a language model", ("model", "task", "batch_size", "weights", "before", *of_update)
@@ -95,8 +102,8 @@ def observed_plain(args: flags.Observed, path: Path | None) -> Observation[Any]:
             return read_weights(model, batch)
     assert shared is not None  # as above
     if args.after is not None:
-        return read_change(shared, model, trained_by(args), batch)
-    return read_release(shared, model, trained_by(args) if update else None, batch)
+        return read_change(shared, model, told(args), batch)
+    return read_release(shared, model, told(args), batch)
 
 
 def loss_of(args: flags.Observed) -> Any:
@@ -107,6 +114,11 @@ def loss_of(args: flags.Observed) -> Any:
     if unknown := [name for name in settings if name not in {field.name for field in fields(kind)}]:
         raise BadInput(f"--{unknown[0].replace('_', '-')} says nothing about the loss {args.loss}: leave it out.")
     return kind(**settings)
+
+
+def told(args: flags.Observed) -> Recipe | None:
+    """The training that the flags say, where they say its learning rate."""
+    return None if args.lr is None else trained_by(args)
 
 
 def trained_by(args: flags.Observed) -> Recipe:
@@ -123,8 +135,10 @@ def trained_by(args: flags.Observed) -> Recipe:
 
 
 def is_of_adapter(path: Path) -> bool:
-    """Whether this is a folder, which can only be that of an adapter, or a file with LoRA factors in it."""
-    return path.is_dir() or (kind_of(path) == "safetensors" and not has_provenance(path) and is_adapter_file(path))
+    """Whether this is a folder of no whole model, which can only be that of an adapter, or a file with LoRA factors in it."""
+    if path.is_dir():
+        return not is_model(path)
+    return kind_of(path) == "safetensors" and not has_provenance(path) and is_adapter_file(path)
 
 
 def observed_adapter(args: flags.Observed, given: Path) -> Observation[Any]:
@@ -185,6 +199,8 @@ def observed_files(args: flags.Observed) -> list[Path]:
     if args.observation is not None and is_of_adapter(args.observation):
         seen = located_adapter(args.observation)
         beside += [seen, located(base_of(seen, args.base))]
+    elif args.observation is not None and args.base is not None and is_model(args.observation):
+        beside.append(located(args.base))
     folders = list(dict.fromkeys(path for path in beside if path.is_dir()))
     files = [path for path in given if path is not None and not path.is_dir()]
     for folder in folders:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from gradleak.attacks.batch_size import with_batch_counted
+from gradleak.attacks.merged import with_merged_recovered
 from gradleak.errors import BadInput
 from gradleak.formats.blueprints import check_state, outline
 from gradleak.formats.model_folder import is_language_model, read_language_model
@@ -17,8 +18,10 @@ from gradleak.formats.own_arrays import kind_of, load_arrays
 from gradleak.modalities.language_models import Task
 from gradleak.modalities.losses import Loss
 from gradleak.modalities.networks import MODELS, Architecture
+from gradleak.observations.adapter import UNKNOWN
 from gradleak.observations.distances import relative_residual
 from gradleak.observations.given import as_tensor, fitted
+from gradleak.observations.merged import merged
 from gradleak.observations.model import Mode, Model
 from gradleak.observations.observation import Observation
 from gradleak.observations.releases import GRADIENT, Update
@@ -77,6 +80,9 @@ def read_release(path: Path, model: Model[Any], recipe: Recipe | None, batch_siz
     given, theta = load_arrays(path), model.parameters
     seen = observed(given, model, recipe, batch_size or 1)
     if seen.released.keys() == theta.keys() and float(relative_residual(seen.released, theta)) < NEAR:
+        change = change_to(given, model, recipe or UNKNOWN, batch_size or 1, str(path))
+        if recipe is None and (known := told_merged(change)) is not None:
+            return known
         raise BadInput(
             f"{path} ({kind_of(path)}) holds weights close to those it is said to have been taken at, and neither a gradient nor a "
             "change: if they are those after training, give them with --after, --before and --lr."
@@ -84,9 +90,31 @@ def read_release(path: Path, model: Model[Any], recipe: Recipe | None, batch_siz
     return seen if batch_size else with_batch_counted(seen)
 
 
-def read_change(after: Path, model: Model[Any], recipe: Recipe, batch_size: int | None) -> Observation[Any]:
-    """The change from the model's parameters to those in a file. A batch size that is not given is counted where it shows."""
+def read_change(after: Path, model: Model[Any], recipe: Recipe | None, batch_size: int | None) -> Observation[Any]:
+    """The change from the model's parameters to those in a file; without a recipe, as the adapter that was merged. A batch size that is
+    not given is counted where it shows."""
+    if recipe is None:
+        return as_merged(change_to(load_arrays(after), model, UNKNOWN, batch_size or 1, str(after)))
     return change_to(load_arrays(after), model, recipe, batch_size, str(after))
+
+
+def as_merged(seen: Observation[Any]) -> Observation[Any]:
+    """A change of weights as the adapter that was merged into them; BadInput where it is none."""
+    if (known := told_merged(seen)) is None:
+        raise BadInput(
+            "The weights did not change as a merged LoRA adapter changes them, by a low rank, so a training of all of them lies between: "
+            "say its learning rate with --lr."
+        )
+    return known
+
+
+def told_merged(seen: Observation[Any]) -> Observation[Any] | None:
+    """The adapter that was merged, where its rank shows, or a usual seed drew it; None for any other change."""
+    found = merged(seen, None)
+    if found is None or found.plain:
+        return None if found is None else found.observation
+    known = with_merged_recovered(found.observation)
+    return known if known.adapter.origin == "recovered" else None
 
 
 def change_to(given: Any, model: Model[Any], recipe: Recipe, batch_size: int | None, where: str) -> Observation[Any]:

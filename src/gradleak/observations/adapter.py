@@ -26,6 +26,7 @@ from gradleak.observations.tensors import Tensors, flatten
 from gradleak.observations.training import Recipe, Undone, train
 
 SMALLEST, LARGEST = 1e-6, 1e6  # the scaling of an adapter
+MERGED = 1e-6  # of the largest singular value of a B that was read off weights: the others are rounding of float32
 UNKNOWN = Recipe(learning_rate=1.0, steps=1)  # what is assumed of an adapter that comes without its recipe
 
 
@@ -51,6 +52,7 @@ class Adapter(Release):
     dropout   probability with which inputs of the adapter may have been dropped in training; the masks are not known
     gradient  whether what was released is the gradient of the factors, and not their change in training
     undone    the step of an optimizer that this gradient was read from, or None
+    unmerged  {module: deviation of one number of s B A} of an adapter that was read off the weights that it was merged into
 
     Of what was trained beside the factors: `beside` names parameters that began as the model has them, and are trained along; `held` what
     is not trained along; `known_at_end` parameters that the model has as training left them. `remarks` are reservations of the reader's.
@@ -73,6 +75,7 @@ class Adapter(Release):
     held: tuple[str, ...] = ()
     known_at_end: tuple[str, ...] = ()
     remarks: tuple[Reservation, ...] = ()
+    unmerged: dict[str, float] = field(default_factory=dict)
 
     def names(self, model: Model[Any]) -> Tensors:
         """Its factors."""
@@ -208,6 +211,8 @@ class Adapter(Release):
     def reservations(self, model: Model[Any], released: Tensors) -> list[Reservation]:
         """Where it is no exact linear sketch of one gradient; and what a known start gives away."""
         told: list[Reservation] = [*self.remarks]
+        if self.unmerged:
+            told.append(("merged", "warning", self.merging(released)))
         if self.origin == "recovered":
             known = f"Seed {self.seed} draws" if self.seed is not None else "The weights of the base model give"
             sentence = f"{known} the adapter as it was before training: what training changed of A lies in the span "
@@ -224,6 +229,7 @@ class Adapter(Release):
         """The ranks and the recipe."""
         ranks = sorted({tensor.shape[0] for name, tensor in self.start.items() if name.endswith("lora_A")})
         rank = f"{len(self.scaling)} modules of rank {', '.join(map(str, ranks))}"
+        rank += ", read off the weights that it was merged into" if self.unmerged else ""
         recipe = "one SGD step assumed; only directions are compared" if self.recipe is None else str(self.recipe)
         if self.gradient:
             recipe = f"{self.undone.recipe}; undone" if self.undone else "none: gradients of the factors"
@@ -238,6 +244,16 @@ class Adapter(Release):
             source = "the base model's weights give it" if self.seed is None else f"seed {self.seed} draws it"
             return f"recovered: {source}"
         return {"given": "given", "unknown": "unknown: taken to be where training ended"}[self.origin]
+
+    def merging(self, released: Tensors) -> str:
+        """What the change of the weights gives away of an adapter that was merged into them."""
+        ranks = [
+            int(torch.linalg.matrix_rank(released[f"{m}.lora_B"].flatten(1).double(), rtol=MERGED))
+            for m in self.unmerged
+        ]
+        kept = f"rank {ranks[0]}" if len(set(ranks)) == 1 else f"ranks of {min(ranks)} to {max(ranks)}"
+        sentence = f"The weights changed by {kept} in {len(ranks)} layers, as a LoRA adapter leaves them that was merged into them: "
+        return sentence + "merging hides neither its factors' product nor the space of their rows."
 
     def to(self, where: torch.device | torch.dtype) -> Self:
         """The start on another device, or in another precision."""

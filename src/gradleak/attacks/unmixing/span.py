@@ -135,9 +135,12 @@ def span_of_adapter(observation: PictureObservation, release: Adapter) -> Span:
         raise NotObserved(f"{N} samples cannot be told by the {r} rows of the adapter: the span is full, or empty.")
     change = dA
     if from_zero:  # the columns of A_T - A_0 lie in the row space of B_T; what is beside it is rounding
-        Q = torch.linalg.svd(dB, full_matrices=False)[2]
-        noise = float((Q[N:] @ dA).square().mean().sqrt()) if r > N else noise
-        change = Q[:N] @ dA
+        _, size, Q = torch.linalg.svd(dB, full_matrices=False)
+        if module in release.unmerged:  # B (A_T - A_0) is what is known, and its noise is white
+            noise, change = release.unmerged[module] / release.scaling[module], size[:N, None] * (Q[:N] @ dA)
+        else:
+            noise = float((Q[N:] @ dA).square().mean().sqrt()) if r > N else noise
+            change = Q[:N] @ dA
     _, S, V = torch.linalg.svd(change, full_matrices=False)
     if not bool(S[N - 1] > 0):
         raise NotObserved("lora_A did not move: after one step from B = 0 nothing tells the span of the pictures.")
