@@ -16,6 +16,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from gradleak.errors import BadInput, checked, parsed, read_json, shortened
+from gradleak.modalities.linear_attention import taken_apart
 from gradleak.observations import tensor_file
 from gradleak.observations.tensors import Tensors
 
@@ -196,7 +197,7 @@ def _sorted(path: Path, config: Config | None, tensors: Tensors, file: Path) -> 
 
 def _plain(key: str) -> str:
     """A tensor's name without the wrappers that are no part of it."""
-    return ".".join(part for part in key.split(".") if part not in WITHOUT)
+    return taken_apart(".".join(part for part in key.split(".") if part not in WITHOUT))
 
 
 def _put(parts: dict[str, Tensors], module: str, side: str, tensor: Tensor, key: str, path: Path) -> None:
