@@ -59,7 +59,7 @@ def tokenizer(task: Task) -> Any:
 def reader(task: Task, batch_first: bool) -> tuple[Reader, LanguageArchitecture]:
     torch.manual_seed(0)
     known = tokenizer(task)
-    about = PretrainedConfig(
+    about = cast(Any, PretrainedConfig)(
         vocab_size=len(known), max_position_embeddings=LENGTH, num_hidden_layers=2, pad_token_id=known.pad_token_id
     )
     network = Reader(len(known), causal=task == "causal-lm", batch_first=batch_first)

@@ -93,6 +93,20 @@ def test_one_text_comes_back_word_for_word(tmp_path: Path, optim: str) -> None:
     assert not (tmp_path / "final").exists()  # the checkpoint was the end
 
 
+def test_what_the_trainer_was_fed_with_is_what_is_scored_with(tmp_path: Path) -> None:
+    """Shuffled, two samples a step, an epoch: kept in the order of the training, so that it replays to rounding."""
+    callback = LeakageCallback(secret="batches", attacks=["dager"])
+    settings: dict[str, Any] = {"per_device_train_batch_size": 2, "max_steps": 2, "save_steps": 1}
+    train(tmp_path, callback, count=4, **settings)
+    for step in (1, 2):
+        about = flags(tmp_path / f"checkpoint-{step}")
+        assert about["replay"]["level"] == "info", about["replay"]["sentence"]
+    secret = callback.fed.secret(base(), 4)
+    assert sorted(secret.inputs) == sorted(private(4).inputs)
+    assert secret.labels is None
+    assert callback.verdicts[1]["level"] == "recovered"  # two texts of fewer tokens than the rank
+
+
 def test_the_card_holds_no_word_of_the_texts(tmp_path: Path) -> None:
     train(tmp_path, LeakageCallback(secret=private(1)))
     card = (tmp_path / "checkpoint-1" / "leakage" / "leakage.md").read_text(encoding="utf-8")
@@ -316,3 +330,13 @@ def test_the_lines_of_the_page_run(tmp_path: Path) -> None:
     trainer = train(tmp_path, None)
     run_page("transformers", {"trainer": trainer}, tmp_path)
     assert (tmp_path / "checkpoint-1" / "leakage" / "leakage.md").is_file()
+
+
+def test_pictures_are_kept_as_pixels(tmp_path: Path) -> None:
+    callback = LeakageCallback(secret="batches", attacks=["token-span"])
+    picture_trainer(tmp_path, Reader(), callback).train()
+    about = flags(tmp_path / "checkpoint-3")
+    assert about["replay"]["level"] == "info", about["replay"]["sentence"]
+    wanted = load("embedded", "test", indices=[0, 1], resize=(16, 16)).images
+    kept = torch.cat([batch["pixel_values"] for batch in callback.fed.batches[:1]]) * 0.25 + 0.5
+    assert torch.allclose(kept.sort(0).values, wanted.sort(0).values, atol=1e-6)

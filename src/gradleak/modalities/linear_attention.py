@@ -59,7 +59,7 @@ class LinearAttention(nn.Module):
         )  # (batch, heads, length, width)
         scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
         if attn_mask is not None:
-            whole = attn_mask.unflatten(0, (-1, self.num_heads)) if attn_mask.ndim == 3 else attn_mask
+            whole = attn_mask.reshape(-1, self.num_heads, *attn_mask.shape[1:]) if attn_mask.ndim == 3 else attn_mask
             scores = scores + additive(whole, scores)
         elif is_causal:
             scores = scores + additive(torch.ones(scores.shape[-2:], device=q.device).triu(1).bool(), scores)
