@@ -19,6 +19,7 @@ from gradleak.integrations.transformers import LeakageCallback, Training, kind_o
 from gradleak.modalities.pictures import load
 from gradleak.modalities.texts import load_texts
 from gradleak.observations.model import LanguageModel
+from gradleak.observations.orders import scheduled
 from gradleak.report import record
 from gradleak.victims.small_language import small_model, train_tokenizer
 from pages import run_page
@@ -192,10 +193,15 @@ def test_training_is_as_without_the_callback(tmp_path: Path) -> None:
     assert "shuffles" in about["shuffled"]["sentence"]
 
 
-def test_a_schedule_is_no_recipe(tmp_path: Path) -> None:
-    train(tmp_path, LeakageCallback(attacks=["dager"]), max_steps=4, save_steps=4, lr_scheduler_type="linear")
-    assert load_observation(tmp_path / "checkpoint-4/leakage/observation.safetensors").adapter.recipe is None
-    assert "learning rates between 0.0025 and 0.01" in flags(tmp_path / "checkpoint-4")["trainer"]["sentence"]
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_a_schedule_is_replayed_rate_by_rate(tmp_path: Path, kind: str) -> None:
+    """The Trainer's default falls to 0 in a line, here after a warm-up of one step at rate 0."""
+    callback = LeakageCallback(secret=private(2), attacks=["dager"])
+    train(tmp_path, callback, count=2, max_steps=4, save_steps=4, lr_scheduler_type=kind, warmup_steps=1)
+    seen = load_observation(tmp_path / "checkpoint-4/leakage/observation.safetensors")
+    assert seen.adapter.recipe is not None
+    assert seen.adapter.recipe.rates == pytest.approx(scheduled(kind, 0.01, 4, warmup=1))  # type: ignore[arg-type]
+    assert flags(tmp_path / "checkpoint-4")["replay"]["level"] == "info"
 
 
 def test_the_end_is_audited_where_it_was_not_saved_and_goes_where_it_is_told(tmp_path: Path) -> None:

@@ -26,12 +26,13 @@ from gradleak.formats.plain_file import (
 from gradleak.formats.trainer_state import Trainer, read_trainer
 from gradleak.modalities.losses import LOSSES
 from gradleak.observations.observation import Observation
+from gradleak.observations.orders import scheduled
 from gradleak.observations.training import Recipe
 
 LARGEST = 2**40  # bytes of an input file
-OF_TRAINING = ("lr", "steps", "optimizer", "weight_decay")
+OF_TRAINING = ("lr", "steps", "optimizer", "weight_decay", "schedule", "warmup", "planned_steps", "shuffle")
 OF_ADAPTERS = ("base", "initial", *OF_TRAINING)
-OF_UPDATES = (*OF_TRAINING, "local_batch_size", "proximal", "clip", "after")
+OF_UPDATES = (*OF_TRAINING, "local_batch_size", "proximal", "clip", "clients", "after")
 OF_FILES = ("weights", "before", "mode")
 OF_PLAIN_FILES = ("input_shape", "classes", "loss", "reduction", "label_smoothing")
 EVERY = (*dict.fromkeys((*OF_ADAPTERS, *OF_UPDATES, *OF_FILES, *OF_PLAIN_FILES)), "model", "task", "batch_size")
@@ -95,8 +96,13 @@ def observed_plain(args: flags.Observed, path: Path | None) -> Observation[Any]:
             return read_weights(model, batch)
     assert shared is not None  # as above
     if args.after is not None:
-        return read_change(shared, model, trained_by(args), batch)
-    return read_release(shared, model, trained_by(args) if update else None, batch)
+        seen = read_change(shared, model, trained_by(args), batch)
+    else:
+        seen = read_release(shared, model, trained_by(args) if update else None, batch)
+    if args.clients is None:
+        return seen
+    averaged: Any = seen.release
+    return replace(seen, release=replace(averaged, clients=args.clients))
 
 
 def loss_of(args: flags.Observed) -> Any:
@@ -109,12 +115,20 @@ def loss_of(args: flags.Observed) -> Any:
     return kind(**settings)
 
 
-def trained_by(args: flags.Observed) -> Recipe:
-    """The training that the flags say."""
+def trained_by(args: flags.Observed, steps: int | None = None) -> Recipe:
+    """The training that the flags say; steps: where they do not."""
+    count, rates = args.steps or steps or 1, tuple[float, ...]()
+    if args.schedule is not None:
+        warmup, planned = args.warmup or 0, args.planned_steps
+        rates = scheduled(args.schedule, args.lr or 0.0, count, warmup=warmup, planned=planned)
+    elif args.warmup is not None or args.planned_steps is not None:
+        raise BadInput("--warmup and --planned-steps belong to a --schedule of the learning rate.")
     return Recipe(
         optimizer=args.optimizer or "sgd",
         learning_rate=args.lr or 0.0,
-        steps=args.steps or 1,
+        steps=count,
+        rates=rates,
+        shuffle=args.shuffle,
         batch_size=args.local_batch_size,
         weight_decay=args.weight_decay,
         proximal=args.proximal or 0.0,
@@ -140,7 +154,7 @@ def observed_adapter(args: flags.Observed, given: Path) -> Observation[Any]:
         batch_size=args.batch_size or (None if told is not None and told.several else 1),
         initial=args.initial,
     )
-    used = args.lr is None and told is not None and told.rate is not None
+    used = args.lr is None and told is not None and bool(told.course)
     remarks = () if told is None else told.remarks(path, used=used, optimizer=args.optimizer)
     return replace(adapter, release=replace(adapter.release, remarks=(*adapter.adapter.remarks, *remarks)))
 
@@ -148,14 +162,21 @@ def observed_adapter(args: flags.Observed, given: Path) -> Observation[Any]:
 def recipe_of(args: flags.Observed, told: Trainer | None) -> Recipe | None:
     """How an adapter was trained: as flags say; where they do not, as its checkpoint says, by AdamW without decay, the Trainer's default."""
     if args.lr is not None:
-        steps = args.steps or (1 if told is None else told.global_step)
-        return replace(trained_by(args), steps=steps)
-    if told is not None and told.rate is not None:
+        return trained_by(args, None if told is None else told.global_step)
+    if told is not None and told.course:
         steps, size = args.steps or told.global_step, None if told.per_epoch == 1 else told.train_batch_size
-        return Recipe(optimizer=args.optimizer or "adam", learning_rate=told.rate, steps=steps, batch_size=size)
-    if args.steps is not None or args.optimizer is not None or args.weight_decay is not None:
+        rates = told.course[:steps] if len(set(told.course)) > 1 else ()
+        recipe = Recipe(
+            optimizer=args.optimizer or "adam",
+            learning_rate=max(told.course),
+            steps=len(rates) or steps,
+            batch_size=size,
+            shuffle=args.shuffle,
+        )
+        return replace(recipe, rates=rates)
+    if any(getattr(args, name) is not None for name in OF_TRAINING):
         raise BadInput(
-            "--steps, --optimizer and --weight-decay say how the adapter was trained, which needs its --lr too."
+            "--steps, --optimizer, --weight-decay and --schedule say how the adapter was trained, which needs its --lr too."
         )
     return None
 

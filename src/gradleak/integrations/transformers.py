@@ -198,12 +198,13 @@ class Training:
         total = len(data) if isinstance(data, Sized) else None
         samples = None if total is None else min(total, size * state.global_step)
         kind, decay = kind_of(optimizer)
-        constant = bool(rates) and min(rates) > 0 and max(rates) <= min(rates) * (1 + SAME) and not begun
+        known = bool(rates) and max(rates) > 0 and len(rates) == state.global_step and not begun
+        constant = known and max(rates) <= min(rates) * (1 + SAME)
         precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
         steps = f"{state.global_step} steps" if state.global_step > 1 else "1 step"
         spread = f"learning rates between {min(rates):g} and {max(rates):g}" if rates else "unknown learning rates"
         spread += f", resumed at step {begun}" if begun else ""
-        if kind is None or not constant:
+        if kind is None or not known:
             why = (
                 f"The Trainer took {steps} by {type(bare(optimizer)).__name__} at {spread}: that is no recipe that can be replayed, so "
                 "what assumes one step is approximate."
@@ -212,7 +213,8 @@ class Training:
             return cls(recipe=None, samples=samples, dropout=dropped, precision=precision, remarks=remarks)
         recipe = Recipe(
             optimizer=kind,
-            learning_rate=rates[0],
+            learning_rate=max(rates),
+            rates=() if constant else tuple(rates),
             steps=state.global_step,
             batch_size=None if total is not None and total <= size else size,
             weight_decay=decay,

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -23,7 +24,7 @@ from gradleak.observations.release import (
 )
 from gradleak.observations.starts import why_unknown
 from gradleak.observations.tensors import Tensors, flatten
-from gradleak.observations.training import Recipe, Undone, train
+from gradleak.observations.training import Recipe, Undone, shuffled_recipes, train
 
 SMALLEST, LARGEST = 1e-6, 1e6  # the scaling of an adapter
 UNKNOWN = Recipe(learning_rate=1.0, steps=1)  # what is assumed of an adapter that comes without its recipe
@@ -153,7 +154,7 @@ class Adapter(Release):
         for module, s in self.scaling.items():
             if modules is not None and module not in modules:
                 continue
-            unit = 1 / s if self.gradient else -1 / (recipe.learning_rate * recipe.steps * s)
+            unit = 1 / s if self.gradient else -1 / (recipe.path * s)
             A, B = (self.start[f"{module}.{factor}"].flatten(1) for factor in ("lora_A", "lora_B"))
             if f"{module}.lora_B" in released and bool(A.any()):
                 sketches.append(Sketch(module, "right", unit * released[f"{module}.lora_B"].flatten(1), A))
@@ -200,6 +201,11 @@ class Adapter(Release):
         if self.held and self.recipe is not None and self.recipe.steps > 1:
             return f"{self.held[0]} changed in training too, and is held as it was"
         return "its recipe is unknown, one step of SGD is assumed" if self.recipe is None else inexact(self.recipe)
+
+    def shuffled(self, samples: int) -> list[Release]:
+        """Of a training in several batches, with these shuffled."""
+        recipes = [] if self.recipe is None or self.gradient else shuffled_recipes(self.recipe, samples)
+        return [replace(self, recipe=recipe) for recipe in recipes]
 
     def guessed(self) -> bool:
         """Without a recipe: one step of SGD is assumed."""
@@ -253,6 +259,6 @@ def decay(recipe: Recipe | None) -> float:
     """What AdamW's weight decay has left of a parameter that had no gradient."""
     if recipe is None or recipe.optimizer != "adamw":
         return 1.0
-    if recipe.learning_rate * recipe.decay >= 1:
+    if recipe.learning_rate * recipe.decay >= 1:  # the largest of its rates
         raise BadInput(f"At a learning rate of {recipe.learning_rate:g}, the weight decay of AdamW leaves nothing.")
-    return float((1 - recipe.learning_rate * recipe.decay) ** recipe.steps)
+    return float(prod(1 - recipe.rate(step) * recipe.decay for step in range(recipe.steps)))
