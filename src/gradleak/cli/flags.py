@@ -82,8 +82,12 @@ class Observed(Common):
     """For plain files: channel, height and width of a picture; 3 32 32 unless this is given."""
     classes: int | None = None
     """For plain files: number of classes; 10 unless this is given."""
-    loss: Literal["cross-entropy", "binary-cross-entropy", "focal"] | None = None
-    """For plain files: the loss; cross-entropy unless this is given. Others are values in Python."""
+    loss: tuple[Literal["cross-entropy", "binary-cross-entropy", "focal"], ...] | None = None
+    """For plain files: the loss, or several that are added up; cross-entropy unless this is given. Others are values in Python."""
+    loss_weights: tuple[float, ...] | None = None
+    """With several losses: the factor of each; 1 unless this is given."""
+    class_weights: tuple[float, ...] | None = None
+    """For plain files: of the cross entropy, a factor for each class."""
     reduction: Literal["mean", "sum"] | None = None
     """For plain files: of the loss over the batch; mean unless this is given."""
     label_smoothing: float | None = None

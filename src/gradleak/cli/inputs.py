@@ -34,7 +34,7 @@ OF_TRAINING = ("lr", "steps", "optimizer", "weight_decay", "schedule", "warmup",
 OF_ADAPTERS = ("base", "initial", *OF_TRAINING)
 OF_UPDATES = (*OF_TRAINING, "local_batch_size", "proximal", "clip", "clients", "after")
 OF_FILES = ("weights", "before", "mode")
-OF_PLAIN_FILES = ("input_shape", "classes", "loss", "reduction", "label_smoothing")
+OF_PLAIN_FILES = ("input_shape", "classes", "loss", "loss_weights", "class_weights", "reduction", "label_smoothing")
 EVERY = (*dict.fromkeys((*OF_ADAPTERS, *OF_UPDATES, *OF_FILES, *OF_PLAIN_FILES)), "model", "task", "batch_size")
 
 
@@ -107,11 +107,20 @@ def observed_plain(args: flags.Observed, path: Path | None) -> Observation[Any]:
 
 def loss_of(args: flags.Observed) -> Any:
     """The loss that the flags say."""
-    given = {"reduction": args.reduction, "label_smoothing": args.label_smoothing}
-    kind: Any = LOSSES[args.loss or "cross-entropy"]
+    names = args.loss or ("cross-entropy",)
+    given = {name: getattr(args, name) for name in ("reduction", "label_smoothing", "class_weights")}
+    kind: Any = LOSSES[names[0] if len(names) == 1 else "sum"]
     settings = {name: value for name, value in given.items() if value is not None}
     if unknown := [name for name in settings if name not in {field.name for field in fields(kind)}]:
-        raise BadInput(f"--{unknown[0].replace('_', '-')} says nothing about the loss {args.loss}: leave it out.")
+        raise BadInput(
+            f"--{unknown[0].replace('_', '-')} says nothing about the loss {' + '.join(names)}: leave it out."
+        )
+    if args.loss_weights is not None and (len(names) < 2 or len(args.loss_weights) != len(names)):
+        raise BadInput(
+            f"--loss-weights has one factor for each of several losses, not {len(args.loss_weights)} for {len(names)}."
+        )
+    if len(names) > 1:
+        settings["terms"] = tuple(zip(args.loss_weights or (1.0,) * len(names), names, strict=True))
     return kind(**settings)
 
 
