@@ -32,8 +32,11 @@ from gradleak.formats.reconstruction_file import load_reconstruction, save_recon
 from gradleak.formats.secret_file import Secret, load_secret
 from gradleak.modalities.networks import MODELS
 from gradleak.observations.observation import Observation
+from gradleak.observations.whole_weights import whole_weights
 from gradleak.report import html, record
 from gradleak.victims.demo import DEMO
+
+CLOSED = ("analytic",)  # attacks in closed form, which are tried on what was trained as a whole beside an adapter
 
 
 def attack(args: flags.Attack, options: dict[str, dict[str, Any]]) -> None:
@@ -78,7 +81,11 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> None:
         usable_labels(secret.labels, observation.model, len(secret), args.secret)
     inputs = [*observed_files(args), *([args.secret] if args.secret else [])]
     written = new_record("audit", args, {name: options[name] for name in attacks}, inputs)
-    audit_one(observation, attacks, public_data(args, observation), secret, written, {}, out, args.seed, args.device)
+    public, left = public_data(args, observation), dict[str, list[str]]()
+    audit_one(observation, attacks, public, secret, written, left, out, args.seed, args.device)
+    whole, closed = whole_weights(observation), {name: a for name, a in attacks.items() if name in CLOSED}
+    if whole is not None and any(done.reconstruction is not None for done in run_audit(whole, closed, None)):
+        audit_one(whole, closed, public, secret, written, left, out, args.seed, args.device, "weights beside")
     print(written["verdict"]["sentence"], f"See {out / 'report.html'}.", sep="\n")
 
 

@@ -53,7 +53,8 @@ class Adapter(Release):
     gradient  whether what was released is the gradient of the factors, and not their change in training
     undone    the step of an optimizer that this gradient was read from, or None
 
-    Of what was trained beside the factors: `beside` names parameters that began as the model has them, and are trained along; `held` what
+    Of what was trained beside the factors: `beside` names parameters that began as the model has them, and are trained along (`changed`: the
+    change of each, where it is known, which `whole_weights` makes an update of); `held` what
     is not trained along; `known_at_end` parameters that the model has as training left them. `remarks` are reservations of the reader's.
     """
 
@@ -71,6 +72,7 @@ class Adapter(Release):
     tried: int = 0
     init: str = ""
     beside: tuple[str, ...] = ()
+    changed: Tensors = field(default_factory=dict, repr=False)
     held: tuple[str, ...] = ()
     known_at_end: tuple[str, ...] = ()
     remarks: tuple[Reservation, ...] = ()
@@ -104,7 +106,10 @@ class Adapter(Release):
                 raise BadInput(f"The change of {name} does not have the shape of its start.")
         if missing := [name for name in self.beside if name not in model.parameters]:
             raise BadInput(f"{missing[0]} is said to be trained beside the adapter, and is no parameter of the model.")
-        check_finite(self.start)
+        for name, tensor in self.changed.items():
+            if name not in self.beside or tensor.shape != model.parameters[name].shape:
+                raise BadInput(f"The change of {name} beside the adapter is not that of a parameter that was trained.")
+        check_finite({**self.start, **self.changed})
 
     def simulate(self, model: Model[Any], released: Tensors, inputs: Any, labels: Tensor | None) -> Tensors:
         """The change of the released factors after training on these, unrolled, differentiable; or their gradient.
@@ -247,7 +252,8 @@ class Adapter(Release):
 
     def to(self, where: torch.device | torch.dtype) -> Self:
         """The start on another device, or in another precision."""
-        return replace(self, start={name: tensor.to(where) for name, tensor in self.start.items()})
+        start, changed = ({name: tensor.to(where) for name, tensor in t.items()} for t in (self.start, self.changed))
+        return replace(self, start=start, changed=changed)
 
 
 def product(A: Tensor, B: Tensor) -> Tensor:

@@ -110,8 +110,8 @@ def renamed(names: Sequence[str], known: Iterable[str]) -> list[str]:
 
 
 def unwrapped(name: str) -> str:
-    """A name without the parts that wrappers add, and with those of layers that were packed."""
-    return taken_apart(".".join(part for part in name.split(".") if part not in WRAPPERS))
+    """A name without the parts that wrappers add, and with those of layers that were packed; a/b is a.b."""
+    return taken_apart(".".join(part for part in name.replace("/", ".").split(".") if part not in WRAPPERS))
 
 
 def prefixes(names: Iterable[str]) -> list[str]:
