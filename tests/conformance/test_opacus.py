@@ -106,6 +106,24 @@ def test_one_private_picture_without_noise_comes_back(tmp_path: Path) -> None:
     assert {"record.json", "report.html", "leakage.md"} <= {path.name for path in tmp_path.iterdir()}
 
 
+def test_the_loader_gives_the_secret(tmp_path: Path) -> None:
+    """The batch of the step that was observed, and none of those after it; drawn by Poisson sampling too."""
+    from gradleak.integrations.opacus import audit_to, observe
+
+    engine, model, optimizer, loader = private(0.0, 2)
+    seen = observe(optimizer, model, ARCHITECTURE, engine=engine, batch_size=2)
+    with pytest.raises(NotObserved, match="has to step once"):
+        _ = seen.secret
+    for _ in range(2):
+        step(model, optimizer, seen.keeping(loader))
+    assert torch.equal(seen.secret.inputs, pictures(2).images)
+    written = audit_to(seen.observation, tmp_path, attacks=["analytic"], secret=seen.secret)
+    replays = [flag for row in written["results"] for flag in row["flags"] if flag["name"] == "replay"]
+    assert [flag["level"] for flag in replays] == ["info"] * len(replays)
+    assert replays
+    assert observe(optimizer, model, ARCHITECTURE).fed == []
+
+
 def test_what_is_cut_otherwise_is_refused_and_nothing_is_seen_before_a_step() -> None:
     from gradleak.integrations.opacus import observe
 

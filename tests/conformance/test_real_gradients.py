@@ -342,14 +342,22 @@ def test_weights_are_no_gradient(tmp_path: Path) -> None:
         observed(replace(args, lr=0.1, after=args.weights))
 
 
+CLASS_WEIGHTS = tuple(0.5 + i for i in range(10))
+
+
 @pytest.mark.parametrize(
     ("told", "loss"),
     [
         ({"reduction": "sum"}, lambda z, y: F.cross_entropy(z, y, reduction="sum")),
         ({"label_smoothing": 0.1}, lambda z, y: F.cross_entropy(z, y, label_smoothing=0.1)),
         (
-            {"loss": "binary-cross-entropy"},
+            {"loss": ("binary-cross-entropy",)},
             lambda z, y: F.binary_cross_entropy_with_logits(z, F.one_hot(y, 10).float()),
+        ),
+        ({"class_weights": CLASS_WEIGHTS}, lambda z, y: F.cross_entropy(z, y, torch.tensor(CLASS_WEIGHTS))),
+        (
+            {"loss": ("cross-entropy", "binary-cross-entropy"), "loss_weights": (1.0, 0.5)},
+            lambda z, y: F.cross_entropy(z, y) + 0.5 * F.binary_cross_entropy_with_logits(z, F.one_hot(y, 10).float()),
         ),
     ],
 )
@@ -359,7 +367,11 @@ def test_losses_from_the_command_line(tmp_path: Path, told: dict[str, Any], loss
     found = observed(taken(tmp_path, module, observation=path, batch_size=2, **told))
     assert replay(found, DIGITS.images[[3, 5]], DIGITS.labels[[3, 5]])[0]["level"] == "info"
     with pytest.raises(BadInput, match="label-smoothing says nothing"):
-        observed(taken(tmp_path, module, observation=path, loss="focal", label_smoothing=0.1))
+        observed(taken(tmp_path, module, observation=path, loss=("focal",), label_smoothing=0.1))
+    with pytest.raises(BadInput, match="not 1 for 2"):
+        observed(taken(tmp_path, module, observation=path, loss=("focal", "cross-entropy"), loss_weights=(1.0,)))
+    with pytest.raises(BadInput, match="no loss of this model"):
+        observed(taken(tmp_path, module, observation=path, class_weights=(1.0, 2.0)))
 
 
 # --- How many samples ---

@@ -19,6 +19,7 @@ from gradleak.integrations.transformers import LeakageCallback, Training, kind_o
 from gradleak.modalities.pictures import load
 from gradleak.modalities.texts import load_texts
 from gradleak.observations.model import LanguageModel
+from gradleak.observations.orders import scheduled
 from gradleak.report import record
 from gradleak.victims.small_language import small_model, train_tokenizer
 from pages import run_page
@@ -91,6 +92,20 @@ def test_one_text_comes_back_word_for_word(tmp_path: Path, optim: str) -> None:
     assert record.read(folder / "record.json")["verdict"] == callback.verdicts[1]
     assert (tmp_path / "initial" / "adapter_config.json").is_file()
     assert not (tmp_path / "final").exists()  # the checkpoint was the end
+
+
+def test_what_the_trainer_was_fed_with_is_what_is_scored_with(tmp_path: Path) -> None:
+    """Shuffled, two samples a step, an epoch: kept in the order of the training, so that it replays to rounding."""
+    callback = LeakageCallback(secret="batches", attacks=["dager"])
+    settings: dict[str, Any] = {"per_device_train_batch_size": 2, "max_steps": 2, "save_steps": 1}
+    train(tmp_path, callback, count=4, **settings)
+    for step in (1, 2):
+        about = flags(tmp_path / f"checkpoint-{step}")
+        assert about["replay"]["level"] == "info", about["replay"]["sentence"]
+    secret = callback.fed.secret(base(), 4)
+    assert sorted(secret.inputs) == sorted(private(4).inputs)
+    assert secret.labels is None
+    assert callback.verdicts[1]["level"] == "recovered"  # two texts of fewer tokens than the rank
 
 
 def test_the_card_holds_no_word_of_the_texts(tmp_path: Path) -> None:
@@ -178,10 +193,15 @@ def test_training_is_as_without_the_callback(tmp_path: Path) -> None:
     assert "shuffles" in about["shuffled"]["sentence"]
 
 
-def test_a_schedule_is_no_recipe(tmp_path: Path) -> None:
-    train(tmp_path, LeakageCallback(attacks=["dager"]), max_steps=4, save_steps=4, lr_scheduler_type="linear")
-    assert load_observation(tmp_path / "checkpoint-4/leakage/observation.safetensors").adapter.recipe is None
-    assert "learning rates between 0.0025 and 0.01" in flags(tmp_path / "checkpoint-4")["trainer"]["sentence"]
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_a_schedule_is_replayed_rate_by_rate(tmp_path: Path, kind: str) -> None:
+    """The Trainer's default falls to 0 in a line, here after a warm-up of one step at rate 0."""
+    callback = LeakageCallback(secret=private(2), attacks=["dager"])
+    train(tmp_path, callback, count=2, max_steps=4, save_steps=4, lr_scheduler_type=kind, warmup_steps=1)
+    seen = load_observation(tmp_path / "checkpoint-4/leakage/observation.safetensors")
+    assert seen.adapter.recipe is not None
+    assert seen.adapter.recipe.rates == pytest.approx(scheduled(kind, 0.01, 4, warmup=1))  # type: ignore[arg-type]
+    assert flags(tmp_path / "checkpoint-4")["replay"]["level"] == "info"
 
 
 def test_the_end_is_audited_where_it_was_not_saved_and_goes_where_it_is_told(tmp_path: Path) -> None:
@@ -316,3 +336,13 @@ def test_the_lines_of_the_page_run(tmp_path: Path) -> None:
     trainer = train(tmp_path, None)
     run_page("transformers", {"trainer": trainer}, tmp_path)
     assert (tmp_path / "checkpoint-1" / "leakage" / "leakage.md").is_file()
+
+
+def test_pictures_are_kept_as_pixels(tmp_path: Path) -> None:
+    callback = LeakageCallback(secret="batches", attacks=["token-span"])
+    picture_trainer(tmp_path, Reader(), callback).train()
+    about = flags(tmp_path / "checkpoint-3")
+    assert about["replay"]["level"] == "info", about["replay"]["sentence"]
+    wanted = load("embedded", "test", indices=[0, 1], resize=(16, 16)).images
+    kept = torch.cat([batch["pixel_values"] for batch in callback.fed.batches[:1]]) * 0.25 + 0.5
+    assert torch.allclose(kept.sort(0).values, wanted.sort(0).values, atol=1e-6)

@@ -13,11 +13,12 @@ from gradleak.attacks.inverting_gradients import InvertingGradients
 from gradleak.attacks.labels import recover_labels
 from gradleak.errors import BadInput, NotObserved
 from gradleak.formats.observation_file import load_observation, save_observation
-from gradleak.modalities.losses import BinaryCrossEntropy, CrossEntropy, FocalLoss, Loss, Reduction
+from gradleak.modalities.losses import BinaryCrossEntropy, CrossEntropy, FocalLoss, Loss, Reduction, SummedLoss
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import load
 from gradleak.observations.defenses import GaussianNoise, Sign, TopK, defended
 from gradleak.observations.model import Model, PictureModel
+from gradleak.observations.observation import Observation
 from gradleak.observations.tensors import Tensors
 from gradleak.victims.gradient import capture_gradient
 
@@ -100,6 +101,35 @@ def test_a_loss_survives_a_file(loss: Loss, tmp_path: Path) -> None:
     back = load_observation(tmp_path / "o.safetensors")
     assert back.model.criterion == loss
     assert back.residual(secret.inputs, secret.labels) < 1e-6
+
+
+def test_soft_labels_are_labels() -> None:
+    """Mixed labels, as mixup makes them: given, they replay; the cross entropy is linear in them (arXiv:1710.09412, section 3)."""
+    module, images = MLP.build(0), PRIVATE.images
+    soft = 0.3 * F.one_hot(PRIVATE.labels, 10) + 0.7 * F.one_hot(PRIVATE.labels.flip(0), 10)
+    for criterion, truth in (
+        (CrossEntropy(), F.cross_entropy(module(images), soft)),
+        (BinaryCrossEntropy(), F.binary_cross_entropy_with_logits(module(images), soft)),
+    ):
+        known = dict(module.named_parameters())
+        released = dict(zip(known, torch.autograd.grad(truth, list(known.values())), strict=True))
+        seen = Observation(
+            model=Model.of(module, MLP, criterion=criterion), released=released, batch_size=3, labels=soft
+        )
+        assert seen.residual(images, soft) < 1e-6
+
+
+def test_a_sum_of_losses_is_their_sum(tmp_path: Path) -> None:
+    summed = SummedLoss("sum", ((2.0, "cross-entropy"), (-0.5, "focal")))
+    logits = torch.randn(3, 10, generator=torch.Generator().manual_seed(0))
+    terms = 2 * CrossEntropy("sum")(logits, PRIVATE.labels) - 0.5 * FocalLoss("sum")(logits, PRIVATE.labels)
+    assert summed(logits, PRIVATE.labels) == pytest.approx(float(terms), rel=1e-6)
+    seen, _ = capture_gradient(model(summed), PRIVATE)
+    save_observation(seen, tmp_path / "o.safetensors")
+    assert load_observation(tmp_path / "o.safetensors").model.criterion == summed
+    for wrong in (((1.0, "focal"),), ((1.0, "focal"), (1.0, "sum")), ((1.0, "focal"), (0.0, "focal"))):
+        with pytest.raises(BadInput, match="two terms or more"):
+            SummedLoss("mean", wrong)
 
 
 def test_a_loss_of_ones_own_is_refused_by_files_in_a_sentence(tmp_path: Path) -> None:

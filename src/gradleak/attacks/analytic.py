@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gradleak.attacks.attack import check_sees
-from gradleak.attacks.labels import labels_of_images, recover_labels
+from gradleak.attacks.labels import labels_of_images, recover_labels, with_best_label
 from gradleak.attacks.reconstruction import Reconstruction, outcome_of
 from gradleak.attacks.search.descend import OnStep
 from gradleak.errors import NotObserved
@@ -62,7 +62,12 @@ class Analytic:
         labels = observation.labels
         if labels is None:
             observation = replace(observation, batch_size=batch)
-            labels = labels_of_images(observation, images) if count == batch else recover_labels(observation)
+            try:
+                labels = labels_of_images(observation, images) if count == batch else recover_labels(observation)
+            except NotObserved:  # the last layer was not trained
+                if batch > 1:
+                    raise
+                labels, _ = with_best_label(observation, images)
         status = f"{count} of {batch} images solved in closed form from layer {name}"
         status += f" ({', '.join(map(str, support[:count]))} units agree)." if count else ": no unit isolates an image."
         if reason := observation.release.inexact():

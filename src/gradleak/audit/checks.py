@@ -104,6 +104,11 @@ def replay(
     if error <= tolerance:
         sentence = f"The model reproduces the release from the truth (relative error {error:.1e})."
         return [flag("replay", "info", sentence)]
+    for release in observation.release.shuffled(len(inputs)):
+        if replay_error(replace(observation, release=release), inputs, labels) <= tolerance:
+            said = next(row["detail"] for row in release.facts() if "shuffled" in str(row["detail"]))
+            sentence = f"The model reproduces the release from the truth once the samples are shuffled: {said}. Say so with --shuffle."
+            return [flag("replay", "info", sentence)]
     doubts = [observation.release.inexact()] if observation.release.inexact() else []
     if observation.defenses is None or any(defense.random for defense in observation.defenses):
         doubts.append("a defense stands between")

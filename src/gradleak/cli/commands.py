@@ -32,9 +32,12 @@ from gradleak.formats.reconstruction_file import load_reconstruction, save_recon
 from gradleak.formats.secret_file import Secret, load_secret
 from gradleak.modalities.networks import MODELS
 from gradleak.observations.observation import Observation
+from gradleak.observations.whole_weights import whole_weights
 from gradleak.report import html, record
 from gradleak.report.gate import exit_code
 from gradleak.victims.demo import DEMO
+
+CLOSED = ("analytic",)  # attacks in closed form, which are tried on what was trained as a whole beside an adapter
 
 
 def attack(args: flags.Attack, options: dict[str, dict[str, Any]]) -> None:
@@ -82,8 +85,12 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
     inputs = [*observed_files(args), *([args.secret] if args.secret else [])]
     written = new_record("audit", args, {name: options[name] for name in attacks}, inputs)
     about: dict[str, Any] = {"seed": args.seed, "device": args.device, "redact": args.redact}
-    told = sys.stderr if args.json else sys.stdout
-    audit_one(observation, attacks, public_data(args, observation), secret, written, {}, out, told, **about)
+    told, left = sys.stderr if args.json else sys.stdout, dict[str, list[str]]()
+    public = public_data(args, observation)
+    audit_one(observation, attacks, public, secret, written, left, out, told, **about)
+    whole, closed = whole_weights(observation), {name: a for name, a in attacks.items() if name in CLOSED}
+    if whole is not None and any(done.reconstruction is not None for done in run_audit(whole, closed, None)):
+        audit_one(whole, closed, public, secret, written, left, out, told, name="weights beside", **about)
     print(written["verdict"]["sentence"], f"See {out / 'report.html'}.", sep="\n", file=told)
     if args.json:
         print((out / "summary.json").read_text(encoding="utf-8"), end="")

@@ -45,6 +45,16 @@ class Observed(Common):
     lr: float | None = None
     """For an adapter or a change of weights: the learning rate; of an adapter without it what a checkpoint tells counts, else one step is
     assumed, and directions are compared."""
+    schedule: Literal["linear", "cosine"] | None = None
+    """For an adapter or a change of weights: how the learning rate falls from --lr to 0, as in transformers; unless this is given, what a
+    checkpoint tells, else it stays."""
+    warmup: int | None = None
+    """With --schedule: steps in which the learning rate rises from 0; none unless this is given."""
+    planned_steps: int | None = None
+    """With --schedule: steps after which the learning rate is 0; those that were taken unless this is given."""
+    shuffle: tuple[Literal["loader", "global", "accelerate"], int] | None = None
+    """For an adapter or a change of weights: how its samples were shuffled in each epoch, and the seed: by a DataLoader with a generator, by
+    one after torch.manual_seed, or by accelerate (the Trainer: accelerate 42)."""
     steps: int | None = None
     """For an adapter or a change of weights: optimiser steps; unless this is given, what a checkpoint tells, else 1."""
     optimizer: Optimizer | None = None
@@ -57,6 +67,8 @@ class Observed(Common):
     """For a change of weights: mu of FedProx; 0 unless this is given."""
     clip: float | None = None
     """For a change of weights: norm to which the gradient of each step was cut; not cut unless this is given."""
+    clients: int | None = None
+    """For a change of weights: over how many clients it is the mean, each with as many samples; one unless this is given."""
     initial: Path | None = None
     """For an adapter: the folder of the adapter before training, where its start is not zero."""
     model: str | None = None
@@ -73,8 +85,12 @@ class Observed(Common):
     """For plain files: channel, height and width of a picture; 3 32 32 unless this is given."""
     classes: int | None = None
     """For plain files: number of classes; 10 unless this is given."""
-    loss: Literal["cross-entropy", "binary-cross-entropy", "focal"] | None = None
-    """For plain files: the loss; cross-entropy unless this is given. Others are values in Python."""
+    loss: tuple[Literal["cross-entropy", "binary-cross-entropy", "focal"], ...] | None = None
+    """For plain files: the loss, or several that are added up; cross-entropy unless this is given. Others are values in Python."""
+    loss_weights: tuple[float, ...] | None = None
+    """With several losses: the factor of each; 1 unless this is given."""
+    class_weights: tuple[float, ...] | None = None
+    """For plain files: of the cross entropy, a factor for each class."""
     reduction: Literal["mean", "sum"] | None = None
     """For plain files: of the loss over the batch; mean unless this is given."""
     label_smoothing: float | None = None

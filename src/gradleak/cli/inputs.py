@@ -27,14 +27,15 @@ from gradleak.formats.plain_file import (
 from gradleak.formats.trainer_state import Trainer, read_trainer
 from gradleak.modalities.losses import LOSSES
 from gradleak.observations.observation import Observation
+from gradleak.observations.orders import scheduled
 from gradleak.observations.training import Recipe
 
 LARGEST = 2**40  # bytes of an input file
-OF_TRAINING = ("lr", "steps", "optimizer", "weight_decay")
+OF_TRAINING = ("lr", "steps", "optimizer", "weight_decay", "schedule", "warmup", "planned_steps", "shuffle")
 OF_ADAPTERS = ("base", "initial", *OF_TRAINING)
-OF_UPDATES = (*OF_TRAINING, "local_batch_size", "proximal", "clip", "after")
+OF_UPDATES = (*OF_TRAINING, "local_batch_size", "proximal", "clip", "clients", "after")
 OF_FILES = ("weights", "before", "mode")
-OF_PLAIN_FILES = ("input_shape", "classes", "loss", "reduction", "label_smoothing")
+OF_PLAIN_FILES = ("input_shape", "classes", "loss", "loss_weights", "class_weights", "reduction", "label_smoothing")
 EVERY = (*dict.fromkeys((*OF_ADAPTERS, *OF_UPDATES, *OF_FILES, *OF_PLAIN_FILES)), "model", "task", "batch_size")
 
 
@@ -102,17 +103,31 @@ def observed_plain(args: flags.Observed, path: Path | None) -> Observation[Any]:
             return read_weights(model, batch)
     assert shared is not None  # as above
     if args.after is not None:
-        return read_change(shared, model, told(args), batch)
-    return read_release(shared, model, told(args), batch)
+        seen = read_change(shared, model, told(args), batch)
+    else:
+        seen = read_release(shared, model, told(args), batch)
+    if args.clients is None:
+        return seen
+    averaged: Any = seen.release
+    return replace(seen, release=replace(averaged, clients=args.clients))
 
 
 def loss_of(args: flags.Observed) -> Any:
     """The loss that the flags say."""
-    given = {"reduction": args.reduction, "label_smoothing": args.label_smoothing}
-    kind: Any = LOSSES[args.loss or "cross-entropy"]
+    names = args.loss or ("cross-entropy",)
+    given = {name: getattr(args, name) for name in ("reduction", "label_smoothing", "class_weights")}
+    kind: Any = LOSSES[names[0] if len(names) == 1 else "sum"]
     settings = {name: value for name, value in given.items() if value is not None}
     if unknown := [name for name in settings if name not in {field.name for field in fields(kind)}]:
-        raise BadInput(f"--{unknown[0].replace('_', '-')} says nothing about the loss {args.loss}: leave it out.")
+        raise BadInput(
+            f"--{unknown[0].replace('_', '-')} says nothing about the loss {' + '.join(names)}: leave it out."
+        )
+    if args.loss_weights is not None and (len(names) < 2 or len(args.loss_weights) != len(names)):
+        raise BadInput(
+            f"--loss-weights has one factor for each of several losses, not {len(args.loss_weights)} for {len(names)}."
+        )
+    if len(names) > 1:
+        settings["terms"] = tuple(zip(args.loss_weights or (1.0,) * len(names), names, strict=True))
     return kind(**settings)
 
 
@@ -121,12 +136,20 @@ def told(args: flags.Observed) -> Recipe | None:
     return None if args.lr is None else trained_by(args)
 
 
-def trained_by(args: flags.Observed) -> Recipe:
-    """The training that the flags say."""
+def trained_by(args: flags.Observed, steps: int | None = None) -> Recipe:
+    """The training that the flags say; steps: where they do not."""
+    count, rates = args.steps or steps or 1, tuple[float, ...]()
+    if args.schedule is not None:
+        warmup, planned = args.warmup or 0, args.planned_steps
+        rates = scheduled(args.schedule, args.lr or 0.0, count, warmup=warmup, planned=planned)
+    elif args.warmup is not None or args.planned_steps is not None:
+        raise BadInput("--warmup and --planned-steps belong to a --schedule of the learning rate.")
     return Recipe(
         optimizer=args.optimizer or "sgd",
         learning_rate=args.lr or 0.0,
-        steps=args.steps or 1,
+        steps=count,
+        rates=rates,
+        shuffle=args.shuffle,
         batch_size=args.local_batch_size,
         weight_decay=args.weight_decay,
         proximal=args.proximal or 0.0,
@@ -154,7 +177,7 @@ def observed_adapter(args: flags.Observed, given: Path) -> Observation[Any]:
         batch_size=args.batch_size or (None if told is not None and told.several else 1),
         initial=args.initial,
     )
-    used = args.lr is None and told is not None and told.rate is not None
+    used = args.lr is None and told is not None and bool(told.course)
     remarks = () if told is None else told.remarks(path, used=used, optimizer=args.optimizer)
     return replace(adapter, release=replace(adapter.release, remarks=(*adapter.adapter.remarks, *remarks)))
 
@@ -162,14 +185,21 @@ def observed_adapter(args: flags.Observed, given: Path) -> Observation[Any]:
 def recipe_of(args: flags.Observed, told: Trainer | None) -> Recipe | None:
     """How an adapter was trained: as flags say; where they do not, as its checkpoint says, by AdamW without decay, the Trainer's default."""
     if args.lr is not None:
-        steps = args.steps or (1 if told is None else told.global_step)
-        return replace(trained_by(args), steps=steps)
-    if told is not None and told.rate is not None:
+        return trained_by(args, None if told is None else told.global_step)
+    if told is not None and told.course:
         steps, size = args.steps or told.global_step, None if told.per_epoch == 1 else told.train_batch_size
-        return Recipe(optimizer=args.optimizer or "adam", learning_rate=told.rate, steps=steps, batch_size=size)
-    if args.steps is not None or args.optimizer is not None or args.weight_decay is not None:
+        rates = told.course[:steps] if len(set(told.course)) > 1 else ()
+        recipe = Recipe(
+            optimizer=args.optimizer or "adam",
+            learning_rate=max(told.course),
+            steps=len(rates) or steps,
+            batch_size=size,
+            shuffle=args.shuffle,
+        )
+        return replace(recipe, rates=rates)
+    if any(getattr(args, name) is not None for name in OF_TRAINING):
         raise BadInput(
-            "--steps, --optimizer and --weight-decay say how the adapter was trained, which needs its --lr too."
+            "--steps, --optimizer, --weight-decay and --schedule say how the adapter was trained, which needs its --lr too."
         )
     return None
 

@@ -16,6 +16,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from gradleak.errors import BadInput, checked, parsed, read_json, shortened
+from gradleak.modalities.linear_attention import taken_apart
 from gradleak.observations import tensor_file
 from gradleak.observations.tensors import Tensors
 
@@ -38,6 +39,12 @@ UNREAD = {  # variants of LoRA by their tensors
     r"lokr_w\d": "LoKr, a Kronecker product",
     r"lora_mid\.": "LoCon with a factor in the middle",
     r"oft_|boft_": "OFT, a rotation",
+    r"lora_[ab]$": "of MLX or torchtune, with factors of other shapes and names",
+}
+OF_LYCORIS = {  # its other methods, behind a name with underscores
+    r"diff(_b)?": "a whole difference of weights (full)",
+    r"[ab]m?[12](\.weight)?": "GLoRA",
+    r"on_input|weight": "IA3, a factor of each row or column",
 }
 UNUSUAL = (
     *("use_dora", "use_qalora", "layer_replication", "alora_invocation_tokens", "loftq_config"),
@@ -169,7 +176,14 @@ def _sorted(path: Path, config: Config | None, tensors: Tensors, file: Path) -> 
     """The tensors by the part that they play."""
     names = {key: _plain(key) for key in tensors}
     for pattern, kind in UNREAD.items():
-        if odd := next((key for key, name in names.items() if re.search(rf"(^|\.)({pattern})", name)), None):
+        if odd := next(
+            (k for k, n in names.items() if re.search(rf"(^|\.)({pattern})", n.removesuffix(".weight"))), None
+        ):
+            raise BadInput(f"The adapter in {path} is {kind} ({shortened(odd)[:120]}): only plain LoRA is read.")
+    for pattern, kind in OF_LYCORIS.items():
+        if odd := next(
+            (key for key, name in names.items() if re.fullmatch(rf"(lycoris|lora)_\w+\.({pattern})", name)), None
+        ):
             raise BadInput(f"The adapter in {path} is {kind} ({shortened(odd)[:120]}): only plain LoRA is read.")
     counts = [key for key in tensors if key.endswith(("num_batches_tracked", "token_indices"))]
     alphas = {k: m["module"] for k, n in names.items() if (m := ALPHA.fullmatch(n)) and tensors[k].numel() == 1}
@@ -196,7 +210,7 @@ def _sorted(path: Path, config: Config | None, tensors: Tensors, file: Path) -> 
 
 def _plain(key: str) -> str:
     """A tensor's name without the wrappers that are no part of it."""
-    return ".".join(part for part in key.split(".") if part not in WITHOUT)
+    return taken_apart(".".join(part for part in key.split(".") if part not in WITHOUT))
 
 
 def _put(parts: dict[str, Tensors], module: str, side: str, tensor: Tensor, key: str, path: Path) -> None:
@@ -226,6 +240,8 @@ def _config(folder: Path) -> Config:
     if not is_adapter(folder):
         raise BadInput(f"{folder} is no PEFT folder: it has no {CONFIG}.")
     config = read_json(folder / CONFIG)
+    if isinstance(config, dict) and "fine_tune_type" in config:
+        raise BadInput(f"The adapter in {folder} is MLX's: convert it to PEFT's format.")
     if isinstance(config, dict) and config.get("peft_type") not in (None, "LORA"):
         kind = shortened(str(config["peft_type"]))[:60]
         raise BadInput(f"The adapter in {folder} is of the type {kind!r}: only LORA is read.")

@@ -47,7 +47,7 @@ class Fitted:
         for name, pair in files.factors.items():
             if name in foreign:
                 continue
-            module = module_of(name, targets)
+            module = module_of(name, targets) or module_of(f"{name}.in_proj", targets)  # of PEFT's packed attention
             if module is None and (other := module_of(name, layers)) is not None:
                 unread.append(f"{other} ({type(layers[other]).__name__})")
                 continue

@@ -7,7 +7,9 @@ from gradleak.errors import BadInput, shortened
 
 # What models are wrapped in, and what a name may therefore have before the base model's own, or lack.
 WRAPPERS = ("base_model", "model", "module", "language_model", "transformer", "unet", "text_encoder", "text_encoder_2")
-UNDERSCORED = re.compile(r"lora_[a-z]+\d?_(?P<name>[^.]+)")  # kohya: lora_unet_down_to_q, lora_te1_text_model_...
+UNDERSCORED = re.compile(
+    r"(lora_[a-z]+\d?|lycoris)_(?P<name>[^.]+)"
+)  # kohya: lora_unet_down_to_q, lora_te1_...; lycoris_
 # Other names of the same parts: transformers 5 has shorter ones in its vision transformers, diffusers its own in attention.
 RENAMED = (
     (r"encoder\.layer\.(\d+)\.", r"layers.\1."),

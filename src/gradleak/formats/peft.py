@@ -110,6 +110,7 @@ def adapter_of(
         origin=origin,
         init=shortened(init),
         beside=beside.trained,
+        changed=beside.changed,
         held=(*fitted.unread, *beside.held),
         known_at_end=beside.known_at_end,
         remarks=(*unread_remarks(fitted), *beside.remarks),

@@ -131,6 +131,15 @@ def change_to(given: Any, model: Model[Any], recipe: Recipe, batch_size: int | N
         if tensor.shape != known[name].shape:
             raise BadInput(f"{where} and the weights before it differ in the shape of {name}: they are of two models.")
     change: Tensors = {name: (t.double() - known[name].double()).float() for name, t in state.items()}
+    return change_by(change, model, recipe, batch_size, where, precision)
+
+
+def change_by(
+    given: Any, model: Model[Any], recipe: Recipe, batch_size: int | None, where: str, precision: str | None = None
+) -> Observation[Any]:
+    """The change of the model's parameters, after - before, by such a training; as `change_to`. precision: None: that of the arrays."""
+    precision = precision or shortest(given)
+    change, _ = fitted(given, {**model.parameters, **(model.buffers or {})}, model.module)
     still = [name for name, tensor in change.items() if name in model.parameters and not bool(tensor.any())]
     moved = {name: tensor for name, tensor in change.items() if name not in still}
     if not moved.keys() & model.parameters.keys():

@@ -33,6 +33,7 @@ class Beside:
 
     start         {parameter: where it began, where that is not as the base model has it}
     trained       parameters that were trained as a whole, from a start that is known
+    changed       {parameter: its change}, of these
     held          what was trained besides and `simulate` does not train along
     known_at_end  parameters that nobody knows but as training left them
     remarks       what a reader of the report has to know of it
@@ -40,6 +41,7 @@ class Beside:
 
     start: Tensors
     trained: tuple[str, ...]
+    changed: Tensors
     held: tuple[str, ...]
     known_at_end: tuple[str, ...]
     remarks: tuple[Reservation, ...]
@@ -84,8 +86,8 @@ def trained_beside(
             (
                 "trained_whole",
                 "info",
-                f"Beside the factors, {listed(trained)} changed as a whole in training: the change is in the files as well, and no "
-                "attack reads it.",
+                f"Beside the factors, {listed(trained)} changed as a whole in training: the change is in the files as well, and is read as "
+                "an update.",
             )
         )
     if known := tuple(name for name in brought if name in parts.whole):
@@ -98,7 +100,9 @@ def trained_beside(
             )
         )
     remarks += words(parts, began, was, model)
-    return Beside(start, trained, tuple(held), known, tuple(remarks))
+    changed = {p: (parts.whole[p].double() - was[p].double()).float() for p in trained}
+    remarks += classes(changed, model)
+    return Beside(start, trained, changed, tuple(held), known, tuple(remarks))
 
 
 def parts_of(files: AdapterFiles, model: Model[Any], config: Config) -> Parts:
@@ -236,6 +240,20 @@ def words(parts: Parts, began: Parts, was: Tensors, model: Model[Any]) -> list[R
         )
         remarks.append(("embeddings", "warning", sentence))
     return remarks
+
+
+def classes(changed: Tensors, model: Model[Any]) -> list[Reservation]:
+    """What the bias of a classifier's head tells of the labels: under a softmax cross entropy its gradient is p - y, so that it rises for
+    classes that are there only (iDLG, Zhao et al. 2020, arXiv:2001.02610)."""
+    name, count = list(model.parameters)[-1], model.architecture.classes
+    if count < 2 or name not in changed or changed[name].shape != (count,):
+        return []
+    there = [int(label) for label in (changed[name] > 0).nonzero().flatten()]
+    said = ", ".join(map(str, there[:20])) + (f" and {len(there) - 20} more" if len(there) > 20 else "")
+    sentence = (
+        f"The bias of the head, {name}, rose for the classes {said}: of one step, these are labels of private samples."
+    )
+    return [("labels", "warning", sentence)] if there else []
 
 
 def listed(names: Sequence[str]) -> str:

@@ -3,16 +3,19 @@ a pickle, which could run code, and is never opened."""
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import msgspec
 from msgspec import Meta
 
 from gradleak.errors import BadInput, checked, shortened
+from gradleak.observations.orders import Schedule, scheduled
 from gradleak.observations.release import Reservation
 
 STATE, ARGUMENTS = "trainer_state.json", "training_args.bin"
 LARGEST = 2**26  # bytes
+FEWEST, SAME = 3, 1e-9  # rates in a log that tell a schedule, and how far they may be from it, relative to the largest
+FEW, MOST = 300, 100_000  # steps of which every warm-up is tried; and of which any is
 
 
 class Log(msgspec.Struct, frozen=True):
@@ -45,6 +48,29 @@ class Trainer(msgspec.Struct, frozen=True):
         return rates[0] if constant and not few else None
 
     @property
+    def course(self) -> tuple[float, ...]:
+        """The learning rate of each step: constant, or a schedule of transformers that gives what was logged; nothing where none does, or
+        the log has too few entries to tell. Of two that do, that with the shorter warm-up."""
+        if self.rate is not None:
+            return (self.rate,) * min(self.global_step, MOST)
+        logged = [(line.step, line.learning_rate) for line in self.log_history if line.learning_rate is not None]
+        seen = {step: rate for step, rate in logged if step is not None and 0 < step <= self.global_step}
+        planned, largest = self.max_steps or 0, max(seen.values(), default=0.0)
+        if len(set(seen.values())) < FEWEST or not self.global_step <= planned <= MOST or not largest > 0:
+            return ()
+        warmups = range(planned) if planned <= FEW else (0, *(round(planned * k / 100) for k in range(1, 21)))
+        for warmup in warmups:
+            for kind in get_args(Schedule):
+                shares = (*scheduled(kind, 1.0, planned, warmup=warmup), 0.0)
+                for late in (1, 0):  # what is logged is the rate of the step itself, or, in older versions, of the next
+                    now = {step: shares[step - late] for step in seen}
+                    step = max(now, key=lambda s: now[s])
+                    peak = seen[step] / now[step] if now[step] > 0 else 0.0
+                    if peak > 0 and all(abs(rate - peak * now[s]) <= SAME * largest for s, rate in seen.items()):
+                        return tuple(peak * share for share in shares[: self.global_step])
+        return ()
+
+    @property
     def per_epoch(self) -> int | None:
         """Steps in an epoch, where the log tells."""
         if not self.max_steps or not self.num_train_epochs or self.num_train_epochs < 1:
@@ -72,12 +98,14 @@ class Trainer(msgspec.Struct, frozen=True):
         recipe = f"It does not say the optimiser: {optimizer} was given."
         if optimizer is None:
             recipe = "It does not say the optimiser: AdamW without decay is assumed, the Trainer's default."
-        if not used and self.rate is None:
+        if used and self.rate is None:
+            recipe = f"That is a schedule from {max(self.course):g} at most, which the recipe follows. {recipe}"
+        elif not used and not self.course:
             recipe = "The learning rate is not known to have been constant, so no recipe is made of it, and what assumes one step is approximate."
         elif not used:
             recipe = "The recipe is that of the flags."
         sentence = f"{STATE} says of the training: {', '.join(told)}. {recipe}"
-        remarks: list[Reservation] = [("trainer", "info" if used or self.rate is not None else "warning", sentence)]
+        remarks: list[Reservation] = [("trainer", "info" if used or self.course else "warning", sentence)]
         if (folder / ARGUMENTS).is_file():
             sentence = f"{ARGUMENTS} is a pickle, which could run code: it was not opened."
             remarks.append(("pickle", "info", sentence))

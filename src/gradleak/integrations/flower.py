@@ -11,7 +11,6 @@ the configuration of the run say it ("lr" or "learning-rate", "optimizer", "loca
 
 import copy
 import logging
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,17 +21,18 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import nn
 
-from gradleak.errors import BadInput, checked
-from gradleak.formats.observation_file import load_state, save_observation
+from gradleak.errors import BadInput
+from gradleak.formats.observation_file import save_observation
 from gradleak.formats.plain_file import change_to
 from gradleak.formats.secret_file import Secret
 from gradleak.integrations.auditing import CHEAP, audit_to
+from gradleak.integrations.federated import known_before
+from gradleak.integrations.federated import recipe_of as recipe_of
 from gradleak.modalities.losses import CROSS_ENTROPY, Loss
 from gradleak.observations.defenses import Defense
-from gradleak.observations.given import fitted
-from gradleak.observations.model import Mode, Model
+from gradleak.observations.model import Mode
 from gradleak.observations.observation import Observation
-from gradleak.observations.training import Optimizer, Recipe
+from gradleak.observations.training import Recipe
 
 UNABLE = (BadInput, RuntimeError, MemoryError, OSError)  # what keeping may end with; a training goes on
 LOG = logging.getLogger(__name__)
@@ -182,11 +182,7 @@ def observed_update(
     module: the network; its numbers do not matter. batch_size: samples of the client; None: counted, as one step of SGD tells them.
     Raises BadInput where the states are of another model, nothing has changed, or nothing tells the number of samples.
     """
-    network = copy.deepcopy(module).cpu()
-    state, _ = fitted(plain(before), dict(network.state_dict(keep_vars=True)), network)
-    told = any(name in state for name, _ in network.named_buffers())
-    load_state(network, state, partial=not told)
-    model = Model.of(network, architecture, mode=mode, criterion=criterion)
+    model = known_before(plain(before), module, architecture, mode, criterion)
     return change_to(plain(after), model, recipe, batch_size, "What the client sent")
 
 
@@ -201,32 +197,3 @@ def the_arrays(content: RecordDict, what: str) -> ArrayRecord:
     if len(records) != 1:
         raise BadInput(f"The {what} holds {len(records)} ArrayRecords: which of them are the weights is not known.")
     return records[0]
-
-
-def recipe_of(told: Mapping[str, Any], samples: int | None) -> Recipe:
-    """How a client trained, by the usual names of its configuration; BadInput where the learning rate is missing, or a value is none."""
-    known = {name.replace("_", "-"): value for name, value in told.items()}
-
-    def number(*names: str) -> float | None:
-        value = next((known[name] for name in names if known.get(name) is not None), None)
-        what = f"The configuration's {names[0]} is no number"
-        return None if value is None else checked(value, float, what)
-
-    rate, size, epochs = number("lr", "learning-rate"), number("batch-size"), number("local-epochs")
-    if rate is None:
-        raise BadInput(
-            'How the client trained is not known: no message says "lr". Give it: told={"lr": ..., "optimizer": "sgd", "local-epochs": '
-            '1, "batch-size": ...}.'
-        )
-    whole = samples is None or size is None or size >= samples
-    per_epoch = 1 if whole else math.ceil((samples or 1) / (size or 1))
-    steps = number("local-steps") or (epochs or 1) * per_epoch
-    return Recipe(
-        optimizer=checked(known.get("optimizer", "sgd"), Optimizer, "The configuration's optimizer is not known"),  # type: ignore[arg-type]
-        learning_rate=rate,
-        steps=int(steps),
-        batch_size=None if whole and samples is not None else None if size is None else int(size),
-        weight_decay=number("weight-decay"),
-        proximal=number("proximal-mu") or 0.0,
-        clip=number("clip"),
-    )

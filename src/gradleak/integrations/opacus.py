@@ -4,10 +4,13 @@
     ...                                                                    # one step of the training, as ever
     audit_to(seen.observation, Path("leakage"), secret=Secret(pictures, labels))
 
+With `for batch in seen.keeping(loader)` around that step, `seen.secret` is what it was made of.
+
 What is observed is what DP-SGD releases: the noisy gradient that the optimizer inside steps with.
 """
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +19,9 @@ from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
 from gradleak.errors import BadInput, NotObserved
+from gradleak.formats.secret_file import Secret
 from gradleak.integrations.auditing import audit_to as audit_to
+from gradleak.integrations.fed_batches import of_pairs
 from gradleak.modalities.losses import CROSS_ENTROPY, Loss
 from gradleak.modalities.networks import Architecture
 from gradleak.observations.model import Mode, Model
@@ -30,6 +35,7 @@ class Seen:
     """What `observe` waits for."""
 
     kept: Observation[Any] | None = field(default=None, repr=False)
+    fed: list[Any] = field(default_factory=list, repr=False)  # batches before that step
 
     @property
     def observation(self) -> Observation[Any]:
@@ -37,6 +43,19 @@ class Seen:
         if self.kept is None:
             raise NotObserved("No step has been taken since: the optimizer has to step once.")
         return self.kept
+
+    def keeping(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """The loader's batches of (pictures in [0, 1], labels); those before the step are kept as its secret."""
+        for batch in loader:
+            if self.kept is None:
+                self.fed.append(batch)
+            yield batch
+
+    @property
+    def secret(self) -> Secret:
+        """The samples that the step was made of, to score with; NotObserved before there was one, or without `keeping`."""
+        _ = self.observation
+        return of_pairs(self.fed)
 
 
 def observe(

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -19,10 +19,11 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gradleak.attacks.parameters import check_names
-from gradleak.errors import BadInput
+from gradleak.errors import BadInput, NotObserved
 from gradleak.formats.peft import read_adapter
 from gradleak.formats.secret_file import Secret
 from gradleak.integrations.auditing import CHEAP, audit_to
+from gradleak.integrations.fed_batches import Fed
 from gradleak.modalities.language_models import LanguageArchitecture, Task, build
 from gradleak.modalities.transformers_networks import quiet_transformers, structure
 from gradleak.observations.model import Model
@@ -51,7 +52,8 @@ class LeakageCallback(TrainerCallback):
 
     attacks  names of `gradleak list`; those that are no matter of hours unless others are given
     seconds  for each audit
-    secret   the private samples, to score with: Secret(inputs, labels) as the model is fed with them, in the Trainer's order
+    secret   the private samples, to score with: Secret(inputs, labels) as the model is fed with them, in the Trainer's order; or "batches":
+             those that it was fed with, kept in memory while it trains
     out      where all of that goes; the Trainer's output_dir unless given. It holds what was recovered of private data: do not share it
 
     `verdicts` is {step: verdict}. An audit that fails is told in the log, and in leakage.md; the training goes on. Training raises
@@ -63,7 +65,7 @@ class LeakageCallback(TrainerCallback):
         *,
         attacks: Sequence[str] = CHEAP,
         seconds: float = 60.0,
-        secret: Secret | None = None,
+        secret: Secret | Literal["batches"] | None = None,
         out: Path | str | None = None,
     ) -> None:
         check_names(list(attacks))
@@ -73,6 +75,8 @@ class LeakageCallback(TrainerCallback):
         self.rates: list[float] = []
         self.audited: set[int] = set()  # steps
         self.begun = 0  # the step at which this process began
+        self.fed = Fed()
+        self.watching: Any = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -87,6 +91,9 @@ class LeakageCallback(TrainerCallback):
                 "LeakageCallback(out=...) a folder elsewhere."
             )
         self.rates, self.begun = [], state.global_step
+        if self.secret == "batches" and not self.begun:
+            self.fed = Fed()
+            self.watching = self.fed.watch(model)
         initial = self.folder(args) / INITIAL
         if state.is_world_process_zero and not (self.begun and initial.is_dir()):
             with quiet_transformers():
@@ -111,6 +118,8 @@ class LeakageCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Audit the adapter as training left it, unless that was a checkpoint. A best model that was loaded in the end was one."""
+        if self.watching is not None:
+            self.watching.remove()
         if not state.is_world_process_zero or state.global_step in self.audited or args.load_best_model_at_end:
             return
         folder = self.folder(args) / FINAL
@@ -132,15 +141,24 @@ class LeakageCallback(TrainerCallback):
             with torch.random.fork_rng(devices=[]), quiet_transformers():
                 base = base_model(model, kwargs.get("processing_class"), initial)
                 observation = observed(adapter, initial, base, training)
-            written = audit_to(
-                observation, out / LEAKAGE, attacks=self.attacks, seconds=self.seconds, secret=self.secret
-            )
+            secret = self.scored_with(base, observation.batch_size)
+            written = audit_to(observation, out / LEAKAGE, attacks=self.attacks, seconds=self.seconds, secret=secret)
             self.verdicts[state.global_step] = written["verdict"]
         except UNABLE as error:
             sentence = f"The adapter in {adapter} could not be audited: {error}"
             LOG.warning(sentence)
             (out / LEAKAGE).mkdir(parents=True, exist_ok=True)
             (out / LEAKAGE / "leakage.md").write_text(f"{sentence}\n", encoding="utf-8")
+
+    def scored_with(self, base: Model[Any], samples: int | None) -> Secret | None:
+        """The secret that was given, or what the training was fed with; None, which the log tells, where that is not there."""
+        if self.secret != "batches":
+            return self.secret
+        try:
+            return self.fed.secret(base, samples)
+        except NotObserved as error:
+            LOG.warning("The audit is not scored: %s", error)
+            return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,12 +198,13 @@ class Training:
         total = len(data) if isinstance(data, Sized) else None
         samples = None if total is None else min(total, size * state.global_step)
         kind, decay = kind_of(optimizer)
-        constant = bool(rates) and min(rates) > 0 and max(rates) <= min(rates) * (1 + SAME) and not begun
+        known = bool(rates) and max(rates) > 0 and len(rates) == state.global_step and not begun
+        constant = known and max(rates) <= min(rates) * (1 + SAME)
         precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
         steps = f"{state.global_step} steps" if state.global_step > 1 else "1 step"
         spread = f"learning rates between {min(rates):g} and {max(rates):g}" if rates else "unknown learning rates"
         spread += f", resumed at step {begun}" if begun else ""
-        if kind is None or not constant:
+        if kind is None or not known:
             why = (
                 f"The Trainer took {steps} by {type(bare(optimizer)).__name__} at {spread}: that is no recipe that can be replayed, so "
                 "what assumes one step is approximate."
@@ -194,7 +213,8 @@ class Training:
             return cls(recipe=None, samples=samples, dropout=dropped, precision=precision, remarks=remarks)
         recipe = Recipe(
             optimizer=kind,
-            learning_rate=rates[0],
+            learning_rate=max(rates),
+            rates=() if constant else tuple(rates),
             steps=state.global_step,
             batch_size=None if total is not None and total <= size else size,
             weight_decay=decay,

@@ -4,7 +4,7 @@ Sentences are sequences of token ids, special tokens included. The library's own
 repeated here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -124,8 +124,12 @@ class LanguageArchitecture:
         return (), {"input_ids": ids, "attention_mask": mask} | ({"decoder_input_ids": ids} if twice else {})
 
     def logits(self, output: Any) -> Tensor:
-        """(batch, classes), or (batch, longest, vocabulary)."""
-        logits: Tensor = output.logits
+        """(batch, classes), or (batch, longest, vocabulary): what is called logits, else the output itself or its first part."""
+        named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+        first = output[0] if named is None and isinstance(output, tuple) else output
+        logits = first if named is None else named
+        if not isinstance(logits, Tensor):
+            raise BadInput(f"The model {self.name} returns a {type(output).__name__} without logits.")
         return logits
 
     def compared(self, logits: Tensor, inputs: Tokens, labels: Tensor | None) -> tuple[Tensor, Tensor]:

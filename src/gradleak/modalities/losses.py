@@ -93,9 +93,35 @@ class FocalLoss:
         return f"focal loss, gamma {self.gamma:g}, {self.reduction} over the batch"
 
 
+@dataclass(frozen=True)
+class SummedLoss:
+    """Several losses of the same outputs, added up.
+
+    terms  (weight, name in `LOSSES`) of each, which is as it is unless told otherwise; two or more, and no sum in a sum
+    """
+
+    reduction: Reduction = "mean"
+    terms: tuple[tuple[float, str], ...] = ((1.0, "cross-entropy"), (1.0, "focal"))
+
+    def __post_init__(self) -> None:
+        names = [name for name in LOSSES if name != "sum"]
+        if len(self.terms) < 2 or not all(name in names and 0 < abs(weight) <= MOST for weight, name in self.terms):
+            raise BadInput(
+                f"A sum of losses has two terms or more, each a weight up to {MOST:g} and one of {', '.join(names)}."
+            )
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        each = [weight * LOSSES[name](reduction=self.reduction)(logits, targets) for weight, name in self.terms]
+        return torch.stack(each).sum()
+
+    def __str__(self) -> str:
+        return " + ".join(f"{weight:g} x {name}" for weight, name in self.terms) + f", {self.reduction} over the batch"
+
+
 CROSS_ENTROPY = CrossEntropy()
-LOSSES: dict[str, type[CrossEntropy] | type[BinaryCrossEntropy] | type[FocalLoss]] = {
+LOSSES: dict[str, type[CrossEntropy] | type[BinaryCrossEntropy] | type[FocalLoss] | type[SummedLoss]] = {
     "cross-entropy": CrossEntropy,
     "binary-cross-entropy": BinaryCrossEntropy,
     "focal": FocalLoss,
+    "sum": SummedLoss,
 }

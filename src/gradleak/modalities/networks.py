@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gradleak.errors import BadInput
+from gradleak.modalities.linear_attention import with_linear_attention
 from gradleak.modalities.modality import Fact, by, fact
 from gradleak.modalities.own_code import named
 from gradleak.modalities.pictures import LONGEST_SIDE, MOST_CLASSES, Pictures, png
@@ -272,7 +273,7 @@ class Architecture:
             with torch.no_grad():
                 model.eval()(self.blank(1))
             model.train(training)
-        return model
+        return with_linear_attention(model)
 
     def arguments(self, inputs: Tensor, like: Tensor) -> tuple[tuple[Tensor], dict[str, Tensor]]:
         """The pictures themselves."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -23,7 +24,7 @@ from gradleak.observations.release import (
 )
 from gradleak.observations.starts import why_unknown
 from gradleak.observations.tensors import Tensors, flatten
-from gradleak.observations.training import Recipe, Undone, train
+from gradleak.observations.training import Recipe, Undone, shuffled_recipes, train
 
 SMALLEST, LARGEST = 1e-6, 1e6  # the scaling of an adapter
 MERGED = 1e-6  # of the largest singular value of a B that was read off weights: the others are rounding of float32
@@ -54,7 +55,8 @@ class Adapter(Release):
     undone    the step of an optimizer that this gradient was read from, or None
     unmerged  {module: deviation of one number of s B A} of an adapter that was read off the weights that it was merged into
 
-    Of what was trained beside the factors: `beside` names parameters that began as the model has them, and are trained along; `held` what
+    Of what was trained beside the factors: `beside` names parameters that began as the model has them, and are trained along (`changed`: the
+    change of each, where it is known, which `whole_weights` makes an update of); `held` what
     is not trained along; `known_at_end` parameters that the model has as training left them. `remarks` are reservations of the reader's.
     """
 
@@ -72,6 +74,7 @@ class Adapter(Release):
     tried: int = 0
     init: str = ""
     beside: tuple[str, ...] = ()
+    changed: Tensors = field(default_factory=dict, repr=False)
     held: tuple[str, ...] = ()
     known_at_end: tuple[str, ...] = ()
     remarks: tuple[Reservation, ...] = ()
@@ -106,7 +109,10 @@ class Adapter(Release):
                 raise BadInput(f"The change of {name} does not have the shape of its start.")
         if missing := [name for name in self.beside if name not in model.parameters]:
             raise BadInput(f"{missing[0]} is said to be trained beside the adapter, and is no parameter of the model.")
-        check_finite(self.start)
+        for name, tensor in self.changed.items():
+            if name not in self.beside or tensor.shape != model.parameters[name].shape:
+                raise BadInput(f"The change of {name} beside the adapter is not that of a parameter that was trained.")
+        check_finite({**self.start, **self.changed})
 
     def simulate(self, model: Model[Any], released: Tensors, inputs: Any, labels: Tensor | None) -> Tensors:
         """The change of the released factors after training on these, unrolled, differentiable; or their gradient.
@@ -156,7 +162,7 @@ class Adapter(Release):
         for module, s in self.scaling.items():
             if modules is not None and module not in modules:
                 continue
-            unit = 1 / s if self.gradient else -1 / (recipe.learning_rate * recipe.steps * s)
+            unit = 1 / s if self.gradient else -1 / (recipe.path * s)
             A, B = (self.start[f"{module}.{factor}"].flatten(1) for factor in ("lora_A", "lora_B"))
             if f"{module}.lora_B" in released and bool(A.any()):
                 sketches.append(Sketch(module, "right", unit * released[f"{module}.lora_B"].flatten(1), A))
@@ -203,6 +209,11 @@ class Adapter(Release):
         if self.held and self.recipe is not None and self.recipe.steps > 1:
             return f"{self.held[0]} changed in training too, and is held as it was"
         return "its recipe is unknown, one step of SGD is assumed" if self.recipe is None else inexact(self.recipe)
+
+    def shuffled(self, samples: int) -> list[Release]:
+        """Of a training in several batches, with these shuffled."""
+        recipes = [] if self.recipe is None or self.gradient else shuffled_recipes(self.recipe, samples)
+        return [replace(self, recipe=recipe) for recipe in recipes]
 
     def guessed(self) -> bool:
         """Without a recipe: one step of SGD is assumed."""
@@ -257,7 +268,8 @@ class Adapter(Release):
 
     def to(self, where: torch.device | torch.dtype) -> Self:
         """The start on another device, or in another precision."""
-        return replace(self, start={name: tensor.to(where) for name, tensor in self.start.items()})
+        start, changed = ({name: tensor.to(where) for name, tensor in t.items()} for t in (self.start, self.changed))
+        return replace(self, start=start, changed=changed)
 
 
 def product(A: Tensor, B: Tensor) -> Tensor:
@@ -269,6 +281,6 @@ def decay(recipe: Recipe | None) -> float:
     """What AdamW's weight decay has left of a parameter that had no gradient."""
     if recipe is None or recipe.optimizer != "adamw":
         return 1.0
-    if recipe.learning_rate * recipe.decay >= 1:
+    if recipe.learning_rate * recipe.decay >= 1:  # the largest of its rates
         raise BadInput(f"At a learning rate of {recipe.learning_rate:g}, the weight decay of AdamW leaves nothing.")
-    return float((1 - recipe.learning_rate * recipe.decay) ** recipe.steps)
+    return float(prod(1 - recipe.rate(step) * recipe.decay for step in range(recipe.steps)))

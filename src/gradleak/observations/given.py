@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradleak.errors import BadInput, shortened
+from gradleak.modalities.linear_attention import taken_apart
 from gradleak.modalities.modality import by
 from gradleak.observations.tensors import Tensors
 
@@ -95,7 +96,7 @@ def renamed(names: Sequence[str], known: Iterable[str]) -> list[str]:
     if set(names) <= known:
         return list(names)
     bare = {unwrapped(name): name for name in known}
-    found = [name if name in known else bare.get(unwrapped(name), name) for name in names]
+    found = [name if name in known else bare.get(unwrapped(name), taken_apart(name)) for name in names]
     strange = [name for name in found if name not in known]
     if not strange:
         return found
@@ -109,8 +110,8 @@ def renamed(names: Sequence[str], known: Iterable[str]) -> list[str]:
 
 
 def unwrapped(name: str) -> str:
-    """A name without the parts that wrappers add."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+    """A name without the parts that wrappers add, and with those of layers that were packed; a/b is a.b."""
+    return taken_apart(".".join(part for part in name.replace("/", ".").split(".") if part not in WRAPPERS))
 
 
 def prefixes(names: Iterable[str]) -> list[str]:

@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 from gradleak.errors import BadInput, shortened
 from gradleak.modalities.language_models import LanguageArchitecture
+from gradleak.modalities.linear_attention import with_linear_attention
 from gradleak.modalities.losses import CROSS_ENTROPY, Loss
 from gradleak.modalities.modality import Blueprint, Fact, fact
 from gradleak.modalities.networks import Architecture
@@ -51,7 +52,9 @@ class Model(Generic[A]):
         reveal_buffers: bool = True,
     ) -> Self:
         """A snapshot of any nn.Module that the blueprint can call; for pictures: (batch, channel, height, width) in [0, 1]
-        to logits. Copies all tensors, which stay where they are; tied ones appear once."""
+        to logits. Copies all tensors, which stay where they are; tied ones appear once. Packed attention is taken apart
+        (`linear_attention`)."""
+        module = with_linear_attention(module)
         persistent = set(module.state_dict())
         parameters = {k: v.detach().clone() for k, v in module.named_parameters()}
         buffers = {k: v.detach().clone() for k, v in module.named_buffers() if k in persistent}

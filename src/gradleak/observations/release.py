@@ -88,6 +88,10 @@ class Release:
         """It under other beliefs about the training; simulated: what this one gives of some data."""
         return []
 
+    def shuffled(self, samples: int) -> list["Release"]:
+        """It with the samples of its training shuffled by the usual seeds."""
+        return []
+
     def inexact(self) -> str:
         """Why what is read off as a gradient is not exactly one, or nothing."""
         return ""

@@ -13,15 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad
 
+from gradleak.errors import BadInput
 from gradleak.modalities.modality import Fact, fact
 from gradleak.observations.adapter import Adapter
 from gradleak.observations.layers import is_linear, oriented
 from gradleak.observations.model import Model
+from gradleak.observations.orders import taken
 from gradleak.observations.private_step import PrivateStep
 from gradleak.observations.release import Release, Reservation, Sketch, inexact, inexactly_undone
 from gradleak.observations.tensors import Tensors, rounding
 from gradleak.observations.trained_weights import Weights
-from gradleak.observations.training import Recipe, Undone, other_recipes, train
+from gradleak.observations.training import MOST, Recipe, Undone, other_recipes, shuffled_recipes, train
 
 UNEVEN = 2.0  # the rounding of a gradient follows its columns: such noise ends later than white noise
 
@@ -84,23 +86,39 @@ class Update(Release):
     """What a client of federated averaging sends: parameters after local training minus parameters before.
 
     recipe  of the local training, over the private inputs in their order, in chunks of its batch size, starting over at the
-            end (McMahan et al. 2017, ClientUpdate, without shuffling)
+            end (McMahan et al. 2017, ClientUpdate), shuffled where the recipe says so
+    clients  what is released is the mean over so many clients, each with as many of the private inputs: the first ones those of the
+             first client (secure aggregation shows no more; Bonawitz et al., CCS 2017)
     """
 
     name: ClassVar[str] = "update"
 
     recipe: Recipe
+    clients: int = 1
+
+    def check(self, model: Model[Any], released: Tensors) -> None:
+        """BadInput for no client, and as for every release."""
+        if not 1 <= self.clients <= MOST:
+            raise BadInput(f"An update is that of 1 to {MOST:,} clients, not of {self.clients}.")
+        super().check(model, released)
 
     def simulate(self, model: Model[Any], released: Tensors, inputs: Any, labels: Tensor | None) -> Tensors:
         """theta_k - theta_0 after the local steps, unrolled, differentiable."""
         before = {name: model.parameters[name] for name in released}
-        after = train(model.loss, before, inputs, labels, self.recipe)
-        return {name: after[name] - before[name] for name in before}
+        each, left = divmod(len(inputs), self.clients)
+        if left:
+            raise BadInput(f"{len(inputs)} samples are not as many for each of {self.clients} clients.")
+        ends = []
+        for first in range(0, len(inputs), each) if each else (0,):
+            rows = range(first, first + each)
+            own = taken(inputs, rows), None if labels is None else taken(labels, rows)
+            ends.append(train(model.loss, before, *own, self.recipe))
+        return {k: torch.stack([after[k] - before[k] for after in ends]).mean(0) for k in before}
 
     @property
     def unit(self) -> float:
         """What turns the change into the mean of the local gradients of SGD."""
-        return -1 / (self.recipe.learning_rate * self.recipe.steps)
+        return -1 / self.recipe.path
 
     def as_gradient(self, model: Model[Any], released: Tensors) -> Tensors:
         """-released / (learning rate x steps) without the weight decay: exact for one step, else a mean of the local gradients."""
@@ -129,13 +147,31 @@ class Update(Release):
         """theta_0 + released."""
         return {name: model.parameters[name] + change for name, change in released.items()}
 
+    def shuffled(self, samples: int) -> list[Release]:
+        """Of a training in several batches, with these shuffled."""
+        return [replace(self, recipe=recipe) for recipe in shuffled_recipes(self.recipe, samples // self.clients)]
+
+    def reservations(self, model: Model[Any], released: Tensors) -> list[Reservation]:
+        """That clients of an average are taken to be alike."""
+        if self.clients == 1:
+            return []
+        one = self.recipe.steps == 1 and self.recipe.optimizer in ("sgd", "momentum") and self.recipe.clip is None
+        meant = (
+            "so it is the gradient of all their samples together"
+            if one
+            else "each of which trained on its own part of the samples"
+        )
+        sentence = f"This is the mean over {self.clients} clients, {meant}; as many samples of each are assumed."
+        return [("clients", "warning", sentence)]
+
     def inexact(self) -> str:
         """More than one step, or Adam."""
         return inexact(self.recipe)
 
     def facts(self) -> list[Fact]:
         """The recipe of the local training."""
-        return [fact("local training", True, str(self.recipe))]
+        shared = [fact("clients", True, f"the mean of {self.clients}")] if self.clients > 1 else []
+        return [fact("local training", True, str(self.recipe)), *shared]
 
 
 GRADIENT = Gradient()

@@ -1,8 +1,9 @@
 """How something was trained: a recipe, and the training itself as a pure function, of pictures as of texts."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch.func import grad
 
 from gradleak.errors import BadInput
 from gradleak.modalities.modality import Inputs
+from gradleak.observations.orders import SEEDS, SHUFFLERS, Schedule, Shuffler, batches, scheduled, taken
 from gradleak.observations.tensors import Tensors, flatten
 
 Optimizer = Literal["sgd", "momentum", "adam", "adamw"]
@@ -24,7 +26,9 @@ class Recipe:
     """How something was trained: full steps over the private samples in their order, starting over at the end.
 
     optimizer      sgd, momentum (SGD at 0.9), adam or adamw (weight decay 0.01), with the defaults of torch.optim
-    learning_rate  constant
+    learning_rate  of every step; where `rates` differ, the largest of them
+    rates          the learning rate of each step, where they differ (see `scheduled`); else none
+    shuffle        how the samples are shuffled in each epoch, and the seed: ("loader", 42) (see `batches`); None: not at all
     steps          number of optimiser steps
     batch_size     samples per step; None: all of them
     weight_decay   None: 0.01 of adamw, 0 of the others
@@ -40,8 +44,17 @@ class Recipe:
     weight_decay: float | None = None
     proximal: float = 0.0
     clip: float | None = None
+    rates: tuple[float, ...] = ()
+    shuffle: tuple[Shuffler, int] | None = None
 
     def __post_init__(self) -> None:
+        if self.rates:
+            if len(self.rates) != self.steps or not all(0 <= rate <= LARGEST_RATE for rate in self.rates):
+                raise BadInput(f"{self.steps} steps need as many learning rates, none below 0, not {len(self.rates)}.")
+            object.__setattr__(self, "learning_rate", max(self.rates))
+            object.__setattr__(self, "rates", self.rates if min(self.rates) < max(self.rates) else ())
+        if self.shuffle is not None and not 0 <= self.shuffle[1] < 2**63:
+            raise BadInput(f"A seed lies between 0 and 2^63, not at {self.shuffle[1]}.")
         if not (self.learning_rate > 0 and self.steps > 0 and (self.batch_size is None or self.batch_size > 0)):
             raise BadInput("Training needs a learning rate, a number of steps and a batch size above zero.")
         most = max(self.steps, self.batch_size or 1)
@@ -63,9 +76,24 @@ class Recipe:
             return self.weight_decay
         return WEIGHT_DECAY if self.optimizer == "adamw" else 0.0
 
+    @property
+    def path(self) -> float:
+        """All learning rates together: what turns a gradient that stays the same into the change by SGD."""
+        return sum(self.rates) if self.rates else self.learning_rate * self.steps
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, from 0 on."""
+        return self.rates[step] if self.rates else self.learning_rate
+
     def __str__(self) -> str:
         batch = "all samples" if self.batch_size is None else f"{self.batch_size} samples"
-        text = f"{self.steps} {self.optimizer} steps, learning rate {self.learning_rate:g}, {batch} a step"
+        rate = (
+            f"rates {self.rates[0]:g} to {self.rates[-1]:g}, {self.learning_rate:g} at most"
+            if self.rates
+            else f"rate {self.learning_rate:g}"
+        )
+        text = f"{self.steps} {self.optimizer} steps, learning {rate}, {batch} a step"
+        text += "" if self.shuffle is None else f", shuffled ({self.shuffle[0]}, seed {self.shuffle[1]})"
         text += "" if self.weight_decay is None else f", weight decay {self.weight_decay:g}"
         text += f", FedProx at {self.proximal:g}" if self.proximal else ""
         return text + ("" if self.clip is None else f", gradients cut to norm {self.clip:g}")
@@ -111,15 +139,13 @@ def train(loss: Objective, parameters: Tensors, inputs: Inputs, labels: Tensor |
     """
     if not len(inputs):
         raise BadInput("There is no sample to train on.")
-    size = recipe.batch_size or len(inputs)
-    starts = range(0, len(inputs), size)
+    order = batches(len(inputs), recipe.batch_size, recipe.shuffle)
     first = {name: torch.zeros_like(p) for name, p in parameters.items()}
     second = first
-    start, (b1, b2), rate, decay = parameters, BETAS, recipe.learning_rate, recipe.decay
-    for step in range(1, recipe.steps + 1):
-        first_row = starts[(step - 1) % len(starts)]
-        part = slice(first_row, first_row + size)
-        g = grad(loss)(parameters, inputs[part], None if labels is None else labels[part])
+    start, (b1, b2), decay = parameters, BETAS, recipe.decay
+    for step, rows in enumerate(itertools.islice(order, recipe.steps), start=1):
+        rate = recipe.rate(step - 1)
+        g = grad(loss)(parameters, taken(inputs, rows), None if labels is None else taken(labels, rows))
         if recipe.proximal:
             g = {k: g[k] + recipe.proximal * (parameters[k] - start[k]) for k in g}
         g = cut(g, recipe.clip)
@@ -151,13 +177,24 @@ def cut(gradient: Tensors, norm: float | None) -> Tensors:
 
 
 def other_recipes(recipe: Recipe, before: Tensors, change: Tensors, simulated: Tensors) -> list[Recipe]:
-    """What else the training may have been whose change was simulated: with SGD, momentum, Adam or AdamW, or with the weight decay
-    that explains best what the simulation leaves of the change."""
+    """What else the training may have been whose change was simulated: with SGD, momentum, Adam or AdamW, with rates that fall to 0, or
+    with the weight decay that explains best what the simulation leaves of the change."""
     kinds: list[Optimizer] = ["sgd", "adam", "adamw", *(["momentum"] if recipe.steps > 1 else [])]  # type: ignore[list-item]
     others = [replace(recipe, optimizer=kind, weight_decay=None) for kind in kinds if kind != recipe.optimizer]
+    if recipe.steps > 1 and not recipe.rates:
+        others += [
+            replace(recipe, rates=scheduled(kind, recipe.learning_rate, recipe.steps)) for kind in get_args(Schedule)
+        ]
     both = torch.stack([flatten(simulated), flatten(before)], dim=1).double()
     _, pull = torch.linalg.lstsq(both, flatten(change).double()[:, None]).solution.flatten().tolist()
-    decay = recipe.decay - pull / (recipe.learning_rate * recipe.steps)
+    decay = recipe.decay - pull / recipe.path
     if SMALLEST_DECAY < decay <= 1:
         others.append(replace(recipe, weight_decay=float(f"{decay:.2g}")))
     return others
+
+
+def shuffled_recipes(recipe: Recipe, samples: int) -> list[Recipe]:
+    """The same training with the samples shuffled by the usual seeds, where their order can tell: several batches in several steps."""
+    if recipe.steps < 2 or not recipe.batch_size or recipe.batch_size >= samples or recipe.shuffle is not None:
+        return []
+    return [replace(recipe, shuffle=(kind, seed)) for seed in SEEDS for kind in SHUFFLERS]

@@ -197,7 +197,7 @@ def _sentences(model: LanguageModel) -> tuple[list[int], list[int], list[int], l
 
 
 def _end(model: LanguageModel) -> Any:
-    return model.architecture.config.eos_token_id
+    return getattr(model.architecture.config, "eos_token_id", None)
 
 
 def _run(model: LanguageModel, sentence: Sequence[int]) -> list[Call]:

@@ -25,6 +25,7 @@ from gradleak.observations.adapter import Adapter
 from gradleak.observations.layers import is_adaptable, is_transposed, oriented
 from gradleak.observations.model import Model
 from gradleak.observations.observation import Observation
+from gradleak.observations.orders import batches, taken
 from gradleak.observations.tensors import Tensors
 from gradleak.observations.training import OPTIMISERS, Recipe
 from gradleak.victims.gradient import keep_secret, revealable
@@ -69,9 +70,10 @@ def fine_tune(
     as_peft = target_modules == "all-linear" and hasattr(network, "config") and init != "lora_ga"
     targets = "all-linear" if as_peft else module_names(network, target_modules)
     check_rank(network, targets, rank, init)
-    size = recipe.batch_size or len(secret)
-    parts = [slice(start, start + size) for start in range(0, len(secret), size)]
-    batches = [(secret.inputs[part], None if secret.labels is None else secret.labels[part]) for part in parts]
+    order = list(itertools.islice(batches(len(secret), recipe.batch_size, recipe.shuffle), recipe.steps))
+
+    def batch(rows: Sequence[int]) -> tuple[Any, Tensor | None]:
+        return taken(secret.inputs, rows), None if secret.labels is None else taken(secret.labels, rows)
 
     def loss(inputs: Any, labels: Tensor | None) -> Tensor:
         positional, named = model.architecture.arguments(inputs, next(iter(model.parameters.values())))
@@ -85,16 +87,17 @@ def fine_tune(
         settings = {"r": rank, "lora_alpha": rank if alpha is None else alpha, "use_rslora": rslora}
         settings |= {"fan_in_fan_out": any(map(is_transposed, network.modules()))}
         adapted = _adapted(
-            network, {**settings, "init_lora_weights": init, "target_modules": targets}, module, loss, batches[0]
+            network, {**settings, "init_lora_weights": init, "target_modules": targets}, module, loss, batch(order[0])
         )
         module = adapted if module is network else module
         module.eval()
         factors = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
         initial = [factor.detach().clone() for factor in factors] if init in SUBTRACTED else None
         optimiser = OPTIMISERS[recipe.optimizer](factors, recipe.learning_rate)
-        for inputs, targets_ in itertools.islice(itertools.cycle(batches), recipe.steps):
+        for step, rows in enumerate(order):
+            optimiser.param_groups[0]["lr"] = recipe.rate(step)
             optimiser.zero_grad()
-            loss(inputs, targets_).backward()  # type: ignore[no-untyped-call]
+            loss(*batch(rows)).backward()  # type: ignore[no-untyped-call]
             optimiser.step()
         check_converged(factors, recipe)
         write_base(model, out / "base")

@@ -206,7 +206,11 @@ def polished(
     recipe, network = release.recipe, FullyConnected.of(model.module, model.parameters, model.architecture.input_shape)
     assert recipe is not None
     coarse = max(1, recipe.steps // COARSE) if recipe.optimizer == "sgd" else 1
-    rough = replace(recipe, steps=recipe.steps // coarse, learning_rate=recipe.learning_rate * coarse)
+    steps = recipe.steps // coarse
+    rates = tuple(sum(recipe.rate(i * coarse + k) for k in range(coarse)) for i in range(steps))
+    rough = replace(
+        recipe, steps=steps, learning_rate=recipe.learning_rate * coarse, rates=rates if recipe.rates else ()
+    )
     weights = [network.weights[0] @ span.basis.T, *network.weights[1:]]
     modules = [name.removesuffix(".weight") for name in network.names]
     first = f"{modules[0]}.lora_A"
