@@ -16,7 +16,7 @@ from gradleak.formats.observation_file import load_observation, save_observation
 from gradleak.modalities.losses import BinaryCrossEntropy, CrossEntropy, FocalLoss, Loss, Reduction
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import load
-from gradleak.observations.defenses import GaussianNoise, Sign, TopK, defended
+from gradleak.observations.defenses import Defense, GaussianNoise, Sign, TopK, defended
 from gradleak.observations.model import Model, PictureModel
 from gradleak.observations.tensors import Tensors
 from gradleak.victims.gradient import capture_gradient
@@ -113,7 +113,7 @@ def test_a_loss_of_ones_own_is_refused_by_files_in_a_sentence(tmp_path: Path) ->
 
 
 @dataclass(frozen=True)
-class Halved:
+class Halved(Defense):
     """A defense of somebody's own."""
 
     random: ClassVar[bool] = False
