@@ -63,7 +63,7 @@ DEEP = {
     "attacks/exact_git/exact_git.py": (11, 1_860),  # the weights first, then the pictures
     "attacks/decoders/attacks.py": (11, 1_310),  # four decoders, and the inversion behind them
     "attacks/learned/git.py": (5, 990),  # a generator, how it is trained and kept
-    "attacks/learned/lti.py": (5, 730),  # the same
+    "attacks/learned/lti.py": (5, 740),  # the same
     "attacks/activation_patterns/activation_patterns.py": (4, 670),  # half-spaces, the first layer, labels
     "attacks/weights/ntk.py": (3, 550),  # KKT's search
     "attacks/weights/kkt_search.py": (3, 520),  # KKT's own, many times

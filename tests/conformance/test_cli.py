@@ -409,9 +409,9 @@ def test_a_victim_trained_on_public_pictures_is_cached(
 @pytest.mark.parametrize(
     ("flags", "defense", "detail"),
     [
-        (("--noise", 0.01), GaussianNoise(0.01), "Gaussian noise of deviation 0.01"),
-        (("--leak", "sign"), Sign(), "signs only"),
-        (("--leak", "top-k"), TopK(0.01), "the largest 1 % of the entries"),
+        (("--defense", "noise:0.01"), GaussianNoise(0.01), "Gaussian noise of deviation 0.01"),
+        (("--defense", "sign"), Sign(), "signs only"),
+        (("--defense", "topk:0.01"), TopK(0.01), "the largest 1 % of the entries"),
     ],
     ids=["noise", "sign", "top-k"],
 )
@@ -441,8 +441,12 @@ def test_a_defended_gradient_says_so_everywhere(
 
 def test_defenses_that_cannot_be(tmp_path: Path, refused: Run) -> None:
     made = ["capture", "gradient", "--model", "mlp", *DIGITS, "--out", tmp_path / "o"]
-    assert "not both" in refused(*made, "--noise", 1, "--leak", "sign")
-    assert "between 0 and" in refused(*made, "--noise", -1)
+    assert "There is no defense 'nose': did you mean noise" in refused(*made, "--defense", "nose:1")
+    assert "given as top-k:SHARE" in refused(*made, "--defense", "top-k")
+    assert "are numbers" in refused(*made, "--defense", "noise:loud")
+    assert "between 0 and" in refused(*made, "--defense", "noise:-1")
+    assert "comes last" in refused(*made, "--defense", "unknown", "--defense", "sign")
+    assert "give it first" in refused(*made, "--defense", "sign", "--defense", "dp-sgd:1:1")
 
 
 # --- Verdicts: what speaks against the numbers comes first ---
@@ -1178,7 +1182,7 @@ def test_a_device_that_is_not_there(tmp_path: Path, captured: Path, refused: Run
 @pytest.mark.parametrize("kind", ["git", "lti"])
 def test_a_generator_is_trained_and_attacks(tmp_path: Path, captured: Path, ok: Run, refused: Run, kind: str) -> None:
     observation, pairs = seen(captured, "lenet"), tmp_path / "pairs"
-    made = ["capture", "pairs", observation, *DIGITS, "--count", 20, "--noise", 0.001, "--out", pairs]
+    made = ["capture", "pairs", observation, *DIGITS, "--count", 20, "--defense", "noise:0.001", "--out", pairs]
     ok(*made)
     ok(*made)  # goes on, and there is nothing left
     trained = ["--pairs", pairs, *DIGITS, "--training-epochs", 1, "--count", 20]
@@ -1191,7 +1195,7 @@ def test_a_generator_is_trained_and_attacks(tmp_path: Path, captured: Path, ok: 
     assert kind in refused("attack", observation, "--attack", kind, *none)
     other = refused("attack", other_state(tmp_path, captured), "--attack", kind, *generator, *none)
     assert "weights or buffers" in other
-    assert "not both" in refused("capture", "pairs", observation, "--leak", "sign", "--noise", 1, *none)
+    assert "done before there is one" in refused("capture", "pairs", observation, "--defense", "soteria:0.5", *none)
 
 
 def other_state(tmp_path: Path, captured: Path) -> Path:

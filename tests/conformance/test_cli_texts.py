@@ -332,7 +332,7 @@ def test_a_plain_gradient_of_a_language_model(
 
 
 def test_a_defended_gradient_of_texts(tmp_path: Path, gpt2: Path, ok: Run) -> None:
-    made = ["capture", "gradient", "--model", gpt2, "--task", "causal-lm", "--noise", "1e-6"]
+    made = ["capture", "gradient", "--model", gpt2, "--task", "causal-lm", "--defense", "noise:1e-6"]
     ok(*made, "--out", tmp_path / "c")
     audit = ["--secret", tmp_path / "c" / "secret.safetensors", "--attacks", "dager"]
     ok("audit", seen(tmp_path / "c"), *audit, "--out", tmp_path / "a")

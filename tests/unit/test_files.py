@@ -32,7 +32,7 @@ from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures, load
 from gradleak.modalities.texts import load_texts
 from gradleak.observations.adapter import Adapter
-from gradleak.observations.defenses import GaussianNoise, Sign, TopK
+from gradleak.observations.defenses import Defense, GaussianNoise, Sign, TopK
 from gradleak.observations.model import Mode, Model
 from gradleak.observations.observation import Observation, PictureObservation
 from gradleak.observations.release import Release
@@ -274,7 +274,7 @@ def test_losses_and_frozen_parameters_come_back(tmp_path: Path, criterion: Loss)
 
 
 @dataclass(frozen=True)
-class Own:
+class Own(Defense):
     """A loss and a defense of somebody's own."""
 
     random: ClassVar[bool] = False

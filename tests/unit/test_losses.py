@@ -16,7 +16,7 @@ from gradleak.formats.observation_file import load_observation, save_observation
 from gradleak.modalities.losses import BinaryCrossEntropy, CrossEntropy, FocalLoss, Loss, Reduction, SummedLoss
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import load
-from gradleak.observations.defenses import GaussianNoise, Sign, TopK, defended
+from gradleak.observations.defenses import Defense, GaussianNoise, Sign, TopK, defended
 from gradleak.observations.model import Model, PictureModel
 from gradleak.observations.observation import Observation
 from gradleak.observations.tensors import Tensors
@@ -143,7 +143,7 @@ def test_a_loss_of_ones_own_is_refused_by_files_in_a_sentence(tmp_path: Path) ->
 
 
 @dataclass(frozen=True)
-class Halved:
+class Halved(Defense):
     """A defense of somebody's own."""
 
     random: ClassVar[bool] = False

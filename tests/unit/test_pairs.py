@@ -59,13 +59,13 @@ def test_shards_do_not_depend_on_their_size_or_on_where_one_begins(pictures: Pic
     parts = joined(list(stream(model(), pictures, count=40, shard=12)))
     assert torch.equal(whole.images, parts.images)
     assert all(torch.allclose(whole.gradients[k], parts.gradients[k], atol=1e-7) for k in whole.gradients)
-    noisy = {"count": 40, "shard": 12, "defense": GaussianNoise(0.1)}
+    noisy = {"count": 40, "shard": 12, "defenses": (GaussianNoise(0.1),)}
     [last] = list(stream(model(), pictures, first=3, **noisy))  # type: ignore[arg-type]
     assert torch.equal(last.gradients["8.bias"], list(stream(model(), pictures, **noisy))[3].gradients["8.bias"])  # type: ignore[arg-type]
 
 
 def test_an_interrupted_capture_goes_on_and_ends_the_same(pictures: Pictures, tmp_path: Path) -> None:
-    plan = {"count": 30, "shard": 10, "defense": GaussianNoise(0.01)}
+    plan = {"count": 30, "shard": 10, "defenses": (GaussianNoise(0.01),)}
     write(tmp_path / "whole", model(), pictures, **plan)  # type: ignore[arg-type]
     write(tmp_path / "half", model(), pictures, **plan)  # type: ignore[arg-type]
     (tmp_path / "half" / "shard-00001.safetensors").unlink()

@@ -18,7 +18,8 @@ from gradleak.cli.progress import progress
 from gradleak.errors import BadInput
 from gradleak.formats.observation_file import save_observation
 from gradleak.formats.secret_file import Secret, save_secret
-from gradleak.observations.defenses import chosen
+from gradleak.observations.defense_names import Chosen
+from gradleak.observations.defenses import Defense
 from gradleak.observations.observation import Observation
 from gradleak.victims.play import UNFINISHED
 
@@ -61,7 +62,7 @@ def capture_pairs(args: flags.CapturePairs) -> None:
             public,
             count=args.count,
             batch=args.pair_batch,
-            defense=defense_of(args),
+            defenses=defense_of(args),
             seed=args.seed,
             on_step=start("pairs"),
         )
@@ -81,15 +82,15 @@ def train_exactly(args: flags.Train, name: str) -> None:
 def train(args: flags.Train, name: str, epochs: int) -> None:
     """Write generator.safetensors. name: of the command, which says of which attack."""
     out, attack = fresh_folder(args.out), name.removeprefix("train ")
-    if args.pairs is not None and (args.leak, args.noise, args.pair_batch) != ("none", 0.0, 1):
-        raise BadInput(f"The pairs in {args.pairs} are made: --leak, --noise and --pair-batch go with `capture pairs`.")
+    if args.pairs is not None and (args.defense, args.pair_batch) != ((), 1):
+        raise BadInput(f"The pairs in {args.pairs} are made: --defense and --pair-batch go with `capture pairs`.")
     observation, public = pairs_of(args)
-    model, folder, defense = observation.model, args.pairs, defense_of(args)
+    model, folder, defenses = observation.model, args.pairs, defense_of(args)
 
     def shards() -> Iterator[pairs.Pairs]:
         if folder is not None:
             return pairs.read(folder, model)
-        return pairs.stream(model, public, count=args.count, batch=args.pair_batch, defense=defense, seed=args.seed)
+        return pairs.stream(model, public, count=args.count, batch=args.pair_batch, defenses=defenses, seed=args.seed)
 
     batch = next(iter(shards())).labels.shape[1]
     with progress() as start:
@@ -122,7 +123,10 @@ def pairs_of(args: flags.CapturePairs) -> tuple[Observation[Any], Any]:
     return observation, dataclasses.replace(public, labels=public.labels % model.architecture.classes)
 
 
-def defense_of(args: flags.CapturePairs) -> Any:
-    """The defense that the pairs go through, or None."""
-    defenses = chosen(args.leak, args.noise)
-    return defenses[0] if defenses else None
+def defense_of(args: flags.CapturePairs) -> tuple[Defense, ...]:
+    """The defenses that the pairs go through; BadInput for one that is a part of the training, or of private pictures."""
+    defenses = Chosen.of(args.defense).defenses
+    for text, defense in zip(args.defense, defenses, strict=False):
+        if type(defense).training is not Defense.training or type(defense).bound is not Defense.bound:
+            raise BadInput(f"Pairs go through what is done to a gradient, and {text} is done before there is one.")
+    return defenses

@@ -31,6 +31,7 @@ from gradleak.formats.observation_file import load_observation, usable_labels
 from gradleak.formats.reconstruction_file import load_reconstruction, save_reconstruction
 from gradleak.formats.secret_file import Secret, load_secret
 from gradleak.modalities.networks import MODELS
+from gradleak.observations.defense_names import DEFENSES
 from gradleak.observations.observation import Observation
 from gradleak.observations.whole_weights import whole_weights
 from gradleak.report import html, record
@@ -268,7 +269,7 @@ RERUNNABLE: dict[str, type] = {
 
 
 def list_all(args: flags.List) -> None:
-    """Attacks with what their files say they see and recover; studies; models."""
+    """Attacks with what their files say they see and recover; defenses; studies; models."""
     from gradleak.studies.catalogue import STUDIES
 
     print("Attacks")
@@ -277,8 +278,15 @@ def list_all(args: flags.List) -> None:
         header = inspect.getdoc(sys.modules[kind.__module__]) or ""
         for section in re.findall(r"^(?:Sees|Recovers) .*(?:\n +.*)*", header, re.MULTILINE):
             print(textwrap.indent(section, "      "))
+    print("Defenses", *map(defense_line, DEFENSES), sep="\n")
     print("Studies", *(f"  {name:32} {study.question}" for name, study in STUDIES.items()), sep="\n")
     print(f"Models\n  {', '.join(MODELS)}, or package.module:factory of your own")
+
+
+def defense_line(name: str) -> str:
+    """A defense as `--defense` takes it, and its first sentence."""
+    form = ":".join([name, *(field.name.upper() for field in fields(DEFENSES[name]))])  # type: ignore[arg-type]
+    return f"  {form:32} {(inspect.getdoc(DEFENSES[name]) or '').splitlines()[0]}"
 
 
 def new_record(

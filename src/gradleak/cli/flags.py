@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, UseAppendAction
 
 from gradleak.modalities.language_models import Task
-from gradleak.observations.defenses import Leak
 from gradleak.observations.training import Optimizer
 from gradleak.report.gate import Bar
 
@@ -108,7 +107,16 @@ class Observed(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attack(Observed):
+class Attacked(Observed):
+    """What `attack` and `audit` may be told besides."""
+
+    defense: UseAppendAction[tuple[str, ...]] = ()
+    """What was done to the release before it was shared, in this order, each as NAME:NUMBER, in place of what the file says: top-k:0.1,
+    noise:0.01, ... (see `gradleak list`); unknown, for an attacker who does not know."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack(Attacked):
     """Reconstruct the private data with one attack. Sees no secret."""
 
     attack: str
@@ -121,7 +129,7 @@ class Attack(Observed):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Audit(Observed):
+class Audit(Attacked):
     """Run every applicable attack, score it against controls if the secret is given, and write a report."""
 
     secret: Path | None = None
@@ -148,10 +156,8 @@ class CapturePairs(Observed):
     """Number of pairs."""
     pair_batch: int = 1
     """Pictures in each pair's batch."""
-    leak: Leak = "none"
-    """What is shared of each gradient: none stands for all of it, signs, or the largest hundredth of the entries."""
-    noise: float = 0.0
-    """Standard deviation of the Gaussian noise on each gradient (with --leak none)."""
+    defense: UseAppendAction[tuple[str, ...]] = ()
+    """What is done to each gradient, in this order, each as NAME:NUMBER, like top-k:0.1 or noise:0.01 (see `gradleak list`)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,8 @@
 the number of samples, the factor of a release."""
 
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from gradleak.attacks.adam_step import with_step_undone
@@ -13,8 +15,10 @@ from gradleak.cli import flags
 from gradleak.cli.inputs import is_of_adapter, observed, seed_range
 from gradleak.cli.progress import OnStep, progress
 from gradleak.errors import BadInput
+from gradleak.observations.defense_names import Chosen
 from gradleak.observations.merged import was_merged
 from gradleak.observations.observation import Observation
+from gradleak.victims.gradient import trained_with
 
 
 def informed(args: flags.Observed) -> Observation[Any]:
@@ -22,6 +26,8 @@ def informed(args: flags.Observed) -> Observation[Any]:
     more = seed_range(args.seeds)
     with progress() as start:
         observation = observed(args)
+        if isinstance(args, flags.Attacked) and args.defense:
+            observation = told(observation, args.defense)
         recover = with_start_recovered if has_open_start(observation) else with_merged_recovered
         if more is not None and recover is with_merged_recovered and unmerged(observation)[0] is None:
             raise BadInput(
@@ -34,6 +40,15 @@ def informed(args: flags.Observed) -> Observation[Any]:
         if args.batch_size is None and (folder or (was_merged(observation) and observation.precision == "float32")):
             observation = with_samples_counted(observation)
         return with_factor_found(observation)
+
+
+def told(observation: Observation[Any], flags: Sequence[str]) -> Observation[Any]:
+    """The observation behind the defenses of flags, in place of those that it says; BadInput for defenses of another release."""
+    known = Chosen.of(flags).known
+    if known is None:
+        return replace(observation, defenses=None)
+    release, defenses = trained_with(observation.release, known, observation.batch_size or 1)
+    return replace(observation, release=release, defenses=defenses)
 
 
 def searched(observation: Observation[Any], more: range, on_step: OnStep) -> Observation[Any]:

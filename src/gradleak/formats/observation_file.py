@@ -17,7 +17,7 @@ from gradleak.formats.blueprints import BLUEPRINTS, check_state
 from gradleak.formats.old_observations import OLD, modern
 from gradleak.modalities.losses import LOSSES
 from gradleak.observations import tensor_file
-from gradleak.observations.defenses import DEFENSES
+from gradleak.observations.defense_names import DEFENSES
 from gradleak.observations.model import Mode, Model
 from gradleak.observations.observation import Observation
 from gradleak.observations.release import Release

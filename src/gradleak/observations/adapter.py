@@ -14,12 +14,14 @@ from gradleak.modalities.modality import Fact, by, fact
 from gradleak.observations.layers import oriented
 from gradleak.observations.model import Model
 from gradleak.observations.release import (
+    NOTHING,
     Release,
     Reservation,
     Sketch,
     check_finite,
     inexact,
     inexactly_undone,
+    noisier,
     weight_shaped,
 )
 from gradleak.observations.starts import why_unknown
@@ -154,7 +156,12 @@ class Adapter(Release):
         return weights
 
     def sketches(
-        self, model: Model[Any], released: Tensors, precision: str, modules: Collection[str] | None
+        self,
+        model: Model[Any],
+        released: Tensors,
+        precision: str,
+        modules: Collection[str] | None,
+        noise: Tensors = NOTHING,
     ) -> list[Sketch]:
         """One equation per released factor: exact for one SGD step, else a mean over the steps."""
         recipe = self.recipe or UNKNOWN
@@ -165,9 +172,13 @@ class Adapter(Release):
             unit = 1 / s if self.gradient else -1 / (recipe.path * s)
             A, B = (self.start[f"{module}.{factor}"].flatten(1) for factor in ("lora_A", "lora_B"))
             if f"{module}.lora_B" in released and bool(A.any()):
-                sketches.append(Sketch(module, "right", unit * released[f"{module}.lora_B"].flatten(1), A))
+                B_change = unit * released[f"{module}.lora_B"].flatten(1)
+                known = noisier(None, noise.get(f"{module}.lora_B"), B_change)
+                sketches.append(Sketch(module, "right", B_change, A, None if known is None else abs(unit) * known))
             if f"{module}.lora_A" in released and bool(B.any()):
-                sketches.append(Sketch(module, "left", unit * released[f"{module}.lora_A"].flatten(1).T, B.T))
+                A_change = unit * released[f"{module}.lora_A"].flatten(1).T
+                known = noisier(None, noise.get(f"{module}.lora_A"), A_change)
+                sketches.append(Sketch(module, "left", A_change, B.T, None if known is None else abs(unit) * known))
         return sketches
 
     def as_gradient(self, model: Model[Any], released: Tensors) -> Tensors:

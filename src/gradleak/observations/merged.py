@@ -91,7 +91,9 @@ def merged(observation: Observation[Any], recipe: Recipe | None) -> Merged | Non
         start=start,
         scaling=dict.fromkeys(layers, 1.0),
         recipe=recipe,
-        beside=tuple(name for name in moved(model, change, observation.precision) if name.removesuffix(".weight") not in layers),
+        beside=tuple(
+            name for name in moved(model, change, observation.precision) if name.removesuffix(".weight") not in layers
+        ),
         unmerged={module: layer.noise for module, layer in layers.items()},
     )
     plain = any(layer.step >= GAP and layer.low for layer in layers.values())

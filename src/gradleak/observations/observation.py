@@ -17,7 +17,7 @@ from gradleak.modalities.language_models import LanguageArchitecture
 from gradleak.modalities.modality import Fact, fact
 from gradleak.modalities.networks import Architecture
 from gradleak.observations.adapter import Adapter
-from gradleak.observations.defenses import Defense, defended
+from gradleak.observations.defenses import Defense, defended, deviations, seen_through
 from gradleak.observations.distances import relative_residual
 from gradleak.observations.given import fitted
 from gradleak.observations.model import A, Model
@@ -89,6 +89,11 @@ class Observation(Generic[A]):
         return self.expect(Adapter)
 
     def simulate(self, inputs: Any, labels: Tensor | None) -> Tensors:
+        """What would have been released, had the secret been these, as it compares with what was released: through the defenses that
+        are known, where something certain can be said of them."""
+        return seen_through(self.undefended(inputs, labels), self.released, self.defenses or ())
+
+    def undefended(self, inputs: Any, labels: Tensor | None) -> Tensors:
         """What would have been released, had the secret been these; before any defense."""
         return scaled(self.release.simulate(self.model, self.released, inputs, labels), self.factor)
 
@@ -102,7 +107,8 @@ class Observation(Generic[A]):
 
     def sketches(self, modules: Sequence[str] | None = None) -> list[Sketch]:
         """What was told of the gradient of each layer's weight: of these modules, or of all."""
-        return self.release.sketches(self.model, self._unscaled(), self.precision, modules)
+        noise = scaled(deviations(self.released, self.defenses or ()), 1 / abs(self.factor))
+        return self.release.sketches(self.model, self._unscaled(), self.precision, modules, noise)
 
     def after(self) -> Tensors | None:
         """The parameters of the model that training changed, as it left them; None where nothing was trained."""
@@ -117,9 +123,9 @@ class Observation(Generic[A]):
 
     def of_others(self, inputs: Any, labels: Tensor | None) -> Self:
         """The same release, made of somebody else's data, under the same defenses: it says nothing of the secret."""
-        released = {name: tensor.detach() for name, tensor in self.simulate(inputs, labels).items()}
-        generator = torch.Generator().manual_seed(0)
-        released = defended(released, self.defenses or (), generator)
+        released = {name: tensor.detach() for name, tensor in self.undefended(inputs, labels).items()}
+        defenses = [defense.bound(self.model, inputs) for defense in self.defenses or ()]
+        released = defended(released, defenses, torch.Generator().manual_seed(0))
         return replace(self, released=released, labels=None if self.labels is None else labels)
 
     def threat_model(self) -> list[Fact]:

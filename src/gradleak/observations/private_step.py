@@ -6,8 +6,8 @@ gradient of this kind is, so it is simulated. The noise is a defense like any ot
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,8 +15,9 @@ from torch.func import grad
 
 from gradleak.errors import BadInput
 from gradleak.modalities.modality import Fact, fact
-from gradleak.observations.defenses import Defense, GaussianNoise
+from gradleak.observations.defenses import LARGEST_NOISE, Defense, GaussianNoise
 from gradleak.observations.model import Model
+from gradleak.observations.release import Release
 from gradleak.observations.tensors import Tensors
 from gradleak.observations.training import cut
 
@@ -66,3 +67,33 @@ class PrivateStep:
         spent = "not counted" if self.epsilon is None else f"epsilon {self.epsilon:.3g} at delta {self.delta:g}, so far"
         spent = "none: without noise there is none" if not self.noise_multiplier else spent
         return [fact("private step", True, step), fact("privacy spent", self.epsilon is not None, spent)]
+
+
+@dataclass(frozen=True)
+class ClippedNoise(Defense):
+    """The gradient of each sample cut to norm `clip`, then noise of `noise_multiplier` times that on their sum, as Opacus does it.
+
+    What is released is a gradient with a PrivateStep, whose noise is the defense that is left.
+    """
+
+    random: ClassVar[bool] = True
+
+    clip: float
+    noise_multiplier: float
+
+    def __post_init__(self) -> None:
+        if not (0 < self.clip <= LARGEST_NOISE and 0 <= self.noise_multiplier <= LARGEST_NOISE):
+            raise BadInput(
+                f"DP-SGD cuts to a norm above 0 with a noise multiplier of 0 or more, each at most {LARGEST_NOISE:g}, not "
+                f"{self.clip:g} and {self.noise_multiplier:g}."
+            )
+
+    def training(self, release: Release, samples: int) -> tuple[Release, tuple[Defense, ...]]:
+        """A gradient of so many samples, each cut; BadInput for any other release."""
+        if "private" not in {field.name for field in fields(release)}:
+            raise BadInput(f"DP-SGD is a way to take gradients: it says nothing about an {release.name}.")
+        step = PrivateStep(clip=self.clip, noise_multiplier=self.noise_multiplier, divisor=float(samples))
+        return replace(release, private=step), step.defenses
+
+    def __str__(self) -> str:
+        return f"each sample cut to norm {self.clip:g}, noise multiplier {self.noise_multiplier:g}"

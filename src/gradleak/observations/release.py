@@ -16,6 +16,7 @@ from gradleak.observations.training import Recipe, Undone
 
 UNSURE = 0.02  # of a gradient's length: as much as bfloat16 leaves
 
+NOTHING: Tensors = {}
 Reservation = tuple[str, Literal["info", "warning", "error"], str]  # name, level, sentence
 
 
@@ -75,9 +76,15 @@ class Release:
         raise NotImplementedError
 
     def sketches(
-        self, model: Model[Any], released: Tensors, precision: str, modules: Collection[str] | None
+        self,
+        model: Model[Any],
+        released: Tensors,
+        precision: str,
+        modules: Collection[str] | None,
+        noise: Tensors = NOTHING,
     ) -> list[Sketch]:
-        """What is told of each layer's gradient; of these modules, or of all."""
+        """What is told of each layer's gradient; of these modules, or of all. noise: {name: deviation that defenses have added to
+        each entry of what was released}, where it is known."""
         return []
 
     def after(self, model: Model[Any], released: Tensors) -> Tensors | None:
@@ -111,6 +118,14 @@ class Release:
     def to(self, where: torch.device | torch.dtype) -> Self:
         """The same on another device, or in another precision."""
         return self
+
+
+def noisier(known: Tensor | None, added: Tensor | None, rows: Tensor) -> Tensor | None:
+    """The deviation of each row (rows,) of a matrix of which both may be known: added by a defense, one number."""
+    if added is None:
+        return known
+    added = added.to(rows).expand(len(rows))
+    return added if known is None else torch.hypot(known, added)
 
 
 def inexactly_undone(step: Undone | None) -> str:

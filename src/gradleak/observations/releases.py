@@ -20,7 +20,7 @@ from gradleak.observations.layers import is_linear, oriented
 from gradleak.observations.model import Model
 from gradleak.observations.orders import taken
 from gradleak.observations.private_step import PrivateStep
-from gradleak.observations.release import Release, Reservation, Sketch, inexact, inexactly_undone
+from gradleak.observations.release import NOTHING, Release, Reservation, Sketch, inexact, inexactly_undone, noisier
 from gradleak.observations.tensors import Tensors, rounding
 from gradleak.observations.trained_weights import Weights
 from gradleak.observations.training import MOST, Recipe, Undone, other_recipes, shuffled_recipes, train
@@ -56,15 +56,20 @@ class Gradient(Release):
         return released
 
     def sketches(
-        self, model: Model[Any], released: Tensors, precision: str, modules: Collection[str] | None
+        self,
+        model: Model[Any],
+        released: Tensors,
+        precision: str,
+        modules: Collection[str] | None,
+        noise: Tensors = NOTHING,
     ) -> list[Sketch]:
         """The gradients of linear layers' weights; the noise is the rounding to a format shorter than float32."""
         sketches = []
         for module, tensor in linear_weights(model, released, modules):
-            noise = (
-                None if precision in ("float32", "float64") else UNEVEN * rounding(tensor, getattr(torch, precision))
-            )
-            sketches.append(Sketch(module, "right", tensor, None, noise))
+            short = precision not in ("float32", "float64")
+            known = UNEVEN * rounding(tensor, getattr(torch, precision)) if short else None
+            known = noisier(known, noise.get(f"{module}.weight"), tensor)
+            sketches.append(Sketch(module, "right", tensor, None, known))
         return sketches
 
     def inexact(self) -> str:
@@ -131,16 +136,21 @@ class Update(Release):
         return [replace(self, recipe=recipe) for recipe in others]
 
     def sketches(
-        self, model: Model[Any], released: Tensors, precision: str, modules: Collection[str] | None
+        self,
+        model: Model[Any],
+        released: Tensors,
+        precision: str,
+        modules: Collection[str] | None,
+        noise: Tensors = NOTHING,
     ) -> list[Sketch]:
         """As of a gradient; a difference of parameters carries the rounding of the parameters, that of every step."""
         sketches = []
-        for sketch in Gradient().sketches(model, released, precision, modules):
+        for sketch in Gradient().sketches(model, released, precision, modules, noise):
             weight = oriented(model, sketch.module, model.parameters[f"{sketch.module}.weight"])
-            noise = rounding(weight, torch.float32) * self.recipe.steps**0.5
-            noise = noise if sketch.noise is None else torch.hypot(noise, sketch.noise)
+            known = rounding(weight, torch.float32) * self.recipe.steps**0.5
+            known = known if sketch.noise is None else torch.hypot(known, sketch.noise)
             measured = self.unit * sketch.measured - self.recipe.decay * weight
-            sketches.append(replace(sketch, measured=measured, noise=abs(self.unit) * noise))
+            sketches.append(replace(sketch, measured=measured, noise=abs(self.unit) * known))
         return sketches
 
     def after(self, model: Model[Any], released: Tensors) -> Tensors | None:

@@ -126,7 +126,7 @@ def fit(victim: Field, trial: Trial, size: Size, seed: int) -> Generator:
         Transcript if git else Perceptron,
         options | LAYOUTS.get(trial.method, {}),
         victim.model,
-        lambda: stream(victim.model, victim.public, defense=trial.trained_on, **pairs),
+        lambda: stream(victim.model, victim.public, defenses=those(trial.trained_on), **pairs),
         epochs=trial.epochs,
         learning_rate=1e-3 if trial.method == "lti" else 2e-3,
         generator=generator,
@@ -140,12 +140,17 @@ def equal_size(victim: Field, git: Transcript) -> int:
     return max(round(used / (released + victim.private.images[0].numel())), 1)
 
 
+def those(defense: Defense | None) -> tuple[Defense, ...]:
+    """One defense, or none."""
+    return () if defense is None else (defense,)
+
+
 def found_for(
     generator: Callable[[Tensors], Tensor], victim: Field, pictures: Pictures, defense: Defense | None = None
 ) -> Tensor:
     """What the generator makes of the gradients of these pictures, one at a time: (n, channel, height, width)."""
     known, count = replace(pictures, labels=pictures.labels % victim.model.architecture.classes), len(pictures.images)
-    shards = stream(victim.model, known, count=count, shard=200, defense=defense, seed=SHUFFLE)
+    shards = stream(victim.model, known, count=count, shard=200, defenses=those(defense), seed=SHUFFLE)
     found = torch.cat([generator(pairs.gradients)[:, 0] for pairs in shards])
     return found[chosen(count, count, 1, SHUFFLE).flatten().argsort()]
 

@@ -302,7 +302,7 @@ class Audited:
 def attacked(attack: Any, observations: Sequence[Observation[Any]], bench: Bench) -> list[Reconstruction]:
     """Every observation's reconstruction: side by side where the attack can, as many at a time as a processor's cache holds."""
     generator = torch.Generator().manual_seed(bench.seed)
-    if not hasattr(attack, "many"):
+    if not hasattr(attack, "many") or any(d.reads for o in observations for d in o.defenses or ()):
         return [attack(o, generator=generator.manual_seed(bench.seed), on_step=bench.on_step) for o in observations]
     size = sum(tensor.nbytes for tensor in observations[0].released.values())
     parts = math.ceil(len(observations) * size / CACHE)

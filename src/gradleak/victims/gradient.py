@@ -26,6 +26,7 @@ def capture_gradient(
     *,
     precision: torch.dtype = torch.float32,
     defenses: Sequence[Defense] = (),
+    told: bool = True,
     reveal_labels: bool = False,
     reveal_buffers: bool = True,
     reveal_batch_size: bool = True,
@@ -35,32 +36,43 @@ def capture_gradient(
 
     The model is a snapshot from before the forward pass, so that train mode's update of BatchNorm's buffers is not in it.
     precision: the number format of the release. defenses: applied before that, with noise from the seed, which also chooses
-    what is masked. Raises BadInput when the model cannot take these data.
+    what is masked. told: whether the attacker knows them; of clipping, which is a part of the training, an attacker always knows.
+    Raises BadInput when the model cannot take these data.
     """
     secret = keep_secret(model, private, seed=seed)
     revealed = model if reveal_buffers else model.without_buffers()
+    release, left = trained_with(Gradient(), defenses, len(secret))
     seen = Observation(
         model=revealed,
-        released=share(model, Gradient(), model.trained, secret, precision, defenses, seed),
+        release=release,
+        released=share(model, release, model.trained, secret, precision, left, seed),
         batch_size=len(secret) if reveal_batch_size else None,
         labels=revealable(secret) if reveal_labels else None,
         precision=str(precision).removeprefix("torch."),
-        defenses=tuple(defenses),
+        defenses=left if told else None,
     )
     return seen, secret
 
 
 def share_update(
-    gradient: Observation[A], secret: Secret, recipe: Recipe, *, model: Model[A] | None = None, seed: int = 0
+    gradient: Observation[A],
+    secret: Secret,
+    recipe: Recipe,
+    *,
+    model: Model[A] | None = None,
+    defenses: Sequence[Defense] | None = None,
+    seed: int = 0,
 ) -> Observation[A]:
     """What the client of `gradient` would have shared after local training by this recipe.
 
     model: the client's own, where the observation withholds its buffers. Everything that `gradient` withholds stays withheld.
+    defenses: those that were applied, where `gradient` does not tell them.
     Raises BadInput when the training diverges.
     """
     precision, release = getattr(torch, gradient.precision), Update(recipe=recipe)
-    whole, defenses = model or gradient.model, gradient.defenses or ()
-    released = share(whole, release, gradient.released, secret, precision, defenses, seed)
+    whole = model or gradient.model
+    _, left = trained_with(release, gradient.defenses or () if defenses is None else defenses, len(secret))
+    released = share(whole, release, gradient.released, secret, precision, left, seed)
     if not all(bool(tensor.isfinite().all()) for tensor in released.values()):
         raise BadInput(f"Local training diverged at learning rate {recipe.learning_rate:g}: choose a smaller one.")
     return replace(gradient, release=release, released=released)
@@ -77,7 +89,20 @@ def share(
 ) -> Tensors:
     """What leaves the client: computed, defended, and rounded to the number format, in float32 again where it is shorter."""
     exact = {k: t.detach() for k, t in release.simulate(model, names, secret.inputs, secret.labels).items()}
-    return rounded(defended(exact, defenses, torch.Generator().manual_seed(seed)), precision)
+    here = [defense.bound(model, secret.inputs) for defense in defenses]
+    return rounded(defended(exact, here, torch.Generator().manual_seed(seed)), precision)
+
+
+def trained_with(release: Release, defenses: Sequence[Defense], samples: int) -> tuple[Release, tuple[Defense, ...]]:
+    """The release, with those defenses in it that are a part of the training, and the others; BadInput where one of the former comes
+    after one of the latter."""
+    left = list[Defense]()
+    for defense in defenses:
+        before, (release, rest) = release, defense.training(release, samples)
+        if release != before and left:
+            raise BadInput("What is a part of the training comes before every other defense: give it first.")
+        left += rest
+    return release, tuple(left)
 
 
 def keep_secret(model: Model[Any], private: Any, *, seed: int = 0) -> Secret:

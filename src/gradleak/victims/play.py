@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from tyro.conf import UseAppendAction
 
 from gradleak.errors import BadInput
 from gradleak.formats.model_folder import is_language_model, read_base, read_language_model
@@ -15,7 +16,7 @@ from gradleak.modalities.language_models import Task
 from gradleak.modalities.networks import BINARY, Architecture
 from gradleak.modalities.pictures import load, public_pool
 from gradleak.modalities.texts import load_texts
-from gradleak.observations.defenses import Leak, chosen
+from gradleak.observations.defense_names import Chosen
 from gradleak.observations.model import Mode, Model
 from gradleak.observations.observation import Observation
 from gradleak.observations.training import Optimizer, Recipe
@@ -124,10 +125,9 @@ class CaptureGradient(Private):
     """BatchNorm by running statistics (eval) or by those of the batch (train)."""
     hide_buffers: bool = False
     """Withhold BatchNorm's running statistics."""
-    leak: Leak = "none"
-    """A defense: what is shared of each tensor: none stands for all of it, signs, or the largest hundredth of the entries."""
-    noise: float = 0.0
-    """A defense: standard deviation of the Gaussian noise on what is shared (with --leak none)."""
+    defense: UseAppendAction[tuple[str, ...]] = ()
+    """What is done to it before it is shared, in this order, each as NAME:NUMBER, like top-k:0.1 or noise:0.01 (see `gradleak list`);
+    unknown as the last withholds from the attacker those before it."""
 
     def __call__(self, out: Path, seed: int, start: Start) -> tuple[Observation[Any], Secret]:
         """The observation and the secret."""
@@ -140,7 +140,8 @@ class CaptureGradient(Private):
             model,
             data,
             reveal_buffers=not self.hide_buffers,
-            defenses=chosen(self.leak, self.noise),
+            defenses=(chosen := Chosen.of(self.defense)).defenses,
+            told=chosen.told,
             seed=seed,
             **self.shown(),
         )
@@ -162,7 +163,8 @@ class CaptureUpdate(CaptureGradient):
         """The observation and the secret."""
         recipe = Recipe(learning_rate=self.learning_rate, steps=self.local_steps, batch_size=self.local_batch_size)
         gradient, secret, model = self.captured(seed, start)
-        return share_update(gradient, secret, recipe, model=model, seed=seed), secret
+        defenses = Chosen.of(self.defense).defenses
+        return share_update(gradient, secret, recipe, model=model, defenses=defenses, seed=seed), secret
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -100,7 +100,7 @@ def spans_of(observation: TextObservation, modules: Sequence[str]) -> list[Span]
     fewest = min((layout.gap(sketch.module) for sketch in through), default=0)
     through = [sketch for sketch in through if layout.gap(sketch.module) == fewest]
     pooled = [_pooled(whole, observation.precision)] if whole else []
-    seen = [span_of(s.measured, s.factor, observation.precision) for s in through]
+    seen = [span_of(s.measured, s.factor, observation.precision, s.noise) for s in through]
     most = max((span.rank for span in seen), default=0)
     return pooled + [span for span in seen if span.rank >= min(most, span.basis.shape[1])]
 

@@ -4,7 +4,7 @@ Made many at once (`vmap` of `grad`), in shards that depend on the seed and thei
 that memory does not grow with their number, or to disk, where an interrupted run is resumed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -55,7 +55,7 @@ def stream(
     *,
     count: int,
     batch: int = 1,
-    defense: Defense | None = None,
+    defenses: Sequence[Defense] = (),
     seed: int = 0,
     shard: int = 1_000,
     first: int = 0,
@@ -93,8 +93,9 @@ def stream(
             found = released(trained, images[part], labels[part])
             parts.append({name: tensor.detach() for name, tensor in found.items()})
         gradients = {name: torch.cat([part[name] for part in parts]) for name in trained}
-        if defense is not None:
-            gradients = defense.apply(gradients, torch.Generator().manual_seed((seed << 20) + number))
+        noise = torch.Generator().manual_seed((seed << 20) + number)
+        for defense in defenses:
+            gradients = defense.apply(gradients, noise)
         pairs = Pairs(images[part_rows], labels[part_rows], gradients)
         check(pairs, f"shard {number}")
         if on_step is not None:
@@ -117,7 +118,7 @@ def write(
     *,
     count: int,
     batch: int = 1,
-    defense: Defense | None = None,
+    defenses: Sequence[Defense] = (),
     seed: int = 0,
     shard: int = 1_000,
     on_step: OnStep | None = None,
@@ -126,7 +127,11 @@ def write(
 
     Raises BadInput if the folder holds pairs of another model, seed or number.
     """
-    origin = {"model": model.state_hash(), "pictures": f"{pictures.source} {pictures.split}", "defense": repr(defense)}
+    origin = {
+        "model": model.state_hash(),
+        "pictures": f"{pictures.source} {pictures.split}",
+        "defense": repr(tuple(defenses)),
+    }
     about = checked(
         {**origin, "count": count, "batch": batch, "seed": seed, "shard": shard}, Plan, "No such pairs are made"
     )
@@ -141,7 +146,7 @@ def write(
         pictures,
         count=count,
         batch=batch,
-        defense=defense,
+        defenses=defenses,
         seed=seed,
         shard=shard,
         first=number,

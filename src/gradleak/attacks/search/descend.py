@@ -56,6 +56,10 @@ def _circumstances(o: PictureObservation) -> dict[str, Any]:
     shared |= {name: fingerprint(value) if name == "start" else value for name, value in settings.items()}
     if settings.get("recipe", UNKNOWN) is None:
         shared["size"] = float(flatten(o.released).norm())  # to which a simulation is scaled
+    if any(
+        defense.reads for defense in o.defenses or ()
+    ):  # what a simulation is compared with depends on what was released
+        shared["own"] = fingerprint(o.released)
     state = {"mode": o.model.mode, "loss": o.model.criterion, "state": o.model.state_hash()}
     return shared | state | {"kind": o.release.name}
 
