@@ -22,7 +22,7 @@ from gradleak.audit.loop import audit as run_audit
 from gradleak.audit.scoring import SCORING
 from gradleak.audit.verdict import judged
 from gradleak.audit.written import describe, finish, keep_shown, untried, written_audit
-from gradleak.cli import flags
+from gradleak.cli import flags, owner_flags
 from gradleak.cli.informed import informed
 from gradleak.cli.inputs import check_device, file_hash, fresh_folder, observed_files
 from gradleak.cli.progress import progress
@@ -245,6 +245,8 @@ RERUNNABLE: dict[str, type] = {
     "demo": flags.Demo,
     "attack": flags.Attack,
     "audit": flags.Audit,
+    "canaries score": owner_flags.ScoreCanaries,
+    "extract": owner_flags.Extract,
     "study": flags.Study,
     "reproduce": flags.Study,
 }
