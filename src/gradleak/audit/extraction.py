@@ -223,10 +223,13 @@ def candidates_verdict(rows: Sequence[dict[str, Any]], compared: bool) -> Verdic
     out = [row for row in rows if row["p_adjusted"] < LEVEL]
     what = "training made" if compared else "the model finds"
     if not out:
-        return {
-            "level": "nothing",
-            "sentence": f"No candidate stands out of {len(rows):,}: the first is what chance would bring. That is no proof that none was trained on.",
-        }
+        first = rows[0]
+        said = (
+            f"No candidate stands out of {len(rows):,} by itself: one always comes first, here {first['candidate']!r}, "
+            f"{first['above_median_bits']:.1f} bits above the median. If that is one that you trained on, chance puts it there with probability "
+            f"1/{len(rows):,}: look up the ranks of yours."
+        )
+        return {"level": "nothing", "sentence": said}
     names = ", ".join(f"{row['candidate']!r} ({row['above_median_bits']:.1f} bits)" for row in out[:5])
     base = "" if compared else " Without --base that may be common knowledge."
     said = f"{len(out)} of {len(rows):,} candidates stand{'s' if len(out) == 1 else ''} out, which {what} far more likely than the median one: "

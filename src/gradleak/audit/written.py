@@ -13,6 +13,7 @@ from gradleak.audit.scoring.scoring import legend
 from gradleak.audit.verdict import judged
 from gradleak.formats.secret_file import Secret
 from gradleak.formats.shown_files import save_shown
+from gradleak.observations.mechanism import Mechanism
 from gradleak.observations.observation import Observation
 from gradleak.report import html, record
 from gradleak.report.sheet import save_sheet
@@ -32,6 +33,7 @@ def written_audit(
     name: str = "",
     on_step: Callable[[str], OnStep] | None = None,
     bound: bool = True,
+    told: Mechanism | None = None,
 ) -> Iterator[Audited]:
     """`audit`, with record.json, report.html and what was recovered written to `out` after each attack.
 
@@ -42,6 +44,7 @@ def written_audit(
     describe(written, observation, name)
     left[name or observation.release.name] = untried(observation, attacks)
     about: Any = {"secret": secret, "seed": seed, "device": device, "name": name, "on_step": on_step, "bound": bound}
+    about["told"] = told
     for done in audit(observation, attacks, public, **about):
         written["results"].append(done.result)
         judged(written, left)

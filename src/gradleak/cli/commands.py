@@ -31,6 +31,7 @@ from gradleak.formats.observation_file import load_observation, usable_labels
 from gradleak.formats.reconstruction_file import load_reconstruction, save_reconstruction
 from gradleak.formats.secret_file import Secret, load_secret
 from gradleak.modalities.networks import MODELS
+from gradleak.observations.mechanism import Mechanism
 from gradleak.observations.observation import Observation
 from gradleak.report import html, record
 from gradleak.victims.demo import DEMO
@@ -78,7 +79,10 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> None:
         usable_labels(secret.labels, observation.model, len(secret), args.secret)
     inputs = [*observed_files(args), *([args.secret] if args.secret else [])]
     written = new_record("audit", args, {name: options[name] for name in attacks}, inputs)
-    audit_one(observation, attacks, public_data(args, observation), secret, written, {}, out, args.seed, args.device)
+    about: Any = {"told": private_training(args)}
+    audit_one(
+        observation, attacks, public_data(args, observation), secret, written, {}, out, args.seed, args.device, **about
+    )
     print(written["verdict"]["sentence"], f"See {out / 'report.html'}.", sep="\n")
 
 
@@ -112,13 +116,34 @@ def audit_one(
     seed: int,
     device: str,
     name: str = "",
+    told: Mechanism | None = None,
 ) -> None:
     """Audit one observation into a record that may hold others, with progress, and say what each attack found."""
-    about: Any = {"secret": secret, "left": left, "seed": seed, "device": device, "name": name}
+    about: Any = {"secret": secret, "left": left, "seed": seed, "device": device, "name": name, "told": told}
     with progress() as start:
         for done in written_audit(observation, attacks, public, written, out, **about, on_step=start):
             if done.reconstruction is not None:
                 print(said(done))
+
+
+def private_training(args: flags.Audit) -> Mechanism | None:
+    """The private training that the flags tell; BadInput where they tell a part of one."""
+    given = {
+        "--noise-multiplier": args.noise_multiplier,
+        "--sample-rate": args.sample_rate,
+        "--dp-steps": args.dp_steps,
+    }
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given) and args.delta is None:
+        return None
+    if args.noise_multiplier is None or args.sample_rate is None or args.dp_steps is None:
+        raise BadInput(
+            f"A private training is told by its noise, its sample rate and its steps: give {' and '.join(missing)} too."
+        )
+    delta = 1e-5 if args.delta is None else args.delta
+    return Mechanism(
+        noise_multiplier=args.noise_multiplier, sample_rate=args.sample_rate, steps=args.dp_steps, delta=delta
+    )
 
 
 def check_named(names: Sequence[str], options: Mapping[str, Any]) -> None:
