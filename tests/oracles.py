@@ -2,7 +2,9 @@
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -228,3 +230,16 @@ def gradient_descent_by_autograd(
         torch.nn.functional.cross_entropy(logits, labels).backward()  # type: ignore[no-untyped-call]
         optimiser.step()
     return [w.detach() for w in own], [None if b is None else b.detach() for b in shifts]
+
+
+def one_run_p_value_by_sums(m: int, guesses: int, right: int, epsilon: float, delta: float) -> float:
+    """Theorem 5.2 of Steinke et al. 2023 (arXiv:2305.08846), term by term in exact fractions: P[B >= v], and the largest of
+    2 m delta (P[B >= v - i] - P[B >= v]) / i."""
+    chance = Fraction(1 / (1 + math.exp(-epsilon)))
+
+    def tail(least: int) -> Fraction:
+        terms = range(max(least, 0), guesses + 1)
+        return sum((math.comb(guesses, k) * chance**k * (1 - chance) ** (guesses - k) for k in terms), Fraction(0))
+
+    most = max(((tail(right - i) - tail(right)) / i for i in range(1, right + 1)), default=Fraction(0))
+    return float(min(Fraction(1), tail(right) + 2 * m * Fraction(delta) * most))

@@ -25,6 +25,7 @@ from gradleak.audit.jacobian import checked, jacobian_grams
 from gradleak.errors import BadInput
 from gradleak.observations.observation import PictureObservation
 from gradleak.observations.tensors import flatten
+from gradleak.priors.gaussian import GaussianPrior
 
 NOISE_LEVELS = (1e-4, 1e-3, 1e-2, 1e-1)
 PRIOR_STD = 0.25  # of a pixel in [0, 1], all independent: 12 dB for the mean image
@@ -217,3 +218,59 @@ def prior_of(images: Tensor) -> Tensor:
     if bool((X[0] == X).all()):
         raise BadInput("These public pictures are all equal: a prior needs pictures that differ.")
     return torch.from_numpy(ledoit_wolf(X.numpy())[0])
+
+
+@dataclass(frozen=True)
+class LeastError:
+    """What no estimate of a picture falls below on average, if pictures are Gaussian.
+
+    mse, blind_mse  mean squared error of a pixel, with the release and without; looks: at how many pictures the information was averaged
+    """
+
+    mse: float
+    blind_mse: float
+    looks: int
+
+    def sentence(self) -> str:
+        """In plain words."""
+        least, blind = (-10 * math.log10(mse) for mse in (self.mse, self.blind_mse))
+        return (
+            f"If pictures are Gaussian, no attack on one of them that knows all the others comes closer than {least:.1f} dB on average under "
+            f"this noise, where a blind guess has {blind:.1f} dB (van Trees' inequality, information averaged over {self.looks} pictures)."
+        )
+
+
+def van_trees(
+    observation: PictureObservation,
+    labels: Tensor,
+    prior: GaussianPrior,
+    noise_std: float,
+    *,
+    looks: int = 8,
+    seed: int = 0,
+) -> LeastError:
+    """E ||x^ - x||^2 >= tr (E[J^T J] / noise_std^2 + C^-1)^-1, of any estimate x^, biased or not (van Trees 1968; Gill and Levit 1995,
+    Bernoulli 1, theorem 1), of one picture of this label (1,).
+
+    The expectation is over the prior, here over `looks` pictures of it. An average of few stands above the bound as a rule (the trace is
+    convex): take more where that matters.
+    """
+    shape = tuple(observation.model.architecture.input_shape)
+    root, generator = prior.factor(), torch.Generator().manual_seed(seed)
+    n = len(root)
+    total = torch.zeros(n, n, dtype=torch.float64)
+    for _ in range(looks):
+        drawn = prior.mean + (root @ torch.randn(n, generator=generator, dtype=torch.float64)).view(shape)
+        total += (
+            jacobian_grams([observation], drawn[None].to(next(iter(observation.model.parameters.values()))), labels)[
+                0
+            ].cpu()
+            / looks
+        )
+    left = _posterior(total, noise_std, root_of(prior))
+    return LeastError(float(left.mean()), float(root.square().sum() / n), looks)
+
+
+def root_of(prior: GaussianPrior) -> Tensor:
+    """The lower triangular root of a prior's covariance."""
+    return _root(prior.covariance())

@@ -16,12 +16,14 @@ from gradleak.attacks.attack import Attack, refusal
 from gradleak.attacks.factor import with_factor_found
 from gradleak.attacks.reconstruction import Reconstruction
 from gradleak.attacks.search.descend import OnStep
+from gradleak.audit import privacy
 from gradleak.audit.checks import check_observation, check_result, information, replay, trained_on_secret, unexplained
 from gradleak.audit.explanations import at_reconstruction
 from gradleak.audit.scoring import SCORING
 from gradleak.audit.scoring.scoring import WRONG_OBSERVATION, Scores, Scoring
 from gradleak.errors import NotObserved
 from gradleak.formats.secret_file import Secret
+from gradleak.observations.mechanism import Mechanism
 from gradleak.observations.observation import Observation
 from gradleak.report.record import Flag, Result, new_result
 
@@ -49,6 +51,7 @@ def audit(
     name: str = "",
     on_step: Callable[[str], OnStep] | None = None,
     bound: bool = True,
+    told: Mechanism | None = None,
 ) -> Iterator[Audited]:
     """Run each attack on the observation, and score it against controls if the secret is there; yields as they finish.
 
@@ -56,6 +59,7 @@ def audit(
     Without them, or without the secret, nothing is scored. name: of the observation, where a record holds several.
     on_step: called with the attack's name before it runs, returns its progress callback; NotObserved out of either ends that attack.
     bound: whether to ask besides what the release determines at all (bound.py), which may take longer than the attacks.
+    told: how private the training was, where the observation does not say so itself.
     Raises BadInput for a secret of another kind or size.
     """
     model = observation.model
@@ -65,10 +69,12 @@ def audit(
     observation = with_factor_found(observation)
     about, where = describe(observation, name), torch.device(device)
     decoys, rest = (None, None) if public is None else scoring.split(public)
-    general = check_observation(observation)
+    mechanism = privacy.mechanism_of(observation, told)
+    general = [*check_observation(observation), *privacy.of_observation(observation, mechanism, secret, decoys)]
     if secret is not None:
         general += replay(observation, secret.inputs, secret.labels)
         general += information(observation, secret.inputs, secret.labels, "at the truth") if bound else []
+        general += privacy.least_error(observation, secret, rest) if bound else []
     for title, attack in attacks.items():
         if reason := refusal(attack, observation):
             yield Audited(not_run(title, attack, about, general, reason), None)
@@ -110,7 +116,7 @@ def audit(
             except UNABLE:
                 wrong = model.architecture.blank(len(secret))
             score(row, observation, scoring, reconstruction, wrong, secret, public, decoys)
-            row["flags"] = [*row["flags"], *trained_on_secret(ready, secret)]
+            row["flags"] = [*row["flags"], *trained_on_secret(ready, secret), *privacy.of_result(row, mechanism)]
         yield Audited(row, reconstruction)
 
 

@@ -15,6 +15,7 @@ from gradleak.audit.scoring.scoring import legend
 from gradleak.audit.verdict import judged
 from gradleak.formats.secret_file import Secret
 from gradleak.formats.shown_files import save_shown
+from gradleak.observations.mechanism import Mechanism
 from gradleak.observations.observation import Observation
 from gradleak.report import html, record, summary
 from gradleak.report.redaction import redacted
@@ -36,6 +37,7 @@ def written_audit(
     on_step: Callable[[str], OnStep] | None = None,
     bound: bool = True,
     redact: bool = False,
+    told: Mechanism | None = None,
 ) -> Iterator[Audited]:
     """`audit`, with record.json, report.html and what was recovered written to `out` after each attack.
 
@@ -46,6 +48,7 @@ def written_audit(
     describe(written, observation, name)
     left[name or observation.release.name] = untried(observation, attacks)
     about: Any = {"secret": secret, "seed": seed, "device": device, "name": name, "on_step": on_step, "bound": bound}
+    about["told"] = told
     for done in audit(observation, attacks, public, **about):
         written["results"].append(done.result)
         judged(written, left)

@@ -32,6 +32,15 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "gradleak.cli.commands:audit",
         "Run every applicable attack, score it if the secret is given, write a report.",
     ),
+    "canaries make": ("gradleak.cli.canaries:make", "Make canaries to train with, half of them by the flip of a coin."),
+    "canaries score": (
+        "gradleak.cli.canaries:score",
+        "Which canaries were trained on? A lower bound on the epsilon of a training, from one run.",
+    ),
+    "extract": (
+        "gradleak.cli.extract:extract",
+        "Which of your texts does a language model give back? Which of these candidates is in there?",
+    ),
     "study": (
         "gradleak.cli.commands:study",
         "Run an experiment, published or your own: resumable, in processes or on Ray.",
@@ -41,7 +50,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "rerun": ("gradleak.cli.commands:rerun", "Run the command of a record again, with the same seed and parameters."),
     "list": ("gradleak.cli.commands:list_all", "Attacks, what each needs and recovers; studies; models."),
 }
-GROUPS = ("capture", "train")  # whose commands have two words
+GROUPS = ("capture", "train", "canaries")  # whose commands have two words
 LONGEST = 1_000  # characters of a sentence on the terminal
 LARGEST_SEED = 2**32 - 1
 OUT_OF_MEMORY = (

@@ -22,7 +22,7 @@ from gradleak.audit.loop import audit as run_audit
 from gradleak.audit.scoring import SCORING
 from gradleak.audit.verdict import judged
 from gradleak.audit.written import describe, finish, keep_shown, private, untried, written_audit
-from gradleak.cli import flags
+from gradleak.cli import flags, owner_flags
 from gradleak.cli.informed import informed
 from gradleak.cli.inputs import check_device, file_hash, fresh_folder, observed_files
 from gradleak.cli.progress import progress
@@ -32,6 +32,7 @@ from gradleak.formats.reconstruction_file import load_reconstruction, save_recon
 from gradleak.formats.secret_file import Secret, load_secret
 from gradleak.modalities.networks import MODELS
 from gradleak.observations.defense_names import DEFENSES
+from gradleak.observations.mechanism import Mechanism
 from gradleak.observations.observation import Observation
 from gradleak.observations.whole_weights import whole_weights
 from gradleak.report import html, record
@@ -85,14 +86,19 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
         usable_labels(secret.labels, observation.model, len(secret), args.secret)
     inputs = [*observed_files(args), *([args.secret] if args.secret else [])]
     written = new_record("audit", args, {name: options[name] for name in attacks}, inputs)
-    about: dict[str, Any] = {"seed": args.seed, "device": args.device, "redact": args.redact}
-    told, left = sys.stderr if args.json else sys.stdout, dict[str, list[str]]()
-    public = public_data(args, observation)
-    audit_one(observation, attacks, public, secret, written, left, out, told, **about)
+    stream = sys.stderr if args.json else sys.stdout
+    about: dict[str, Any] = {
+        "told": private_training(args),
+        "seed": args.seed,
+        "device": args.device,
+        "redact": args.redact,
+    }
+    left, public = dict[str, list[str]](), public_data(args, observation)
+    audit_one(observation, attacks, public, secret, written, left, out, stream, **about)
     whole, closed = whole_weights(observation), {name: a for name, a in attacks.items() if name in CLOSED}
     if whole is not None and any(done.reconstruction is not None for done in run_audit(whole, closed, None)):
-        audit_one(whole, closed, public, secret, written, left, out, told, name="weights beside", **about)
-    print(written["verdict"]["sentence"], f"See {out / 'report.html'}.", sep="\n", file=told)
+        audit_one(whole, closed, public, secret, written, left, out, stream, name="weights beside", **about)
+    print(written["verdict"]["sentence"], f"See {out / 'report.html'}.", sep="\n", file=stream)
     if args.json:
         print((out / "summary.json").read_text(encoding="utf-8"), end="")
     return exit_code(written, args.fail_on)
@@ -126,7 +132,7 @@ def audit_one(
     written: record.Record,
     left: dict[str, list[str]],
     out: Path,
-    told: TextIO,
+    stream: TextIO,
     **about: Any,
 ) -> None:
     """Audit one observation into a record that may hold others, with progress, and say what each attack found; about: as
@@ -136,7 +142,27 @@ def audit_one(
             observation, attacks, public, written, out, secret=secret, left=left, on_step=start, **about
         ):
             if done.reconstruction is not None:
-                print(said(done), file=told)
+                print(said(done), file=stream)
+
+
+def private_training(args: flags.Audit) -> Mechanism | None:
+    """The private training that the flags tell; BadInput where they tell a part of one."""
+    given = {
+        "--noise-multiplier": args.noise_multiplier,
+        "--sample-rate": args.sample_rate,
+        "--dp-steps": args.dp_steps,
+    }
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given) and args.delta is None:
+        return None
+    if args.noise_multiplier is None or args.sample_rate is None or args.dp_steps is None:
+        raise BadInput(
+            f"A private training is told by its noise, its sample rate and its steps: give {' and '.join(missing)} too."
+        )
+    delta = 1e-5 if args.delta is None else args.delta
+    return Mechanism(
+        noise_multiplier=args.noise_multiplier, sample_rate=args.sample_rate, steps=args.dp_steps, delta=delta
+    )
 
 
 def check_named(names: Sequence[str], options: Mapping[str, Any]) -> None:
@@ -263,6 +289,8 @@ RERUNNABLE: dict[str, type] = {
     "demo": flags.Demo,
     "attack": flags.Attack,
     "audit": flags.Audit,
+    "canaries score": owner_flags.ScoreCanaries,
+    "extract": owner_flags.Extract,
     "study": flags.Study,
     "reproduce": flags.Study,
 }

@@ -134,6 +134,14 @@ class Audit(Attacked):
 
     secret: Path | None = None
     """secret.safetensors of `gradleak capture`: only this command opens it."""
+    noise_multiplier: float | None = None
+    """Of a differentially private training (DP-SGD), where what was shared does not say so itself; with --sample-rate and --dp-steps."""
+    sample_rate: float | None = None
+    """Of a private training: the probability with which a sample is drawn in each step."""
+    dp_steps: int | None = None
+    """Of a private training: how many steps were taken."""
+    delta: float | None = None
+    """Of a private training: at which epsilon is told; 1e-5 unless this is given."""
     attacks: tuple[str, ...] | None = None
     """Names of `gradleak list`, or package.module:Class; all that recover such data unless this is given. Parameters are flags with the attack's name
     before them: --dlg.restarts 5."""

@@ -94,12 +94,15 @@ def observe(
         mean = optimizer.loss_reduction == "mean"
         noise = float(optimizer.noise_multiplier)
         spent = epsilon(engine, delta) if engine is not None and noise else None
+        rate, steps = counted(engine, noise)
         private = PrivateStep(
             clip=float(optimizer.max_grad_norm),
             noise_multiplier=noise,
             divisor=float(optimizer.expected_batch_size * optimizer.accumulated_iterations) if mean else 1.0,
             epsilon=spent,
             delta=None if spent is None else delta,
+            sample_rate=rate,
+            steps=steps,
         )
         mode: Mode = "train" if network.training and isinstance(architecture, Architecture) else "eval"
         seen.kept = Observation(
@@ -115,6 +118,14 @@ def observe(
     # By then Opacus has cut, added noise and counted, and the parameters have not moved yet.
     handle = inner.register_step_pre_hook(keep)
     return seen
+
+
+def counted(engine: Any, noise: float) -> tuple[float, int] | tuple[None, None]:
+    """(sample rate, steps) of the accountant's history; None where there is no engine, or where noise or rate have changed on the way."""
+    history = [] if engine is None else list(getattr(engine.accountant, "history", []))
+    if len(history) != 1 or not noise or float(history[0][0]) != noise:
+        return None, None
+    return float(history[0][1]), int(history[0][2])
 
 
 def epsilon(engine: Any, delta: float) -> float | None:

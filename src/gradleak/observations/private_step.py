@@ -16,6 +16,7 @@ from torch.func import grad
 from gradleak.errors import BadInput
 from gradleak.modalities.modality import Fact, fact
 from gradleak.observations.defenses import LARGEST_NOISE, Defense, GaussianNoise
+from gradleak.observations.mechanism import Mechanism
 from gradleak.observations.model import Model
 from gradleak.observations.release import Release
 from gradleak.observations.tensors import Tensors
@@ -30,6 +31,8 @@ class PrivateStep:
     noise_multiplier  sigma, 0 or more
     divisor           what the sum is divided by: the expected number of samples; 1 for a sum
     epsilon           what an accountant says was spent up to this step, included, at this delta; None where it is not counted
+    sample_rate       with which probability a sample is drawn in each step; None where nobody says
+    steps             how many were taken with this noise and rate up to this one, included; None where nobody says
     """
 
     clip: float
@@ -37,6 +40,8 @@ class PrivateStep:
     divisor: float
     epsilon: float | None = None
     delta: float | None = None
+    sample_rate: float | None = None
+    steps: int | None = None
 
     def __post_init__(self) -> None:
         numbers = (self.clip, self.noise_multiplier, self.divisor)
@@ -45,6 +50,20 @@ class PrivateStep:
                 "A private step has a norm and a number of samples above zero, and a noise multiplier that is not below it, not "
                 f"{self.clip:g}, {self.divisor:g} and {self.noise_multiplier:g}."
             )
+
+    def mechanism(self) -> Mechanism | str:
+        """What an accountant counts up to this step, which the samples of its batch are in for sure; or why that cannot be."""
+        if not self.noise_multiplier:
+            return "Each sample's gradient was cut, and no noise was added: there is no epsilon, and no bound for any attack."
+        if self.sample_rate is None or self.steps is None:
+            return "Noise was added, and nobody says how many steps were taken before, or at which sample rate: there is no epsilon."
+        return Mechanism(
+            noise_multiplier=self.noise_multiplier,
+            sample_rate=self.sample_rate,
+            steps=self.steps,
+            certain=1,
+            delta=self.delta or 1e-5,
+        )
 
     @property
     def defenses(self) -> tuple[Defense, ...]:

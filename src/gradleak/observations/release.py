@@ -10,6 +10,7 @@ from torch import Tensor
 from gradleak.errors import BadInput, NotObserved
 from gradleak.modalities.modality import Fact, by
 from gradleak.observations.layers import oriented
+from gradleak.observations.mechanism import Mechanism
 from gradleak.observations.model import Model
 from gradleak.observations.tensors import Tensors
 from gradleak.observations.training import Recipe, Undone
@@ -52,11 +53,13 @@ class Release:
     name      for files, records and sentences
     replays   whether `simulate` gives of the secret what was released, and not only up to unknown numbers
     sketched  whether less than the whole gradient is seen, so that one may ask what is left
+    certain   of how many steps everybody knows that the private samples were in them
     """
 
     name: ClassVar[str]
     replays: ClassVar[bool] = True
     sketched: ClassVar[bool] = False
+    certain: ClassVar[int] = 0
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def names(self, model: Model[Any]) -> Tensors:
@@ -98,6 +101,11 @@ class Release:
     def shuffled(self, samples: int) -> list["Release"]:
         """It with the samples of its training shuffled by the usual seeds."""
         return []
+
+    def privacy(self) -> Mechanism | str | None:
+        """The differentially private training that it is the result of; a sentence why there is no epsilon although it looks like one; None
+        of other trainings."""
+        return None
 
     def inexact(self) -> str:
         """Why what is read off as a gradient is not exactly one, or nothing."""

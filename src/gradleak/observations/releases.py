@@ -17,6 +17,7 @@ from gradleak.errors import BadInput
 from gradleak.modalities.modality import Fact, fact
 from gradleak.observations.adapter import Adapter
 from gradleak.observations.layers import is_linear, oriented
+from gradleak.observations.mechanism import Mechanism
 from gradleak.observations.model import Model
 from gradleak.observations.orders import taken
 from gradleak.observations.private_step import PrivateStep
@@ -39,6 +40,7 @@ class Gradient(Release):
     """
 
     name: ClassVar[str] = "gradient"
+    certain: ClassVar[int] = 1
 
     undone: Undone | None = None
     private: PrivateStep | None = None
@@ -75,6 +77,10 @@ class Gradient(Release):
     def inexact(self) -> str:
         """A step of an optimizer that was undone, where that leaves much of the gradient's length unknown."""
         return inexactly_undone(self.undone)
+
+    def privacy(self) -> Mechanism | str | None:
+        """That of the private step, and of those before it."""
+        return None if self.private is None else self.private.mechanism()
 
     def reservations(self, model: Model[Any], released: Tensors) -> list[Reservation]:
         """That a step was undone."""
