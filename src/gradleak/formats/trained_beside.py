@@ -32,14 +32,14 @@ class Beside:
     """What was trained besides, in the names of the base model.
 
     start         {parameter: where it began, where that is not as the base model has it}
-    trained       parameters that were trained as a whole, from a start that is known
+    trained       {parameter that was trained as a whole, from a start that is known: where it ended}
     held          what was trained besides and `simulate` does not train along
     known_at_end  parameters that nobody knows but as training left them
     remarks       what a reader of the report has to know of it
     """
 
     start: Tensors
-    trained: tuple[str, ...]
+    trained: Tensors
     held: tuple[str, ...]
     known_at_end: tuple[str, ...]
     remarks: tuple[Reservation, ...]
@@ -75,7 +75,8 @@ def trained_beside(
     else:
         began = Parts()
     was = {**model.parameters, **start}
-    trained = tuple(p for p, t in parts.whole.items() if p not in brought and bool(moved(t, was[p]).any()))
+    whole = {p: t for p, t in parts.whole.items() if p not in brought}
+    trained = {p: t.float() for p, t in whole.items() if bool(moved(t, was[p]).any())}
     held = [f"{p} (by LoRA)" for p in parts.embeddings] + [f"single rows of {p}" for p in parts.tokens]
     held += [f"the biases of lora_B in {len(parts.biases)} modules"] if parts.biases else []
     remarks: list[Reservation] = []
@@ -84,7 +85,7 @@ def trained_beside(
             (
                 "trained_whole",
                 "info",
-                f"Beside the factors, {listed(trained)} changed as a whole in training: the change is in the files as well, and no "
+                f"Beside the factors, {listed([*trained])} changed as a whole in training: the change is in the files as well, and no "
                 "attack reads it.",
             )
         )

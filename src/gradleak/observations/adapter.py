@@ -17,6 +17,7 @@ from gradleak.observations.release import (
     Reservation,
     Sketch,
     check_finite,
+    check_parameters,
     inexact,
     inexactly_undone,
     weight_shaped,
@@ -52,8 +53,9 @@ class Adapter(Release):
     gradient  whether what was released is the gradient of the factors, and not their change in training
     undone    the step of an optimizer that this gradient was read from, or None
 
-    Of what was trained beside the factors: `beside` names parameters that began as the model has them, and are trained along; `held` what
-    is not trained along; `known_at_end` parameters that the model has as training left them. `remarks` are reservations of the reader's.
+    Of what was trained beside the factors: `beside` names parameters that began as the model has them, and are trained along; `whole` is
+    where these ended; `held` what is not trained along; `known_at_end` parameters that the model has as training left them. `remarks` are
+    reservations of the reader's.
     """
 
     name: ClassVar[str] = "adapter"
@@ -70,6 +72,7 @@ class Adapter(Release):
     tried: int = 0
     init: str = ""
     beside: tuple[str, ...] = ()
+    whole: Tensors = field(default_factory=dict, repr=False)
     held: tuple[str, ...] = ()
     known_at_end: tuple[str, ...] = ()
     remarks: tuple[Reservation, ...] = ()
@@ -98,6 +101,7 @@ class Adapter(Release):
                     f"The adapter of {module} makes a weight of {by(product_shape)}, the base model's is {by(shape)}: "
                     "they do not belong together."
                 )
+        check_parameters(model, self.whole)
         for name, tensor in released.items():
             if name not in self.start or tensor.shape != self.start[name].shape:
                 raise BadInput(f"The change of {name} does not have the shape of its start.")
@@ -189,6 +193,18 @@ class Adapter(Release):
             return None
         return self.merged(model, {name: self.start[name] + change for name, change in released.items()})
 
+    def ends(self, model: Model[Any], released: Tensors) -> tuple[Tensors | None, Tensors | None]:
+        """Factors, and what was trained as a whole beside them; of a gradient there is no end."""
+        start = {**self.start, **{name: model.parameters[name] for name in self.whole}}
+        return start, None if self.gradient else {**self.ended(released), **self.whole}
+
+    def descended(self, model: Model[Any], released: Tensors) -> Tensors:
+        """Of the factors whose start is known, and of what was trained as a whole."""
+        if self.gradient:
+            return released
+        whole = {name: model.parameters[name] - tensor for name, tensor in self.whole.items()}
+        return {name: -change for name, change in released.items()} | whole
+
     def inexact(self) -> str:
         """Dropout, an unknown recipe, more than one step, Adam; nothing for one step of SGD from a known start."""
         if self.dropout > 0:
@@ -241,7 +257,8 @@ class Adapter(Release):
 
     def to(self, where: torch.device | torch.dtype) -> Self:
         """The start on another device, or in another precision."""
-        return replace(self, start={name: tensor.to(where) for name, tensor in self.start.items()})
+        start, whole = ({k: tensor.to(where) for k, tensor in group.items()} for group in (self.start, self.whole))
+        return replace(self, start=start, whole=whole)
 
 
 def product(A: Tensor, B: Tensor) -> Tensor:
