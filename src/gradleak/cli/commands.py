@@ -19,6 +19,8 @@ from gradleak.attacks.search.start import Given
 from gradleak.attacks.seed import with_start_recovered
 from gradleak.audit.loop import Audited
 from gradleak.audit.loop import audit as run_audit
+from gradleak.audit.membership.audited import membership
+from gradleak.audit.membership.words import with_membership
 from gradleak.audit.scoring import SCORING
 from gradleak.audit.verdict import judged
 from gradleak.audit.written import describe, finish, keep_shown, untried, written_audit
@@ -33,6 +35,7 @@ from gradleak.formats.secret_file import Secret, load_secret
 from gradleak.modalities.networks import MODELS
 from gradleak.observations.observation import Observation
 from gradleak.report import html, record
+from gradleak.report.membership import Membership
 from gradleak.victims.demo import DEMO
 
 
@@ -69,17 +72,39 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> None:
         check_named(args.attacks, options)
     out, observation = fresh_folder(args.out), informed(args)
     attacks = built(options)
-    if args.attacks is None:
+    if args.members is None and (args.non_members is not None or args.redact):
+        raise BadInput("--non-members and --redact go with --members, the samples that it was trained on.")
+    if args.attacks is None and args.members is not None:
+        attacks = {}
+    elif args.attacks is None:
         modality = observation.model.architecture.modality
         attacks = {n: a for n, a in attacks.items() if a.modality == modality and not getattr(a, "by_name_only", False)}
     secret = load_secret(args.secret) if args.secret else None
     if secret is not None and args.secret is not None:
         SCORING[observation.model.architecture.modality].check(secret.inputs, observation.model)
         usable_labels(secret.labels, observation.model, len(secret), args.secret)
-    inputs = [*observed_files(args), *([args.secret] if args.secret else [])]
+    samples = [Path(path) for path in (args.members, args.non_members) if path is not None and Path(path).is_file()]
+    inputs = [*observed_files(args), *([args.secret] if args.secret else []), *samples]
     written = new_record("audit", args, {name: options[name] for name in attacks}, inputs)
-    audit_one(observation, attacks, public_data(args, observation), secret, written, {}, out, args.seed, args.device)
+    found = None if args.members is None else told_members(args, observation, written, out)
+    if attacks:
+        public = public_data(args, observation)
+        audit_one(observation, attacks, public, secret, written, {}, out, args.seed, args.device)
+    if attacks and found is not None:
+        with_membership(written, found)
+        finish(written, out)
     print(written["verdict"]["sentence"], f"See {out / 'report.html'}.", sep="\n")
+
+
+def told_members(args: flags.Audit, observation: Observation[Any], written: record.Record, out: Path) -> Membership:
+    """Which samples of --members an attacker tells from others, put into the record and the report."""
+    describe(written, observation, "")
+    with progress() as start:
+        about: Any = {"seed": args.seed, "redacted": args.redact, "on_step": start}
+        found = membership(observation, str(args.members), args.non_members, **about)
+    with_membership(written, found)
+    finish(written, out)
+    return found
 
 
 def demo(args: flags.Demo) -> None:

@@ -102,13 +102,22 @@ class Attack(Observed):
 
 @dataclass(frozen=True, kw_only=True)
 class Audit(Observed):
-    """Run every applicable attack, score it against controls if the secret is given, and write a report."""
+    """Run every applicable attack, score it against controls if the secret is given, and write a report. With --members: tell which of
+    your samples an attacker tells from fresh ones, and run only the attacks that --attacks names."""
 
     secret: Path | None = None
     """secret.safetensors of `gradleak capture`: only this command opens it."""
     attacks: tuple[str, ...] | None = None
-    """Names of `gradleak list`; all that recover such data unless this is given. Parameters are flags with the attack's name
+    """Names of `gradleak list`; all that recover such data unless this or --members is given. Parameters are flags with the attack's name
     before them: --dlg.restarts 5."""
+    members: str | None = None
+    """The samples that it was trained on: data as for --data, DATA:SPLIT (train unless the split is given), or a file .txt, .jsonl or .csv
+    of texts."""
+    non_members: str | None = None
+    """With --members: samples of the same kind that took no part (test or validation unless the split is given). Without them only the
+    certificate says something."""
+    redact: bool = False
+    """Name the most exposed samples by their rows, and do not show them."""
     device: str = "cpu"
     """Where attacks run: cpu, cuda, cuda:1, ..."""
 

@@ -137,20 +137,6 @@ def sampled(
     return _pictures(rows, chosen, images, source, split), chosen
 
 
-def named_split(source: str, usual: Sequence[str]) -> tuple[str, str]:
-    """(source, split) of "DATA:split"; of "DATA" alone its only split, else the first of the usual ones that it has."""
-    place, colon, split = source.rpartition(":")
-    if colon and split.replace("_", "").isalnum() and not Path(source).exists():
-        return place, split
-    if source in IN_WHEELS or Path(source).is_file():
-        return source, usual[0]
-    splits = [*hugging_face_splits(source)]
-    found = splits[0] if len(splits) == 1 else next((name for name in usual if name in splits), None)
-    if found is None:
-        raise BadInput(f"{source} has the splits {', '.join(splits)}: say which, as {source}:{splits[0]}.")
-    return source, found
-
-
 def resized(image: Tensor, size: tuple[int, int]) -> Tensor:
     """(channel, h, w) -> (channel, *size) by antialiased bicubic interpolation, clamped to [0, 1]."""
     if min(size) < 1 or max(size) > LONGEST_SIDE:

@@ -136,13 +136,9 @@ class Adapter(Release):
         scale = torch.where((size > 0) & (wanted > 0), ratio, 1.0).sqrt()
         return {name: scale * tensor for name, tensor in change.items()}
 
-    def loss(self, model: Model[Any], factors: Tensors, inputs: Any, labels: Tensor | None) -> Tensor:
-        """The base model's loss with the adapter in place."""
-        return model.loss(self.merged(model, factors), inputs, labels)
-
-    def merged(self, model: Model[Any], factors: Tensors) -> Tensors:
-        """{module.weight: W + s B A}, with `factors` in place of those at the start."""
-        known, weights = {**self.start, **factors}, {name: factors[name] for name in self.beside if name in factors}
+    def merged(self, model: Model[Any], tensors: Tensors) -> Tensors:
+        """{module.weight: W + s B A}, with these factors in place of those at the start."""
+        known, weights = {**self.start, **tensors}, {name: tensors[name] for name in self.beside if name in tensors}
         for module, s in self.scaling.items():
             change = s * product(known[f"{module}.lora_A"], known[f"{module}.lora_B"])
             weights[f"{module}.weight"] = model.parameters[f"{module}.weight"] + oriented(model, module, change)

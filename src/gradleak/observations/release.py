@@ -86,7 +86,11 @@ class Release:
 
     def loss(self, model: Model[Any], tensors: Tensors, inputs: Any, labels: Tensor | None) -> Tensor:
         """The loss that training minimised, as a function of what it changed."""
-        return model.loss(tensors, inputs, labels)
+        return model.loss(self.merged(model, tensors), inputs, labels)
+
+    def merged(self, model: Model[Any], tensors: Tensors) -> Tensors:
+        """{parameter: tensor} of the model, where these stand for what training changed."""
+        return tensors
 
     def ends(self, model: Model[Any], released: Tensors) -> tuple[Tensors | None, Tensors | None]:
         """What training changed, as it began and as it ended; None for what is not known."""

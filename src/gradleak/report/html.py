@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, StrictUndefined, Template
 
 from gradleak.report.curve import curve
+from gradleak.report.membership import Membership, roc
 from gradleak.report.numbers import DASH, OUTCOMES, RANK, SHOWN, Legend, at, beside, glance, heads, number, present
 from gradleak.report.record import Record, Result, Verdict
 
@@ -30,6 +31,7 @@ NOT_RUN = "Not run: "
 LEVELS = {
     "recovered": "Private data recovered",
     "partial": "Private data partly recovered",
+    "members": "Who was in the training data can be told",
     "nothing": "Nothing recovered: no proof of safety",
     "absent": "Not in the release: nothing to recover",
     "unscored": "Not scored",
@@ -38,6 +40,7 @@ LEVELS = {
 EVIDENCE = {  # the heading over the strongest evidence; what the numbers are void for is no evidence, unless it is proven
     "recovered": "What came back: {}",
     "partial": "What came back: {}",
+    "members": "The closest attack: {}",
     "nothing": "The closest attack: {}",
     "absent": "The closest attack: {}",
     "unscored": "What {} returned",
@@ -74,6 +77,7 @@ def render(record: Record) -> str:
         table=beside(record.get("table", [])),
         costs=record.get("costs", []),
         has_intervals=any(key.endswith("_low") for row in record.get("table", []) for key in row),
+        membership=None if (found := record.get("membership")) is None else _membership(found),
         plots=[(plot["title"], _safe(plot["image"])) for plot in record.get("plots", [])],
     )
     return page.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate in a recovered text cannot be saved
@@ -83,7 +87,7 @@ def render(record: Record) -> str:
 def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"plain": plain, "describe": describe}
-    environment.filters["heads"] = heads
+    environment.filters |= {"heads": heads, "percent": percent}
     return environment.from_string(resources.files(__package__).joinpath("report.html.jinja").read_text("utf-8"))
 
 
@@ -98,6 +102,11 @@ def plain(value: Any) -> str:
     if isinstance(value, str | int):
         return str(value)
     return json.dumps(value, ensure_ascii=False)
+
+
+def percent(share: float) -> str:
+    """A share in per cent."""
+    return f"{100 * share:.3g} %"
 
 
 def describe(value: Mapping[str, Any] | None) -> str:
@@ -268,6 +277,17 @@ def _labels(row: Result, given: bool) -> str:
 
 def _classes(labels: Sequence[int | str]) -> str:
     return f"class{'es' if len(labels) > 1 else ''} {', '.join(map(str, labels))}"
+
+
+def _membership(found: Membership) -> dict[str, Any]:
+    """What the template needs to draw the membership of samples."""
+    exposed = [
+        {**row, "shown": None if found["media"] != "image/png" else _safe(row.get("shown"))}
+        | {"text": row.get("shown") if found["media"] != "image/png" else None}
+        for row in found["exposed"]
+    ]
+    order = sorted(found["scores"], key=lambda name: -found["scores"][name]["auc"])
+    return {**found, "exposed": exposed, "order": order, "roc": roc(found)}
 
 
 def _safe(uri: str | None) -> str | None:

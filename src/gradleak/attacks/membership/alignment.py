@@ -15,7 +15,7 @@ from gradleak.attacks.membership.evidence import Evidence
 
 def alignment(seen: Evidence) -> Tensor:
     """Sum over tensors of <grad l(x), theta_0 - theta_T>, in deviations of those that took no part."""
-    parts = zip(seen.gradients.split(seen.layers, dim=1), seen.descent.split(seen.layers), strict=True)
+    parts = zip(torch.split(seen.gradients, seen.layers, 1), torch.split(seen.descent, seen.layers), strict=True)
     layers = torch.stack([(gradients @ moved).double() for gradients, moved in parts])
     fresh = layers[:, seen.reference]
     deviation = fresh.std(dim=1, keepdim=True)

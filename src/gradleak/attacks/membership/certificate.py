@@ -45,15 +45,15 @@ def certificate(observation: Observation[Any], candidates: Any) -> Tensor:
         deviation = C.norm() / ((r - q) * (C.shape[1] - q)) ** 0.5
         square, freedom, most = square + (x @ C.T / deviation).square().sum(1), freedom + r - q, max(most, q)
     left = square.sqrt()
-    distance = from_span(observation, first, left / freedom**0.5, most)
+    distance = from_span(observation, candidates, first, left / freedom**0.5, most)
     p = torch.special.gammainc(torch.full_like(left, freedom / 2), (left / distance).square() / 2)
     return first.most(p)
 
 
-def from_span(observation: Observation[Any], first: FirstInputs, left: Tensor, most: int) -> Tensor:
+def from_span(observation: Observation[Any], candidates: Any, first: FirstInputs, left: Tensor, most: int) -> Tensor:
     """How far each input is from those of the training; a member, which is at no distance to measure by, keeps its length."""
     x, length = first.rows, first.rows.norm(dim=1)
-    if observation.adapter.origin != "unknown" and x.shape[0] == len(first.owner.unique()):
+    if observation.adapter.origin != "unknown" and isinstance(candidates, Tensor):
         basis = span_of(observation).basis
     else:
         members = (left < ZERO * length).nonzero()[:, 0]

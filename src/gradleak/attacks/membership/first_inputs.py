@@ -38,7 +38,9 @@ def first_inputs(observation: Observation[Any], candidates: Any) -> FirstInputs:
         return FirstInputs((module,), network.inputs(candidates).double(), torch.arange(len(candidates)))
     modules = tuple(name for name in layout_of(model).queries(0) if name in release.scaling)
     if not modules:
-        raise NotObserved("The adapter changes none of the layers that see the words: the first block's query, key and value.")
+        raise NotObserved(
+            "The adapter changes none of the layers that see the words: the first block's query, key and value."
+        )
     rows = [layer_inputs(model, modules[:1], torch.tensor([ids]))[modules[0]][0].double() for ids in candidates]
     owner = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([len(row) for row in rows]))
     return FirstInputs(modules, torch.cat(rows), owner)
