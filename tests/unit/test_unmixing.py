@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from gradleak.attacks.membership.certificate import certificate
 from gradleak.attacks.reconstruction import Outcome
-from gradleak.attacks.unmixing.certificate import certificate
 from gradleak.attacks.unmixing.span import span_of
 from gradleak.attacks.unmixing.unmixing import Unmixing, explained, labelled
 from gradleak.audit.metrics.matching import match

@@ -14,6 +14,7 @@ SERIOUS: tuple[Level, ...] = (
     "recovered",
     "void",
     "partial",
+    "members",
     "nothing",
     "unscored",
     "absent",

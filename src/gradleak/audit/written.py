@@ -70,7 +70,8 @@ def describe(written: record.Record, observation: Observation[Any], name: str) -
     title = name or observation.release.name
     rows = [{"observation": title, **row} for row in observation.threat_model()]
     metrics, controls = legend(SCORING[observation.model.architecture.modality])
-    written["threat_model"] = [*written["threat_model"], *rows]  # type: ignore[list-item]
+    others = [row for row in written["threat_model"] if row.get("observation") != title]
+    written["threat_model"] = [*others, *rows]  # type: ignore[list-item]
     written["metrics"] = {**written.get("metrics", {}), **metrics}
     written["controls"] = {**written.get("controls", {}), **controls}
 

@@ -19,6 +19,8 @@ from gradleak.attacks.search.start import Given
 from gradleak.attacks.seed import with_start_recovered
 from gradleak.audit.loop import Audited
 from gradleak.audit.loop import audit as run_audit
+from gradleak.audit.membership.audited import membership
+from gradleak.audit.membership.words import with_membership
 from gradleak.audit.scoring import SCORING
 from gradleak.audit.verdict import judged
 from gradleak.audit.written import describe, finish, keep_shown, private, untried, written_audit
@@ -36,7 +38,8 @@ from gradleak.observations.mechanism import Mechanism
 from gradleak.observations.observation import Observation
 from gradleak.observations.whole_weights import whole_weights
 from gradleak.report import html, record
-from gradleak.report.gate import exit_code
+from gradleak.report.gate import check_bar, exit_code
+from gradleak.report.membership import Membership
 from gradleak.victims.demo import DEMO
 
 CLOSED = ("analytic",)  # attacks in closed form, which are tried on what was trained as a whole beside an adapter
@@ -73,18 +76,24 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
     """Write record.json, report.html and what was recovered; after each attack, so that an interrupt loses one at most. Returns the
     exit code that `gate` gives."""
     check_device(args.device)
+    check_bar(args.fail_on, members=args.non_members is not None)
     if args.attacks is not None:
         check_named(args.attacks, options)
     out, observation = fresh_folder(args.out), informed(args)
     attacks = built(options)
-    if args.attacks is None:
+    if args.members is None and (args.non_members is not None or args.redact):
+        raise BadInput("--non-members and --redact go with --members, the samples that it was trained on.")
+    if args.attacks is None and args.members is not None:
+        attacks = {}
+    elif args.attacks is None:
         modality = observation.model.architecture.modality
         attacks = {n: a for n, a in attacks.items() if a.modality == modality and not getattr(a, "by_name_only", False)}
     secret = load_secret(args.secret) if args.secret else None
     if secret is not None and args.secret is not None:
         SCORING[observation.model.architecture.modality].check(secret.inputs, observation.model)
         usable_labels(secret.labels, observation.model, len(secret), args.secret)
-    inputs = [*observed_files(args), *([args.secret] if args.secret else [])]
+    samples = [Path(path) for path in (args.members, args.non_members) if path is not None and Path(path).is_file()]
+    inputs = [*observed_files(args), *([args.secret] if args.secret else []), *samples]
     written = new_record("audit", args, {name: options[name] for name in attacks}, inputs)
     stream = sys.stderr if args.json else sys.stdout
     about: dict[str, Any] = {
@@ -93,15 +102,31 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
         "device": args.device,
         "redact": args.redact,
     }
-    left, public = dict[str, list[str]](), public_data(args, observation)
-    audit_one(observation, attacks, public, secret, written, left, out, stream, **about)
-    whole, closed = whole_weights(observation), {name: a for name, a in attacks.items() if name in CLOSED}
-    if whole is not None and any(done.reconstruction is not None for done in run_audit(whole, closed, None)):
-        audit_one(whole, closed, public, secret, written, left, out, stream, name="weights beside", **about)
+    found = None if args.members is None else told_members(args, observation, written, out)
+    if attacks:
+        left, public = dict[str, list[str]](), public_data(args, observation)
+        audit_one(observation, attacks, public, secret, written, left, out, stream, **about)
+        whole, closed = whole_weights(observation), {name: a for name, a in attacks.items() if name in CLOSED}
+        if whole is not None and any(done.reconstruction is not None for done in run_audit(whole, closed, None)):
+            audit_one(whole, closed, public, secret, written, left, out, stream, name="weights beside", **about)
+    if attacks and found is not None:
+        with_membership(written, found)
+        finish(written, out, args.redact)
     print(written["verdict"]["sentence"], f"See {out / 'report.html'}.", sep="\n", file=stream)
     if args.json:
         print((out / "summary.json").read_text(encoding="utf-8"), end="")
     return exit_code(written, args.fail_on)
+
+
+def told_members(args: flags.Audit, observation: Observation[Any], written: record.Record, out: Path) -> Membership:
+    """Which samples of --members an attacker tells from others, put into the record and the report."""
+    describe(written, observation, "")
+    with progress() as start:
+        about: Any = {"seed": args.seed, "redacted": args.redact, "on_step": start}
+        found = membership(observation, str(args.members), args.non_members, **about)
+    with_membership(written, found)
+    finish(written, out, args.redact)
+    return found
 
 
 def demo(args: flags.Demo) -> None:

@@ -9,7 +9,6 @@ from tyro.conf import Positional, UseAppendAction
 
 from gradleak.modalities.language_models import Task
 from gradleak.observations.training import Optimizer
-from gradleak.report.gate import Bar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +129,8 @@ class Attack(Attacked):
 
 @dataclass(frozen=True, kw_only=True)
 class Audit(Attacked):
-    """Run every applicable attack, score it against controls if the secret is given, and write a report."""
+    """Run every applicable attack, score it against controls if the secret is given, and write a report. With --members: tell which of
+    your samples an attacker tells from fresh ones, and run only the attacks that --attacks names."""
 
     secret: Path | None = None
     """secret.safetensors of `gradleak capture`: only this command opens it."""
@@ -143,17 +143,25 @@ class Audit(Attacked):
     delta: float | None = None
     """Of a private training: at which epsilon is told; 1e-5 unless this is given."""
     attacks: tuple[str, ...] | None = None
-    """Names of `gradleak list`, or package.module:Class; all that recover such data unless this is given. Parameters are flags with the attack's name
+    """Names of `gradleak list`, or package.module:Class; all that recover such data unless this or --members is given. Parameters are
+    flags with the attack's name
     before them: --dlg.restarts 5."""
+    members: str | None = None
+    """The samples that it was trained on: data as for --data, DATA:SPLIT (train unless the split is given), or a file .txt, .jsonl or .csv
+    of texts."""
+    non_members: str | None = None
+    """With --members: samples of the same kind that took no part (test or validation unless the split is given). Without them only the
+    certificate says something."""
     device: str = "cpu"
     """Where attacks run: cpu, cuda, cuda:1, ..."""
-    fail_on: Bar | None = None
-    """For jobs: exit code 1 where a private sample came back whole (recovered), or also in part (partly); 3 where nothing could run
-    or nothing can be said; else 0."""
+    fail_on: str | None = None
+    """For jobs: exit code 1 where a private sample came back whole (recovered), or also in part (partly), or where more than a share of
+    the members is told from others at 1 % false alarms (TPR>0.05); 3 where nothing could run or nothing can be said; else 0."""
     json: bool = False
     """Print summary.json in place of sentences, which go to stderr."""
     redact: bool = False
-    """Hashes stand in record and report in place of private data, and nothing that was recovered is kept."""
+    """Hashes stand in record and report in place of private data, the most exposed samples are named by their rows, and nothing that was
+    recovered is kept."""
 
 
 @dataclass(frozen=True, kw_only=True)

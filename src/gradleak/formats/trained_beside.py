@@ -77,7 +77,8 @@ def trained_beside(
     else:
         began = Parts()
     was = {**model.parameters, **start}
-    trained = tuple(p for p, t in parts.whole.items() if p not in brought and bool(moved(t, was[p]).any()))
+    whole = {p: t for p, t in parts.whole.items() if p not in brought}
+    trained = tuple(p for p, t in whole.items() if bool(moved(t, was[p]).any()))
     held = [f"{p} (by LoRA)" for p in parts.embeddings] + [f"single rows of {p}" for p in parts.tokens]
     held += [f"the biases of lora_B in {len(parts.biases)} modules"] if parts.biases else []
     remarks: list[Reservation] = []

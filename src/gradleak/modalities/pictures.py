@@ -34,6 +34,8 @@ from gradleak.errors import BadInput, shortened
 
 LONGEST_SIDE = 4_096  # of a picture that a model sees
 MOST_CLASSES = 1_000_000
+UNLABELLED = ("unlabelled",)  # the classes of data without labels
+IN_WHEELS = ("embedded", "digits")
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")  # those that run no other program
 
 # `datasets`, `skimage` and `sklearn` are imported inside the functions that need them: together they take seconds,
@@ -114,6 +116,13 @@ def public_pool(
     `shape` is (channel, height, width) with 1 or 3 channels; grey and colour are converted into each other. This is
     where mean images, decoys and nearest public samples come from. Raises `BadInput` as `load` does.
     """
+    return sampled(source, split, shape=shape, limit=limit, seed=seed)[0]
+
+
+def sampled(
+    source: str | Path, split: str, *, shape: tuple[int, int, int], limit: int, seed: int = 0
+) -> tuple[Pictures, list[int]]:
+    """`public_pool`, and the row in the source of each of its pictures."""
     channel, height, width = shape
     if channel not in (1, 3):
         raise BadInput(f"Pictures have 1 or 3 channels, not {channel}.")
@@ -123,7 +132,9 @@ def public_pool(
     generator = torch.Generator().manual_seed(seed)
     chosen: list[int] = torch.randperm(len(rows.labels), generator=generator)[:limit].tolist()
     images = [with_channels(resized(rows.decode(i), (height, width)), channel) for i in chosen]
-    return _pictures(rows, chosen, images, source, split)
+    if not chosen:
+        raise BadInput(f"Split {split!r} of {source} is empty.")
+    return _pictures(rows, chosen, images, source, split), chosen
 
 
 def resized(image: Tensor, size: tuple[int, int]) -> Tensor:
@@ -159,7 +170,7 @@ def _pictures(rows: _Rows, chosen: Sequence[int], images: Sequence[Tensor], sour
 
 
 def _rows(source: str | Path, split: str) -> _Rows:
-    if source in ("embedded", "digits"):
+    if source in IN_WHEELS:
         _check_split(split, ("train", "test"), source)
         return _embedded(split) if source == "embedded" else _digits(split)
     return _hugging_face(source, split)
@@ -335,7 +346,7 @@ def hugging_face_labels(table: Any, source: str | Path) -> tuple[Sequence[int], 
     plain = [name for name in ("label", "labels") if "int" in str(getattr(table.features.get(name), "dtype", ""))]
     columns = [name for name in plain if name in named] or named or plain
     if not columns:
-        return [0] * len(table), ("unlabelled",)
+        return [0] * len(table), UNLABELLED
     labels = table.select_columns(columns[:1]).with_format("numpy")[:][columns[0]]
     what = f"The label column {shortened(columns[0])!r} of {source}"
     if labels.dtype.kind not in "iu" or labels.ndim != 1:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from gradleak.errors import BadInput
-from gradleak.modalities.pictures import hugging_face_labels, hugging_face_splits
+from gradleak.modalities.pictures import UNLABELLED, hugging_face_labels, hugging_face_splits
+from gradleak.modalities.text_files import COLUMNS, is_text_file, read_text_file
 
-COLUMNS = ("text", "sentence")
 SUBJECTS = (
     "the old film",
     "her second novel",
@@ -34,16 +34,23 @@ class Texts:
     classes: int
     source: str
     split: str
+    labelled: bool = True  # whether the source says the labels, which are zeros otherwise
 
 
 def load_texts(
     source: str | Path, split: str = "test", *, indices: Sequence[int] | None = None, limit: int | None = None
 ) -> Texts:
-    """Rows of one split of "embedded", of a folder of parquet files, or of a data set on the hub; its labels, or zeros.
+    """Rows of one split of "embedded", of a folder of parquet files, or of a data set on the hub, or of a file of texts, which has no
+    splits; its labels, or zeros.
 
     Raises BadInput when the source, the split or a row does not exist, or when there is no column of text.
     """
-    texts, labels, classes = _embedded(split) if source == "embedded" else _hugging_face(source, split)
+    if is_text_file(source):
+        texts, labels, classes, labelled = read_text_file(Path(source))
+    elif source == "embedded":
+        (texts, labels, classes), labelled = _embedded(split), True
+    else:
+        texts, labels, classes, labelled = _hugging_face(source, split)
     chosen = list(range(len(texts))) if indices is None else list(indices)
     if outside := [i for i in chosen if not 0 <= i < len(texts)]:
         raise BadInput(f"Row {outside[0]} does not exist: split {split!r} of {source} has rows 0 to {len(texts) - 1}.")
@@ -55,7 +62,7 @@ def load_texts(
     for i, line in zip(chosen, lines, strict=True):
         if not isinstance(line, str):
             raise BadInput(f"Row {i} of {source} holds a {type(line).__name__}, and no text.")
-    return Texts(tuple(lines), taken, classes, str(source), split)
+    return Texts(tuple(lines), taken, classes, str(source), split, labelled)
 
 
 def test_split(source: str | Path) -> str:
@@ -85,7 +92,7 @@ def _embedded(split: str) -> tuple[list[str], list[int], int]:
     return [text for text, _ in part], [label for _, label in part], 2
 
 
-def _hugging_face(source: str | Path, split: str) -> tuple[Any, Any, int]:
+def _hugging_face(source: str | Path, split: str) -> tuple[Any, Any, int, bool]:
     splits = hugging_face_splits(source)
     if split not in splits:
         raise BadInput(f"{source} has no split {split!r}; it has {', '.join(map(repr, splits))}.")
@@ -94,4 +101,4 @@ def _hugging_face(source: str | Path, split: str) -> tuple[Any, Any, int]:
     if column is None:
         raise BadInput(f"{source} holds no texts: its columns are {', '.join(table.column_names)}.")
     labels, classes = hugging_face_labels(table, source)
-    return table[column], labels, max(len(classes), 2)
+    return table[column], labels, max(len(classes), 2), classes != UNLABELLED

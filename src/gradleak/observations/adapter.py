@@ -143,13 +143,9 @@ class Adapter(Release):
         scale = torch.where((size > 0) & (wanted > 0), ratio, 1.0).sqrt()
         return {name: scale * tensor for name, tensor in change.items()}
 
-    def loss(self, model: Model[Any], factors: Tensors, inputs: Any, labels: Tensor | None) -> Tensor:
-        """The base model's loss with the adapter in place."""
-        return model.loss(self.merged(model, factors), inputs, labels)
-
-    def merged(self, model: Model[Any], factors: Tensors) -> Tensors:
-        """{module.weight: W + s B A}, with `factors` in place of those at the start."""
-        known, weights = {**self.start, **factors}, {name: factors[name] for name in self.beside if name in factors}
+    def merged(self, model: Model[Any], tensors: Tensors) -> Tensors:
+        """{module.weight: W + s B A}, with these factors in place of those at the start."""
+        known, weights = {**self.start, **tensors}, {name: tensors[name] for name in self.beside if name in tensors}
         for module, s in self.scaling.items():
             change = s * product(known[f"{module}.lora_A"], known[f"{module}.lora_B"])
             weights[f"{module}.weight"] = model.parameters[f"{module}.weight"] + oriented(model, module, change)
@@ -208,6 +204,18 @@ class Adapter(Release):
         if self.gradient:
             return None
         return self.merged(model, {name: self.start[name] + change for name, change in released.items()})
+
+    def ends(self, model: Model[Any], released: Tensors) -> tuple[Tensors | None, Tensors | None]:
+        """Factors, and what was trained as a whole beside them; of a gradient there is no end."""
+        start = {**self.start, **{name: model.parameters[name] for name in self.changed}}
+        ended = {name: model.parameters[name] + change for name, change in self.changed.items()}
+        return start, None if self.gradient else {**self.ended(released), **ended}
+
+    def descended(self, model: Model[Any], released: Tensors) -> Tensors:
+        """Of the factors whose start is known, and of what was trained as a whole."""
+        if self.gradient:
+            return released
+        return {name: -change for name, change in (*released.items(), *self.changed.items())}
 
     def inexact(self) -> str:
         """Dropout, an unknown recipe, more than one step, Adam; nothing for one step of SGD from a known start."""

@@ -114,6 +114,14 @@ class Observation(Generic[A]):
         """The parameters of the model that training changed, as it left them; None where nothing was trained."""
         return self.release.after(self.model, self._unscaled())
 
+    def ends(self) -> tuple[Tensors | None, Tensors | None]:
+        """What training changed, as it began and as it ended; None for what is not known."""
+        return self.release.ends(self.model, self._unscaled())
+
+    def descended(self) -> Tensors:
+        """theta_0 - theta_T of what training changed, up to a factor above zero; NotObserved where that is not known."""
+        return self.release.descended(self.model, self._unscaled())
+
     def _unscaled(self) -> Tensors:
         return scaled(self.released, 1 / self.factor)
 

@@ -94,6 +94,23 @@ class Release:
         """The parameters of the model that training changed, as it left them; None where nothing was trained."""
         return None
 
+    def loss(self, model: Model[Any], tensors: Tensors, inputs: Any, labels: Tensor | None) -> Tensor:
+        """The loss that training minimised, as a function of what it changed."""
+        return model.loss(self.merged(model, tensors), inputs, labels)
+
+    def merged(self, model: Model[Any], tensors: Tensors) -> Tensors:
+        """{parameter: tensor} of the model, where these stand for what training changed."""
+        return tensors
+
+    def ends(self, model: Model[Any], released: Tensors) -> tuple[Tensors | None, Tensors | None]:
+        """What training changed, as it began and as it ended; None for what is not known."""
+        return {name: model.parameters[name] for name in released}, None
+
+    def descended(self, model: Model[Any], released: Tensors) -> Tensors:
+        """theta_0 - theta_T of what training changed, up to a factor above zero: where gradients of the private samples pointed at the
+        start. NotObserved where the start is not known. Here, of a gradient: what was released."""
+        return released
+
     def others(self, model: Model[Any], released: Tensors, simulated: Tensors) -> list["Release"]:
         """It under other beliefs about the training; simulated: what this one gives of some data."""
         return []

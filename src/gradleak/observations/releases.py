@@ -180,6 +180,14 @@ class Update(Release):
         sentence = f"This is the mean over {self.clients} clients, {meant}; as many samples of each are assumed."
         return [("clients", "warning", sentence)]
 
+    def ends(self, model: Model[Any], released: Tensors) -> tuple[Tensors | None, Tensors | None]:
+        """theta_0, and theta_0 + released."""
+        return {name: model.parameters[name] for name in released}, self.after(model, released)
+
+    def descended(self, model: Model[Any], released: Tensors) -> Tensors:
+        """-released."""
+        return {name: -change for name, change in released.items()}
+
     def inexact(self) -> str:
         """More than one step, or Adam."""
         return inexact(self.recipe)

@@ -97,6 +97,16 @@ class Weights(Release):
         """The parameters themselves."""
         return released
 
+    def ends(self, model: Model[Any], released: Tensors) -> tuple[Tensors | None, Tensors | None]:
+        """Where training started, if that is known, and the parameters themselves."""
+        return None if self.initial is None else {name: self.initial[name] for name in released}, released
+
+    def descended(self, model: Model[Any], released: Tensors) -> Tensors:
+        """Initial parameters minus trained ones; NotObserved where those are not known."""
+        if self.initial is None:
+            raise NotObserved("Where the weights began is not known: the weights before training are needed.")
+        return {name: self.initial[name] - tensor for name, tensor in released.items()}
+
     def inexact(self) -> str:
         """Training that ended too early."""
         done = self.stationarity

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, StrictUndefined, Template
 
 from gradleak.report.curve import curve
+from gradleak.report.membership import Membership, roc
 from gradleak.report.numbers import (
     DASH,
     LEVELS,
@@ -43,6 +44,7 @@ NOT_RUN = "Not run: "
 EVIDENCE = {  # the heading over the strongest evidence; what the numbers are void for is no evidence, unless it is proven
     "recovered": "What came back: {}",
     "partial": "What came back: {}",
+    "members": "The closest attack: {}",
     "nothing": "The closest attack: {}",
     "absent": "The closest attack: {}",
     "unscored": "What {} returned",
@@ -78,10 +80,14 @@ def render(record: Record) -> str:
         parts=[_part(record, name, len(names) > 1, numbers) for name in names],
         table=beside(record.get("table", [])),
         arguments=_given(record),
-        is_private=any(row.get("shown") and row.get("media") for row in record["results"])
+        is_private=(
+            any(row.get("shown") and row.get("media") for row in record["results"])
+            or any("shown" in one for one in record.get("membership", {}).get("exposed", []))
+        )
         and not record.get("redacted", False),
         costs=record.get("costs", []),
         has_intervals=any(key.endswith("_low") for row in record.get("table", []) for key in row),
+        membership=None if (found := record.get("membership")) is None else _membership(found),
         plots=[(plot["title"], _safe(plot["image"])) for plot in record.get("plots", [])],
     )
     return page.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate in a recovered text cannot be saved
@@ -91,7 +97,7 @@ def render(record: Record) -> str:
 def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"plain": plain, "describe": describe}
-    environment.filters["heads"] = heads
+    environment.filters |= {"heads": heads, "percent": percent}
     return environment.from_string(resources.files(__package__).joinpath("report.html.jinja").read_text("utf-8"))
 
 
@@ -106,6 +112,11 @@ def plain(value: Any) -> str:
     if isinstance(value, str | int):
         return str(value)
     return json.dumps(value, ensure_ascii=False)
+
+
+def percent(share: float) -> str:
+    """A share in per cent."""
+    return f"{100 * share:.3g} %"
 
 
 def describe(value: Mapping[str, Any] | None) -> str:
@@ -282,6 +293,17 @@ def _labels(row: Result, given: bool) -> str:
 
 def _classes(labels: Sequence[int | str]) -> str:
     return f"class{'es' if len(labels) > 1 else ''} {', '.join(map(str, labels))}"
+
+
+def _membership(found: Membership) -> dict[str, Any]:
+    """What the template needs to draw the membership of samples."""
+    exposed = [
+        {**row, "shown": None if found["media"] != "image/png" else _safe(row.get("shown"))}
+        | {"text": row.get("shown") if found["media"] != "image/png" else None}
+        for row in found["exposed"]
+    ]
+    order = sorted(found["scores"], key=lambda name: -found["scores"][name]["auc"])
+    return {**found, "exposed": exposed, "order": order, "roc": roc(found)}
 
 
 def _safe(uri: str | None) -> str | None:

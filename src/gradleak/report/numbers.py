@@ -18,6 +18,7 @@ RANK = "identification_rank"
 LEVELS = {
     "recovered": "Private data recovered",
     "partial": "Private data partly recovered",
+    "members": "Who was in the training data can be told",
     "nothing": "Nothing recovered: no proof of safety",
     "absent": "Not in the release: nothing to recover",
     "unscored": "Not scored",

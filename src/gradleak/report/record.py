@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
 from msgspec import Meta
 
 from gradleak.errors import BadInput, checked, shortened
+from gradleak.report.membership import Membership
 from gradleak.report.old_record import OLD, modern
 
 FAMILY, VERSION = "gradleak/record/", 2
@@ -33,7 +34,7 @@ LARGEST = 2**30  # bytes of a record that are read
 
 Numbers = Sequence[float | None]  # one number per sample; null where there is none
 Scores = Mapping[str, Numbers]  # metric -> one number per sample: {"psnr_db": [31.2, null], "ssim": [0.94, 0.11]}
-Level = Literal["recovered", "partial", "nothing", "absent", "unscored", "void"]
+Level = Literal["recovered", "partial", "members", "nothing", "absent", "unscored", "void"]
 
 
 class Command(TypedDict):
@@ -59,6 +60,7 @@ class Verdict(TypedDict):
     """What a reader in a hurry takes home.
 
     recovered  private samples came back, each of them; partial: some, or parts
+    members    none did, but who was in the training data can be told
     nothing    none did, which proves nothing
     absent     none did, and the release does not hold the information
     unscored   there was no secret to compare with, and nothing is proven
@@ -178,6 +180,7 @@ class Record(TypedDict):
     table: NotRequired[Sequence[Mapping[str, Any]]]
     costs: NotRequired[Sequence[Mapping[str, Any]]]
     plots: NotRequired[Sequence[Plot]]
+    membership: NotRequired[Membership]
 
 
 def new_result(

@@ -26,6 +26,9 @@ def redacted(record: Record) -> Record:
         "redacted": True,
         "verdict": unsaid(record["verdict"], said),
     }
+    if "membership" in record:
+        exposed = [{k: v for k, v in one.items() if k != "shown"} for one in record["membership"]["exposed"]]
+        copy["membership"] = {**record["membership"], "exposed": exposed}
     if "verdicts" in record:
         copy["verdicts"] = [unsaid(verdict, said) for verdict in record["verdicts"]]
     whole: Record = copy

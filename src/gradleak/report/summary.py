@@ -11,6 +11,7 @@ from gradleak.report.numbers import LEVELS, Legend, mean, present
 from gradleak.report.record import Record, Result
 
 FILES = ("summary.json", "summary.md", "junit.xml", "results.sarif")
+MEMBERSHIP = ("members", "fresh", "best", "scores", "certificate", "verdict", "sentence")
 SARIF = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 
 
@@ -24,13 +25,14 @@ def save(record: Record, folder: Path) -> None:
 
 
 def summary(record: Record) -> dict[str, Any]:
-    """The verdict, and one row per attack with counts and means; {"verdict", "observations", "attacks", "input", "gradleak"}."""
-    legend = Legend(record.get("metrics", {}), record.get("controls", {}))
+    """The verdict, membership, and one row per attack with counts and means."""
+    legend, found = Legend(record.get("metrics", {}), record.get("controls", {})), record.get("membership")
     return {
         "gradleak": record["gradleak"],
         "input": str(record["command"]["arguments"].get("observation") or record["command"]["name"]),
         "verdict": {**record["verdict"], "title": LEVELS[record["verdict"]["level"]]},
         "observations": [dict(verdict) for verdict in record.get("verdicts", [])],
+        "membership": {key: value for key, value in (found or {}).items() if key in MEMBERSHIP} or None,
         "attacks": [attack(row, legend) for row in record["results"]],
     }
 

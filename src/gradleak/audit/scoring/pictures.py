@@ -4,17 +4,19 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gradleak.audit import metrics
-from gradleak.audit.scoring.scoring import Control, Metric, Scores, Scoring
+from gradleak.audit.scoring.scoring import Candidates, Control, Metric, Scores, Scoring, check_labels
 from gradleak.errors import BadInput
-from gradleak.modalities.pictures import Pictures, public_pool
+from gradleak.modalities.pictures import UNLABELLED, Pictures, public_pool, sampled
 from gradleak.observations.model import PictureModel
 
 DECOYS = 99  # identification among 100: the truth and 99 public pictures
 CLEAR_LEAD_DB = 3.0  # an image counts as recovered when it is identified, with half the error of any blind control
 SAME = 1e-3  # distance of two pictures, over all pixels, below which they are one
+SMALL = 16  # pixels of the copies by which two sources are told apart
 LIMIT = 2_000  # public pictures that priors, controls and decoys are made of
 
 
@@ -76,6 +78,22 @@ def is_public(images: Tensor, pool: Pictures, model: PictureModel) -> list[bool]
     return near
 
 
+def candidates(source: str, split: str, model: PictureModel, limit: int, seed: int) -> Candidates:
+    """Random pictures of a source, in the shape that the model takes."""
+    architecture = model.architecture
+    pool, rows = sampled(source, split, shape=architecture.input_shape, limit=limit, seed=seed)
+    labelled = pool.classes != UNLABELLED
+    check_labels(pool.labels, architecture.classes, source)
+    return Candidates(pool.images, pool.labels, rows, labelled, pool.classes if labelled else None, 0, len(rows))
+
+
+def features(images: Tensor, model: PictureModel) -> Any:
+    """Pixels of a small copy, and what a look at one tells: brightness, contrast, sharpness."""
+    small = F.adaptive_avg_pool2d(images, (min(SMALL, images.shape[2]), min(SMALL, images.shape[3]))).flatten(1)
+    edges = [images.diff(dim=axis).abs().flatten(1).mean(1) for axis in (2, 3)]
+    return torch.cat([small, torch.stack([images.flatten(1).mean(1), images.flatten(1).std(1), *edges], 1)], 1).numpy()
+
+
 PICTURES = Scoring(
     media="image/png",
     metrics=(
@@ -106,4 +124,7 @@ PICTURES = Scoring(
     recovered=recovered,
     partly=partly,
     is_public=is_public,
+    candidates=candidates,
+    keys=lambda images: [image.mul(255).round().to(torch.uint8).numpy().tobytes() for image in images],
+    features=features,
 )

@@ -1,11 +1,12 @@
 """How reconstructions of one kind of private data are compared with the truth: metrics, controls, and what counts as recovered."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor
 
+from gradleak.errors import BadInput
 from gradleak.observations.model import Model
 from gradleak.report.record import Control as ControlLabel
 from gradleak.report.record import Metric as MetricLabel
@@ -50,6 +51,36 @@ WRONG_OBSERVATION = Control("wrong_observation", "Wrong observation", True, lamb
 
 
 @dataclass(frozen=True)
+class Candidates:
+    """Samples that may have been trained on, or not.
+
+    inputs     n, as the model takes them
+    labels     (n,) or None where the task has none; not to be used unless they are `labelled`
+    rows       (n) where each is in its source, counted from 0
+    classes    names of the labels, where the source has them
+    left_out   how many of the source the model cannot take
+    of         how many the source has
+    """
+
+    inputs: Any
+    labels: Tensor | None
+    rows: list[int]
+    labelled: bool
+    classes: tuple[str, ...] | None
+    left_out: int
+    of: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def some(self, kept: Sequence[int]) -> "Candidates":
+        """Those at these places."""
+        inputs = self.inputs[list(kept)] if isinstance(self.inputs, Tensor) else tuple(self.inputs[i] for i in kept)
+        labels = None if self.labels is None else self.labels[list(kept)]
+        return replace(self, inputs=inputs, labels=labels, rows=[self.rows[i] for i in kept])
+
+
+@dataclass(frozen=True)
 class Scoring:
     """All of it, for one kind of data. Metrics come first to last in importance: leads are measured by the first.
 
@@ -63,6 +94,9 @@ class Scoring:
     recovered  (scores, leads) -> for each sample whether it counts as recovered
     partly     (scores, leads) -> for each sample whether a part of it counts as recovered
     is_public  (secret inputs, public, model) -> for each sample whether the public data hold it
+    candidates (source, split, model, limit, seed) -> at most so many at random, BadInput where the model cannot take their labels
+    keys       (inputs) -> something for each that is equal where they are the same
+    features   (inputs, model) -> a matrix of scikit-learn, for telling two sources apart without the model
     in_bag     (model, what was seen in no order, truth, public) -> for each sample whether it tells a part of it, and a sentence
     """
 
@@ -77,6 +111,9 @@ class Scoring:
     rank: Callable[[Any, Any, Any], Tensor | None]
     recovered: Callable[[Scores, list[float]], list[bool]]
     partly: Callable[[Scores, list[float]], list[bool]]
+    candidates: Callable[[str, str, Model[Any], int, int], Candidates]
+    keys: Callable[[Any], list[Any]]
+    features: Callable[[Any, Model[Any]], Any]
     is_public: Callable[[Any, Any, Model[Any]], list[bool]]
     in_bag: Callable[[Model[Any], Sequence[int], Any, Any], tuple[list[bool], str]] | None = None
 
@@ -112,3 +149,11 @@ def legend(scoring: Scoring) -> tuple[dict[str, MetricLabel], dict[str, ControlL
     metrics["identification_rank"] = {"label": "Rank", "unit": "", "better": "lower", "decimals": 0}
     every = (*scoring.controls, WRONG_OBSERVATION)
     return metrics, {control.name: {"label": control.label, "blind": control.blind} for control in every}
+
+
+def check_labels(labels: Tensor, classes: int, source: str) -> None:
+    """BadInput for a label that the model does not have."""
+    if len(labels) and int(labels.max()) >= classes:
+        raise BadInput(
+            f"{source} has the label {int(labels.max())}, and the model {classes} classes: they do not belong together."
+        )

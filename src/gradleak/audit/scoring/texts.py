@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gradleak.audit.metrics.texts import TEXT_METRICS, frequent_words, match_texts
-from gradleak.audit.scoring.scoring import Control, Metric, Scores, Scoring
+from gradleak.audit.scoring.scoring import Candidates, Control, Metric, Scores, Scoring, check_labels
 from gradleak.errors import BadInput
 from gradleak.modalities.modality import Tokens
 from gradleak.modalities.texts import Texts, load_texts
@@ -117,6 +118,40 @@ def _metric(name: str) -> Metric:
     return Metric(name, label, "", "higher", decimals, each)
 
 
+def candidates(source: str, split: str, model: LanguageModel, limit: int, seed: int) -> Candidates:
+    """Random texts of a source that the model can take: not empty, and within its positions."""
+    pool, architecture = load_texts(source, split), model.architecture
+    order = torch.randperm(len(pool.texts), generator=torch.Generator().manual_seed(seed)).tolist()
+    rows, left_out = list[int](), 0
+    for row in order:
+        if len(rows) == limit:
+            break
+        text = pool.texts[row]
+        fits = bool(text.strip()) and 0 < len(architecture.tokenizer(text)["input_ids"]) < architecture.positions
+        rows, left_out = ([*rows, row], left_out) if fits else (rows, left_out + 1)
+    if not rows:
+        raise BadInput(f"No text of {source} is within the {architecture.positions} positions of the model.")
+    if architecture.classes > 1:
+        check_labels(pool.labels[rows], architecture.classes, source)
+    inputs, labels = architecture.feed(
+        replace(pool, texts=tuple(pool.texts[row] for row in rows), labels=pool.labels[rows]), seed=seed
+    )
+    return Candidates(inputs, labels, rows, pool.labelled or architecture.classes == 1, None, left_out, len(order))
+
+
+def features(tokens: Tokens, model: LanguageModel) -> Any:
+    """How often each token is in a text, and how long it is."""
+    from scipy.sparse import lil_matrix
+
+    width = int(model.architecture.config.vocab_size)
+    counts = lil_matrix((len(tokens), width + 1))
+    for number, row in enumerate(tokens):
+        for token in row:
+            counts[number, token] += 1
+        counts[number, width] = len(row)
+    return counts.tocsr()
+
+
 TEXTS = Scoring(
     media="text/plain",
     metrics=tuple(map(_metric, TEXT_METRICS)),
@@ -130,5 +165,8 @@ TEXTS = Scoring(
     recovered=recovered,
     partly=partly,
     is_public=is_public,
+    candidates=candidates,
+    keys=lambda tokens: list(tokens),
+    features=features,
     in_bag=in_bag,
 )
