@@ -7,8 +7,9 @@ from xml.etree import ElementTree
 
 import pytest
 
+from gradleak.errors import BadInput
 from gradleak.report import html, summary
-from gradleak.report.gate import exit_code
+from gradleak.report.gate import check_bar, exit_code
 from gradleak.report.record import Record, Result, new_record, new_result
 from gradleak.report.redaction import redacted
 
@@ -53,6 +54,51 @@ VOID = row(scores={"psnr_db": [60.0]}, recovered=[True], partly=[True], flags=[E
 )
 def test_exit_codes(record: Record, alone: int, recovered: int, partly: int) -> None:
     assert [exit_code(record, bar) for bar in (None, "recovered", "partly")] == [alone, recovered, partly]
+
+
+def told(level: str, true: float, proven: int = 0, best: str = "alignment") -> Record:
+    """A record of membership alone, of 100 members."""
+    record = made(level)
+    rate = {"false": 0.01, "true": true}
+    found: Any = {"members": 100, "best": best, "scores": {"alignment": {"rates": [rate]}}, "verdict": level}
+    found |= {"certificate": {"level": 1e-6, "proven": proven}, "exposed": [{"row": 3, "shown": "my secret text"}]}
+    record["membership"] = found
+    return record
+
+
+@pytest.mark.parametrize(
+    ("record", "bar", "code"),
+    [
+        (told("members", 0.2), None, 0),
+        (told("members", 0.2), "TPR>0.05", 1),
+        (told("members", 0.2), "TPR>0.2", 0),
+        (told("members", 0.2), "recovered", 0),  # that somebody took part is told, and nothing came back
+        (told("members", 0.0, proven=30), "TPR>0.05", 1),
+        (told("members", 0.0, proven=30), "recovered", 1),
+        (told("nothing", 0.01), "TPR>0.05", 0),
+        (told("unscored", 0.0, best=""), "TPR>0.05", 3),
+        (told("void", 0.9), "TPR>0.05", 3),  # members and fresh samples differ without the model
+        (made("nothing", NOTHING), "TPR>0.05", 3),
+    ],
+)
+def test_exit_codes_of_membership(record: Record, bar: str | None, code: int) -> None:
+    assert exit_code(record, bar) == code
+
+
+@pytest.mark.parametrize("bar", ["TPR>5", "TPR>0.05x", "everything", ""])
+def test_what_is_no_bar_is_refused(bar: str) -> None:
+    with pytest.raises(BadInput, match="is no bar: recovered, partly or TPR>0.05"):
+        check_bar(bar, members=True)
+
+
+def test_a_bar_of_membership_needs_samples() -> None:
+    with pytest.raises(BadInput, match="give --members and --non-members"):
+        check_bar("TPR>0.05", members=False)
+    check_bar("TPR>0.05", members=True)
+
+
+def test_no_redacted_record_shows_exposed_samples() -> None:
+    assert "my secret text" not in json.dumps(redacted(told("members", 0.2)))
 
 
 def test_junit_counts_a_leak_as_a_failure_and_void_numbers_as_an_error() -> None:
