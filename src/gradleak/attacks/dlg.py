@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradleak.attacks.attack import check_sees
+from gradleak.attacks.attack import DERIVED, Effort, check_sees
 from gradleak.attacks.labels import recover_labels
 from gradleak.attacks.reconstruction import Reconstruction, outcome_of
 from gradleak.attacks.search.descend import OnStep, rowwise, stack
@@ -36,6 +36,7 @@ from gradleak.observations.releases import Gradient, Update
 from gradleak.observations.tensors import Tensors, flatten
 
 SOLVED = 1e-8  # objective above which another start is worth its time: a relative residual of 1e-4
+DOUBLE = 2  # times as much work and memory as float32
 WHITENING_BYTES = 2 * 2**30  # the Jacobian of more is not built
 KINKS = (nn.ReLU, nn.LeakyReLU, nn.ReLU6, nn.PReLU, nn.Hardtanh, nn.MaxPool2d, nn.AdaptiveMaxPool2d)
 
@@ -76,6 +77,13 @@ class DLG:
     box: float = 0.1
     restarts: int = 3
     start: Start | None = field(default=None, repr=False)
+
+    def effort(self, observation: PictureObservation) -> Effort:
+        """A gradient an evaluation, in float64 as the model then is too; and as many derivatives as there are pixels, each round."""
+        rounds, starts = (self.rounds, self.restarts) if whitenable(observation) else (0, 1)
+        single = Effort.of_search(observation, starts * (self.evaluations + rounds * self.round_evaluations))
+        jacobians = DERIVED * starts * rounds * prod(shape(observation))
+        return Effort(DOUBLE * single.simulations, DOUBLE * (single.together + 1), jacobians)
 
     def __call__(
         self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
@@ -223,6 +231,10 @@ class IDLG:
     restarts: int = DLG.restarts
     start: Start | None = field(default=None, repr=False)
 
+    def effort(self, observation: PictureObservation) -> Effort:
+        """That of DLG."""
+        return self._search().effort(labelled(observation))
+
     def __call__(
         self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
     ) -> Reconstruction:
@@ -234,8 +246,10 @@ class IDLG:
     ) -> list[Reconstruction]:
         """The same for several observations of one model state; their plain phases run side by side."""
         check_sees(self, *observations)
-        same = {part.name: getattr(self, part.name) for part in fields(self)}
-        return DLG(**same).many([labelled(o) for o in observations], generator=generator, on_step=on_step)
+        return self._search().many([labelled(o) for o in observations], generator=generator, on_step=on_step)
+
+    def _search(self) -> DLG:
+        return DLG(**{part.name: getattr(self, part.name) for part in fields(self)})
 
 
 def labelled(observation: PictureObservation) -> PictureObservation:

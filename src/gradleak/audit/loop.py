@@ -49,6 +49,7 @@ def audit(
     name: str = "",
     on_step: Callable[[str], OnStep] | None = None,
     bound: bool = True,
+    skipped: Mapping[str, str] | None = None,
 ) -> Iterator[Audited]:
     """Run each attack on the observation, and score it against controls if the secret is there; yields as they finish.
 
@@ -56,6 +57,7 @@ def audit(
     Without them, or without the secret, nothing is scored. name: of the observation, where a record holds several.
     on_step: called with the attack's name before it runs, returns its progress callback; NotObserved out of either ends that attack.
     bound: whether to ask besides what the release determines at all (bound.py), which may take longer than the attacks.
+    skipped: attacks that are not tried, and why (plan.py).
     Raises BadInput for a secret of another kind or size.
     """
     model = observation.model
@@ -72,6 +74,9 @@ def audit(
     for title, attack in attacks.items():
         if reason := refusal(attack, observation):
             yield Audited(not_run(title, attack, about, general, reason), None)
+            continue
+        if reason := (skipped or {}).get(title, ""):
+            yield Audited({**not_run(title, attack, about, general, ""), "status": f"Not tried: {reason}"}, None)
             continue
         start = time.perf_counter()
         try:

@@ -19,6 +19,7 @@ from gradleak.attacks.search.start import Given
 from gradleak.attacks.seed import with_start_recovered
 from gradleak.audit.loop import Audited
 from gradleak.audit.loop import audit as run_audit
+from gradleak.audit.plan import planned
 from gradleak.audit.scoring import SCORING
 from gradleak.audit.verdict import judged
 from gradleak.audit.written import describe, finish, keep_shown, untried, written_audit
@@ -78,7 +79,11 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> None:
         usable_labels(secret.labels, observation.model, len(secret), args.secret)
     inputs = [*observed_files(args), *([args.secret] if args.secret else [])]
     written = new_record("audit", args, {name: options[name] for name in attacks}, inputs)
-    audit_one(observation, attacks, public_data(args, observation), secret, written, {}, out, args.seed, args.device)
+    public, named = public_data(args, observation), args.attacks is not None
+    plan = planned(observation, attacks, public, named=named, scored=secret is not None, device=args.device)
+    print(plan.sentence(), flush=True)
+    skipped, device = plan.skipped, args.device
+    audit_one(observation, attacks, public, secret, written, {}, out, args.seed, device, skipped=skipped)
     print(written["verdict"]["sentence"], f"See {out / 'report.html'}.", sep="\n")
 
 
@@ -112,9 +117,10 @@ def audit_one(
     seed: int,
     device: str,
     name: str = "",
+    skipped: Mapping[str, str] | None = None,
 ) -> None:
     """Audit one observation into a record that may hold others, with progress, and say what each attack found."""
-    about: Any = {"secret": secret, "left": left, "seed": seed, "device": device, "name": name}
+    about: Any = {"secret": secret, "left": left, "seed": seed, "device": device, "name": name, "skipped": skipped}
     with progress() as start:
         for done in written_audit(observation, attacks, public, written, out, **about, on_step=start):
             if done.reconstruction is not None:

@@ -88,6 +88,14 @@ class Release:
         """It under other beliefs about the training; simulated: what this one gives of some data."""
         return []
 
+    def steps(self) -> int:
+        """Gradients that a simulation takes one after the other."""
+        return 1
+
+    def one_step(self) -> Self:
+        """The same after one of these steps: by it a simulation is timed."""
+        return self
+
     def inexact(self) -> str:
         """Why what is read off as a gradient is not exactly one, or nothing."""
         return ""

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import vmap
 
-from gradleak.attacks.attack import check_sees
+from gradleak.attacks.attack import Effort, check_sees
 from gradleak.attacks.jigsaw.arrangement import Puzzle, arrange
 from gradleak.attacks.map_inversion import PRIOR_WEIGHTS, MapInversion
 from gradleak.attacks.reconstruction import Reconstruction, outcome_of
@@ -41,6 +41,7 @@ from gradleak.observations.observation import PictureObservation
 from gradleak.observations.release import Release
 from gradleak.observations.releases import Gradient, Update
 from gradleak.observations.tensors import Tensors
+from gradleak.observations.work import side_by_side
 from gradleak.priors.gaussian import GaussianPrior
 
 # Prior weights and how long the search stays at each, places free and places known: where patches belong emerges late.
@@ -81,6 +82,12 @@ class Jigsaw:
     def prepared(self, observation: PictureObservation, public: Pictures, *, generator: torch.Generator) -> Self:
         """With a prior of public pictures, where none was given and they are enough."""
         return self if self.prior is not None else replace(self, prior=GaussianPrior.of_public(public.images))
+
+    def effort(self, observation: PictureObservation) -> Effort:
+        """A gradient an evaluation, those of map-inversion before it, and the pictures that whiten."""
+        begun = MapInversion(evaluations=-(-self.evaluations // 2)).effort(observation)
+        searched = Effort.of_search(observation, self.evaluations * (RUNS + STARTS))
+        return Effort(begun.simulations + STATISTICS + searched.simulations, max(begun.together, searched.together))
 
     def __call__(
         self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
@@ -255,8 +262,9 @@ def whiteners(
     else:
         noise = torch.randn(STATISTICS, len(prior.std), generator=generator, dtype=torch.float64)
         pictures = prior.pixels(noise).clamp(0, 1)
-    simulate = vmap(partial(_alone, observation, y))
-    parts = [simulate(part) for part in torch.split(pictures.to(next(iter(observation.released.values()))), CHUNK)]
+    pictures, alone = pictures.to(next(iter(observation.released.values()))), partial(_alone, observation, y)
+    chunk = side_by_side(partial(alone, pictures[0]), CHUNK)
+    parts = [vmap(alone)(part) for part in torch.split(pictures, chunk)]
     size = torch.stack([tensor.square().sum() for tensor in observation.released.values()]).sum()
     whitening = {}
     for name, released in observation.released.items():
