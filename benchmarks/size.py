@@ -130,6 +130,10 @@ CASES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         ["adapter", "--base", "base", *TEXTS, "--lr", "0.01"],
     ),
     "gpt2-50-steps": (
+        lambda f: adapter(gpt2, f, QKV, 8, 50, 1.0, "SGD"),
+        ["adapter", "--base", "base", *TEXTS, "--lr", "1.0", "--steps", "50"],
+    ),
+    "gpt2-50-steps-adamw": (
         lambda f: adapter(gpt2, f, QKV, 8, 50, 1e-3, "AdamW"),
         ["adapter", "--base", "base", *TEXTS, "--lr", "0.001", "--steps", "50", "--optimizer", "adamw"],
     ),

@@ -85,9 +85,11 @@ class Jigsaw:
 
     def effort(self, observation: PictureObservation) -> Effort:
         """A gradient an evaluation, those of map-inversion before it, and the pictures that whiten."""
+        cut_up(observation, self.evaluations)
         begun = MapInversion(evaluations=-(-self.evaluations // 2)).effort(observation)
         searched = Effort.of_search(observation, self.evaluations * (RUNS + STARTS))
-        return Effort(begun.simulations + STATISTICS + searched.simulations, max(begun.together, searched.together))
+        simulations, together = begun.simulations + searched.simulations, max(begun.together, searched.together)
+        return Effort(simulations, together, begun.abreast + STATISTICS)
 
     def __call__(
         self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
@@ -95,13 +97,8 @@ class Jigsaw:
         """Raises NotObserved where the model is no vision transformer of the transformers library, where more than one picture
         took part, or nobody says how many, and where the search would take more than MOST_GIB or MOST_MINUTES."""
         check_sees(self, observation)
-        shape = observation.model.architecture.input_shape
-        if not isinstance(observation.model.module, ImageTransformer) or POSITIONS not in observation.model.parameters:
-            raise NotObserved("The model is no vision transformer: it has no patches to arrange. Use map-inversion.")
-        if observation.batch_size != 1:
-            raise NotObserved("Patches are arranged for one picture, in a batch of size 1: use map-inversion.")
-        patches = Patches(observation.model.parameters[PATCH].shape[-1], shape)
-        refuse_large(observation, patches, self.evaluations)
+        patches = cut_up(observation, self.evaluations)
+        shape = patches.shape
         prior = self.prior or GaussianPrior.smooth(shape)
         begun = MapInversion(prior=prior, evaluations=-(-self.evaluations // 2))(observation, generator=generator)
         assert begun.labels is not None  # map-inversion always has them
@@ -121,6 +118,18 @@ class Jigsaw:
             x, residual = begun.value, begun.residual
             said = f"{len(ordered)} patches were arranged and explain the release no better than at relative residual {residual:.2g}."
         return Reconstruction(x, y.cpu(), residual, said, outcome_of(residual), iterations=done, trace=trace)
+
+
+def cut_up(observation: PictureObservation, evaluations: int) -> "Patches":
+    """How the picture is cut into patches; NotObserved as `Jigsaw`."""
+    shape = observation.model.architecture.input_shape
+    if not isinstance(observation.model.module, ImageTransformer) or POSITIONS not in observation.model.parameters:
+        raise NotObserved("The model is no vision transformer: it has no patches to arrange. Use map-inversion.")
+    if observation.batch_size != 1:
+        raise NotObserved("Patches are arranged for one picture, in a batch of size 1: use map-inversion.")
+    patches = Patches(observation.model.parameters[PATCH].shape[-1], shape)
+    refuse_large(observation, patches, evaluations)
+    return patches
 
 
 def refuse_large(observation: PictureObservation, patches: "Patches", evaluations: int) -> None:
