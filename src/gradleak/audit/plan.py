@@ -65,7 +65,7 @@ class Plan:
         return said + "".join(f" Not tried: {name}, which {reason}" for name, reason in self.skipped.items())
 
 
-def planned(
+def plan_of(
     observation: Observation[Any],
     attacks: Mapping[str, Attack],
     public: Any,

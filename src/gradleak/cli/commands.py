@@ -19,7 +19,7 @@ from gradleak.attacks.search.start import Given
 from gradleak.attacks.seed import with_start_recovered
 from gradleak.audit.loop import Audited
 from gradleak.audit.loop import audit as run_audit
-from gradleak.audit.plan import planned
+from gradleak.audit.plan import plan_of
 from gradleak.audit.scoring import SCORING
 from gradleak.audit.verdict import judged
 from gradleak.audit.written import describe, finish, keep_shown, untried, written_audit
@@ -80,7 +80,7 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> None:
     inputs = [*observed_files(args), *([args.secret] if args.secret else [])]
     written = new_record("audit", args, {name: options[name] for name in attacks}, inputs)
     public, named = public_data(args, observation), args.attacks is not None
-    plan = planned(observation, attacks, public, named=named, scored=secret is not None, device=args.device)
+    plan = plan_of(observation, attacks, public, named=named, scored=secret is not None, device=args.device)
     print(plan.sentence(), flush=True)
     skipped, device = plan.skipped, args.device
     audit_one(observation, attacks, public, secret, written, {}, out, args.seed, device, skipped=skipped)
