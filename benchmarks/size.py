@@ -37,7 +37,7 @@ def gpt2(folder: Path) -> Any:
     module = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **ends)).eval()
     module.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
-    ids = tokenizer(TEXT)["input_ids"][:29] + [tokenizer.eos_token_id]
+    ids = [*tokenizer(TEXT)["input_ids"][:29], tokenizer.eos_token_id]
     (folder / "secret.json").write_text(json.dumps(tokenizer.decode(ids, skip_special_tokens=True)))
     ids = torch.tensor([ids])
     return module, {"input_ids": ids, "labels": ids}

@@ -10,7 +10,6 @@ from gradleak.errors import NotObserved
 from gradleak.observations.observation import Observation, a
 from gradleak.observations.release import Release
 
-
 DERIVED = 3  # simulated releases that the gradient of one costs: a pass forth and a pass back through the graph of the first two
 
 
@@ -43,6 +42,8 @@ class Attack(Protocol):
     prepared(observation, public, *, generator) -> Self   what it makes of public data beforehand: a prior, a decoder, a zoo
     trained_on(inputs) -> int                             how many of these inputs it has seen in training
     effort(observation) -> Effort                         what it is going to take, if it searches or simulates much
+    on_device                                             True: it computes where the observation lies; others stay on the CPU, in
+                                                          float64 where they need it
     by_name_only                                          True: a bare audit leaves it out
     """
 
@@ -64,6 +65,11 @@ def refusal(attack: Any, observation: Observation[Any]) -> str:
         seen = " or ".join(a(release.name) for release in attack.sees)
         return f"It reads {seen}, and what was released is {a(kind.name)}."
     return ""
+
+
+def placed(attack: Any, observation: Observation[Any], where: torch.device) -> Observation[Any]:
+    """The observation where the attack is going to compute."""
+    return observation.to(where if getattr(attack, "on_device", False) else torch.device("cpu"))
 
 
 def check_sees(attack: Any, *observations: Observation[Any]) -> None:

@@ -5,7 +5,7 @@ Recovers  images (batch, channel, height, width) in [0, 1], and labels, from net
 Solves    min over x and y of ||g(x, softmax(y)) - g*||^2 / ||g*||^2      (equation 2)
 Differs   relative objective: divided by ||g*||^2, so that one goal serves all models
           grey start, 0.5 + 0.01 N(0, 1) for pixels and 0 for label logits: N(0, 1) saturates sigmoids and crawls
-          float64: in float32 the objective stops falling before the last 20 dB
+          float64, where the device has it: in float32 the objective stops falling before the last 20 dB
           whitening: after a plain L-BFGS phase, rounds of L-BFGS in u, where z = z0 + u W and W^T W is the inverse of
           the damped Gauss-Newton matrix at z0. It takes out the conditioning, which is what slows DLG down
           box: pixels outside [0, 1] cost box * mean squared distance to it; the search cannot run off to where all
@@ -31,6 +31,7 @@ from gradleak.attacks.search.start import Start, begin
 from gradleak.errors import BadInput, NotObserved
 from gradleak.modalities.networks import Architecture
 from gradleak.observations.observation import PictureObservation
+from gradleak.observations.precision import widest
 from gradleak.observations.release import Release
 from gradleak.observations.releases import Gradient, Update
 from gradleak.observations.tensors import Tensors, flatten
@@ -68,6 +69,7 @@ class DLG:
 
     sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update)
     modality: ClassVar[str] = Architecture.modality
+    on_device: ClassVar[bool] = True
 
     evaluations: int = 600
     rounds: int = 5
@@ -98,7 +100,8 @@ class DLG:
         if self.restarts < 1 or self.evaluations < 1:
             raise BadInput("DLG needs at least one start and one evaluation.")
         check_sees(self, *observations)
-        seen = [o.to(torch.float64) for o in observations]
+        where = next(iter(observations[0].released.values())).device
+        seen = [o.to(widest(where)) for o in observations]
         best: dict[int, Found] = {}
         starts = [0] * len(seen)
         for number in range(self.restarts if whitenable(seen[0]) else 1):  # elsewhere one start is long enough a search
@@ -120,7 +123,7 @@ class DLG:
         chosen: Start | None = None,
         on_step: OnStep | None = None,
     ) -> list[Found]:
-        """One start for each of the observations, in float64."""
+        """One start for each of the observations."""
         first, released = seen[0], stack(seen)
         if len({o.labels is None for o in seen}) > 1:
             raise BadInput("Either all or none of the observations attacked side by side must come with labels.")
@@ -172,7 +175,7 @@ class DLG:
             factor = gauss_newton_factor(residual, found.z.float())
             inside, x = evaluate, found.z[None]
             if factor is not None:
-                factor = factor.double()
+                factor = factor.to(found.z)
                 inside, x = whitened(evaluate, found.z, factor), torch.zeros_like(x)
             report = shifted(on_step, found.evaluations, 0)
             end = lbfgs(
@@ -191,7 +194,7 @@ class DLG:
         known = () if observation.labels is None else (probabilities(observation),)
         images, soft = split(observation, found.z, *known)
         images = images.clamp(0, 1).float()
-        residual = observation.residual(images.double(), soft)
+        residual = observation.residual(images.to(soft), soft)
         spent = f"after {found.evaluations} evaluations" + (f" of start {starts}" if starts > 1 else "")
         if found.value <= self.goal:
             status = f"Converged: relative residual {residual:.1g} {spent}."
@@ -221,6 +224,7 @@ class IDLG:
 
     sees: ClassVar[tuple[type[Release], ...]] = DLG.sees
     modality: ClassVar[str] = DLG.modality
+    on_device: ClassVar[bool] = True
 
     evaluations: int = DLG.evaluations
     rounds: int = DLG.rounds
@@ -274,12 +278,12 @@ def shape(observation: PictureObservation) -> tuple[int, ...]:
 
 
 def start(observation: PictureObservation, count: int, generator: torch.Generator) -> Tensor:
-    """Grey images, and label logits 0 where labels were not given: z (count, n) float64."""
+    """Grey images, and label logits 0 where labels were not given: z (count, n) in the precision of the observation."""
     size = shape(observation)
     noise = torch.randn(count, prod(size), generator=generator, dtype=torch.float64)
     unknown = size[0] * observation.model.architecture.classes if observation.labels is None else 0
     z = torch.cat([0.5 + 0.01 * noise, torch.zeros(count, unknown)], dim=1)
-    return z.to(flatten(observation.released).device)
+    return z.to(next(iter(observation.released.values())))
 
 
 def started(chosen: Start, seen: list[PictureObservation], generator: torch.Generator) -> Tensor:

@@ -52,6 +52,7 @@ class InvertingGradients:
 
     sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update, Adapter)
     modality: ClassVar[str] = Architecture.modality
+    on_device: ClassVar[bool] = True
 
     steps: int = 1_000
     step_size: float = 0.1
@@ -64,6 +65,7 @@ class InvertingGradients:
 
     def effort(self, observation: PictureObservation) -> Effort:
         """A gradient a step and restart, and the part that all pictures share."""
+        known_or_recovered(observation)
         return Effort.of_search(observation, self.steps + DRAWS * self.centre, self.restarts)
 
     def __call__(

@@ -30,7 +30,9 @@ from gradleak.observations.releases import Gradient, Update
 from gradleak.observations.tensors import Tensors
 
 PATCH, POSITIONS = "embeddings.patch_embeddings.projection.weight", "embeddings.position_embeddings"
-ROUNDINGS = 10.0  # of the format, that a singular value of D has to stand out by: below, a patch's error has the patch's size
+ROUNDINGS = (
+    10.0  # of the format, that a singular value of D has to stand out by: below, a patch's error has the patch's size
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,9 @@ class PatchEmbedding:
         if not isinstance(network, ImageTransformer):
             raise NotObserved("The model is no vision transformer: it has no patches.")
         if observation.batch_size not in (None, 1):
-            raise NotObserved(f"The batch has {observation.batch_size} images: the gradients of their tokens are added up.")
+            raise NotObserved(
+                f"The batch has {observation.batch_size} images: the gradients of their tokens are added up."
+            )
         gradient = observation.as_gradient()
         dE, positions = ending(gradient, PATCH), ending(gradient, POSITIONS)
         size, patch = observation.model.architecture.input_shape[1:], dE.shape[-2:]
@@ -69,7 +73,9 @@ class PatchEmbedding:
         normalised = F.fold(P.T[None], size, patch, stride=patch)
         images = (normalised * network.normalise.std + network.normalise.mean).clamp(0, 1).float()
         labels, residual = with_best_label(observation, images)
-        status = f"{int(told.sum())} equations of {count} patches stand out of rounding; relative residual {residual:.2g}."
+        status = (
+            f"{int(told.sum())} equations of {count} patches stand out of rounding; relative residual {residual:.2g}."
+        )
         return Reconstruction(images, labels, residual, status, outcome_of(residual))
 
 

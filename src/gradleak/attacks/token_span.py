@@ -54,7 +54,6 @@ class TokenSpan:
                 f"The batch has {observation.batch_size} images: their tokens fill the space in which they were seen."
             )
 
-
         def parameter(name: str) -> Tensor:
             return observation.model.parameters[f"network.vit.{name}"].double()
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gradleak.attacks.attack import Attack, refusal
+from gradleak.attacks.attack import Attack, placed, refusal
 from gradleak.attacks.factor import with_factor_found
 from gradleak.attacks.reconstruction import Reconstruction
 from gradleak.attacks.search.descend import OnStep
@@ -82,7 +82,9 @@ def audit(
         try:
             report = on_step(title) if on_step is not None else None
             ready = prepared(attack, observation, rest, seed)
-            reconstruction = ready(observation.to(where), generator=torch.Generator().manual_seed(seed), on_step=report)
+            reconstruction = ready(
+                placed(attack, observation, where), generator=torch.Generator().manual_seed(seed), on_step=report
+            )
         except UNABLE as error:
             reason = str(error) if isinstance(error, NotObserved) else UNEVEN
             yield Audited(not_run(title, attack, about, general, reason), None)
@@ -109,9 +111,9 @@ def audit(
                 *(unexplained(reconstruction.residual) if observation.release.replays else []),
             ]
         elif public is not None:
-            other = others(observation, scoring, public, max(len(reconstruction.value), len(secret)), seed).to(where)
+            other = others(observation, scoring, public, max(len(reconstruction.value), len(secret)), seed)
             try:
-                wrong = ready(other, generator=torch.Generator().manual_seed(seed)).value
+                wrong = ready(placed(attack, other, where), generator=torch.Generator().manual_seed(seed)).value
             except UNABLE:
                 wrong = model.architecture.blank(len(secret))
             score(row, observation, scoring, reconstruction, wrong, secret, public, decoys)

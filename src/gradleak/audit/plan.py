@@ -15,7 +15,9 @@ from gradleak.observations.observation import Observation
 from gradleak.observations.work import Work, work_of
 
 LONGEST = 1_800.0  # CPU-seconds that an attack may take which was not asked for by name
-SLOWEST = 5e9  # operations a second of products side by side, on one old core; small ones alone spend their time on calls
+SLOWEST = (
+    5e9  # operations a second of products side by side, on one old core; small ones alone spend their time on calls
+)
 GIB = 2**30
 MEMORY = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")  # of the machine, and of a container
 
@@ -83,15 +85,23 @@ def plan_of(
     where = torch.device(device)
     held, free = bytes_of(observation), free_bytes(where)
     if free is not None and 2 * held > free:
-        raise BadInput(f"This takes {size(2 * held)} at least, and {size(free)} of memory are free: free some, or use another machine.")
-    efforts = {name: effort for name, attack in attacks.items() if (effort := effort_of(attack, observation)) is not None}
+        raise BadInput(
+            f"This takes {size(2 * held)} at least, and {size(free)} of memory are free: free some, or use another machine."
+        )
+    efforts = {
+        name: effort for name, attack in attacks.items() if (effort := effort_of(attack, observation)) is not None
+    }
     step = step_of(observation.to(where), public, where) if efforts else None
     runs = 2 if scored else 1
     plan = Plan(efforts if step else {}, step, observation.release.steps(), held, free, runs, {})
     skipped: dict[str, str] = {}
     for name in plan.efforts:
         needed = held + plan.bytes(name)
-        short = f"would take {size(needed)} of memory, and {size(free)} are free" if free is not None and needed > free else ""
+        short = (
+            f"would take {size(needed)} of memory, and {size(free)} are free"
+            if free is not None and needed > free
+            else ""
+        )
         if short and named:
             raise BadInput(f"{name} {short}: lower its effort (try --attacks {name} --help), or use another machine.")
         if short:
@@ -99,7 +109,9 @@ def plan_of(
         elif plan.seconds(name) > LONGEST and not named:
             count = plan.runs * (plan.efforts[name].simulations + plan.efforts[name].abreast)
             cost = f"{duration(plan.seconds(name))}, {count:,.0f} simulated releases"
-            skipped[name] = f"would cost up to {cost}: run it with --attacks {name}; this says nothing about what leaks."
+            skipped[name] = (
+                f"would cost up to {cost}: run it with --attacks {name}; this says nothing about what leaks."
+            )
     return replace(plan, skipped=skipped)
 
 

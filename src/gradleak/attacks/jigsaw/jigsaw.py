@@ -74,6 +74,7 @@ class Jigsaw:
 
     sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update, Adapter)
     modality: ClassVar[str] = Architecture.modality
+    on_device: ClassVar[bool] = True
 
     prior: GaussianPrior | None = field(default=None, repr=False)
     evaluations: int = 150
@@ -203,7 +204,7 @@ def loose(
     q = 0.02 * torch.randn(STARTS, len(begun) * len(spread), generator=generator).to(begun)  # nowhere yet
     z, done = given.descend(objective, torch.cat([p.flatten().expand(STARTS, -1), q], dim=1), LOOSE, 0, EXPLAINED)
     p, q = z[: begun.numel()].view_as(begun), z[begun.numel() :].view(len(begun), -1)
-    return (mean + p @ factor).clamp(0, 1).double().cpu(), F.normalize(q.double().cpu(), dim=1), done
+    return (mean + p @ factor).clamp(0, 1).cpu().double(), F.normalize(q.cpu().double(), dim=1), done
 
 
 def tight(given: Given, begun: Tensor, prior: GaussianPrior) -> tuple[Tensor, int]:
@@ -247,8 +248,9 @@ def spread_of(positions: Tensor) -> Tensor:
 
 def directions(positions: Tensor) -> Tensor:
     """(patches, width) in those coordinates: (patches, directions), of length 1, float64."""
+    positions = positions.cpu()
     q = (positions - positions.mean(0)).double() @ torch.linalg.pinv(spread_of(positions).double())
-    return F.normalize(q, dim=1).cpu()
+    return F.normalize(q, dim=1)
 
 
 def of_patches(prior: GaussianPrior, cut: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
@@ -279,7 +281,7 @@ def whiteners(
     for name, released in observation.released.items():
         if released.square().sum() <= 1e-12 * size:
             continue
-        S = torch.cat([matrix(part[name], 1) for part in parts]).double()  # (pictures, rows, columns)
+        S = torch.cat([matrix(part[name], 1) for part in parts]).cpu().double()  # (pictures, rows, columns)
         S = F.normalize(S.flatten(1), dim=1).view_as(S)
         rows, columns = torch.einsum("nij,nkj->ik", S, S), torch.einsum("nij,nik->jk", S, S)
         whitening[name] = (_inverse_root(rows).to(released), _inverse_root(columns).to(released))
