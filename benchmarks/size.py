@@ -34,13 +34,14 @@ def gpt2(folder: Path) -> Any:
     torch.manual_seed(0)
     tokenizer = train_tokenizer(load_texts("embedded", "train").texts, "gpt2", size=300)
     ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    module = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **ends)).eval()
+    kind: Any = GPT2LMHeadModel
+    module = kind(GPT2Config(vocab_size=VOCABULARY, **ends)).eval()
     module.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     ids = [*tokenizer(TEXT)["input_ids"][:29], tokenizer.eos_token_id]
     (folder / "secret.json").write_text(json.dumps(tokenizer.decode(ids, skip_special_tokens=True)))
-    ids = torch.tensor([ids])
-    return module, {"input_ids": ids, "labels": ids}
+    batch = torch.tensor([ids])
+    return module, {"input_ids": batch, "labels": batch}
 
 
 def vit(folder: Path) -> Any:
@@ -49,7 +50,10 @@ def vit(folder: Path) -> Any:
     from transformers import ViTConfig, ViTForImageClassification
 
     torch.manual_seed(0)
-    module = ViTForImageClassification(ViTConfig(num_labels=CLASSES)).eval()
+    kind: Any = ViTForImageClassification
+    config: Any = ViTConfig()
+    config.num_labels = CLASSES
+    module = kind(config).eval()
     module.save_pretrained(folder / "base")
     constants = {"do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     (folder / "base" / "preprocessor_config.json").write_text(json.dumps(constants))
@@ -61,7 +65,8 @@ def picture() -> Any:
     import torch
     from skimage.data import astronaut
 
-    return torch.from_numpy(astronaut()[50:274, 100:324].copy()).permute(2, 0, 1)[None] / 255
+    photograph: Any = astronaut
+    return torch.from_numpy(photograph()[50:274, 100:324].copy()).permute(2, 0, 1)[None] / 255
 
 
 def gradient(victim: Callable[[Path], Any], folder: Path) -> None:
@@ -90,7 +95,7 @@ def adapter(
         optimiser.zero_grad()
         adapted(**batch).loss.backward()
         optimiser.step()
-    adapted.save_pretrained(folder / "adapter")
+    adapted.save_pretrained(str(folder / "adapter"))
 
 
 def resnet18(folder: Path) -> None:

@@ -19,11 +19,13 @@ class Effort(NamedTuple):
     simulations  in units of `observation.simulate` of a batch of its size
     together     what is held in memory at one time, in units of one step of that
     abreast      simulations besides, many at a time: what each costs is arithmetic alone
+    algebra      floating-point operations besides, of products and factors of large matrices
     """
 
     simulations: float
     together: float
     abreast: float = 0.0
+    algebra: float = 0.0
 
     @classmethod
     def of_search(cls, observation: Observation[Any], gradients: float, rows: int = 1) -> "Effort":

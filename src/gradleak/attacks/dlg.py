@@ -84,8 +84,9 @@ class DLG:
         """A gradient an evaluation, in float64 as the model then is too; and as many derivatives as there are pixels, each round."""
         rounds, starts = (self.rounds, self.restarts) if whitenable(observation) else (0, 1)
         single = Effort.of_search(observation, starts * (self.evaluations + rounds * self.round_evaluations))
-        jacobians = DERIVED * starts * rounds * prod(shape(observation))
-        return Effort(DOUBLE * single.simulations, DOUBLE * (single.together + 1), jacobians)
+        pixels, released = prod(shape(observation)), sum(tensor.numel() for tensor in observation.released.values())
+        jacobians, grams = DERIVED * starts * rounds * pixels, 2.0 * starts * rounds * pixels**2 * (released + pixels)
+        return Effort(DOUBLE * single.simulations, DOUBLE * (single.together + 1), jacobians, grams)
 
     def __call__(
         self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None

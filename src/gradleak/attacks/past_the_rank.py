@@ -77,7 +77,7 @@ class PastTheRank:
         _, first = seen(observation, torch.Generator().manual_seed(0))
         rank, longest = self.sizes(observation, first)
         classes = observation.model.architecture.classes
-        texts = (longest - rank + 1) * classes + longest * self.choices * (self.starts + self.sweeps - 1)
+        texts = float(longest - rank + 1) * classes + longest * self.choices * (self.starts + self.sweeps - 1)
         texts += (self.sweeps - 1) * longest * (longest / 2 + 1 + self.insertions)
         single = longest / PROBE
         return Effort(texts * single / observation.release.steps(), TEXTS * single)
