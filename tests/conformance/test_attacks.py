@@ -175,6 +175,7 @@ EVERY_NUMBER = adapter(trained.PERCEPTRON, 64, "2", "4", "6")  # of the gradient
 CASES = {
     "analytic": Case(gradient(MLP)),
     "recursive": Case(gradient(LENET)),
+    "patch-embedding": Case(gradient(VIT)),
     "token-span": Case(gradient(VIT)),
     "activation-patterns": Case(adapter(MLP, 8, "2", "4", "6"), {"sweeps": 10}, {"sweeps": 1, "rounds": 0}),
     "unmixing": Case(gradient(MLP)),

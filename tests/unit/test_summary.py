@@ -87,7 +87,7 @@ def test_exit_codes_of_membership(record: Record, bar: str | None, code: int) ->
 
 @pytest.mark.parametrize("bar", ["TPR>5", "TPR>0.05x", "everything", ""])
 def test_what_is_no_bar_is_refused(bar: str) -> None:
-    with pytest.raises(BadInput, match="is no bar: recovered, partly or TPR>0.05"):
+    with pytest.raises(BadInput, match=r"is no bar: recovered, partly or TPR>0\.05"):
         check_bar(bar, members=True)
 
 

@@ -18,6 +18,7 @@ from gradleak.attacks.learned.lti import LTI
 from gradleak.attacks.map_inversion import MapInversion
 from gradleak.attacks.own import installed
 from gradleak.attacks.past_the_rank import PastTheRank
+from gradleak.attacks.patch_embedding import PatchEmbedding
 from gradleak.attacks.recursion.recursive import Recursive
 from gradleak.attacks.sparse_words import SparseWords
 from gradleak.attacks.token_span import TokenSpan
@@ -29,6 +30,7 @@ from gradleak.attacks.weights.ntk import NTK
 ATTACKS: dict[str, type] = {
     "analytic": Analytic,
     "recursive": Recursive,
+    "patch-embedding": PatchEmbedding,
     "token-span": TokenSpan,
     "activation-patterns": ActivationPatterns,
     "unmixing": Unmixing,

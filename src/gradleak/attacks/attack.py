@@ -1,6 +1,6 @@
 """What every attack is."""
 
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 
@@ -9,6 +9,28 @@ from gradleak.attacks.search.descend import OnStep
 from gradleak.errors import NotObserved
 from gradleak.observations.observation import Observation, a
 from gradleak.observations.release import Release
+
+DERIVED = 3  # simulated releases that the gradient of one costs: a pass forth and a pass back through the graph of the first two
+
+
+class Effort(NamedTuple):
+    """What an attack is going to take, at most.
+
+    simulations  in units of `observation.simulate` of a batch of its size
+    together     what is held in memory at one time, in units of one step of that
+    abreast      simulations besides, many at a time: what each costs is arithmetic alone
+    algebra      floating-point operations besides, of products and factors of large matrices
+    """
+
+    simulations: float
+    together: float
+    abreast: float = 0.0
+    algebra: float = 0.0
+
+    @classmethod
+    def of_search(cls, observation: Observation[Any], gradients: float, rows: int = 1) -> "Effort":
+        """Of so many gradients of simulations in each row, whose graphs hold all steps."""
+        return cls(DERIVED * gradients * rows, DERIVED * rows * observation.release.steps())
 
 
 class Attack(Protocol):
@@ -21,6 +43,9 @@ class Attack(Protocol):
 
     prepared(observation, public, *, generator) -> Self   what it makes of public data beforehand: a prior, a decoder, a zoo
     trained_on(inputs) -> int                             how many of these inputs it has seen in training
+    effort(observation) -> Effort                         what it is going to take, if it searches or simulates much
+    on_device                                             True: it computes where the observation lies; others stay on the CPU, in
+                                                          float64 where they need it
     by_name_only                                          True: a bare audit leaves it out
     """
 
@@ -42,6 +67,11 @@ def refusal(attack: Any, observation: Observation[Any]) -> str:
         seen = " or ".join(a(release.name) for release in attack.sees)
         return f"It reads {seen}, and what was released is {a(kind.name)}."
     return ""
+
+
+def placed(attack: Any, observation: Observation[Any], where: torch.device) -> Observation[Any]:
+    """The observation where the attack is going to compute."""
+    return observation.to(where if getattr(attack, "on_device", False) else torch.device("cpu"))
 
 
 def check_sees(attack: Any, *observations: Observation[Any]) -> None:

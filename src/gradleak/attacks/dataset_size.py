@@ -15,13 +15,14 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 
-from gradleak.attacks.attack import check_sees, refusal
+from gradleak.attacks.attack import Effort, check_sees, refusal
 from gradleak.attacks.reconstruction import Outcome, Reconstruction
 from gradleak.attacks.search.descend import OnStep
 from gradleak.errors import BadInput, NotObserved
@@ -32,6 +33,7 @@ from gradleak.observations.observation import PictureObservation
 from gradleak.observations.release import Release
 from gradleak.observations.tensors import Tensors
 from gradleak.observations.training import Recipe
+from gradleak.observations.work import side_by_side
 
 FLOOR = 1e-6  # singular values below this part of the largest are the rounding of float32
 NEIGHBOURS = 8  # of the regression
@@ -320,6 +322,12 @@ class SampleCount:
     copies: int = 12
     zoo: DatasetSize | None = field(default=None, repr=False)
 
+    def effort(self, observation: PictureObservation) -> Effort:
+        """An adapter trained on every number of samples, so many times each."""
+        samples = self.copies * self.largest * (self.largest + 1) / 2
+        batch = observation.batch_size or 1
+        return Effort(0, self.largest / batch, samples / batch)
+
     def prepared(self, observation: PictureObservation, public: Pictures, *, generator: torch.Generator) -> Self:
         """With its zoo. Without a recipe the length of the change says nothing, and only the shapes of the spectra count."""
         if refusal(self, observation):
@@ -328,7 +336,9 @@ class SampleCount:
         adapters, sizes = list[PictureObservation](), list[int]()
         for n in range(1, self.largest + 1):
             rows = torch.randint(len(public.labels), (self.copies, n), generator=generator)
-            changes = vmap(observation.simulate)(public.images[rows], public.labels[rows] % classes)
+            images, labels = public.images[rows], public.labels[rows] % classes  # (copies, n, ...)
+            chunk = side_by_side(partial(observation.simulate, images[0], labels[0]), self.copies)
+            changes = vmap(observation.simulate, chunk_size=chunk)(images, labels)
             for i in range(self.copies):
                 released = {name: tensor[i].detach() for name, tensor in changes.items()}
                 adapters.append(replace(observation, released=released, batch_size=n, labels=None))

@@ -5,7 +5,7 @@ Recovers  images (batch, channel, height, width) in [0, 1], and labels, from net
 Solves    min over x and y of ||g(x, softmax(y)) - g*||^2 / ||g*||^2      (equation 2)
 Differs   relative objective: divided by ||g*||^2, so that one goal serves all models
           grey start, 0.5 + 0.01 N(0, 1) for pixels and 0 for label logits: N(0, 1) saturates sigmoids and crawls
-          float64: in float32 the objective stops falling before the last 20 dB
+          float64, where the device has it: in float32 the objective stops falling before the last 20 dB
           whitening: after a plain L-BFGS phase, rounds of L-BFGS in u, where z = z0 + u W and W^T W is the inverse of
           the damped Gauss-Newton matrix at z0. It takes out the conditioning, which is what slows DLG down
           box: pixels outside [0, 1] cost box * mean squared distance to it; the search cannot run off to where all
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradleak.attacks.attack import check_sees
+from gradleak.attacks.attack import DERIVED, Effort, check_sees
 from gradleak.attacks.labels import recover_labels
 from gradleak.attacks.reconstruction import Reconstruction, outcome_of
 from gradleak.attacks.search.descend import OnStep, rowwise, stack
@@ -31,11 +31,13 @@ from gradleak.attacks.search.start import Start, begin
 from gradleak.errors import BadInput, NotObserved
 from gradleak.modalities.networks import Architecture
 from gradleak.observations.observation import PictureObservation
+from gradleak.observations.precision import widest
 from gradleak.observations.release import Release
 from gradleak.observations.releases import Gradient, Update
 from gradleak.observations.tensors import Tensors, flatten
 
 SOLVED = 1e-8  # objective above which another start is worth its time: a relative residual of 1e-4
+DOUBLE = 2  # times as much work and memory as float32
 WHITENING_BYTES = 2 * 2**30  # the Jacobian of more is not built
 KINKS = (nn.ReLU, nn.LeakyReLU, nn.ReLU6, nn.PReLU, nn.Hardtanh, nn.MaxPool2d, nn.AdaptiveMaxPool2d)
 
@@ -67,6 +69,7 @@ class DLG:
 
     sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update)
     modality: ClassVar[str] = Architecture.modality
+    on_device: ClassVar[bool] = True
 
     evaluations: int = 600
     rounds: int = 5
@@ -76,6 +79,14 @@ class DLG:
     box: float = 0.1
     restarts: int = 3
     start: Start | None = field(default=None, repr=False)
+
+    def effort(self, observation: PictureObservation) -> Effort:
+        """A gradient an evaluation, in float64 as the model then is too; and as many derivatives as there are pixels, each round."""
+        rounds, starts = (self.rounds, self.restarts) if whitenable(observation) else (0, 1)
+        single = Effort.of_search(observation, starts * (self.evaluations + rounds * self.round_evaluations))
+        pixels, released = prod(shape(observation)), sum(tensor.numel() for tensor in observation.released.values())
+        jacobians, grams = DERIVED * starts * rounds * pixels, 2.0 * starts * rounds * pixels**2 * (released + pixels)
+        return Effort(DOUBLE * single.simulations, DOUBLE * (single.together + 1), jacobians, grams)
 
     def __call__(
         self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
@@ -90,7 +101,8 @@ class DLG:
         if self.restarts < 1 or self.evaluations < 1:
             raise BadInput("DLG needs at least one start and one evaluation.")
         check_sees(self, *observations)
-        seen = [o.to(torch.float64) for o in observations]
+        where = next(iter(observations[0].released.values())).device
+        seen = [o.to(widest(where)) for o in observations]
         best: dict[int, Found] = {}
         starts = [0] * len(seen)
         for number in range(self.restarts if whitenable(seen[0]) else 1):  # elsewhere one start is long enough a search
@@ -112,7 +124,7 @@ class DLG:
         chosen: Start | None = None,
         on_step: OnStep | None = None,
     ) -> list[Found]:
-        """One start for each of the observations, in float64."""
+        """One start for each of the observations."""
         first, released = seen[0], stack(seen)
         if len({o.labels is None for o in seen}) > 1:
             raise BadInput("Either all or none of the observations attacked side by side must come with labels.")
@@ -164,7 +176,7 @@ class DLG:
             factor = gauss_newton_factor(residual, found.z.float())
             inside, x = evaluate, found.z[None]
             if factor is not None:
-                factor = factor.double()
+                factor = factor.to(found.z)
                 inside, x = whitened(evaluate, found.z, factor), torch.zeros_like(x)
             report = shifted(on_step, found.evaluations, 0)
             end = lbfgs(
@@ -183,7 +195,7 @@ class DLG:
         known = () if observation.labels is None else (probabilities(observation),)
         images, soft = split(observation, found.z, *known)
         images = images.clamp(0, 1).float()
-        residual = observation.residual(images.double(), soft)
+        residual = observation.residual(images.to(soft), soft)
         spent = f"after {found.evaluations} evaluations" + (f" of start {starts}" if starts > 1 else "")
         if found.value <= self.goal:
             status = f"Converged: relative residual {residual:.1g} {spent}."
@@ -213,6 +225,7 @@ class IDLG:
 
     sees: ClassVar[tuple[type[Release], ...]] = DLG.sees
     modality: ClassVar[str] = DLG.modality
+    on_device: ClassVar[bool] = True
 
     evaluations: int = DLG.evaluations
     rounds: int = DLG.rounds
@@ -222,6 +235,10 @@ class IDLG:
     box: float = DLG.box
     restarts: int = DLG.restarts
     start: Start | None = field(default=None, repr=False)
+
+    def effort(self, observation: PictureObservation) -> Effort:
+        """That of DLG."""
+        return self._search().effort(labelled(observation))
 
     def __call__(
         self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
@@ -234,8 +251,10 @@ class IDLG:
     ) -> list[Reconstruction]:
         """The same for several observations of one model state; their plain phases run side by side."""
         check_sees(self, *observations)
-        same = {part.name: getattr(self, part.name) for part in fields(self)}
-        return DLG(**same).many([labelled(o) for o in observations], generator=generator, on_step=on_step)
+        return self._search().many([labelled(o) for o in observations], generator=generator, on_step=on_step)
+
+    def _search(self) -> DLG:
+        return DLG(**{part.name: getattr(self, part.name) for part in fields(self)})
 
 
 def labelled(observation: PictureObservation) -> PictureObservation:
@@ -260,12 +279,12 @@ def shape(observation: PictureObservation) -> tuple[int, ...]:
 
 
 def start(observation: PictureObservation, count: int, generator: torch.Generator) -> Tensor:
-    """Grey images, and label logits 0 where labels were not given: z (count, n) float64."""
+    """Grey images, and label logits 0 where labels were not given: z (count, n) in the precision of the observation."""
     size = shape(observation)
     noise = torch.randn(count, prod(size), generator=generator, dtype=torch.float64)
     unknown = size[0] * observation.model.architecture.classes if observation.labels is None else 0
     z = torch.cat([0.5 + 0.01 * noise, torch.zeros(count, unknown)], dim=1)
-    return z.to(flatten(observation.released).device)
+    return z.to(next(iter(observation.released.values())))
 
 
 def started(chosen: Start, seen: list[PictureObservation], generator: torch.Generator) -> Tensor:

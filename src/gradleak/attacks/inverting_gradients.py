@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import vmap
 
-from gradleak.attacks.attack import check_sees
+from gradleak.attacks.attack import Effort, check_sees
 from gradleak.attacks.labels import known_or_recovered
 from gradleak.attacks.reconstruction import Reconstruction, outcome_of
 from gradleak.attacks.search.descend import OnStep, best_of_restarts, descend, stack
@@ -33,6 +33,8 @@ from gradleak.observations.releases import Gradient, Update
 from gradleak.observations.tensors import Tensors, flatten
 from gradleak.priors.prior import Energy
 from gradleak.priors.total_variation import TotalVariation
+
+DRAWS = 6  # random pictures that tell what all share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,7 @@ class InvertingGradients:
 
     sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update, Adapter)
     modality: ClassVar[str] = Architecture.modality
+    on_device: ClassVar[bool] = True
 
     steps: int = 1_000
     step_size: float = 0.1
@@ -59,6 +62,11 @@ class InvertingGradients:
     compiled: bool = False
     prior: Energy | None = field(default=None, repr=False)
     start: Start | None = field(default=None, repr=False)
+
+    def effort(self, observation: PictureObservation) -> Effort:
+        """A gradient a step and restart, and the part that all pictures share."""
+        known_or_recovered(observation)
+        return Effort.of_search(observation, self.steps + DRAWS * self.centre, self.restarts)
 
     def __call__(
         self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
@@ -111,7 +119,7 @@ class InvertingGradients:
 
 
 def shared_part(
-    observation: PictureObservation, labels: Tensor, released: Tensors, generator: torch.Generator, draws: int = 6
+    observation: PictureObservation, labels: Tensor, released: Tensors, generator: torch.Generator, draws: int = DRAWS
 ) -> Tensors:
     """The mean release for random smooth pictures with these labels, scaled to fit what was released.
 

@@ -47,7 +47,7 @@ def recover_labels(observation: PictureObservation) -> Tensor:
         return bias_gradient.argmin()[None]
     weight, bias = (model.parameters[f"{last.name}.{part}"] for part in ("weight", "bias"))
     counts, _ = label_fit(gradient[f"{last.name}.weight"] / share, bias_gradient, weight, bias, batch)
-    return torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+    return torch.arange(len(counts)).repeat_interleave(counts).to(grey.device)
 
 
 def candidate_labels(observation: PictureObservation) -> Tensor:
@@ -120,8 +120,8 @@ def label_fit(
     So alternate a ridge least squares for mu, drawn to the batch's mean feature (which the rank-one fit of dW to db
     gives), and n = batch * (mean prediction - db); keep the counts that explain the gradients best.
     """
-    dW, db, weight, bias = (t.double() for t in (weight_gradient, bias_gradient, weight, bias))
-    eye = torch.eye(len(db), dtype=torch.float64, device=db.device)
+    dW, db, weight, bias = (t.cpu().double() for t in (weight_gradient, bias_gradient, weight, bias))
+    eye = torch.eye(len(db), dtype=torch.float64)
     centre = db @ dW / (db @ db)  # (features,)
     counts = apportion(batch * ((weight @ centre + bias).softmax(0) - db), db < 0, batch)
     mu = centre.expand_as(dW)  # (classes, features)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from gradleak.attacks.attack import check_sees
+from gradleak.attacks.attack import Effort, check_sees
 from gradleak.attacks.labels import candidate_labels
 from gradleak.attacks.reconstruction import Reconstruction, outcome_of
 from gradleak.attacks.search.descend import OnStep, rowwise, stack
@@ -35,6 +35,7 @@ from gradleak.observations.observation import PictureObservation
 from gradleak.observations.release import Release
 from gradleak.observations.releases import Gradient, Update
 from gradleak.observations.tensors import Tensors
+from gradleak.observations.work import side_by_side
 from gradleak.priors.gaussian import GaussianPrior
 
 PRIOR_WEIGHTS: tuple[float, ...] = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
@@ -56,6 +57,7 @@ class MapInversion:
 
     sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update, Adapter)
     modality: ClassVar[str] = Architecture.modality
+    on_device: ClassVar[bool] = True
 
     prior: GaussianPrior | None = field(default=None, repr=False)
     pairs: int = 1_000
@@ -65,6 +67,13 @@ class MapInversion:
     def prepared(self, observation: PictureObservation, public: Pictures, *, generator: torch.Generator) -> Self:
         """With a prior of public pictures, where none was given and they are enough."""
         return self if self.prior is not None else replace(self, prior=GaussianPrior.of_public(public.images))
+
+    def effort(self, observation: PictureObservation) -> Effort:
+        """A gradient an evaluation, of every label at the first two prior weights; the pairs, of every label."""
+        check_size(observation.model.architecture.input_shape)
+        tries, later = len(candidate_labels(observation)), len(PRIOR_WEIGHTS) - 2
+        searched = Effort.of_search(observation, self.evaluations * (2 + later / tries), tries)
+        return Effort(searched.simulations, searched.together, tries * self.pairs)
 
     def __call__(
         self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
@@ -79,11 +88,7 @@ class MapInversion:
         check_sees(self, *observations)
         seen, where = observations[0], next(iter(observations[0].released.values()))
         shape = seen.model.architecture.input_shape
-        if (pixels := math.prod(shape)) > MOST_PIXELS:
-            raise NotObserved(
-                f"A covariance of {pixels:,} pixels takes {8 * pixels**2 / 2**30:,.0f} GiB, several times: pictures of up to "
-                f"{MOST_PIXELS:,} are inverted so, and inverting-gradients reads larger ones."
-            )
+        check_size(shape)
         prior = self.prior or GaussianPrior.smooth(shape)
         if prior.mean.shape != shape:
             raise BadInput(f"The prior is one of {tuple(prior.mean.shape)} pictures, the model takes {tuple(shape)}.")
@@ -151,10 +156,20 @@ class MapInversion:
         targets = features(released)
         for label in set(y[:, 0].tolist()):
             rows = y[:, 0] == label
-            simulate = vmap(partial(_alone, seen, y[rows][0]))
-            pairs = torch.cat([features(simulate(part)) for part in torch.split(public, CHUNK)])
+            alone = partial(_alone, seen, y[rows][0])
+            chunk = side_by_side(partial(alone, public[0]), CHUNK)
+            pairs = torch.cat([features(vmap(alone)(part)) for part in torch.split(public, chunk)])
             start[rows] = regress(pairs, public, targets[rows])
         return start[:, None]
+
+
+def check_size(shape: tuple[int, ...]) -> None:
+    """NotObserved where pictures are so large that their covariance is not held."""
+    if (pixels := math.prod(shape)) > MOST_PIXELS:
+        raise NotObserved(
+            f"A covariance of {pixels:,} pixels takes {8 * pixels**2 / 2**30:,.0f} GiB, several times: pictures of up to "
+            f"{MOST_PIXELS:,} are inverted so, and inverting-gradients reads larger ones."
+        )
 
 
 def _alone(seen: PictureObservation, y: Tensor, image: Tensor) -> Tensors:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradleak.attacks.attack import check_sees
+from gradleak.attacks.attack import Effort, check_sees
 from gradleak.attacks.dager.spans import FORWARD, excess, spans_of
 from gradleak.attacks.dager.vocabulary import CHUNK, Embeddings
 from gradleak.attacks.reconstruction import Outcome, Reconstruction
@@ -39,7 +39,8 @@ EXACT = 1e-6  # rounding: gradients of float32 are known to 1e-3 at worst, whose
 RANDOM = (
     4_000  # random tokens that stand for all others: their covariance at rank 16 is known to sqrt(16 / 4,000) = 6 %
 )
-TEXTS = 64  # at a time: memory alone depends on it
+TEXTS = 64  # at a time, at most: memory alone depends on it
+PROBE = 32  # tokens of a text by which one is timed, about
 
 
 @dataclass(frozen=True)
@@ -71,26 +72,28 @@ class PastTheRank:
     insertions: int = 10
     longest: int = 3
 
+    def effort(self, observation: TextObservation) -> Effort:
+        """The texts that are tried, by their tokens."""
+        _, first = seen(observation, torch.Generator().manual_seed(0))
+        rank, longest = self.sizes(observation, first)
+        classes = observation.model.architecture.classes
+        texts = float(longest - rank + 1) * classes + longest * self.choices * (self.starts + self.sweeps - 1)
+        texts += (self.sweeps - 1) * longest * (longest / 2 + 1 + self.insertions)
+        single = longest / PROBE
+        return Effort(texts * single / observation.release.steps(), TEXTS * single)
+
+    def sizes(self, observation: TextObservation, first: Sequence[Sketch]) -> tuple[int, int]:
+        """The rank, and the longest text that is tried."""
+        rank = min(sketch.measured.shape[1] for sketch in first)
+        return rank, min(self.longest * rank, layout_of(observation.model).positions)
+
     def __call__(
         self, observation: TextObservation, *, generator: torch.Generator, on_step: OnStep | None = None
     ) -> Reconstruction:
         """Raises NotObserved for what is no adapter of one text, or has fewer tokens than its rank."""
-        check_sees(self, observation)
-        model, layout = observation.model, layout_of(observation.model)
+        model, (embeddings, first) = observation.model, seen(observation, generator)
         sketches = [sketch for sketch in observation.sketches() if sketch.side == "right"]
-        first = [sketch for sketch in sketches if sketch.module in layout.queries(0)]
-        if not first:
-            raise NotObserved("No LoRA factor of the first block's query, key or value was released.")
-        if model.architecture.task == "masked-lm":
-            raise NotObserved("What a masked language model was to predict is unknown: no text can be tried.")
-        if observation.batch_size != 1:
-            raise NotObserved("This is for one text: the tokens of several cannot be told apart by their ranking.")
-        embeddings = Embeddings.of(model)
-        spans = spans_of(observation, layout.queries(0))
-        if bool((excess(spans, _random(embeddings, RANDOM, 1, generator), FORWARD)[1] > 1).double().mean() > 0.5):
-            raise NotObserved("The text has fewer tokens than the rank: dager tells exactly which.")
-        rank = min(sketch.measured.shape[1] for sketch in first)
-        longest = min(self.longest * rank, layout.positions)
+        rank, longest = self.sizes(observation, first)
         likely = ranked(embeddings, first, longest, self.choices, generator)  # (longest, choices)
         target = _Target(model, sketches)
         starts = _starts(target, likely, rank)[: self.starts]
@@ -104,6 +107,24 @@ class PastTheRank:
             if text is before:
                 break
         return _result(text, rank)
+
+
+def seen(observation: TextObservation, generator: torch.Generator) -> tuple[Embeddings, list[Sketch]]:
+    """What the first layer may read, and what its factors B tell; NotObserved as `PastTheRank`."""
+    check_sees(PastTheRank, observation)
+    model, layout = observation.model, layout_of(observation.model)
+    first = [sketch for sketch in observation.sketches(layout.queries(0)) if sketch.side == "right"]
+    if not first:
+        raise NotObserved("No LoRA factor of the first block's query, key or value was released.")
+    if model.architecture.task == "masked-lm":
+        raise NotObserved("What a masked language model was to predict is unknown: no text can be tried.")
+    if observation.batch_size != 1:
+        raise NotObserved("This is for one text: the tokens of several cannot be told apart by their ranking.")
+    embeddings = Embeddings.of(model)
+    spans = spans_of(observation, layout.queries(0))
+    if bool((excess(spans, _random(embeddings, RANDOM, 1, generator), FORWARD)[1] > 1).double().mean() > 0.5):
+        raise NotObserved("The text has fewer tokens than the rank: dager tells exactly which.")
+    return embeddings, first
 
 
 def _result(text: Searched, rank: int) -> Reconstruction:

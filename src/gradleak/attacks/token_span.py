@@ -53,14 +53,17 @@ class TokenSpan:
             raise NotObserved(
                 f"The batch has {observation.batch_size} images: their tokens fill the space in which they were seen."
             )
-        parameters = {k.removeprefix("network.vit."): p.double() for k, p in observation.model.parameters.items()}
-        E = parameters["embeddings.patch_embeddings.projection.weight"]  # (width, channel, patch, patch)
-        positions = parameters["embeddings.position_embeddings"][0]  # (tokens, width), the first is the class token's
+
+        def parameter(name: str) -> Tensor:
+            return observation.model.parameters[f"network.vit.{name}"].double()
+
+        E = parameter("embeddings.patch_embeddings.projection.weight")  # (width, channel, patch, patch)
+        positions = parameter("embeddings.position_embeddings")[0]  # (tokens, width), the first is the class token's
         N = outside(observation, tokens=len(positions), unknowns=E[0].numel() + 1)  # (equations, width)
-        gamma, beta = (parameters[f"layers.0.layernorm_before.{part}"] for part in ("weight", "bias"))
+        gamma, beta = (parameter(f"layers.0.layernorm_before.{part}") for part in ("weight", "bias"))
         N_gamma = N * gamma
         N_gamma = N_gamma - N_gamma.mean(1, keepdim=True)  # = N diag(gamma) (I - 1 1^T / width)
-        known = parameters["embeddings.patch_embeddings.projection.bias"] + positions[1:]  # (patches, width)
+        known = parameter("embeddings.patch_embeddings.projection.bias") + positions[1:]  # (patches, width)
         system = torch.cat([N_gamma @ E.flatten(1), (N @ beta)[:, None]], dim=1)  # (equations, pixels of a patch + 1)
         patches = torch.linalg.lstsq(system, -N_gamma @ known.T, driver="gelsd").solution[
             :-1

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gradleak.attacks.attack import Attack, refusal
+from gradleak.attacks.attack import Attack, placed, refusal
 from gradleak.attacks.factor import with_factor_found
 from gradleak.attacks.reconstruction import Reconstruction
 from gradleak.attacks.search.descend import OnStep
@@ -52,6 +52,7 @@ def audit(
     on_step: Callable[[str], OnStep] | None = None,
     bound: bool = True,
     told: Mechanism | None = None,
+    skipped: Mapping[str, str] | None = None,
 ) -> Iterator[Audited]:
     """Run each attack on the observation, and score it against controls if the secret is there; yields as they finish.
 
@@ -60,6 +61,7 @@ def audit(
     on_step: called with the attack's name before it runs, returns its progress callback; NotObserved out of either ends that attack.
     bound: whether to ask besides what the release determines at all (bound.py), which may take longer than the attacks.
     told: how private the training was, where the observation does not say so itself.
+    skipped: attacks that are not tried, and why (plan.py).
     Raises BadInput for a secret of another kind or size.
     """
     model = observation.model
@@ -79,11 +81,16 @@ def audit(
         if reason := refusal(attack, observation):
             yield Audited(not_run(title, attack, about, general, reason), None)
             continue
+        if reason := (skipped or {}).get(title, ""):
+            yield Audited({**not_run(title, attack, about, general, ""), "status": f"Not tried: {reason}"}, None)
+            continue
         start = time.perf_counter()
         try:
             report = on_step(title) if on_step is not None else None
             ready = prepared(attack, observation, rest, seed)
-            reconstruction = ready(observation.to(where), generator=torch.Generator().manual_seed(seed), on_step=report)
+            reconstruction = ready(
+                placed(attack, observation, where), generator=torch.Generator().manual_seed(seed), on_step=report
+            )
         except UNABLE as error:
             reason = str(error) if isinstance(error, NotObserved) else UNEVEN
             yield Audited(not_run(title, attack, about, general, reason), None)
@@ -110,9 +117,9 @@ def audit(
                 *(unexplained(reconstruction.residual) if observation.release.replays else []),
             ]
         elif public is not None:
-            other = others(observation, scoring, public, max(len(reconstruction.value), len(secret)), seed).to(where)
+            other = others(observation, scoring, public, max(len(reconstruction.value), len(secret)), seed)
             try:
-                wrong = ready(other, generator=torch.Generator().manual_seed(seed)).value
+                wrong = ready(placed(attack, other, where), generator=torch.Generator().manual_seed(seed)).value
             except UNABLE:
                 wrong = model.architecture.blank(len(secret))
             score(row, observation, scoring, reconstruction, wrong, secret, public, decoys)

@@ -1,7 +1,7 @@
 """An audit written down while it runs: the record and the report, after each attack, so that an interrupt loses one at most."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,18 +38,19 @@ def written_audit(
     bound: bool = True,
     redact: bool = False,
     told: Mechanism | None = None,
+    skipped: Mapping[str, str] | None = None,
 ) -> Iterator[Audited]:
     """`audit`, with record.json, report.html and what was recovered written to `out` after each attack.
 
     written: the record, which may hold other observations. left: {observation: attacks that were not asked for} of those before it,
     which are judged again with it. redact: hashes stand in the files in place of private data, and nothing that was recovered is kept.
+    skipped: attacks that are not tried, and why; verdicts name them.
     """
     left = {} if left is None else left
     describe(written, observation, name)
-    left[name or observation.release.name] = untried(observation, attacks)
+    left[name or observation.release.name] = untried(observation, set(attacks) - set(skipped or {}))
     about: Any = {"secret": secret, "seed": seed, "device": device, "name": name, "on_step": on_step, "bound": bound}
-    about["told"] = told
-    for done in audit(observation, attacks, public, **about):
+    for done in audit(observation, attacks, public, **about, told=told, skipped=skipped):
         written["results"].append(done.result)
         judged(written, left)
         finish(written, out, redact)
@@ -60,7 +61,7 @@ def written_audit(
         yield done
 
 
-def untried(observation: Observation[Any], attacks: Mapping[str, Any]) -> list[str]:
+def untried(observation: Observation[Any], attacks: Collection[str]) -> list[str]:
     """The attacks that read such an observation and were not asked for."""
     return [name for name, kind in ATTACKS.items() if name not in attacks and not refusal(kind, observation)]
 

@@ -21,6 +21,7 @@ from gradleak.audit.loop import Audited
 from gradleak.audit.loop import audit as run_audit
 from gradleak.audit.membership.audited import membership
 from gradleak.audit.membership.words import with_membership
+from gradleak.audit.plan import plan_of
 from gradleak.audit.scoring import SCORING
 from gradleak.audit.verdict import judged
 from gradleak.audit.written import describe, finish, keep_shown, private, untried, written_audit
@@ -105,7 +106,11 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
     found = None if args.members is None else told_members(args, observation, written, out)
     if attacks:
         left, public = dict[str, list[str]](), public_data(args, observation)
-        audit_one(observation, attacks, public, secret, written, left, out, stream, **about)
+        plan = plan_of(
+            observation, attacks, public, named=args.attacks is not None, scored=secret is not None, device=args.device
+        )
+        print(plan.sentence(), flush=True, file=stream)
+        audit_one(observation, attacks, public, secret, written, left, out, stream, **about, skipped=plan.skipped)
         whole, closed = whole_weights(observation), {name: a for name, a in attacks.items() if name in CLOSED}
         if whole is not None and any(done.reconstruction is not None for done in run_audit(whole, closed, None)):
             audit_one(whole, closed, public, secret, written, left, out, stream, name="weights beside", **about)

@@ -217,6 +217,14 @@ class Adapter(Release):
             return released
         return {name: -change for name, change in (*released.items(), *self.changed.items())}
 
+    def steps(self) -> int:
+        """Those of the recipe."""
+        return 1 if self.recipe is None or self.gradient else self.recipe.steps
+
+    def one_step(self) -> Self:
+        """The same with a recipe of one step."""
+        return self if self.recipe is None else replace(self, recipe=replace(self.recipe, steps=1))
+
     def inexact(self) -> str:
         """Dropout, an unknown recipe, more than one step, Adam; nothing for one step of SGD from a known start."""
         if self.dropout > 0:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from gradleak.observations.precision import wide
 from gradleak.observations.tensors import Tensors, flatten
 
 
@@ -20,7 +21,9 @@ def cosine(a: Tensors, b: Tensors) -> Tensor:
 
 
 def relative_residual(a: Tensors, b: Tensors) -> Tensor:
-    """||a - b|| / ||b||: 0 when a explains b completely. Computed in float64."""
-    u, v = flatten(a).double(), flatten(b).double()
-    residual: Tensor = (u - v).norm() / v.norm().clamp_min(torch.finfo(torch.float64).tiny)
+    """||a - b|| / ||b||: 0 when a explains b completely. Computed in the widest format, tensor by tensor: nothing of the model's size
+    is made."""
+    apart = torch.stack([(wide(a[name]) - wide(b[name])).square().sum() for name in b]).sum()
+    size = torch.stack([wide(tensor).square().sum() for tensor in b.values()]).sum()
+    residual: Tensor = (apart / size.clamp_min(torch.finfo(size.dtype).tiny)).sqrt()
     return residual

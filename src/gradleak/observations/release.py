@@ -124,6 +124,14 @@ class Release:
         of other trainings."""
         return None
 
+    def steps(self) -> int:
+        """Gradients that a simulation takes one after the other."""
+        return 1
+
+    def one_step(self) -> Self:
+        """The same after one of these steps: by it a simulation is timed."""
+        return self
+
     def inexact(self) -> str:
         """Why what is read off as a gradient is not exactly one, or nothing."""
         return ""

@@ -188,6 +188,14 @@ class Update(Release):
         """-released."""
         return {name: -change for name, change in released.items()}
 
+    def steps(self) -> int:
+        """Those of the recipe."""
+        return self.recipe.steps
+
+    def one_step(self) -> "Update":
+        """The same with a recipe of one step."""
+        return replace(self, recipe=replace(self.recipe, steps=1))
+
     def inexact(self) -> str:
         """More than one step, or Adam."""
         return inexact(self.recipe)

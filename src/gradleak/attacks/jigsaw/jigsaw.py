@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import vmap
 
-from gradleak.attacks.attack import check_sees
+from gradleak.attacks.attack import Effort, check_sees
 from gradleak.attacks.jigsaw.arrangement import Puzzle, arrange
 from gradleak.attacks.map_inversion import PRIOR_WEIGHTS, MapInversion
 from gradleak.attacks.reconstruction import Reconstruction, outcome_of
@@ -41,6 +41,7 @@ from gradleak.observations.observation import PictureObservation
 from gradleak.observations.release import Release
 from gradleak.observations.releases import Gradient, Update
 from gradleak.observations.tensors import Tensors
+from gradleak.observations.work import side_by_side
 from gradleak.priors.gaussian import GaussianPrior
 
 # Prior weights and how long the search stays at each, places free and places known: where patches belong emerges late.
@@ -73,6 +74,7 @@ class Jigsaw:
 
     sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update, Adapter)
     modality: ClassVar[str] = Architecture.modality
+    on_device: ClassVar[bool] = True
 
     prior: GaussianPrior | None = field(default=None, repr=False)
     evaluations: int = 150
@@ -82,19 +84,22 @@ class Jigsaw:
         """With a prior of public pictures, where none was given and they are enough."""
         return self if self.prior is not None else replace(self, prior=GaussianPrior.of_public(public.images))
 
+    def effort(self, observation: PictureObservation) -> Effort:
+        """A gradient an evaluation, those of map-inversion before it, and the pictures that whiten."""
+        cut_up(observation, self.evaluations)
+        begun = MapInversion(evaluations=-(-self.evaluations // 2)).effort(observation)
+        searched = Effort.of_search(observation, self.evaluations * (RUNS + STARTS))
+        simulations, together = begun.simulations + searched.simulations, max(begun.together, searched.together)
+        return Effort(simulations, together, begun.abreast + STATISTICS)
+
     def __call__(
         self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
     ) -> Reconstruction:
         """Raises NotObserved where the model is no vision transformer of the transformers library, where more than one picture
         took part, or nobody says how many, and where the search would take more than MOST_GIB or MOST_MINUTES."""
         check_sees(self, observation)
-        shape = observation.model.architecture.input_shape
-        if not isinstance(observation.model.module, ImageTransformer) or POSITIONS not in observation.model.parameters:
-            raise NotObserved("The model is no vision transformer: it has no patches to arrange. Use map-inversion.")
-        if observation.batch_size != 1:
-            raise NotObserved("Patches are arranged for one picture, in a batch of size 1: use map-inversion.")
-        patches = Patches(observation.model.parameters[PATCH].shape[-1], shape)
-        refuse_large(observation, patches, self.evaluations)
+        patches = cut_up(observation, self.evaluations)
+        shape = patches.shape
         prior = self.prior or GaussianPrior.smooth(shape)
         begun = MapInversion(prior=prior, evaluations=-(-self.evaluations // 2))(observation, generator=generator)
         assert begun.labels is not None  # map-inversion always has them
@@ -114,6 +119,18 @@ class Jigsaw:
             x, residual = begun.value, begun.residual
             said = f"{len(ordered)} patches were arranged and explain the release no better than at relative residual {residual:.2g}."
         return Reconstruction(x, y.cpu(), residual, said, outcome_of(residual), iterations=done, trace=trace)
+
+
+def cut_up(observation: PictureObservation, evaluations: int) -> "Patches":
+    """How the picture is cut into patches; NotObserved as `Jigsaw`."""
+    shape = observation.model.architecture.input_shape
+    if not isinstance(observation.model.module, ImageTransformer) or POSITIONS not in observation.model.parameters:
+        raise NotObserved("The model is no vision transformer: it has no patches to arrange. Use map-inversion.")
+    if observation.batch_size != 1:
+        raise NotObserved("Patches are arranged for one picture, in a batch of size 1: use map-inversion.")
+    patches = Patches(observation.model.parameters[PATCH].shape[-1], shape)
+    refuse_large(observation, patches, evaluations)
+    return patches
 
 
 def refuse_large(observation: PictureObservation, patches: "Patches", evaluations: int) -> None:
@@ -187,7 +204,7 @@ def loose(
     q = 0.02 * torch.randn(STARTS, len(begun) * len(spread), generator=generator).to(begun)  # nowhere yet
     z, done = given.descend(objective, torch.cat([p.flatten().expand(STARTS, -1), q], dim=1), LOOSE, 0, EXPLAINED)
     p, q = z[: begun.numel()].view_as(begun), z[begun.numel() :].view(len(begun), -1)
-    return (mean + p @ factor).clamp(0, 1).double().cpu(), F.normalize(q.double().cpu(), dim=1), done
+    return (mean + p @ factor).clamp(0, 1).cpu().double(), F.normalize(q.cpu().double(), dim=1), done
 
 
 def tight(given: Given, begun: Tensor, prior: GaussianPrior) -> tuple[Tensor, int]:
@@ -231,8 +248,9 @@ def spread_of(positions: Tensor) -> Tensor:
 
 def directions(positions: Tensor) -> Tensor:
     """(patches, width) in those coordinates: (patches, directions), of length 1, float64."""
+    positions = positions.cpu()
     q = (positions - positions.mean(0)).double() @ torch.linalg.pinv(spread_of(positions).double())
-    return F.normalize(q, dim=1).cpu()
+    return F.normalize(q, dim=1)
 
 
 def of_patches(prior: GaussianPrior, cut: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
@@ -255,14 +273,15 @@ def whiteners(
     else:
         noise = torch.randn(STATISTICS, len(prior.std), generator=generator, dtype=torch.float64)
         pictures = prior.pixels(noise).clamp(0, 1)
-    simulate = vmap(partial(_alone, observation, y))
-    parts = [simulate(part) for part in torch.split(pictures.to(next(iter(observation.released.values()))), CHUNK)]
+    pictures, alone = pictures.to(next(iter(observation.released.values()))), partial(_alone, observation, y)
+    chunk = side_by_side(partial(alone, pictures[0]), CHUNK)
+    parts = [vmap(alone)(part) for part in torch.split(pictures, chunk)]
     size = torch.stack([tensor.square().sum() for tensor in observation.released.values()]).sum()
     whitening = {}
     for name, released in observation.released.items():
         if released.square().sum() <= 1e-12 * size:
             continue
-        S = torch.cat([matrix(part[name], 1) for part in parts]).double()  # (pictures, rows, columns)
+        S = torch.cat([matrix(part[name], 1) for part in parts]).cpu().double()  # (pictures, rows, columns)
         S = F.normalize(S.flatten(1), dim=1).view_as(S)
         rows, columns = torch.einsum("nij,nkj->ik", S, S), torch.einsum("nij,nik->jk", S, S)
         whitening[name] = (_inverse_root(rows).to(released), _inverse_root(columns).to(released))
