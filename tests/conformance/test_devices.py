@@ -103,6 +103,6 @@ def test_searches_compute_there_and_closed_forms_on_the_cpu(device: str) -> None
     seen, where = pictures("mlp")()[0], torch.device(device)
     for attack in (DLG(), IDLG(), InvertingGradients(), MapInversion(), Jigsaw()):
         assert next(iter(placed(attack, seen, where).released.values())).device.type == where.type
-    for attack in (Analytic(), PatchEmbedding()):
-        assert next(iter(placed(attack, seen, where).released.values())).device.type == "cpu"
+    for closed in (Analytic(), PatchEmbedding()):
+        assert next(iter(placed(closed, seen, where).released.values())).device.type == "cpu"
     assert precision.widest(torch.device("mps")) == torch.float32 or device == "cpu"
