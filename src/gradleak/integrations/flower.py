@@ -24,7 +24,7 @@ from torch import nn
 
 from gradleak.errors import BadInput, checked
 from gradleak.formats.observation_file import load_state, save_observation
-from gradleak.formats.plain_file import change_to
+from gradleak.formats.plain_file import change_to, trained
 from gradleak.formats.secret_file import Secret
 from gradleak.integrations.auditing import CHEAP, audit_to
 from gradleak.modalities.losses import CROSS_ENTROPY, Loss
@@ -187,7 +187,8 @@ def observed_update(
     told = any(name in state for name, _ in network.named_buffers())
     load_state(network, state, partial=not told)
     model = Model.of(network, architecture, mode=mode, criterion=criterion)
-    return change_to(plain(after), model, recipe, batch_size, "What the client sent")
+    change = change_to(plain(after), model, recipe, batch_size or 1, "What the client sent")
+    return trained(change, recipe, batch_size)
 
 
 def plain(record: Any) -> Any:

@@ -10,9 +10,8 @@ follows. With A = A_0 + C, as training of B and A by gradient descent from B = 0
 (2) and (3) give E A_0 A_0^T = (B^T B - C C^T) / 2, which (1) solves by iteration.
 """
 
-from collections.abc import Collection
+import math
 from dataclasses import dataclass, field, replace
-from math import inf
 from typing import Any
 
 import torch
@@ -25,14 +24,23 @@ from gradleak.observations.observation import Observation
 from gradleak.observations.tensors import Tensors
 from gradleak.observations.training import Recipe
 
-EDGE = 1.1  # times sqrt(rows) + sqrt(columns), the greatest singular value of noise of deviation 1
+EDGE = 1.25  # times sqrt(rows) + sqrt(columns), where even noise of deviation 1 ends; that of rounding is less even
+ROUNDINGS = 2.0  # roundings after each other leave the square root of their number
 ROUNDED = 0.51  # of the distance of two numbers: half of it, and what float32 rounds of that
 GAP = 2.0  # between the last singular value and the next: so large a step is no chance
 MOST, BESIDE = 128, 32  # the largest rank that is told of large layers, and how many directions beside are looked at
 WORK, TURNS = 5e9, 20  # operations of a turn of the weighted fit, at most; turns
 CLEAR = 2.0  # times the length that rounding gives a row of B C: shorter ones are that
-STEPS, SETTLED, FAR = 200, 1e-12, 0.5  # of the iteration for E: how many, when it stands still, and the largest E
-SCALES = range(-4, 5)  # of alpha / rank, which is a power of two
+STEPS, SETTLED, FAR, DAMPED = (
+    400,
+    1e-10,
+    5.0,
+    0.5,
+)  # of the iteration for E: how many, when it stands still, and the largest E
+SCALES, OFF = (
+    range(-4, 5),
+    3.0,
+)  # powers of two that alpha / rank may be; how far off, as a power of two, a share may be
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,9 @@ def merged(observation: Observation[Any], recipe: Recipe | None) -> Merged | Non
         start=start,
         scaling=dict.fromkeys(layers, 1.0),
         recipe=recipe,
-        beside=tuple(name for name in moved(model, change, observation.precision) if name.removesuffix(".weight") not in layers),
+        beside=tuple(
+            name for name in moved(model, change, observation.precision) if name.removesuffix(".weight") not in layers
+        ),
         unmerged={module: layer.noise for module, layer in layers.items()},
     )
     plain = any(layer.step >= GAP and layer.low for layer in layers.values())
@@ -162,17 +172,17 @@ def low_rank(change: Tensor, errors: Tensor) -> LowRank | None:
     rows, columns = change.shape
     U, S, V = leading(change, min(rows, columns, MOST + BESIDE))
     noise, total = float(errors.square().mean().sqrt()), float(change.square().sum())
-    allowed, k, before = EDGE * noise, 0, -1
+    allowed, k, before = ROUNDINGS * noise, 0, -1
     while k != before:  # where a base in the same format was rounded to itself, less is left
         before, k = k, int((EDGE * noise * (rows**0.5 + columns**0.5) < S).sum())
-        rest = max(total - float(S[:k].square().sum()), 0.0) / (rows * columns)
+        rest = max(total - float(S[:k].square().sum()), 0.0) / max((rows - k) * (columns - k), 1)
         noise = min(noise, rest**0.5) if 2 * k <= min(rows, columns) else noise
     if rest**0.5 > allowed or (k > MOST and min(rows, columns) > 2 * k):
         return None
     left, right = U[:, :k], S[:k, None] * V[:k]
     if change.numel() * k**2 <= WORK and k:
         left, right, noise = weighted(change, errors, left, right)
-    return LowRank(left, right, noise, float(S[k - 1] / S[k]) if 0 < k < len(S) and S[k] > 0 else inf)
+    return LowRank(left, right, noise, float(S[k - 1] / S[k]) if 0 < k < len(S) and S[k] > 0 else math.inf)
 
 
 def leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -228,16 +238,14 @@ def with_start(observation: Observation[Any], start: Tensors, seed: int) -> Obse
         left, R = torch.linalg.qr(B)
         parts[module] = Parts.of(left, R @ A, A_0, noise)
     recipe = release.recipe
-    s = scale(parts.values()) if recipe is None or recipe.optimizer in ("sgd", "momentum") else None
-    turned = [part.turned(s) for part in parts.values()] if s else []
-    still = [torch.zeros_like(part.H) for part in parts.values()]
+    flows = recipe is None or recipe.optimizer in ("sgd", "momentum")
+    s, turns = flow([*parts.values()]) if flows else (1.0, [None] * len(parts))
     changes: Tensors = {}
-    for (module, part), E, none in zip(parts.items(), turned or still, still, strict=True):
-        B, C = part.factors(none if E is None else E)
-        for factor, change in (("lora_A", C), ("lora_B", B / (s or 1.0))):
+    for (module, part), E in zip(parts.items(), turns, strict=True):
+        B, C = part.factors(torch.zeros_like(part.A_0 @ part.A_0.T) if E is None else E)
+        for factor, change in (("lora_A", C), ("lora_B", B / s)):
             changes[f"{module}.{factor}"] = change.view_as(start[f"{module}.{factor}"]).float()
-    scaling = dict.fromkeys(release.scaling, s or 1.0)
-    known = replace(release, start=start, scaling=scaling, origin="recovered", seed=seed)
+    known = replace(release, start=start, scaling=dict.fromkeys(release.scaling, s), origin="recovered", seed=seed)
     return replace(observation, release=known, released=changes)
 
 
@@ -248,22 +256,23 @@ def both(factors: Tensors, module: str) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Parts:
-    """What (1) says: s B (I + E) = left u diag(size) v, and what is left of C beside A_0, (I + E)^-1 C (1 - P)."""
+    """What (1) says of a layer: s B (I + E) (out, r), and C (1 - P) up to a factor I + E from the left, (r, in).
+
+    A_0 (r, in), to begin with
+    """
 
     A_0: Tensor
-    H: Tensor  # (A_0 A_0^T)^-1
     B: Tensor
     C: Tensor
 
     @classmethod
     def of(cls, left: Tensor, right: Tensor, A_0: Tensor, noise: float) -> "Parts":
         """Of left (out, k), orthonormal, times right (k, in), each number of which is known to `noise`."""
-        H = torch.linalg.inv(A_0 @ A_0.T)
-        through = right @ A_0.T @ H
+        through = right @ torch.linalg.pinv(A_0)
         u, size, v = torch.linalg.svd(through, full_matrices=False)
-        beside, n = u.T @ (right - through @ A_0), A_0.shape[1]  # rows of white noise
-        beside[beside.norm(dim=1) < CLEAR * noise * n**0.5] = 0
-        return cls(A_0, H, left @ through, v.T @ (beside / size[:, None]))
+        beside = u.T @ (right - through @ A_0)  # rows of white noise
+        beside[beside.norm(dim=1) < CLEAR * noise * A_0.shape[1] ** 0.5] = 0
+        return cls(A_0, left @ through, v.T @ (beside / size[:, None]))
 
     def factors(self, E: Tensor) -> tuple[Tensor, Tensor]:
         """(s B, C)."""
@@ -272,28 +281,37 @@ class Parts:
 
     def turned(self, s: float) -> Tensor | None:
         """E by (2) and (3), or None where the iteration leads nowhere."""
-        E = torch.zeros_like(self.H)
+        gram, one = self.A_0 @ self.A_0.T, torch.eye(len(self.A_0)).to(self.A_0)
+        BB, CC, E = self.B.T @ self.B / s**2, self.C @ self.C.T, torch.zeros_like(gram)
         for _ in range(STEPS):
-            B, C = self.factors(E)
-            before, E = E, (B.T @ B / s**2 - C @ C.T) @ self.H / 2
+            inverse = torch.linalg.inv(one + E)
+            rest = inverse.T @ BB @ inverse - E @ gram @ E.T - (one + E) @ CC @ (one + E).T
+            step = torch.linalg.solve(gram, rest, left=False) / 2 - E
+            E = E + DAMPED * step
             if not bool(E.norm() < FAR):
                 return None
-            if bool((E - before).norm() <= SETTLED * E.norm()):
-                return E
+            if bool(step.norm() <= SETTLED * E.norm()):
+                return E if bool((E @ gram).trace() > 0) else None  # A grows where it moves
         return None
 
+    def share(self, E: Tensor) -> float:
+        """The energy of C in the rows of A_0, over what chance gives it: r / in of all."""
+        C = self.factors(E)[1]
+        return float((E @ self.A_0).square().sum() / C.square().sum()) * self.A_0.shape[1] / len(self.A_0)
 
-def scale(parts: Collection[Parts]) -> float | None:
-    """s, the power of two that is nearest to what B and C say together; None where they say nothing, or no such number.
 
-    Where the gradient of W stays, C = A_0 R (cosh D - 1) R^T and B^T B = A_0 R sinh(D)^2 R^T A_0^T with orthonormal R, which A_0 does not
-    know: A_0 R has columns of square length |A_0|^2 / in, give or take 2 / r. So (B^T B)^2 = 4 |A_0|^2 / in C C^T where little has moved.
+def flow(parts: list[Parts]) -> tuple[float, list[Tensor | None]]:
+    """(s, E of each), s being a power of two as alpha / rank is; (1, None) where no such flow made the change.
+
+    The data know nothing of A_0: C has as much of its energy in its rows as in any others. E, and with it that part of C, follows from s
+    by (2); the share goes with s^-4.
     """
-    squares = [
-        ((p.B.T @ p.B).square().sum(), 4 * p.A_0.square().sum() / p.A_0.shape[1] * p.C.square().sum()) for p in parts
-    ]
-    told = [float((b / c).log2()) / 4 for b, c in squares if b > 0 and c > 0]
-    if not told:
-        return 1.0
-    power = sorted(told)[len(told) // 2]
-    return 2.0 ** round(power) if round(power) in SCALES else None
+    moved = [i for i, part in enumerate(parts) if part.C.any()]
+    tried: list[tuple[float, float, list[Tensor | None]]] = []
+    for s in (2.0**power for power in SCALES if moved or power == 0):
+        turns = [part.turned(s) for part in parts]
+        shares = sorted(abs(math.log2(parts[i].share(E))) for i in moved if (E := turns[i]) is not None)
+        if len(shares) == len(moved):
+            tried.append((shares[len(shares) // 2] if shares else 0.0, s, turns))
+    off, s, turns = min(tried, key=lambda one: one[0], default=(math.inf, 1.0, []))
+    return (s, turns) if off < OFF else (1.0, [None for _ in parts])
