@@ -175,7 +175,7 @@ class EnergyTest:
                     break
                 begin, end = first, min(first + n, numbers - again)
                 if gaussian:  # blocks of 16, with zeros beside the row
-                    begin, end = begin // 16 * 16, min(-(-end // 16) * 16, numbers - again)
+                    begin, end = begin // 16 * 16, min(-(-end // 16) * 16, (numbers - again) // 16 * 16)
                 for i in range(begin, end, TOGETHER):
                     columns = np.arange(i, min(i + TOGETHER, end)) - first
                     part = np.where((columns >= 0) & (columns < n), V[:, columns % n], np.float32(0))

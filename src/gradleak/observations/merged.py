@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradleak.observations.adapter import Adapter
+from gradleak.observations.adapter import Adapter, decay
 from gradleak.observations.layers import is_adaptable, oriented
 from gradleak.observations.model import Model
 from gradleak.observations.observation import Observation
 from gradleak.observations.tensors import Tensors
 from gradleak.observations.training import Recipe
 
-EDGE = 1.25  # times sqrt(rows) + sqrt(columns), where even noise of deviation 1 ends; that of rounding is less even
+EDGE = 1.25  # times the largest norm of a row and that of a column, by which noise ends (Bandeira and van Handel 2016, arXiv:1408.6185)
 ROUNDINGS = 2.0  # roundings after each other leave the square root of their number
 ROUNDED = 0.51  # of the distance of two numbers: half of it, and what float32 rounds of that
 GAP = 2.0  # between the last singular value and the next: so large a step is no chance
@@ -92,7 +92,7 @@ def merged(observation: Observation[Any], recipe: Recipe | None) -> Merged | Non
         weight = oriented(model, module, model.parameters[f"{module}.weight"])
         Q, R = torch.linalg.qr(layer.right.T)  # right = R^T Q^T
         B = 3**0.5 * layer.left @ R.T
-        start[f"{module}.lora_A"] = (Q.T / 3**0.5).view(-1, *weight.shape[1:]).float()
+        start[f"{module}.lora_A"] = (Q.T / 3**0.5 / decay(recipe)).view(-1, *weight.shape[1:]).float()
         released[f"{module}.lora_B"] = B.view(*B.shape, *(1 for _ in weight.shape[2:])).float()
         start[f"{module}.lora_B"] = torch.zeros_like(released[f"{module}.lora_B"])
     release = Adapter(
@@ -160,8 +160,9 @@ def low_rank_layers(model: Model[Any], change: Tensors, precision: str) -> dict[
 
 def rounding_errors(after: Tensor, change: Tensor, precision: str) -> Tensor:
     """The deviation of each number of a change of weights: what rounding the weights afterwards left, and float32 a sum of products."""
-    product = change.square().mean().sqrt() * torch.finfo(torch.float32).eps
-    return torch.hypot(apart(after, precision) / 12**0.5, product)
+    square = change.square()
+    sizes = square.mean(1, keepdim=True) * square.mean(0) / square.mean().clamp_min(1e-300)  # of the terms of a sum
+    return torch.hypot(apart(after, precision) / 12**0.5, sizes.sqrt() * torch.finfo(torch.float32).eps)
 
 
 def low_rank(change: Tensor, errors: Tensor) -> LowRank | None:
@@ -171,13 +172,14 @@ def low_rank(change: Tensor, errors: Tensor) -> LowRank | None:
     """
     rows, columns = change.shape
     U, S, V = leading(change, min(rows, columns, MOST + BESIDE))
-    noise, total = float(errors.square().mean().sqrt()), float(change.square().sum())
-    allowed, k, before = ROUNDINGS * noise, 0, -1
-    while k != before:  # where a base in the same format was rounded to itself, less is left
-        before, k = k, int((EDGE * noise * (rows**0.5 + columns**0.5) < S).sum())
-        rest = max(total - float(S[:k].square().sum()), 0.0) / max((rows - k) * (columns - k), 1)
-        noise = min(noise, rest**0.5) if 2 * k <= min(rows, columns) else noise
-    if rest**0.5 > allowed or (k > MOST and min(rows, columns) > 2 * k):
+    once, total = float(errors.square().mean().sqrt()), float(change.square().sum())
+    edge = EDGE * float(errors.norm(dim=1).max() + errors.norm(dim=0).max()) / once
+    noise, k, before = ROUNDINGS * once, 0, -1
+    while k != before:  # less is left of one rounding, and where a base in the same format was rounded to itself
+        before, k = k, int((edge * noise < S).sum())
+        rest = (max(total - float(S[:k].square().sum()), 0.0) / max((rows - k) * (columns - k), 1)) ** 0.5
+        noise = min(noise, rest) if 2 * k <= min(rows, columns) else noise
+    if rest > ROUNDINGS * once or (k > MOST and min(rows, columns) > 2 * k):
         return None
     left, right = U[:, :k], S[:k, None] * V[:k]
     if change.numel() * k**2 <= WORK and k:
