@@ -23,7 +23,8 @@ from gradleak.modalities import pictures
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures
 from gradleak.observations.adapter import UNKNOWN, Adapter
-from gradleak.observations.merged import Merged, low_rank, merged, rounding_errors, was_merged, with_start
+from gradleak.observations.low_rank import low_rank, rounding_errors
+from gradleak.observations.merged import Merged, merged, was_merged, with_start
 from gradleak.observations.model import Model
 from gradleak.observations.observation import Observation
 from gradleak.observations.releases import Update
