@@ -174,11 +174,12 @@ class EnergyTest:
                 if wanted <= 0:
                     break
                 begin, end = first, min(first + n, numbers - again)
-                if gaussian:  # by blocks of 16
-                    begin, end = -(-begin // 16) * 16, end // 16 * 16
+                if gaussian:  # blocks of 16, with zeros beside the row
+                    begin, end = begin // 16 * 16, min(-(-end // 16) * 16, (numbers - again) // 16 * 16)
                 for i in range(begin, end, TOGETHER):
-                    stop = min(i + TOGETHER, end)
-                    pieces.append((at + i, row, np.ascontiguousarray(V[:, i - first : stop - first])))
+                    columns = np.arange(i, min(i + TOGETHER, end)) - first
+                    part = np.where((columns >= 0) & (columns < n), V[:, columns % n], np.float32(0))
+                    pieces.append((at + i, row, np.ascontiguousarray(part)))
                 row, freedom, wanted = row + 1, freedom + len(V), wanted - n
             at += numbers + again
         return cls(gaussian, pieces, freedom)

@@ -9,9 +9,10 @@ from gradleak.errors import read_json
 from gradleak.formats.adapter_files import is_adapter
 from gradleak.formats.language_folder import is_language_model, read_weights
 from gradleak.formats.model_folder import read_model, read_with
-from gradleak.formats.plain_file import as_merged, change_to, shortest
+from gradleak.formats.plain_file import change_to, shortest, trained
 from gradleak.modalities.language_models import Task
 from gradleak.observations.adapter import UNKNOWN
+from gradleak.observations.merged import was_merged
 from gradleak.observations.observation import Observation
 from gradleak.observations.training import Recipe
 
@@ -40,12 +41,10 @@ def read_model_and_base(
     brought = {name.removeprefix("network."): tensor for name, tensor in ended.items()}
     model, names = read_with(base, brought, factory=factory, task=task)
     given = {name: tensor for name, tensor in ended.items() if name not in names}
-    seen = change_to(given, model, recipe or UNKNOWN, batch_size or (1 if recipe is None else None), str(path))
-    seen = replace(seen, precision=shortest(read_weights(path)))
-    if recipe is None:
-        seen = as_merged(seen)
-        if names:
-            seen = replace(seen, release=replace(seen.adapter, known_at_end=names))
+    change = change_to(given, model, recipe or UNKNOWN, batch_size or 1, str(path))
+    seen = trained(replace(change, precision=shortest(read_weights(path))), recipe, batch_size)
+    if names and was_merged(seen):
+        seen = replace(seen, release=replace(seen.adapter, known_at_end=names))
     return seen
 
 

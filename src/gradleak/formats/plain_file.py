@@ -91,11 +91,21 @@ def read_release(path: Path, model: Model[Any], recipe: Recipe | None, batch_siz
 
 
 def read_change(after: Path, model: Model[Any], recipe: Recipe | None, batch_size: int | None) -> Observation[Any]:
-    """The change from the model's parameters to those in a file; without a recipe, as the adapter that was merged. A batch size that is
-    not given is counted where it shows."""
+    """The change from the model's parameters to those in a file, as `trained`."""
+    return trained(
+        change_to(load_arrays(after), model, recipe or UNKNOWN, batch_size or 1, str(after)), recipe, batch_size
+    )
+
+
+def trained(change: Observation[Any], recipe: Recipe | None, batch_size: int | None) -> Observation[Any]:
+    """A change of weights by a recipe, or as the adapter that was merged, where nothing else makes such a change, or there is no recipe.
+    A batch size that is not given is counted where it shows."""
     if recipe is None:
-        return as_merged(change_to(load_arrays(after), model, UNKNOWN, batch_size or 1, str(after)))
-    return change_to(load_arrays(after), model, recipe, batch_size, str(after))
+        return as_merged(change)
+    found = merged(change, recipe)
+    if found is not None and found.sure:
+        return found.observation
+    return change if batch_size else with_batch_counted(change)
 
 
 def as_merged(seen: Observation[Any]) -> Observation[Any]:
@@ -117,7 +127,7 @@ def told_merged(seen: Observation[Any]) -> Observation[Any] | None:
     return known if known.adapter.origin == "recovered" else None
 
 
-def change_to(given: Any, model: Model[Any], recipe: Recipe, batch_size: int | None, where: str) -> Observation[Any]:
+def change_to(given: Any, model: Model[Any], recipe: Recipe, batch_size: int, where: str) -> Observation[Any]:
     """The change from the model's parameters to these arrays, as `fitted` takes them. Parameters that did not move were not trained.
 
     where: what the arrays are called in sentences. Raises BadInput where they are of another model, or nothing has changed.
@@ -144,9 +154,8 @@ def change_by(
     moved = {name: tensor for name, tensor in change.items() if name not in still}
     if not moved.keys() & model.parameters.keys():
         raise BadInput(f"{where} holds the weights before training: nothing has changed.")
-    seen = observed(moved, model, recipe, batch_size or 1)
-    seen = replace(seen, precision=precision, beside=(*seen.beside, *still))
-    return seen if batch_size else with_batch_counted(seen)
+    seen = observed(moved, model, recipe, batch_size)
+    return replace(seen, precision=precision, beside=(*seen.beside, *still))
 
 
 def observed(given: Any, model: Model[Any], recipe: Recipe | None, batch_size: int) -> Observation[Any]:

@@ -23,7 +23,7 @@ from torch import nn
 
 from gradleak.errors import BadInput
 from gradleak.formats.observation_file import save_observation
-from gradleak.formats.plain_file import change_to
+from gradleak.formats.plain_file import change_to, trained
 from gradleak.formats.secret_file import Secret
 from gradleak.integrations.auditing import CHEAP, audit_to
 from gradleak.integrations.federated import known_before
@@ -183,7 +183,8 @@ def observed_update(
     Raises BadInput where the states are of another model, nothing has changed, or nothing tells the number of samples.
     """
     model = known_before(plain(before), module, architecture, mode, criterion)
-    return change_to(plain(after), model, recipe, batch_size, "What the client sent")
+    change = change_to(plain(after), model, recipe, batch_size or 1, "What the client sent")
+    return trained(change, recipe, batch_size)
 
 
 def plain(record: Any) -> Any:

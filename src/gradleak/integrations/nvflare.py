@@ -20,7 +20,7 @@ from gradleak.errors import BadInput
 from gradleak.formats.nvflare_file import Exchanged, exchanged, is_exchanged, read_exchanged
 from gradleak.formats.observation_file import save_observation
 from gradleak.formats.own_arrays import load_arrays
-from gradleak.formats.plain_file import change_by, change_to
+from gradleak.formats.plain_file import change_by, change_to, trained
 from gradleak.integrations.auditing import CHEAP, audit_to
 from gradleak.integrations.federated import known_before, recipe_of
 from gradleak.modalities.losses import CROSS_ENTROPY, Loss
@@ -67,7 +67,7 @@ def observed_dxo(
     recipe = recipe_of({**steps, **told}, batch_size)
     model = known_before(start.data, module, architecture, mode, criterion)
     change = change_to if said.kind == "WEIGHTS" else change_by
-    return change(said.data, model, recipe, batch_size, "What the client sent")
+    return trained(change(said.data, model, recipe, batch_size or 1, "What the client sent"), recipe, batch_size)
 
 
 def as_exchanged(value: Any, what: str, told: Mapping[str, Any]) -> Exchanged:

@@ -10,48 +10,34 @@ follows. With A = A_0 + C, as training of B and A by gradient descent from B = 0
 (2) and (3) give E A_0 A_0^T = (B^T B - C C^T) / 2, which (1) solves by iteration.
 """
 
-from collections.abc import Collection
-from dataclasses import dataclass, field, replace
-from math import inf
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradleak.observations.adapter import Adapter
+from gradleak.observations.adapter import Adapter, decay
 from gradleak.observations.layers import is_adaptable, oriented
+from gradleak.observations.low_rank import LowRank, apart, low_rank, rounding_errors
 from gradleak.observations.model import Model
 from gradleak.observations.observation import Observation
 from gradleak.observations.tensors import Tensors
 from gradleak.observations.training import Recipe
 
-EDGE = 1.1  # times sqrt(rows) + sqrt(columns), the greatest singular value of noise of deviation 1
 ROUNDED = 0.51  # of the distance of two numbers: half of it, and what float32 rounds of that
 GAP = 2.0  # between the last singular value and the next: so large a step is no chance
-MOST, BESIDE = 128, 32  # the largest rank that is told of large layers, and how many directions beside are looked at
-WORK, TURNS = 5e9, 20  # operations of a turn of the weighted fit, at most; turns
 CLEAR = 2.0  # times the length that rounding gives a row of B C: shorter ones are that
-STEPS, SETTLED, FAR = 200, 1e-12, 0.5  # of the iteration for E: how many, when it stands still, and the largest E
-SCALES = range(-4, 5)  # of alpha / rank, which is a power of two
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """The change of a layer's weight as (out, in): left (out, k) with orthonormal columns times right (k, in), float64.
-
-    noise  deviation of a number of `right`, out of the rounding of the weights
-    step   how much larger the last of its singular values is than the next
-    """
-
-    left: Tensor = field(repr=False)
-    right: Tensor = field(repr=False)
-    noise: float
-    step: float
-
-    @property
-    def low(self) -> bool:
-        """Whether so low a rank says something."""
-        return 2 * len(self.right) <= min(len(self.left), self.right.shape[1])
+STEPS, SETTLED, FAR, DAMPED = (
+    400,
+    1e-10,
+    5.0,
+    0.5,
+)  # of the iteration for E: how many, when it stands still, and the largest E
+SCALES, OFF = (
+    range(-4, 5),
+    3.0,
+)  # powers of two that alpha / rank may be; how far off, as a power of two, a share may be
 
 
 @dataclass(frozen=True)
@@ -84,7 +70,7 @@ def merged(observation: Observation[Any], recipe: Recipe | None) -> Merged | Non
         weight = oriented(model, module, model.parameters[f"{module}.weight"])
         Q, R = torch.linalg.qr(layer.right.T)  # right = R^T Q^T
         B = 3**0.5 * layer.left @ R.T
-        start[f"{module}.lora_A"] = (Q.T / 3**0.5).view(-1, *weight.shape[1:]).float()
+        start[f"{module}.lora_A"] = (Q.T / 3**0.5 / decay(recipe)).view(-1, *weight.shape[1:]).float()
         released[f"{module}.lora_B"] = B.view(*B.shape, *(1 for _ in weight.shape[2:])).float()
         start[f"{module}.lora_B"] = torch.zeros_like(released[f"{module}.lora_B"])
     release = Adapter(
@@ -116,12 +102,6 @@ def moved(model: Model[Any], change: Tensors, precision: str) -> dict[str, None]
     }
 
 
-def apart(after: Tensor, precision: str) -> Tensor:
-    """The distance of two neighbouring numbers of the format, there."""
-    kind = torch.finfo(getattr(torch, precision))
-    return kind.eps * torch.exp2(after.abs().clamp_min(kind.tiny).log2().floor())
-
-
 def low_rank_layers(model: Model[Any], change: Tensors, precision: str) -> dict[str, LowRank]:
     """{module: its change} of the layers that an adapter may have changed, in the order of the model; none where this is no adapter's.
 
@@ -150,70 +130,6 @@ def low_rank_layers(model: Model[Any], change: Tensors, precision: str) -> dict[
     return {module: layer for module, layer in found.items() if len(layer.right) <= rank}
 
 
-def rounding_errors(after: Tensor, change: Tensor, precision: str) -> Tensor:
-    """The deviation of each number of a change of weights: what rounding the weights afterwards left, and float32 a sum of products."""
-    product = change.square().mean().sqrt() * torch.finfo(torch.float32).eps
-    return torch.hypot(apart(after, precision) / 12**0.5, product)
-
-
-def low_rank(change: Tensor, errors: Tensor) -> LowRank | None:
-    """A change (out, in) as a matrix of the rank that stands above its errors; None where more is left than rounding.
-
-    A layer of few rows or columns has a low rank anyway.
-    """
-    rows, columns = change.shape
-    U, S, V = leading(change, min(rows, columns, MOST + BESIDE))
-    noise, total = float(errors.square().mean().sqrt()), float(change.square().sum())
-    allowed, k, before = EDGE * noise, 0, -1
-    while k != before:  # where a base in the same format was rounded to itself, less is left
-        before, k = k, int((EDGE * noise * (rows**0.5 + columns**0.5) < S).sum())
-        rest = max(total - float(S[:k].square().sum()), 0.0) / (rows * columns)
-        noise = min(noise, rest**0.5) if 2 * k <= min(rows, columns) else noise
-    if rest**0.5 > allowed or (k > MOST and min(rows, columns) > 2 * k):
-        return None
-    left, right = U[:, :k], S[:k, None] * V[:k]
-    if change.numel() * k**2 <= WORK and k:
-        left, right, noise = weighted(change, errors, left, right)
-    return LowRank(left, right, noise, float(S[k - 1] / S[k]) if 0 < k < len(S) and S[k] > 0 else inf)
-
-
-def leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The first singular values and vectors; of large matrices by random projection and two turns of the power method (Halko et al.
-    2011, arXiv:0909.4061, algorithm 4.4)."""
-    if min(matrix.shape) <= 4 * count:
-        U, S, V = torch.linalg.svd(matrix, full_matrices=False)
-        return U[:, :count], S[:count], V[:count]
-    Q = torch.randn(matrix.shape[1], count, dtype=matrix.dtype, generator=torch.Generator().manual_seed(0)).to(matrix)
-    for _ in range(3):
-        Q = torch.linalg.qr(matrix.T @ torch.linalg.qr(matrix @ Q)[0])[0]
-    U, S, V = torch.linalg.svd(matrix @ Q, full_matrices=False)
-    return U, S, V @ Q.T
-
-
-def weighted(change: Tensor, errors: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, float]:
-    """left (out, k), right (k, in), which explain the change best in units of its errors, and the deviation of a number of `right`.
-
-    Small weights are rounded to finer steps than large ones, and so tell more. Alternating least squares, with the momentum of Nesterov
-    (1983).
-    """
-    weight, before, momentum = errors.pow(-2), right, 0.0
-    for turn in range(TURNS):
-        ahead, before, momentum = right + momentum * (right - before), right, turn / (turn + 3)
-        left = solved(change, weight, ahead)[0]
-        right = solved(change.T, weight.T, left.T)[0].T
-    left = torch.linalg.qr(solved(change, weight, right)[0])[0]
-    right, variance = solved(change.T, weight.T, left.T)
-    return left, right.T, float(variance.mean().sqrt())
-
-
-def solved(d: Tensor, weight: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """min over left (rows, k) of sum weight (d - left right)^2, and the variance of its numbers (rows, k)."""
-    k = len(right)
-    normal = (weight @ (right[:, None] * right).flatten(0, 1).T).view(-1, k, k)
-    covariance = torch.linalg.inv(normal)
-    return ((weight * d) @ right.T)[:, None].matmul(covariance)[:, 0], covariance.diagonal(dim1=1, dim2=2)
-
-
 # -- the factors, where A_0 is known
 
 
@@ -230,16 +146,14 @@ def with_start(observation: Observation[Any], start: Tensors, seed: int) -> Obse
         left, R = torch.linalg.qr(B)
         parts[module] = Parts.of(left, R @ A, A_0, noise)
     recipe = release.recipe
-    s = scale(parts.values()) if recipe is None or recipe.optimizer in ("sgd", "momentum") else None
-    turned = [part.turned(s) for part in parts.values()] if s else []
-    still = [torch.zeros_like(part.H) for part in parts.values()]
+    flows = recipe is None or recipe.optimizer in ("sgd", "momentum")
+    s, turns = flow([*parts.values()]) if flows else (1.0, [None] * len(parts))
     changes: Tensors = {}
-    for (module, part), E, none in zip(parts.items(), turned or still, still, strict=True):
-        B, C = part.factors(none if E is None else E)
-        for factor, change in (("lora_A", C), ("lora_B", B / (s or 1.0))):
+    for (module, part), E in zip(parts.items(), turns, strict=True):
+        B, C = part.factors(torch.zeros_like(part.A_0 @ part.A_0.T) if E is None else E)
+        for factor, change in (("lora_A", C), ("lora_B", B / s)):
             changes[f"{module}.{factor}"] = change.view_as(start[f"{module}.{factor}"]).float()
-    scaling = dict.fromkeys(release.scaling, s or 1.0)
-    known = replace(release, start=start, scaling=scaling, origin="recovered", seed=seed)
+    known = replace(release, start=start, scaling=dict.fromkeys(release.scaling, s), origin="recovered", seed=seed)
     return replace(observation, release=known, released=changes)
 
 
@@ -250,22 +164,23 @@ def both(factors: Tensors, module: str) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Parts:
-    """What (1) says: s B (I + E) = left u diag(size) v, and what is left of C beside A_0, (I + E)^-1 C (1 - P)."""
+    """What (1) says of a layer: s B (I + E) (out, r), and C (1 - P) up to a factor I + E from the left, (r, in).
+
+    A_0 (r, in), to begin with
+    """
 
     A_0: Tensor
-    H: Tensor  # (A_0 A_0^T)^-1
     B: Tensor
     C: Tensor
 
     @classmethod
     def of(cls, left: Tensor, right: Tensor, A_0: Tensor, noise: float) -> "Parts":
         """Of left (out, k), orthonormal, times right (k, in), each number of which is known to `noise`."""
-        H = torch.linalg.inv(A_0 @ A_0.T)
-        through = right @ A_0.T @ H
+        through = right @ torch.linalg.pinv(A_0)
         u, size, v = torch.linalg.svd(through, full_matrices=False)
-        beside, n = u.T @ (right - through @ A_0), A_0.shape[1]  # rows of white noise
-        beside[beside.norm(dim=1) < CLEAR * noise * n**0.5] = 0
-        return cls(A_0, H, left @ through, v.T @ (beside / size[:, None]))
+        beside = u.T @ (right - through @ A_0)  # rows of white noise
+        beside[beside.norm(dim=1) < CLEAR * noise * A_0.shape[1] ** 0.5] = 0
+        return cls(A_0, left @ through, v.T @ (beside / size[:, None]))
 
     def factors(self, E: Tensor) -> tuple[Tensor, Tensor]:
         """(s B, C)."""
@@ -274,28 +189,37 @@ class Parts:
 
     def turned(self, s: float) -> Tensor | None:
         """E by (2) and (3), or None where the iteration leads nowhere."""
-        E = torch.zeros_like(self.H)
+        gram, one = self.A_0 @ self.A_0.T, torch.eye(len(self.A_0)).to(self.A_0)
+        BB, CC, E = self.B.T @ self.B / s**2, self.C @ self.C.T, torch.zeros_like(gram)
         for _ in range(STEPS):
-            B, C = self.factors(E)
-            before, E = E, (B.T @ B / s**2 - C @ C.T) @ self.H / 2
+            inverse = torch.linalg.inv(one + E)
+            rest = inverse.T @ BB @ inverse - E @ gram @ E.T - (one + E) @ CC @ (one + E).T
+            step = torch.linalg.solve(gram, rest, left=False) / 2 - E
+            E = E + DAMPED * step
             if not bool(E.norm() < FAR):
                 return None
-            if bool((E - before).norm() <= SETTLED * E.norm()):
-                return E
+            if bool(step.norm() <= SETTLED * E.norm()):
+                return E if bool((E @ gram).trace() > 0) else None  # A grows where it moves
         return None
 
+    def share(self, E: Tensor) -> float:
+        """The energy of C in the rows of A_0, over what chance gives it: r / in of all."""
+        C = self.factors(E)[1]
+        return float((E @ self.A_0).square().sum() / C.square().sum()) * self.A_0.shape[1] / len(self.A_0)
 
-def scale(parts: Collection[Parts]) -> float | None:
-    """s, the power of two that is nearest to what B and C say together; None where they say nothing, or no such number.
 
-    Where the gradient of W stays, C = A_0 R (cosh D - 1) R^T and B^T B = A_0 R sinh(D)^2 R^T A_0^T with orthonormal R, which A_0 does not
-    know: A_0 R has columns of square length |A_0|^2 / in, give or take 2 / r. So (B^T B)^2 = 4 |A_0|^2 / in C C^T where little has moved.
+def flow(parts: list[Parts]) -> tuple[float, list[Tensor | None]]:
+    """(s, E of each), s being a power of two as alpha / rank is; (1, None) where no such flow made the change.
+
+    The data know nothing of A_0: C has as much of its energy in its rows as in any others. E, and with it that part of C, follows from s
+    by (2); the share goes with s^-4.
     """
-    squares = [
-        ((p.B.T @ p.B).square().sum(), 4 * p.A_0.square().sum() / p.A_0.shape[1] * p.C.square().sum()) for p in parts
-    ]
-    told = [float((b / c).log2()) / 4 for b, c in squares if b > 0 and c > 0]
-    if not told:
-        return 1.0
-    power = sorted(told)[len(told) // 2]
-    return 2.0 ** round(power) if round(power) in SCALES else None
+    moved = [i for i, part in enumerate(parts) if part.C.any()]
+    tried: list[tuple[float, float, list[Tensor | None]]] = []
+    for s in (2.0**power for power in SCALES if moved or power == 0):
+        turns = [part.turned(s) for part in parts]
+        shares = sorted(abs(math.log2(parts[i].share(E))) for i in moved if (E := turns[i]) is not None)
+        if len(shares) == len(moved):
+            tried.append((shares[len(shares) // 2] if shares else 0.0, s, turns))
+    off, s, turns = min(tried, key=lambda one: one[0], default=(math.inf, 1.0, []))
+    return (s, turns) if off < OFF else (1.0, [None for _ in parts])
