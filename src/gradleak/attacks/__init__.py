@@ -5,6 +5,7 @@ Each says what it reads (`sees`, `modality`); an audit asks all of them and tell
 
 from gradleak.attacks.activation_patterns.activation_patterns import ActivationPatterns
 from gradleak.attacks.adam_epsilon import AdamEpsilon
+from gradleak.attacks.adam_unmixing.adam_unmixing import AdamUnmixing
 from gradleak.attacks.analytic import Analytic
 from gradleak.attacks.dager.dager import Dager
 from gradleak.attacks.dataset_size import SampleCount
@@ -32,6 +33,7 @@ ATTACKS: dict[str, type] = {
     "activation-patterns": ActivationPatterns,
     "unmixing": Unmixing,
     "adam-epsilon": AdamEpsilon,
+    "adam-unmixing": AdamUnmixing,
     "jigsaw": Jigsaw,
     "map-inversion": MapInversion,
     "ntk": NTK,
