@@ -15,7 +15,8 @@ Misses    formats that round epsilon away; other samples in each step; after mor
           and all that units do not tell of eight samples
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -23,18 +24,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad
 
-from gradleak.attacks.adam_unmixing.second_step import SecondStep, recognised, second_step
+from gradleak.attacks.adam_unmixing.second_step import recognised, second_step
 from gradleak.attacks.attack import check_sees
 from gradleak.attacks.reconstruction import CLOSE, Outcome, Reconstruction
 from gradleak.attacks.search.descend import OnStep
 from gradleak.attacks.unmixing.sources import by_pixels
-from gradleak.attacks.unmixing.span import Span, adapted_first_layer
+from gradleak.attacks.unmixing.span import Span, adapted_first_layer, divided
 from gradleak.errors import NotObserved
 from gradleak.modalities.networks import Architecture
 from gradleak.observations.adapter import Adapter
 from gradleak.observations.fully_connected import FullyConnected
 from gradleak.observations.observation import PictureObservation
 from gradleak.observations.release import Release
+from gradleak.observations.tensors import Tensors
+from gradleak.observations.training import Recipe, train
 
 ALIVE = 0.05  # a unit that moved less than this share of the strongest was off for all samples
 ALIKE = 0.01  # of one: how far the cosine of units falls that were on for one sample alone
@@ -43,6 +46,7 @@ EDGE = 0.97  # share of a picture's pixels that its scale brings into the box
 BLACK = 0.02  # how black a pixel is, in parts of the root mean square of all
 INSIDE = 2 / 3  # of the way to the edge of the box: the mean of two values that are even in it, given their direction
 ROUNDS = 40  # of (2), each halfway
+ONE_WAY = 1.5  # learning rates: what has moved further in two steps was moved twice in one direction
 ENOUGH = 0.03  # of the gradient: what is left of it where C is right, is rounding and the steps of B
 
 
@@ -69,28 +73,37 @@ class AdamUnmixing:
         network, module = adapted_first_layer(observation, release)
         A, B = f"{module}.lora_A", f"{module}.lora_B"
         if release.gradient or release.origin == "unknown" or not {A, B} <= set(observation.released):
-            raise NotObserved("A_T - A_0 tells of the pictures, and A_0 is not known: give the adapter before training.")
-        change, start, recipe = observation.released[A], release.start[A], release.recipe
+            raise NotObserved(
+                "A_T - A_0 tells of the pictures, and A_0 is not known: give the adapter before training."
+            )
+        change, recipe = observation.released[A], release.recipe
         if release.start[B].any() or not change.any() or (recipe and recipe.optimizer not in ("adam", "adamw")):
-            raise NotObserved("This attack reads what Adam made of an adapter that began at B = 0, in two steps or more.")
+            raise NotObserved(
+                "This attack reads what Adam made of an adapter that began at B = 0, in two steps or more."
+            )
         samples = len(observation.labels) if observation.labels is not None else observation.batch_size
         samples = samples if samples and (samples > 1 or observation.labels is not None) else None  # 1: nobody knows
         if recipe and recipe.batch_size and not (samples and samples <= recipe.batch_size):
-            raise NotObserved("Steps took different samples, and what the first one did to B is not known to the second.")
+            raise NotObserved(
+                "Steps took different samples, and what the first one did to B is not known to the second."
+            )
         two = recognised(observation, release, module)
         if two is not None:
-            step = second_step(change, start, two, observation.precision, samples)
-            x, labels, left = self.exact(observation, network, module, step, generator)
+            x, labels, left = self.exact(observation, network, module, two, samples, generator)
             status = f"Two steps of Adam on {len(x)} samples: {left:.2g} of the gradient behind the second one is left."
             outcome = Outcome.CLOSE if left <= CLOSE else Outcome.STUCK
         else:
+            if recipe is None and not divided(release, observation.released[B]):
+                raise NotObserved("The sizes of lora_B are not those that Adam makes.")
             if samples is None or not 1 < samples < len(change):
                 raise NotObserved(
                     "After more than two steps of Adam, the number of samples has to be told, and to be below the rank."
                 )
             x, labels = by_signs(observation, network, module, samples)
             left = observation.residual(network.images(x, shape).clamp(0, 1), labels)
-            status = f"Directions of {samples} samples by the signs of Adam: sizes are guessed, and nothing proves them."
+            status = (
+                f"Directions of {samples} samples by the signs of Adam: sizes are guessed, and nothing proves them."
+            )
             outcome = Outcome.GUESSED
         return Reconstruction(network.images(x, shape).clamp(0, 1).float(), labels, left, status, outcome)
 
@@ -99,14 +112,17 @@ class AdamUnmixing:
         observation: PictureObservation,
         network: FullyConnected,
         module: str,
-        step: SecondStep,
+        recipe: Recipe,
+        samples: int | None,
         generator: torch.Generator,
     ) -> tuple[Tensor, Tensor, float]:
         """The inputs (N, in) behind the second step, their labels, and what they leave of its gradient."""
-        release, g = observation.adapter, step.gradient
-        B, start = observation.released[f"{module}.lora_B"], release.start[f"{module}.lora_A"]
+        A, B = f"{module}.lora_A", observation.released[f"{module}.lora_B"]
+        start = observation.adapter.start[A]
+        step = second_step(observation.released[A], start, recipe, observation.precision, samples)
+        g = step.gradient
         S, V = torch.linalg.svd(g, full_matrices=False)[1:]
-        N = int((S > 1e-9 * S[0]).sum())
+        N = int((S[0] * 1e-9 < S).sum())
         S, V = S[:N], V[:N]
         span = Span(network, V, S, step.noise, -B, start @ V.T)
         units = by_units(network, B, V.T, N)
@@ -124,17 +140,32 @@ class AdamUnmixing:
                 best, labels, least = found
             if least < ENOUGH:
                 break
+        if least < CLOSE:
+            found = settled(observation, network, module, V, g @ V.T, best, recipe)
+            best, labels, least = found if found[2] < least else (best, labels, least)
         return best @ V, labels, least
 
 
 def settled(
-    observation: PictureObservation, network: FullyConnected, module: str, V: Tensor, goal: Tensor, c: Tensor
+    observation: PictureObservation,
+    network: FullyConnected,
+    module: str,
+    V: Tensor,
+    goal: Tensor,
+    c: Tensor,
+    replayed: Recipe | None = None,
 ) -> tuple[Tensor, Tensor, float]:
-    """(2) from the coordinates c (N, N) on: those that leave least of goal = g V^T (r, N), their labels, and what they leave."""
-    best = c, torch.zeros(len(c)).long(), float("inf")
+    """(2) from the coordinates c (N, N) on: those that leave least of goal = g V^T (r, N), their labels, and what they leave. B is
+    halfway, or where the first step of a recipe leaves it that is replayed on these inputs."""
+    best, factors, model = (c, torch.zeros(len(c)).long(), float("inf")), halfway(observation), observation.model
     for _ in range(ROUNDS):
-        c, labels = labelled(observation, network, module, c, V, goal)
-        h = signals(observation, network, module, c @ V, labels)
+        c, labels = labelled(observation, network, module, factors, c, V, goal)
+        if replayed is not None:
+            images = network.images(c @ V, model.architecture.input_shape)
+            release = observation.adapter
+            after = train(partial(release.loss, model), release.start, images, labels, replace(replayed, steps=1))
+            factors = {name: first_half(t, observation.released.get(name), replayed) for name, t in after.items()}
+        h = signals(observation, network, module, factors, c @ V, labels)
         left = float((h.T @ c - goal).norm() / goal.norm())
         if not left < float("inf"):
             break
@@ -144,12 +175,24 @@ def settled(
     return best
 
 
+def first_half(replayed: Tensor, change: Tensor | None, recipe: Recipe) -> Tensor:
+    """A factor after the first step: what two steps in one direction have moved, was moved so by the first."""
+    if change is None:
+        return replayed
+    return torch.where(change.abs() > ONE_WAY * recipe.learning_rate, recipe.learning_rate * change.sign(), replayed)
+
+
+def halfway(observation: PictureObservation) -> Tensors:
+    """The factors with B halfway, where one step of two has left it but for its epsilon, and A where it began."""
+    moved = {name: change / 2 for name, change in observation.released.items() if name.endswith("lora_B")}
+    return {name: start + moved.get(name, 0) for name, start in observation.adapter.start.items()}
+
+
 def signals(
-    observation: PictureObservation, network: FullyConnected, module: str, x: Tensor, labels: Tensor
+    observation: PictureObservation, network: FullyConnected, module: str, factors: Tensors, x: Tensor, labels: Tensor
 ) -> Tensor:
-    """h (N, r): what inputs x (N, in) send back to A x while B is halfway, where one step of two has left it."""
+    """h (N, r): what inputs x (N, in) send back to A x with these factors."""
     release = observation.adapter
-    halfway = {name: t + observation.released[name] * name.endswith("B") / 2 for name, t in release.start.items()}
 
     def loss(aside: Tensor) -> Tensor:  # (N, r), added to A x
         z = x
@@ -157,8 +200,8 @@ def signals(
             a, adapted = z.relu() if layer else z, name.removesuffix(".weight")
             z = F.linear(a, W, b)
             if s := release.scaling.get(adapted):
-                low = F.linear(a, halfway[f"{adapted}.lora_A"]) + (aside if adapted == module else 0)
-                z = z + s * F.linear(low, halfway[f"{adapted}.lora_B"])
+                low = F.linear(a, factors[f"{adapted}.lora_A"]) + (aside if adapted == module else 0)
+                z = z + s * F.linear(low, factors[f"{adapted}.lora_B"])
         logits = torch.cat([torch.zeros_like(z), z], dim=1) if network.single else z
         return observation.model.criterion(logits, labels)
 
@@ -167,14 +210,21 @@ def signals(
 
 
 def labelled(
-    observation: PictureObservation, network: FullyConnected, module: str, c: Tensor, basis: Tensor, goal: Tensor
+    observation: PictureObservation,
+    network: FullyConnected,
+    module: str,
+    factors: Tensors,
+    c: Tensor,
+    basis: Tensor,
+    goal: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The coordinates (N, N) and the labels under which they send back what goal (r, N) = h^T c says; in the order of given ones."""
     from scipy.optimize import linear_sum_assignment
 
     h = torch.linalg.lstsq(c.T, goal.T).solution
     classes = range(observation.model.architecture.classes)
-    sent = [signals(observation, network, module, c @ basis, torch.full((len(c),), label)) for label in classes]
+    x = c @ basis
+    sent = [signals(observation, network, module, factors, x, torch.full((len(c),), label)) for label in classes]
     fit = torch.stack([F.cosine_similarity(s, h, dim=1) for s in sent], 1)  # (N, classes)
     if observation.labels is None:
         return c, fit.argmax(1)
@@ -225,6 +275,6 @@ def by_signs(
     c = by_units(network, B, basis.T, samples)
     if len(c) < samples:
         raise NotObserved(f"Units tell {len(c)} of {samples} samples apart, and nothing else does after many steps.")
-    c, labels = labelled(observation, network, module, c, basis, -change @ basis.T)
+    c, labels = labelled(observation, network, module, halfway(observation), c, basis, -change @ basis.T)
     x = F.normalize(c @ basis, dim=0)
     return INSIDE * x / boxed(network, x)[0].amax(0).clamp_min(1e-9), labels

@@ -25,10 +25,10 @@ FIRST, SECOND = 1 / (1 + BETAS[0]), (1 + BETAS[1]) ** -0.5
 LIMIT = FIRST / SECOND  # of |u|
 EVEN = 1e-4  # how much smaller than the limit the largest u is, at most: that of a gradient of 1e-4
 SURE = 0.3  # error of a number, as a share of it, up to which it counts as known
-FLAT = 1e-3  # of the largest gradient: errors are not taken to be smaller, lest few numbers decide everything
+FLAT = 1e-4  # of the largest gradient: errors are not taken to be smaller, lest few numbers decide everything
 SWEEPS = 30  # of alternating least squares
-CHI = 1.6  # median error of the numbers that are known, in deviations of a Gaussian's: a rank that explains no more is too low
-QUARTILE = 0.6745  # the median error of a Gaussian
+MOST = 1.25  # median error of the numbers that are known, in units of rounding's: of a rank that explains them
+MEDIAN = 3**0.5 / 2  # of an even error, in its deviations
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def recognised(observation: PictureObservation, release: Adapter, module: str) -
         return None
     rate = float(f"{largest:.1e}")
     for optimizer in ("adamw", "adam"):
-        recipe = Recipe(optimizer=optimizer, learning_rate=rate, steps=2)  # type: ignore[arg-type]
+        recipe = Recipe(optimizer=optimizer, learning_rate=rate, steps=2)
         u = moved(observation.released[f"{module}.lora_A"], release.start[f"{module}.lora_A"], recipe)
         if abs(float(u.abs().max()) / LIMIT - 1) < EVEN:
             return recipe
@@ -85,8 +85,8 @@ def second_step(change: Tensor, start: Tensor, recipe: Recipe, precision: str, s
     while high - low > 1:  # where a number explains it, every larger one does
         middle = (low + high) // 2
         found = explained(u, kept, told, middle)
-        low, high, best = (low, middle, found) if found.left < CHI else (middle, high, best)
-    if not best.left < CHI:
+        low, high, best = (low, middle, found) if found.left < MOST else (middle, high, best)
+    if not best.left < MOST:
         raise NotObserved(
             f"No gradient of {high} samples is behind what the second step of Adam did to A: there were more samples, other "
             f"samples in the first step, or another training."
@@ -108,6 +108,7 @@ def explained(u: Tensor, kept: Tensor, told: tuple[Tensor, Tensor, Tensor], rank
     goal = torch.where(known, g, g.sign() * top)
     blur = torch.where(known, error.clamp_min(FLAT * top), 3 * top)
     right = torch.linalg.svd(goal, full_matrices=False)[2][:rank]
+    fit = goal
     for sweep in range(2 * SWEEPS):
         if sweep >= SWEEPS:
             slope = FIRST * EPSILON / (SECOND * fit.abs() + EPSILON).square()
@@ -117,10 +118,11 @@ def explained(u: Tensor, kept: Tensor, told: tuple[Tensor, Tensor, Tensor], rank
         left = solved(goal, blur, right)[0]
         right = torch.linalg.qr(solved(goal.T, blur.T, left.T)[0])[0].T
         fit = solved(goal, blur, right)[0] @ right
-    off = ((u - step(fit)) / kept)[known].abs().median() / QUARTILE
+    off = ((u - step(fit)) / kept)[known].abs().median() / MEDIAN
     return SecondStep(fit, float(error[known].median()), float(off))
 
 
 def step(g: Tensor) -> Tensor:
     """u of (1)."""
-    return FIRST * g / (SECOND * g.abs() + EPSILON)
+    u: Tensor = FIRST * g / (SECOND * g.abs() + EPSILON)
+    return u
