@@ -165,7 +165,8 @@ def settled(
             release = observation.adapter
             after = train(partial(release.loss, model), release.start, images, labels, replace(replayed, steps=1))
             factors = {name: first_half(t, observation.released.get(name), replayed) for name, t in after.items()}
-        h = signals(observation, network, module, factors, c @ V, labels)
+        d = signals(observation, network, factors, c @ V, labels)
+        h = observation.adapter.scaling[module] * d @ factors[f"{module}.lora_B"]
         left = float((h.T @ c - goal).norm() / goal.norm())
         if not left < float("inf"):
             break
@@ -189,24 +190,24 @@ def halfway(observation: PictureObservation) -> Tensors:
 
 
 def signals(
-    observation: PictureObservation, network: FullyConnected, module: str, factors: Tensors, x: Tensor, labels: Tensor
+    observation: PictureObservation, network: FullyConnected, factors: Tensors, x: Tensor, labels: Tensor
 ) -> Tensor:
-    """h (N, r): what inputs x (N, in) send back to A x with these factors."""
+    """d (N, out): what inputs x (N, in) send back to the first layer's outputs with these factors; h = s d B to A x."""
     release = observation.adapter
 
-    def loss(aside: Tensor) -> Tensor:  # (N, r), added to A x
+    def loss(aside: Tensor) -> Tensor:  # (N, out), added to the outputs
         z = x
         for layer, (W, b, name) in enumerate(zip(network.weights, network.biases, network.names, strict=True)):
             a, adapted = z.relu() if layer else z, name.removesuffix(".weight")
             z = F.linear(a, W, b)
             if s := release.scaling.get(adapted):
-                low = F.linear(a, factors[f"{adapted}.lora_A"]) + (aside if adapted == module else 0)
-                z = z + s * F.linear(low, factors[f"{adapted}.lora_B"])
+                z = z + s * F.linear(F.linear(a, factors[f"{adapted}.lora_A"]), factors[f"{adapted}.lora_B"])
+            z = z if layer else z + aside
         logits = torch.cat([torch.zeros_like(z), z], dim=1) if network.single else z
         return observation.model.criterion(logits, labels)
 
-    h: Tensor = grad(loss)(x.new_zeros(len(x), len(release.start[f"{module}.lora_A"])))
-    return h
+    d: Tensor = grad(loss)(x.new_zeros(len(x), len(network.weights[0])))
+    return d
 
 
 def labelled(
@@ -218,14 +219,17 @@ def labelled(
     basis: Tensor,
     goal: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The coordinates (N, N) and the labels under which they send back what goal (r, N) = h^T c says; in the order of given ones."""
+    """The coordinates (N, N) and the labels under which they send back what goal (r, N) = h^T c and B say; in the order of given ones."""
     from scipy.optimize import linear_sum_assignment
 
     h = torch.linalg.lstsq(c.T, goal.T).solution
     classes = range(observation.model.architecture.classes)
     x = c @ basis
-    sent = [signals(observation, network, module, factors, x, torch.full((len(c),), label)) for label in classes]
-    fit = torch.stack([F.cosine_similarity(s, h, dim=1) for s in sent], 1)  # (N, classes)
+    A, B = observation.adapter.start[f"{module}.lora_A"], factors[f"{module}.lora_B"]
+    s, towards = observation.adapter.scaling[module], -x @ A.T @ observation.released[f"{module}.lora_B"].T  # (N, out)
+    sent = [signals(observation, network, factors, x, torch.full((len(c),), label)) for label in classes]
+    fits = [F.cosine_similarity(s * d @ B, h, dim=1) + F.cosine_similarity(s * d, towards, dim=1) for d in sent]
+    fit = torch.stack(fits, 1)  # (N, classes)
     if observation.labels is None:
         return c, fit.argmax(1)
     order = linear_sum_assignment(-fit[:, observation.labels].T.nan_to_num().numpy())[1]
