@@ -1,7 +1,6 @@
 """Which adapters give their pictures back when they are trained as people train them: for many steps, on several pictures?
 
-LoRA by PEFT under seed 42 on all layers of a perceptron. The attacker has its folder and the base model, and is not told
-recipe, seed or number. Controls: the mean image, and the adapter of other pictures."""
+Known: the folder of PEFT's LoRA and the base model, no recipe, seed or number. Controls: mean image, another adapter."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -90,8 +89,8 @@ def cell(setting: Setting, bench: Bench) -> Result:
         rows = compared(matched, own.images, mean, public.images[:DECOYS])
         psnr = metrics.psnr_db(blind, own.images).tolist()
         samples += [row | told | {"another_adapter_psnr_db": p} for row, p in zip(rows, psnr, strict=True)]
-    there = len(private.labels)
-    return Result({}, samples, notes=(stands_in(source, bench.data), shortage("unseen pictures", wanted, there)))
+    notes = stands_in(source, bench.data), shortage("unseen pictures", wanted, len(private.labels))
+    return Result({}, samples, notes=notes)
 
 
 def attacked(model: PictureModel, own: Pictures, setting: Setting, mean: Tensor) -> tuple[Tensor, PictureObservation]:
