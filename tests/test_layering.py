@@ -68,6 +68,7 @@ DEEP = {
     "attacks/weights/ntk.py": (3, 550),  # KKT's search
     "attacks/weights/kkt_search.py": (3, 520),  # KKT's own, many times
     "attacks/dlg.py": (2, 510),  # and labels
+    "attacks/adam_unmixing/adam_unmixing.py": (5, 1_030),  # a step undone, and unmixing's spans and pixels
     "attacks/unmixing/unmixing.py": (3, 710),  # the span, two layers, two ways to tell samples apart, and the replay
 }
 

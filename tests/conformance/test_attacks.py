@@ -114,6 +114,17 @@ def tuned_by_adam(row: int, count: int = 1, reveal: bool = False) -> Seen:
     return replace(seen, released=change, labels=secret.labels if reveal else None), secret.inputs
 
 
+def two_steps_of_adam(row: int, count: int = 1, reveal: bool = False) -> Seen:
+    """An adapter whose A has moved once, and whose start is known."""
+    model = Model.of(MLP.build(0), MLP)
+    secret, start = keep_secret(model, digits(row, count)), lora_start(model, ["2", "4", "6"], 8, seed())
+    recipe = Recipe(optimizer="adamw", learning_rate=1e-3, steps=2)
+    release = Adapter(start=start, scaling=dict.fromkeys(("2", "4", "6"), 1.0), recipe=recipe, origin="given")
+    change = {k: t.detach() for k, t in release.simulate(model, start, secret.inputs, secret.labels).items()}
+    seen = Observation(model=model, release=release, released=change, batch_size=count)
+    return replace(seen, labels=secret.labels if reveal else None), secret.inputs
+
+
 def text_gradient(row: int, count: int = 1, reveal: bool = False) -> Seen:
     model = trained.language_model("gpt2", "classification", width=64)
     seen, secret = capture_gradient(
@@ -180,6 +191,7 @@ CASES = {
     "activation-patterns": Case(adapter(MLP, 8, "2", "4", "6"), {"sweeps": 10}, {"sweeps": 1, "rounds": 0}),
     "unmixing": Case(gradient(MLP)),
     "adam-epsilon": Case(tuned_by_adam, explains=False),
+    "adam-unmixing": Case(two_steps_of_adam, explains=False),
     "jigsaw": Case(
         adapter(trained.TRANSFORMER, 8, *trained.LINEAR),
         {"evaluations": 8},

@@ -5,6 +5,7 @@ Those of installed packages come after them (`own`). Each says what it reads (`s
 
 from gradleak.attacks.activation_patterns.activation_patterns import ActivationPatterns
 from gradleak.attacks.adam_epsilon import AdamEpsilon
+from gradleak.attacks.adam_unmixing.adam_unmixing import AdamUnmixing
 from gradleak.attacks.analytic import Analytic
 from gradleak.attacks.dager.dager import Dager
 from gradleak.attacks.dataset_size import SampleCount
@@ -35,6 +36,7 @@ ATTACKS: dict[str, type] = {
     "activation-patterns": ActivationPatterns,
     "unmixing": Unmixing,
     "adam-epsilon": AdamEpsilon,
+    "adam-unmixing": AdamUnmixing,
     "jigsaw": Jigsaw,
     "map-inversion": MapInversion,
     "ntk": NTK,

@@ -98,7 +98,7 @@ def adapter_of(
     else:
         zero = "lora_B" if zero_at_start(fitted.config, path, start) == "B=0" else "lora_A"
         left = decay(recipe)
-        before = {k: torch.zeros_like(v) if k.endswith(zero) else v / left for k, v in factors.items()}
+        before = {k: torch.zeros_like(v) if k.endswith(zero) else (v.double() / left).to(v) for k, v in factors.items()}
         changed = {k: v for k, v in factors.items() if k.endswith(zero)}
     if not any(bool(change.any()) for change in changed.values()):
         raise BadInput(f"The adapter in {path} has learnt nothing: no factor has left its start.")

@@ -24,7 +24,8 @@ from gradleak.report import record
 
 # Those with a closed form, or a search of seconds: no priors, no networks to train, no gradient of a gradient a thousand times.
 CHEAP = (
-    *("analytic", "recursive", "patch-embedding", "token-span", "activation-patterns", "unmixing", "adam-epsilon"),
+    *("analytic", "recursive", "patch-embedding", "token-span", "activation-patterns", "unmixing"),
+    *("adam-epsilon", "adam-unmixing"),
     *("dager", "sparse-words"),
 )
 LARGEST = 2**27  # numbers of a model that an observation is written to disk with: half a gigabyte

@@ -189,10 +189,11 @@ class Adapter(Release):
         }
 
     def ended(self, released: Tensors) -> Tensors:
-        """{factor: its value after training}, of every factor."""
+        """{factor: its value after training}, of every factor; by way of float64, so that it is what was saved to the last bit."""
         left = decay(self.recipe)  # of a factor whose start is unknown
-        changes = {name: released[name] if name in released else (left - 1) * t for name, t in self.start.items()}
-        return {name: self.start[name] + change for name, change in changes.items()}
+        start = {name: tensor.double() for name, tensor in self.start.items()}
+        ended = {name: t + released[name] if name in released else left * t for name, t in start.items()}
+        return {name: tensor.to(self.start[name]) for name, tensor in ended.items()}
 
     def begun(self, released: Tensors, start: Tensors, origin: Origin, seed: int | None = None) -> tuple[Self, Tensors]:
         """The same release with another start of all factors, and the changes of all of them from there."""

@@ -1,7 +1,6 @@
 """Which adapters give their pictures back when they are trained as people train them: for many steps, on several pictures?
 
-LoRA by PEFT under seed 42 on all layers of a perceptron. The attacker has its folder and the base model, and is not told
-recipe, seed or number. Controls: the mean image, and the adapter of other pictures."""
+Known: the folder of PEFT's LoRA and the base model, no recipe, seed or number. Controls: mean image, another adapter."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from gradleak.attacks.activation_patterns.activation_patterns import ActivationPatterns
 from gradleak.attacks.adam_epsilon import AdamEpsilon
+from gradleak.attacks.adam_unmixing.adam_unmixing import AdamUnmixing
 from gradleak.attacks.unmixing.unmixing import Unmixing
 from gradleak.audit import metrics
 from gradleak.errors import NotObserved
@@ -31,9 +31,8 @@ from gradleak.studies.table import Table, columns
 from gradleak.victims.training import prepare_model
 
 SGD, SLOW = (Recipe(learning_rate=rate, steps=200) for rate in (1e-2, 1e-3))
-SEED, DECOYS, SETS = 42, 99, {"smoke": 1, "small": 3, "paper": 10}
+SEED, DECOYS, FIRST, SETS = 42, 99, 400, {"smoke": 1, "small": 3, "paper": 10}  # test rows before FIRST were looked at
 LEAST = {"smoke": 1, "small": 10, "paper": 50}  # pictures of a row
-FIRST = 400  # test row; those before it were looked at
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,8 @@ def settings(data: str, size: Size) -> Iterator[Setting]:
     recipes += [replace(SLOW, learning_rate=1e-1), SLOW, replace(SLOW, optimizer="momentum")]
     yield from (replace(usual, recipe=recipe) for recipe in recipes)
     yield from (replace(usual, precision=precision) for precision in ("bfloat16", "float16"))
-    yield from (replace(usual, pictures=1, recipe=replace(adam, steps=n)) for n in (1, 2, 5, 200))
+    for n, steps in ((1, 1), (1, 2), (1, 5), (1, 200), (2, 2), (4, 2), (8, 2)):
+        yield replace(usual, pictures=n, recipe=replace(adam, steps=steps))
     yield replace(usual, pictures=1, recipe=replace(adam, steps=20), precision="bfloat16")
     yield from (replace(usual, base="trained", recipe=replace(SGD, learning_rate=rate)) for rate in (1e-2, 1e-1))
 
@@ -96,7 +96,7 @@ def cell(setting: Setting, bench: Bench) -> Result:
 def attacked(model: PictureModel, own: Pictures, setting: Setting, mean: Tensor) -> tuple[Tensor, PictureObservation]:
     """What comes back of an adapter's folder, padded by the mean image, and what was observed."""
     seen, found = of_a_stranger(model, own, setting.rank, setting.recipe, setting.precision, SEED), mean[:0]
-    for attack in (ActivationPatterns(), AdamEpsilon(), Unmixing()):  # the last one that reads it
+    for attack in (ActivationPatterns(), AdamEpsilon(), AdamUnmixing(), Unmixing()):  # the last one that reads it
         with suppress(NotObserved):
             found = attack(seen, generator=torch.Generator().manual_seed(0)).value
     return torch.cat([found, mean.expand(len(own.labels), *mean.shape[1:])]), seen

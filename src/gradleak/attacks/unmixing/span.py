@@ -125,7 +125,8 @@ def span_of_adapter(observation: PictureObservation, release: Adapter) -> Span:
     (dA, dB), (A, B) = ([tensors[name] for name in names] for tensors in (observation.released, release.start))
     if divided(release, dB):
         raise NotObserved(
-            "All numbers of lora_B are of one size, as Adam leaves them: no span is left. adam-epsilon reads that."
+            "All numbers of lora_B are of one size, as Adam leaves them: no span is left. adam-epsilon and adam-unmixing "
+            "read that."
         )
     noise, r, from_zero = number_noise(observation, dA, A), len(A), not bool(B.any())
     N = samples(observation, dB) if from_zero else rank(torch.linalg.svdvals(dA), noise, dA)

@@ -1,0 +1,1 @@
+"""Several pictures behind an adapter that Adam has trained."""
