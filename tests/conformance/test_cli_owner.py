@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import stat
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,12 +13,13 @@ import pytest
 import torch
 
 from gradleak.cli.app import main
-from gradleak.formats.canary_folder import read_canaries, read_coins
+from gradleak.formats.canary_folder import SCHEMA, read_canaries, read_coins
 from gradleak.formats.model_folder import read_model, write_base
 from gradleak.formats.observation_file import load_observation, save_observation
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import load
 from gradleak.modalities.texts import load_texts
+from gradleak.observations import tensor_file
 from gradleak.report import record
 from gradleak.victims.canaries import Template
 from gradleak.victims.small_language import small_model, trained
@@ -258,6 +260,26 @@ def test_scores_that_cannot_be_had(refused: Run, tmp_path: Path, base: Path, tun
     assert "A delta lies between" in refused(*asked, "--delta", "2")
     assert "say with --base" in refused("canaries", "score", tuned, "--canaries", canaries, *out)
     assert "There is no" in refused("canaries", "score", tuned, "--base", base, "--canaries", tmp_path / "x", *out)
+    assert not (tmp_path / "o").exists()
+
+
+def test_damaged_canaries_are_refused(refused: Run, tmp_path: Path, base: Path, tuned: Path, canaries: Path) -> None:
+    def asked(folder: Path, release: Path = tuned) -> str:
+        return refused("canaries", "score", release, "--base", base, "--canaries", folder, "--out", tmp_path / "o")
+
+    folder = tmp_path / "c"
+    shutil.copytree(canaries, folder)
+    lines = folder / "candidates" / "train.jsonl"
+    lines.write_text("".join(lines.read_text().splitlines(keepends=True)[1:]))
+    assert "39 candidates and 40 coins" in asked(folder)
+    lines.unlink()
+    assert "are no texts" in asked(folder)
+    tensor_file.write({"included": torch.zeros(40)}, SCHEMA, {"kind": "text"}, folder / "coins.safetensors")
+    assert "no row of yes and no" in asked(folder)
+    tensor_file.write({"included": torch.zeros(40) > 0}, SCHEMA, {"kind": 3}, folder / "coins.safetensors")
+    assert "is damaged" in asked(folder)
+    (folder / "coins.safetensors").write_bytes(b"\x80\x02 a pickle")
+    assert "pickle" in asked(folder)
     assert not (tmp_path / "o").exists()
 
 
