@@ -13,6 +13,7 @@ from gradleak.errors import BadInput, NotObserved
 from gradleak.formats.secret_file import Secret
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures, load
+from gradleak.observations.mechanism import Mechanism
 from gradleak.observations.tensors import flatten
 from gradleak.report import record
 from pages import run_page
@@ -78,6 +79,10 @@ def test_the_noise_and_what_was_spent_are_what_opacus_says() -> None:
     rows = {row["item"]: row["detail"] for row in seen.observation.threat_model()}
     assert rows["privacy spent"] == f"epsilon {engine.get_epsilon(1e-4):.3g} at delta 0.0001, so far"
     assert rows["defenses"] == "Gaussian noise of deviation 0.4"
+    known = seen.observation.release.privacy()
+    assert isinstance(known, Mechanism)  # one batch of all samples: the rate is 1
+    assert (known.noise_multiplier, known.sample_rate, known.steps, known.certain) == (0.8, 1.0, 1, 1)
+    assert known.delta == 1e-4
 
 
 def test_training_is_as_without_us() -> None:

@@ -144,13 +144,17 @@ def test_one_candidate_stands_out_and_noise_does_not() -> None:
     """200 normal scores: the adjusted p-value of the first is below .05 in 5 % of lists, so that more than 6 of 40 have a
     probability below 2 %. A score 8 deviations above (p = 6e-16) is named, at rank 1 with log2 200 bits of exposure."""
     generator, wrong = random.Random(0), 0
-    names = [str(i) for i in range(200)]
+    names, flat = [str(i) for i in range(200)], [0.0] * 200
+
+    def nats(scores: list[float]) -> list[float]:
+        return [-score * 0.1 * math.log(2) for score in scores]  # a tenth: no share of the likelihood becomes large
+
     for _ in range(40):
         scores = [generator.gauss() for _ in names]
-        wrong += candidates_table(names, scores, scores)[0]["p_adjusted"] < 0.05
+        wrong += candidates_table(names, nats(scores), flat)[0]["p_adjusted"] < 0.05
     assert wrong <= 6
     scores[17] = 8.0
-    rows = candidates_table(names, scores, scores)
+    rows = candidates_table(names, nats(scores), flat)
     assert (rows[0]["candidate"], rows[0]["rank"]) == ("17", 1)
     assert rows[0]["exposure_bits"] == pytest.approx(math.log2(200))
     assert rows[-1]["exposure_bits"] == 0.0
@@ -159,13 +163,27 @@ def test_one_candidate_stands_out_and_noise_does_not() -> None:
     assert "'17'" in said["sentence"]
     assert "common knowledge" in candidates_verdict(rows, False)["sentence"]
     scores[17] = 0.0
-    nothing = candidates_verdict(candidates_table(names, scores, scores), True)
+    nothing = candidates_verdict(candidates_table(names, nats(scores), flat), True)
     assert nothing["level"] == "nothing"
     assert "one always comes first" in nothing["sentence"]
 
 
+def test_a_candidate_that_the_model_hardly_ever_replaces_stands_out() -> None:
+    """Losses as of digits that share prefixes: the score's spread is wide and says nothing, and 90 % of the likelihood is one candidate's."""
+    names = [f"{i:02}" for i in range(100)]
+    after = [20.0 - 3.0 * (i // 10 == 4) - 3.0 * (i % 10 == 2) - 5.0 * (i == 42) for i in range(100)]
+    row = candidates_table(names, after, [20.0] * 100)[0]
+    assert row["candidate"] == "42"
+    weights = [math.exp(-loss) for loss in after]
+    assert row["share"] == pytest.approx(weights[42] / sum(weights))
+    assert row["share_of_base"] == pytest.approx(0.01)
+    assert candidates_verdict([row], True)["level"] == "recovered"
+    known = candidates_table(names, after, after)  # the base model said so before: nothing that training did
+    assert candidates_verdict(known, True)["level"] == "nothing"
+
+
 def test_candidates_that_are_all_alike_do_not_stand_out() -> None:
-    rows = candidates_table([str(i) for i in range(20)], [1.0] * 20, [1.0] * 20)
+    rows = candidates_table([str(i) for i in range(20)], [1.0] * 20)
     assert all(row["p_adjusted"] == 1.0 for row in rows)
 
 
@@ -176,6 +194,6 @@ def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(BadInput, match="together at most"):
         cut(model(), TEXTS, 60, 60)
     with pytest.raises(BadInput, match="takes 20 or more, not 3"):
-        candidates_table(["a", "b", "c"], [1.0] * 3, [1.0] * 3)
+        candidates_table(["a", "b", "c"], [1.0] * 3)
     with pytest.raises(BadInput, match="causal language models"):
         check_causal(language_model("bert", "classification", width=32))

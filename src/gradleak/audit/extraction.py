@@ -186,16 +186,25 @@ def records_verdict(rows: Sequence[dict[str, Any]], n: int, p: float, sampling: 
     return {"level": level, "sentence": f"{len(out)} of {len(asked)} records come out {how}{more}.{short}"}
 
 
-def candidates_table(texts: Sequence[str], scores: Sequence[float], losses: Sequence[float]) -> list[dict[str, Any]]:
-    """One row per candidate, by falling score; scores in bits, losses in nats.
+def candidates_table(
+    texts: Sequence[str], after: Sequence[float], before: Sequence[float] | None = None
+) -> list[dict[str, Any]]:
+    """One row per candidate, by falling score: by how many bits training made it more likely, or how likely it is. after, before: the loss of
+    each in nats.
+
+    share      of all the times that the model says one of the candidates, how often it is this one; share_of_base as well. Of a candidate that
+               was drawn at random, and that nobody trained on, it is 1 / |R| on average
 
     p_of_rank  rank / |R|: how often a candidate that was chosen beforehand, and that nobody trained on, is as high
     p_adjusted how often any of |R| such candidates lies so far above their median, were they normally distributed (their deviation by the
                median distance from the median, which a few outliers do not move)
     """
-    n = len(scores)
+    n = len(after)
     if n < FEWEST_CANDIDATES:
         raise BadInput(f"Candidates are compared with each other, which takes {FEWEST_CANDIDATES} or more, not {n}.")
+    scores = [((0.0 if before is None else before[i]) - after[i]) / math.log(2) for i in range(n)]
+    share = torch.tensor(after, dtype=torch.float64).neg().softmax(0).tolist()
+    base = None if before is None else torch.tensor(before, dtype=torch.float64).neg().softmax(0).tolist()
     centre = median(scores)
     spread = TO_DEVIATION * median([abs(score - centre) for score in scores])
     order = sorted(range(n), key=lambda i: -scores[i])
@@ -203,25 +212,23 @@ def candidates_table(texts: Sequence[str], scores: Sequence[float], losses: Sequ
     for place, i in enumerate(order):
         rank = place + 1
         z = (scores[i] - centre) / spread if spread > 0 else 0.0
-        rows.append(
-            {
-                "rank": rank,
-                "candidate": texts[i],
-                "score_bits": scores[i],
-                "above_median_bits": scores[i] - centre,
-                "bits": losses[i] / math.log(2),
-                "exposure_bits": math.log2(n) - math.log2(rank),
-                "p_of_rank": rank / n,
-                "p_adjusted": min(1.0, n * NormalDist().cdf(-z)),
-            }
-        )
+        row = {
+            "rank": rank,
+            "candidate": texts[i],
+            "score_bits": scores[i],
+            "above_median_bits": scores[i] - centre,
+            "share": share[i],
+        }
+        if base is not None:
+            row["share_of_base"] = base[i]
+        chance = {"p_of_rank": rank / n, "p_adjusted": min(1.0, n * NormalDist().cdf(-z))}
+        rows.append(row | {"exposure_bits": math.log2(n) - math.log2(rank)} | chance)
     return rows
 
 
 def candidates_verdict(rows: Sequence[dict[str, Any]], compared: bool) -> Verdict:
-    """Whether one of them stands out."""
-    out = [row for row in rows if row["p_adjusted"] < LEVEL]
-    what = "training made" if compared else "the model finds"
+    """Whether one of them stands out: by its score, or because the model hardly says another one, and did not do so before training."""
+    out = [row for row in rows if row["p_adjusted"] < LEVEL or dominates(row)]
     if not out:
         first = rows[0]
         said = (
@@ -230,10 +237,15 @@ def candidates_verdict(rows: Sequence[dict[str, Any]], compared: bool) -> Verdic
             f"1/{len(rows):,}: look up the ranks of yours."
         )
         return {"level": "nothing", "sentence": said}
-    names = ", ".join(f"{row['candidate']!r} ({row['above_median_bits']:.1f} bits)" for row in out[:5])
+    names = ", ".join(
+        f"{row['candidate']!r} ({row['above_median_bits']:.1f} bits above the median; {row['share']:.0%} of what the model says of them)"
+        for row in out[:5]
+    )
     base = "" if compared else " Without --base that may be common knowledge."
-    said = f"{len(out)} of {len(rows):,} candidates stand{'s' if len(out) == 1 else ''} out, which {what} far more likely than the median one: "
-    return {
-        "level": "recovered" if len(out) == 1 else "partial",
-        "sentence": f"{said}{names}{', ...' if len(out) > 5 else ''}.{base}",
-    }
+    said = f"{len(out)} of {len(rows):,} candidates stand{'s' if len(out) == 1 else ''} out: {names}{', ...' if len(out) > 5 else ''}.{base}"
+    return {"level": "recovered" if len(out) == 1 else "partial", "sentence": said}
+
+
+def dominates(row: dict[str, Any]) -> bool:
+    """Whether the model says this candidate more often than all the others together, and ten times as often as before training."""
+    return bool(row["share"] > 0.5 and row.get("share_of_base", 0.0) < row["share"] / 10)

@@ -60,9 +60,9 @@ def check_delta(delta: float) -> None:
         raise BadInput(f"A delta lies between 0 and 1, both excluded, and not at {delta:g}: 1e-5 is usual.")
 
 
-def bisected(holds: Callable[[float], bool], low: float, high: float) -> float:
-    """The end of the numbers from low on for which it holds, if it holds up to there and no further; in 60 halvings."""
-    for _ in range(60):
+def bisected(holds: Callable[[float], bool], low: float, high: float, halvings: int = 60) -> float:
+    """The end of the numbers from low on for which it holds, if it holds up to there and no further."""
+    for _ in range(halvings):
         middle = (low + high) / 2
         low, high = (middle, high) if holds(middle) else (low, middle)
     return low

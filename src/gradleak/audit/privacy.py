@@ -27,6 +27,7 @@ Privacy = Mechanism | str | None
 RANK = "identification_rank"
 SUSPICIOUS = 0.01  # as unlikely as that, more right answers than the bound allows are no chance
 MOST_PIXELS = 800  # of a picture for which the least squared error is asked
+MOST_RELEASED = 2**20  # numbers, as many rows of a Jacobian
 LOOKS = 8  # pictures of the prior at which the information is averaged
 
 
@@ -112,17 +113,12 @@ def noise_of(observation: Observation[Any]) -> float | None:
 
 def least_error(observation: Observation[Any], secret: Secret, public: Any) -> list[Flag]:
     """The least mean squared error that any estimate of one picture has under the noise, if pictures are Gaussian."""
-    deviation = noise_of(observation)
-    first = secret.inputs[:1] if isinstance(secret.inputs, Tensor) else None
-    if (
-        deviation is None
-        or first is None
-        or secret.labels is None
-        or first.numel() > MOST_PIXELS
-        or not observation.release.replays
-    ):
+    deviation, images = noise_of(observation), secret.inputs
+    if deviation is None or secret.labels is None or not isinstance(images, Tensor) or not observation.release.replays:
         return []
-    shape: Any = tuple(first.shape[1:])
+    if images[0].numel() > MOST_PIXELS or sum(t.numel() for t in observation.released.values()) > MOST_RELEASED:
+        return []
+    shape: Any = tuple(images.shape[1:])
     prior = (None if public is None else GaussianPrior.of_public(public.images)) or GaussianPrior.smooth(shape)
     try:
         least = van_trees(observation, secret.labels[:1], prior, deviation, looks=LOOKS)

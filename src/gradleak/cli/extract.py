@@ -1,6 +1,5 @@
 """What `extract` does."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +83,6 @@ def of_candidates(
     tokens = after.architecture.encode(texts)
     with progress() as start:
         now = losses(after, tokens, None, start("candidates"))
-        gained = -now if before is None else losses(before, tokens, None, start("base")) - now
-    rows = extraction.candidates_table(given, (gained / math.log(2)).tolist(), now.tolist())
+        then = None if before is None else losses(before, tokens, None, start("base")).tolist()
+    rows = extraction.candidates_table(given, now.tolist(), then)
     return rows, extraction.candidates_verdict(rows, before is not None)
