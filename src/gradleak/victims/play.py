@@ -124,6 +124,8 @@ class CaptureGradient(Private):
     """BatchNorm by running statistics (eval) or by those of the batch (train)."""
     hide_buffers: bool = False
     """Withhold BatchNorm's running statistics."""
+    hide_last_layer: bool = False
+    """Share every layer's gradient but the last one's, the classifier."""
     leak: Leak = "none"
     """A defense: what is shared of each tensor: none stands for all of it, signs, or the largest hundredth of the entries."""
     noise: float = 0.0
@@ -140,6 +142,7 @@ class CaptureGradient(Private):
             model,
             data,
             reveal_buffers=not self.hide_buffers,
+            reveal_last_layer=not self.hide_last_layer,
             defenses=chosen(self.leak, self.noise),
             seed=seed,
             **self.shown(),
