@@ -125,7 +125,7 @@ def test_samples_that_are_alike_within_classes_are_counted_exactly(mode: Mode) -
         observation = without_last(model, replace(private, images=private.images.double()))
         seen = evidence(observation, some(TEST, ones.repeat(2)))
         assert seen.layers == ("2", "4")
-        assert counts_by_means(seen).tolist() == drawn.bincount(minlength=10).tolist()
+        assert counts_by_means(seen, seen.total(observation)).tolist() == drawn.bincount(minlength=10).tolist()
 
 
 def test_labels_without_the_last_layer() -> None:
@@ -159,7 +159,7 @@ def test_the_reader_is_certain_of_what_is_exact_and_counts_to_the_batch() -> Non
     contributions = torch.eye(4, dtype=torch.float64)[labels] + 1e-3 * torch.randn(
         200, 4, generator=torch.Generator().manual_seed(0)
     )
-    seen = Evidence(torch.zeros(4), contributions, labels, 4, 6, ("own",))
+    seen = Evidence(contributions, labels, 4, 6, ("own",), {}, {})
     counter = Counter.trained(seen, generator=torch.Generator().manual_seed(0), steps=50)
     for truth in ([6, 0, 0, 0], [1, 2, 3, 0], [2, 2, 1, 1]):
         counts, expected = counter(torch.tensor(truth, dtype=torch.float64))

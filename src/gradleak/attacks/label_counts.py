@@ -26,7 +26,7 @@ from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures
 from gradleak.observations.layers import calls
 from gradleak.observations.model import PictureModel
-from gradleak.observations.observation import PictureObservation
+from gradleak.observations.observation import Observation, PictureObservation
 from gradleak.observations.releases import Gradient, Update
 from gradleak.observations.tensors import Tensors
 
@@ -72,29 +72,54 @@ def label_counts(
     """
     seen = evidence(observation, public)
     counter = Counter.trained(seen, generator=generator, steps=steps)
-    counts, expected = counter(seen.total)
-    return LabelCounts(counts, expected, seen.layers)
+    return LabelCounts(*counter(seen.total(observation)), seen.layers)
+
+
+def last_layer_withheld(observation: Observation[Any]) -> bool:
+    """Whether labels of pictures are neither given nor told by the layer that runs last, since nothing of it was shared."""
+    model, release = observation.model, observation.release
+    if observation.labels is not None or not isinstance(model.architecture, Architecture):
+        return False
+    if not isinstance(release, Gradient | Update):
+        return False
+    last = calls(model, model.architecture.blank(2).to(next(iter(observation.released.values()))))[-1].name
+    return not any(name.startswith(f"{last}.") for name in observation.released)
+
+
+def frequent_counts(public: Pictures, classes: int, batch: int) -> Tensor:
+    """The control: what somebody says who has seen nothing but how often classes occur in public data, (classes,)."""
+    frequent = public.labels.cpu().bincount(minlength=classes).double()
+    return apportion(batch * frequent / frequent.sum(), torch.zeros(classes, dtype=torch.bool), batch).long()
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is compared, in float64, each tensor in units of the root mean square of what public samples add to it.
+    """What public samples show of the layers of one model, in float64, each tensor in units of its root mean square.
 
-    total   (numbers,): the sum over the batch
-    each    (samples, numbers): what each public sample adds to such a sum
-    labels  (samples,) of the public samples
+    each     (samples, numbers): what each public sample adds to a sum over a batch
+    labels   (samples,) of the public samples
+    through  {name: (in,)}: vectors by which large matrices are told (`added`)
+    scales   {name: the unit}
     """
 
-    total: Tensor
     each: Tensor
     labels: Tensor
     classes: int
     batch: int
     layers: tuple[str, ...]
+    through: Tensors
+    scales: dict[str, float]
+
+    def total(self, observation: PictureObservation) -> Tensor:
+        """(numbers,): the sum over the batch of an observation of this model."""
+        gradient = observation.as_gradient()
+        share = self.batch if observation.model.criterion.reduction == "mean" else 1
+        told = {k: gradient[k] @ self.through[k] if k in self.through else gradient[k] for k in self.scales}
+        return torch.cat([share * told[k].flatten().double().cpu() / scale for k, scale in self.scales.items()])
 
 
 def evidence(observation: PictureObservation, public: Pictures) -> Evidence:
-    """What the last shared layers tell of this batch, and of public samples. Raises NotObserved as `label_counts` does."""
+    """What public samples show of the last layers that were shared. Raises NotObserved as `label_counts` does."""
     model, batch = observation.model, observation.batch_size
     if not isinstance(model.architecture, Architecture) or not isinstance(observation.release, Gradient | Update):
         raise NotObserved("Label counts are read off a gradient or an update of a classifier of pictures.")
@@ -119,17 +144,11 @@ def evidence(observation: PictureObservation, public: Pictures) -> Evidence:
     for first in whole:
         images, labels = public.images[first : first + size].to(like), public.labels[first : first + size]
         parts.append(added(model, layers, images, labels.to(like.device), through, tuple(gradient)))
-    share = batch if model.criterion.reduction == "mean" else 1
-    total, samples = list[Tensor](), list[Tensor]()
-    for name in parts[0]:
-        each = torch.cat([part[name] for part in parts]).double().cpu()
-        scale = each.square().mean().sqrt().clamp_min(1e-30)
-        told = gradient[name] @ through[name] if name in through else gradient[name]
-        samples.append(each / scale)
-        total.append(share * told.flatten().double().cpu() / scale)
-    each = torch.cat(samples, dim=1)
+    found = {name: torch.cat([part[name] for part in parts]).double().cpu() for name in parts[0]}
+    scales = {name: float(each.square().mean().sqrt().clamp_min(1e-30)) for name, each in found.items()}
+    each = torch.cat([found[name] / scale for name, scale in scales.items()], dim=1)
     labels = public.labels[: len(each)].cpu()
-    return Evidence(torch.cat(total), each, labels, model.architecture.classes, batch, layers)
+    return Evidence(each, labels, model.architecture.classes, batch, layers, through, scales)
 
 
 def readable(model: PictureModel, gradient: Tensors) -> tuple[str, ...]:
@@ -228,14 +247,14 @@ def of_each(model: PictureModel, name: str, layer: nn.Module, inputs: Tensor, sl
     return vmap(one)(inputs, slope)
 
 
-def counts_by_means(seen: Evidence) -> Tensor:
+def counts_by_means(seen: Evidence, total: Tensor) -> Tensor:
     """The paper's counts (classes,): non-negative least squares against class means, rounded by largest remainders."""
     from scipy.optimize import nnls
 
     there = seen.labels.unique()
     means = torch.stack([seen.each[seen.labels == c].mean(0) for c in there])  # (there, numbers)
     heavy = 1e3 * means.norm()  # so that the counts sum to the batch
-    left, right = torch.cat([means.T, heavy.expand(1, len(means))]), torch.cat([seen.total, (heavy * seen.batch)[None]])
+    left, right = torch.cat([means.T, heavy.expand(1, len(means))]), torch.cat([total, (heavy * seen.batch)[None]])
     raw = torch.zeros(seen.classes, dtype=torch.float64)
     raw[there] = torch.from_numpy(nnls(left.numpy(), right.numpy())[0])
     return apportion(raw, torch.zeros(seen.classes, dtype=torch.bool), seen.batch).long()

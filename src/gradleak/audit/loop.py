@@ -18,6 +18,7 @@ from gradleak.attacks.reconstruction import Reconstruction
 from gradleak.attacks.search.descend import OnStep
 from gradleak.audit.checks import check_observation, check_result, information, replay, trained_on_secret, unexplained
 from gradleak.audit.explanations import at_reconstruction
+from gradleak.audit.labels_told import labels_told
 from gradleak.audit.scoring import SCORING
 from gradleak.audit.scoring.scoring import WRONG_OBSERVATION, Scores, Scoring
 from gradleak.errors import NotObserved
@@ -65,7 +66,7 @@ def audit(
     observation = with_factor_found(observation)
     about, where = describe(observation, name), torch.device(device)
     decoys, rest = (None, None) if public is None else scoring.split(public)
-    general = check_observation(observation)
+    general = [*check_observation(observation), *labels_told(observation, rest, secret, seed)]
     if secret is not None:
         general += replay(observation, secret.inputs, secret.labels)
         general += information(observation, secret.inputs, secret.labels, "at the truth") if bound else []
