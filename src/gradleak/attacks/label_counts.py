@@ -33,9 +33,11 @@ from gradleak.observations.tensors import Tensors
 LAYERS = 2  # that are read: the last of those that were shared
 LARGEST = 2**12  # numbers of a tensor that are read: of larger matrices, how they act on the mean input
 DIRECTIONS = 128  # principal ones of what samples add
+# Logarithm of the greatest precision, exp(-12) for a neighbouring count: beyond it small errors make training diverge.
+SUREST = 2.5
 CHUNK = 256  # samples side by side, where they do not meet in BatchNorm; and simulated batches per step
 SHARPEST = (
-    3.0  # power of exponential variables that makes class frequencies: 0 is all classes alike, 1 a flat Dirichlet prior
+    3.0  # power of exponential variables that makes frequencies of classes: 0 all alike, 1 a flat Dirichlet prior
 )
 
 
@@ -63,7 +65,7 @@ class LabelCounts:
 
 
 def label_counts(
-    observation: PictureObservation, public: Pictures, *, generator: torch.Generator, steps: int = 1_000
+    observation: PictureObservation, public: Pictures, *, generator: torch.Generator, steps: int = 600
 ) -> LabelCounts:
     """Read the counts; steps: of the training of the reader, about a hundredth of a second each.
 
@@ -276,7 +278,7 @@ class Counter:
     batch: int
 
     @classmethod
-    def trained(cls, seen: Evidence, *, generator: torch.Generator, steps: int = 1_000, width: int = 384) -> "Counter":
+    def trained(cls, seen: Evidence, *, generator: torch.Generator, steps: int = 600, width: int = 384) -> "Counter":
         """By Adam on the likelihood of the counts of random batches, whose class frequencies run from all alike to few classes."""
         labels, classes, batch = seen.labels, seen.classes, seen.batch
         centre, directions = whitening(seen.each, labels, classes)
@@ -297,6 +299,7 @@ class Counter:
                 loss = -network.log_likelihood(rows[chosen].sum(1)).gather(2, counts.long()[..., None]).mean()
                 optimiser.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
+                nn.utils.clip_grad_norm_(network.parameters(), 1.0)
                 optimiser.step()
                 schedule.step()
         return cls(centre, directions, network.requires_grad_(False), classes, batch)
@@ -341,14 +344,14 @@ class Reader(nn.Module):
             last = self.network[-1]
             assert isinstance(last, nn.Linear)
             last.weight.zero_()
-            last.bias.copy_(torch.cat([torch.zeros(classes), -(2 * left + 1e-3).log()]))
+            last.bias.copy_(torch.cat([torch.zeros(classes), (-(2 * left).clamp_min(1e-4).log()).clamp_max(SUREST)]))
         self.register_buffer("grid", torch.arange(batch + 1.0))
 
     def log_likelihood(self, x: Tensor) -> Tensor:
         """(n, inputs) -> (n, classes, batch + 1): of each count."""
         shift, precision = self.network(x).chunk(2, dim=1)
         mean = self.linear(x) + shift
-        scores: Tensor = -precision.clamp(-8, 8).exp()[..., None] * (self.grid - mean[..., None]).square()
+        scores: Tensor = -precision.clamp(-8, SUREST).exp()[..., None] * (self.grid - mean[..., None]).square()
         return scores.log_softmax(2)
 
 
