@@ -131,7 +131,7 @@ def evidence(observation: PictureObservation, public: Pictures) -> Evidence:
         raise NotObserved("Labels were not given, and a defense stands between them and what public samples show.")
     if reason := observation.release.inexact():
         raise NotObserved(f"Labels were not given, and are read off one gradient alone: {reason}.")
-    if len(public.labels.unique()) < 2 or len(public.labels) < batch:
+    if int((public.labels.bincount() > 0).sum()) < 2 or len(public.labels) < batch:
         raise NotObserved(f"Labels were not given, and {len(public.labels)} public samples are too few to learn from.")
     gradient = observation.as_gradient()
     layers = readable(model, gradient)
@@ -238,8 +238,8 @@ def of_each(model: PictureModel, name: str, layer: nn.Module, inputs: Tensor, sl
             "weight": scale.sum(positions) if positions else scale,
             "bias": shift.sum(positions) if positions else shift,
         }
-    rest = {part: t for part, t in layer.named_parameters() if part not in own}
-    rest = {part: model.parameters[f"{name}.{part}"] for part in rest if f"{name}.{part}" in model.parameters}
+    parts = [part for part, _ in layer.named_parameters() if part not in own]
+    rest = {part: model.parameters[f"{name}.{part}"] for part in parts if f"{name}.{part}" in model.parameters}
 
     def one(x: Tensor, s: Tensor) -> Tensors:
         pull = vjp(lambda chosen: functional_call(layer, {**rest, **chosen}, (x[None],)), own)[1]
@@ -253,7 +253,7 @@ def counts_by_means(seen: Evidence, total: Tensor) -> Tensor:
     """The paper's counts (classes,): non-negative least squares against class means, rounded by largest remainders."""
     from scipy.optimize import nnls
 
-    there = seen.labels.unique()
+    there = (seen.labels.bincount() > 0).nonzero()[:, 0]
     means = torch.stack([seen.each[seen.labels == c].mean(0) for c in there])  # (there, numbers)
     heavy = 1e3 * means.norm()  # so that the counts sum to the batch
     left, right = torch.cat([means.T, heavy.expand(1, len(means))]), torch.cat([total, (heavy * seen.batch)[None]])
@@ -273,7 +273,7 @@ class Counter:
 
     centre: Tensor
     directions: Tensor
-    network: nn.Module
+    network: "Reader"
     classes: int
     batch: int
 
