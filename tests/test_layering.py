@@ -46,6 +46,7 @@ LONG = {
     "attacks/dlg.py": 350,  # DLG and iDLG: one search
     "attacks/learned/git.py": 360,  # one network, layer by layer
     "attacks/dataset_size.py": 350,  # the estimate, its interval, and its zoo
+    "attacks/label_counts.py": 380,  # what samples add, the paper's fit, and the reader
     "modalities/networks.py": 380,  # the list of architectures
     "modalities/pictures.py": 400,  # every source of pictures
     "observations/fully_connected.py": 310,  # a derivative by hand

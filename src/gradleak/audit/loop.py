@@ -19,6 +19,7 @@ from gradleak.attacks.search.descend import OnStep
 from gradleak.audit import privacy
 from gradleak.audit.checks import check_observation, check_result, information, replay, trained_on_secret, unexplained
 from gradleak.audit.explanations import at_reconstruction
+from gradleak.audit.labels_told import labels_told
 from gradleak.audit.scoring import SCORING
 from gradleak.audit.scoring.scoring import WRONG_OBSERVATION, Scores, Scoring
 from gradleak.errors import NotObserved
@@ -73,6 +74,7 @@ def audit(
     decoys, rest = (None, None) if public is None else scoring.split(public)
     mechanism = privacy.mechanism_of(observation, told)
     general = [*check_observation(observation), *privacy.of_observation(observation, mechanism, secret, decoys)]
+    general += labels_told(observation, rest, secret, seed)
     if secret is not None:
         general += replay(observation, secret.inputs, secret.labels)
         general += information(observation, secret.inputs, secret.labels, "at the truth") if bound else []

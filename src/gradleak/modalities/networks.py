@@ -223,6 +223,7 @@ MODELS: dict[str, Callable[[tuple[int, int, int], int], nn.Module]] = {
     "resnet20-4": resnet((3, 3, 3), 64),
     "resnet32-10": resnet((5, 5, 5), 160),
     "resnet18": resnet((2, 2, 2, 2), 64),
+    "resnet18-16": resnet((2, 2, 2, 2), 16),  # as deep, a quarter as wide
     "mlp": mlp,
     "mlp1000": mlp1000,
     "homogeneous1000": homogeneous1000,

@@ -136,11 +136,18 @@ class Observation(Generic[A]):
         released = defended(released, defenses, torch.Generator().manual_seed(0))
         return replace(self, released=released, labels=None if self.labels is None else labels)
 
+    def withheld(self) -> list[str]:
+        """The trained parameters of which nothing was shared."""
+        told = {*self.released, *self.beside}
+        return [name for name in self.release.names(self.model) if name not in {*told, *self.model.frozen}]
+
     def threat_model(self) -> list[Fact]:
         """One row per thing the attacker may know, made from the fields: what it is, whether it was revealed, how."""
         model, architecture = self.model, self.model.architecture
         detail = f"{self.release.name}: {len(self.released)} tensors in {self.precision}"
         detail += f", and {len(self.beside)} that are not read ({self.beside[0]}, ...)" if self.beside else ""
+        if withheld := self.withheld():
+            detail += f", and nothing of {', '.join(withheld[:3])}{', ...' if len(withheld) > 3 else ''}"
         factor = [] if self.factor == 1 else [fact("factor", False, f"found: {self.factor:g}")]
         size = str(self.batch_size) if self.batch_size else "to be guessed"
         labels = "given" if self.labels is not None else architecture.labels_detail()

@@ -10,6 +10,7 @@ from gradleak.studies import (
     adapters_as_trained,
     closed_form,
     fine_tuned_weights,
+    label_counts,
     learned_defenses,
     learned_inversion,
     learned_models,
@@ -39,6 +40,7 @@ STUDIES: dict[str, Study[Any]] = {
         saved_gradients.STUDY,
         closed_form.STUDY,
         perfect_gradient.STUDY,
+        label_counts.STUDY,
         adapter_decoding.STUDY,
         adapter_reconstruction.STUDY,
         adapter_initialisation.STUDY,
@@ -70,6 +72,7 @@ STUDIES: dict[str, Study[Any]] = {
 ALIASES = {
     "fresh-vs-saved": "saved-gradients",
     "recursion": "closed-form",
+    "gdbr": "label-counts",
     "phase0": "perfect-gradient",
     "phase1": "adapter-decoding",
     "phase2": "adapter-reconstruction",

@@ -10,6 +10,7 @@ from gradleak.errors import BadInput
 from gradleak.formats.secret_file import Secret
 from gradleak.modalities.modality import Blueprint
 from gradleak.observations.defenses import Defense, defended
+from gradleak.observations.layers import calls
 from gradleak.observations.model import Model
 from gradleak.observations.observation import Observation
 from gradleak.observations.release import Release
@@ -30,6 +31,7 @@ def capture_gradient(
     reveal_labels: bool = False,
     reveal_buffers: bool = True,
     reveal_batch_size: bool = True,
+    reveal_last_layer: bool = True,
     seed: int = 0,
 ) -> tuple[Observation[A], Secret]:
     """The gradient of the loss over `private` (Pictures or Texts), and the secret behind it.
@@ -42,10 +44,11 @@ def capture_gradient(
     secret = keep_secret(model, private, seed=seed)
     revealed = model if reveal_buffers else model.without_buffers()
     release, left = trained_with(Gradient(), defenses, len(secret))
+    names = model.trained if reveal_last_layer else without_last_layer(model, secret)
     seen = Observation(
         model=revealed,
         release=release,
-        released=share(model, release, model.trained, secret, precision, left, seed),
+        released=share(model, release, names, secret, precision, left, seed),
         batch_size=len(secret) if reveal_batch_size else None,
         labels=revealable(secret) if reveal_labels else None,
         precision=str(precision).removeprefix("torch."),
@@ -76,6 +79,15 @@ def share_update(
     if not all(bool(tensor.isfinite().all()) for tensor in released.values()):
         raise BadInput(f"Local training diverged at learning rate {recipe.learning_rate:g}: choose a smaller one.")
     return replace(gradient, release=release, released=released)
+
+
+def without_last_layer(model: Model[Any], secret: Secret) -> Tensors:
+    """The trained parameters but those of the layer that runs last; BadInput where nothing would be left."""
+    last = calls(model, secret.inputs)[-1].name
+    rest = {name: tensor for name, tensor in model.trained.items() if not name.startswith(f"{last}.")}
+    if not rest:
+        raise BadInput(f"Without its last layer {last} the model shares nothing.")
+    return rest
 
 
 def share(

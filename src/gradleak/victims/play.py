@@ -125,6 +125,8 @@ class CaptureGradient(Private):
     """BatchNorm by running statistics (eval) or by those of the batch (train)."""
     hide_buffers: bool = False
     """Withhold BatchNorm's running statistics."""
+    hide_last_layer: bool = False
+    """Share every layer's gradient but the last one's, the classifier."""
     defense: UseAppendAction[tuple[str, ...]] = ()
     """What is done to it before it is shared, in this order, each as NAME:NUMBER, like top-k:0.1 or noise:0.01 (see `gradleak list`);
     unknown as the last withholds from the attacker those before it."""
@@ -140,6 +142,7 @@ class CaptureGradient(Private):
             model,
             data,
             reveal_buffers=not self.hide_buffers,
+            reveal_last_layer=not self.hide_last_layer,
             defenses=(chosen := Chosen.of(self.defense)).defenses,
             told=chosen.told,
             seed=seed,
