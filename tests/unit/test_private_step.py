@@ -111,4 +111,4 @@ def test_it_is_written_and_read_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("wrong", [{"clip": 0.0}, {"noise_multiplier": -1.0}, {"divisor": 0.0}, {"clip": math.nan}])
 def test_impossible_steps_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(BadInput, match="private step"):
-        PrivateStep(**{"clip": 1.0, "noise_multiplier": 1.0, "divisor": 1.0, **wrong})  # type: ignore[arg-type]
+        PrivateStep(**{"clip": 1.0, "noise_multiplier": 1.0, "divisor": 1.0, **wrong})

@@ -145,7 +145,7 @@ def change_to(given: Any, model: Model[Any], recipe: Recipe, batch_size: int, wh
 
 
 def change_by(
-    given: Any, model: Model[Any], recipe: Recipe, batch_size: int | None, where: str, precision: str | None = None
+    given: Any, model: Model[Any], recipe: Recipe, batch_size: int, where: str, precision: str | None = None
 ) -> Observation[Any]:
     """The change of the model's parameters, after - before, by such a training; as `change_to`. precision: None: that of the arrays."""
     precision = precision or shortest(given)
