@@ -82,8 +82,8 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
         check_named(args.attacks, options)
     out, observation = fresh_folder(args.out), informed(args)
     attacks = built(options)
-    if args.members is None and (args.non_members is not None or args.redact):
-        raise BadInput("--non-members and --redact go with --members, the samples that it was trained on.")
+    if args.members is None and args.non_members is not None:
+        raise BadInput("--non-members goes with --members, the samples that it was trained on.")
     if args.attacks is None and args.members is not None:
         attacks = {}
     elif args.attacks is None:
@@ -109,6 +109,7 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
         plan = plan_of(
             observation, attacks, public, named=args.attacks is not None, scored=secret is not None, device=args.device
         )
+        out.mkdir(parents=True, exist_ok=True)  # where that fails, nothing was said yet
         print(plan.sentence(), flush=True, file=stream)
         audit_one(observation, attacks, public, secret, written, left, out, stream, **about, skipped=plan.skipped)
         whole, closed = whole_weights(observation), {name: a for name, a in attacks.items() if name in CLOSED}

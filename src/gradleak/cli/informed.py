@@ -2,7 +2,6 @@
 the number of samples, the factor of a release."""
 
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,8 +25,8 @@ def informed(args: flags.Observed) -> Observation[Any]:
     more = seed_range(args.seeds)
     with progress() as start:
         observation = observed(args)
-        if isinstance(args, flags.Attacked) and args.defense:
-            observation = told(observation, args.defense)
+        if isinstance(args, flags.Attacked):
+            observation = told(observation, args)
         recover = with_start_recovered if has_open_start(observation) else with_merged_recovered
         if more is not None and recover is with_merged_recovered and unmerged(observation)[0] is None:
             raise BadInput(
@@ -42,9 +41,11 @@ def informed(args: flags.Observed) -> Observation[Any]:
         return with_factor_found(observation)
 
 
-def told(observation: Observation[Any], flags: Sequence[str]) -> Observation[Any]:
+def told(observation: Observation[Any], args: flags.Attacked) -> Observation[Any]:
     """The observation behind the defenses of flags, in place of those that it says; BadInput for defenses of another release."""
-    known = Chosen.of(flags).known
+    if not args.defense:
+        return observation
+    known = Chosen.of(args.defense).known
     if known is None:
         return replace(observation, defenses=None)
     release, defenses = trained_with(observation.release, known, observation.batch_size or 1)

@@ -115,7 +115,8 @@ def observed_plain(args: flags.Observed, path: Path | None) -> Observation[Any]:
 def loss_of(args: flags.Observed) -> Any:
     """The loss that the flags say."""
     names = args.loss or ("cross-entropy",)
-    given = {name: getattr(args, name) for name in ("reduction", "label_smoothing", "class_weights")}
+    given: dict[str, Any] = {"reduction": args.reduction, "label_smoothing": args.label_smoothing}
+    given["class_weights"] = args.class_weights
     kind: Any = LOSSES[names[0] if len(names) == 1 else "sum"]
     settings = {name: value for name, value in given.items() if value is not None}
     if unknown := [name for name in settings if name not in {field.name for field in fields(kind)}]:
