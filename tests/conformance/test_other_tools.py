@@ -117,7 +117,7 @@ def test_names_as_tools_leave_them(plain: Path, tmp_path: Path, tool: str) -> No
 
 def test_the_output_of_axolotl_and_unsloth(plain: Path, tmp_path: Path) -> None:
     """Settings that PEFT does not know, a model card, and checkpoints inside the folder of the adapter itself."""
-    more = {
+    more: dict[str, Any] = {
         "unsloth_fixed": True,
         "auto_mapping": {"base_model_class": "X", "unsloth_fixed": True},
         "qalora_group_size": 16,
