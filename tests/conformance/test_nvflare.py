@@ -204,7 +204,7 @@ def test_a_filter_keeps_what_the_server_sees_and_changes_nothing(tmp_path: Path)
     client.set_prop(ReservedKey.IDENTITY_NAME, "site-7", private=False, sticky=False)
     server.set_prop(ReservedKey.IDENTITY_NAME, "server", private=False, sticky=False)
     server.set_peer_context(client)
-    task = dxo.DXO("WEIGHTS", before).to_shareable()
+    task = dxo.DXO("WEIGHTS", before, {"current_round": 1}).to_shareable()  # an average of the round before
     task.set_header("current_round", 2)
     server.set_prop(FLContextKey.TASK_DATA, task, private=True, sticky=False)
     keeping.handle_event(EventType.AFTER_TASK_DATA_FILTER, server)
