@@ -18,6 +18,8 @@ from torch import nn
 
 from gradleak import Analytic
 from gradleak.audit.checks import REPLAY_TOLERANCE
+from gradleak.cli.flags import Audit
+from gradleak.cli.inputs import observed
 from gradleak.errors import BadInput
 from gradleak.formats.nvflare_file import read_exchanged
 from gradleak.formats.observation_file import load_observation
@@ -134,6 +136,21 @@ def test_json_npz_and_safetensors(tmp_path: Path) -> None:
     for name, kind in (("a.json", {}), ("a.npz", {}), ("a.safetensors", {}), ("diff.npz", {"kind": "WEIGHT_DIFF"})):
         told = {"lr": 0.1, **kind}
         check(observed_dxo(tmp_path / name, tmp_path / "global.npz", ARCHITECTURE.build(1), ARCHITECTURE, told=told))
+
+
+def test_the_command_line_takes_them_as_files(tmp_path: Path) -> None:
+    """WEIGHTS are those after training, WEIGHT_DIFF is their change; JSON of somebody's own is read so too."""
+    before, after = states()
+    (tmp_path / "global.fobs").write_bytes(fobs(before, "WEIGHTS", {}))
+    (tmp_path / "weights.fobs").write_bytes(fobs(after, "WEIGHTS", {}))
+    (tmp_path / "diff.fobs").write_bytes(fobs(difference(before, after), "WEIGHT_DIFF", {}))
+    lists = {name: array.tolist() for name, array in difference(before, after).items()}
+    (tmp_path / "diff.json").write_text(json.dumps(lists))
+    usual: dict[str, Any] = {"model": "mlp", "input_shape": (1, 8, 8), "before": tmp_path / "global.fobs", "lr": 0.1}
+    usual |= {"out": tmp_path / "out"}
+    check(observed(Audit(**usual, after=tmp_path / "weights.fobs")))
+    check(observed(Audit(**usual, observation=tmp_path / "diff.fobs")))
+    check(observed(Audit(**usual, observation=tmp_path / "diff.json")))
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ class Observed(Common):
     """What `attack` and `audit` take to understand the observation."""
 
     observation: Positional[Path | None] = None
-    """observation.safetensors of `gradleak capture`; a file of yours, as safetensors, .npz, .npy or parquet ({name: gradient} with
+    """observation.safetensors of `gradleak capture`; a file of yours, as safetensors, .npz, .npy, parquet, JSON or fobs ({name: gradient} with
     --weights, a change of weights with --lr too, a trained model's weights without both); or a LoRA adapter: the folder that PEFT
     saves, a Trainer's checkpoint, a file of kohya or diffusers. Left out with --after."""
     before: Path | None = None

@@ -55,6 +55,8 @@ def read_exchanged(path: Path) -> Exchanged:
     """What a file holds. BadInput for one that is damaged, pickled, encrypted, or of another kind than weights and their difference."""
     if path.suffix == ".json":
         value = read_json(path)
+        if isinstance(value, dict) and value and all(isinstance(one, list | float) for one in value.values()):
+            value = {"data": value}  # {name: numbers}, of somebody's own
     else:
         try:
             if path.stat().st_size > LARGEST:
