@@ -18,6 +18,8 @@ from torch import nn
 
 from gradleak import Analytic
 from gradleak.audit.checks import REPLAY_TOLERANCE
+from gradleak.cli.flags import Audit
+from gradleak.cli.inputs import observed
 from gradleak.errors import BadInput
 from gradleak.formats.nvflare_file import read_exchanged
 from gradleak.formats.observation_file import load_observation
@@ -136,6 +138,21 @@ def test_json_npz_and_safetensors(tmp_path: Path) -> None:
         check(observed_dxo(tmp_path / name, tmp_path / "global.npz", ARCHITECTURE.build(1), ARCHITECTURE, told=told))
 
 
+def test_the_command_line_takes_them_as_files(tmp_path: Path) -> None:
+    """WEIGHTS are those after training, WEIGHT_DIFF is their change; JSON of somebody's own is read so too."""
+    before, after = states()
+    (tmp_path / "global.fobs").write_bytes(fobs(before, "WEIGHTS", {}))
+    (tmp_path / "weights.fobs").write_bytes(fobs(after, "WEIGHTS", {}))
+    (tmp_path / "diff.fobs").write_bytes(fobs(difference(before, after), "WEIGHT_DIFF", {}))
+    lists = {name: array.tolist() for name, array in difference(before, after).items()}
+    (tmp_path / "diff.json").write_text(json.dumps(lists))
+    usual: dict[str, Any] = {"model": "mlp", "input_shape": (1, 8, 8), "before": tmp_path / "global.fobs", "lr": 0.1}
+    usual |= {"out": tmp_path / "out"}
+    check(observed(Audit(**usual, after=tmp_path / "weights.fobs")))
+    check(observed(Audit(**usual, observation=tmp_path / "diff.fobs")))
+    check(observed(Audit(**usual, observation=tmp_path / "diff.json")))
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -204,7 +221,7 @@ def test_a_filter_keeps_what_the_server_sees_and_changes_nothing(tmp_path: Path)
     client.set_prop(ReservedKey.IDENTITY_NAME, "site-7", private=False, sticky=False)
     server.set_prop(ReservedKey.IDENTITY_NAME, "server", private=False, sticky=False)
     server.set_peer_context(client)
-    task = dxo.DXO("WEIGHTS", before).to_shareable()
+    task = dxo.DXO("WEIGHTS", before, {"current_round": 1}).to_shareable()  # an average of the round before
     task.set_header("current_round", 2)
     server.set_prop(FLContextKey.TASK_DATA, task, private=True, sticky=False)
     keeping.handle_event(EventType.AFTER_TASK_DATA_FILTER, server)

@@ -258,7 +258,10 @@ class WithAttention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(5)
-        self.attention, self.fc = nn.MultiheadAttention(4, 1, batch_first=True), nn.Linear(16, 3)
+        self.attention = nn.MultiheadAttention(
+            4, 1, batch_first=True, add_zero_attn=True
+        )  # more than two linear layers
+        self.fc = nn.Linear(16, 3)
 
     def forward(self, images: Tensor) -> Tensor:
         rows = images.flatten(1, 2)

@@ -56,6 +56,8 @@ ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {  # {family: its configuratio
     "ELECTRA-small": ("ElectraConfig", PLAIN | {"embedding_size": WIDTH // 2}),
     "DeBERTa-v2": ("DebertaV2Config", PLAIN),
     "DeBERTa-v3": ("DebertaV2Config", PLAIN | DISENTANGLED | {"share_att_key": True, "initializer_range": 0.1}),
+    "RoFormer": ("RoFormerConfig", PLAIN | {"embedding_size": WIDTH, "initializer_range": 0.1}),
+    "BigBird": ("BigBirdConfig", PLAIN),
     "ModernBERT": (
         "ModernBertConfig",
         PLAIN | {"cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3},
@@ -77,13 +79,14 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "OLMo": ("OlmoConfig", GROUPED),
     "OLMo 2": ("Olmo2Config", GROUPED),
     "Phi": ("PhiConfig", GROUPED),
+    "Mixtral": ("MixtralConfig", GROUPED | {"num_local_experts": 2}),
     "GPT-J": ("GPTJConfig", SHORT | {"rotary_dim": 8}),
     "GPT-NeoX": ("GPTNeoXConfig", PLAIN),
     "Falcon": ("FalconConfig", PLAIN | {"ffn_hidden_size": 128}),
     "Mamba": ("MambaConfig", {"hidden_size": WIDTH, "num_hidden_layers": LAYERS}),
 }
 # What they are, from their papers: whether the first layer sees absolute positions.
-PLACED = {"BERT", "MiniLM", "RoBERTa", "DistilBERT", "ELECTRA", "ELECTRA-small", "DeBERTa-v2"} | {
+PLACED = {"BERT", "MiniLM", "RoBERTa", "DistilBERT", "ELECTRA", "ELECTRA-small", "DeBERTa-v2", "BigBird"} | {
     "GPT-2",
     "GPT-Neo",
     "OPT",

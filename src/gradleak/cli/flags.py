@@ -28,7 +28,7 @@ class Observed(Common):
     """What `attack` and `audit` take to understand the observation."""
 
     observation: Positional[Path | None] = None
-    """observation.safetensors of `gradleak capture`; a file of yours, as safetensors, .npz, .npy or parquet ({name: gradient} with
+    """observation.safetensors of `gradleak capture`; a file of yours, as safetensors, .npz, .npy, parquet, JSON or fobs ({name: gradient} with
     --weights, a change of weights with --lr too, a trained model's weights without both); or a LoRA adapter: the folder that PEFT
     saves, a Trainer's checkpoint, a file of kohya or diffusers; or the folder of a model that one was merged into, with --base. Left out
     with --after."""

@@ -55,6 +55,8 @@ def read_exchanged(path: Path) -> Exchanged:
     """What a file holds. BadInput for one that is damaged, pickled, encrypted, or of another kind than weights and their difference."""
     if path.suffix == ".json":
         value = read_json(path)
+        if isinstance(value, dict) and value and all(isinstance(one, list | float) for one in value.values()):
+            value = {"data": value}  # {name: numbers}, of somebody's own
     else:
         try:
             if path.stat().st_size > LARGEST:
@@ -76,7 +78,8 @@ def exchanged(value: Any, where: str) -> Exchanged:
         raise BadInput(f"{where} is a {type(value).__name__}, and no DXO, FLModel or Shareable.")
     if isinstance(inner := fields.get("DXO"), Mapping):
         said, about = exchanged(inner, where), fields.get("__headers__", {})
-        return Exchanged(said.kind, said.data, {**about, **said.meta} if isinstance(about, Mapping) else said.meta)
+        # Of an aggregated model, meta holds the round before: the header is that of the message.
+        return Exchanged(said.kind, said.data, {**said.meta, **about} if isinstance(about, Mapping) else said.meta)
     kind = next((fields[key] for key in ("data_kind", "kind", "params_type") if fields.get(key)), None)
     data = next((fields[key] for key in ("data", "params", "model_weights") if fields.get(key)), None)
     meta: Any = next((fields[key] for key in ("meta", "model_meta") if fields.get(key)), {})

@@ -1,4 +1,5 @@
-"""Arrays in files of somebody's own, whatever wrote them: safetensors, .npz and .npy of numpy, parquet. Nothing is unpickled."""
+"""Arrays in files of somebody's own, whatever wrote them: safetensors, .npz and .npy of numpy, parquet, what NVIDIA FLARE exchanges, JSON.
+Nothing is unpickled."""
 
 import zipfile
 from pathlib import Path
@@ -8,9 +9,10 @@ import numpy as np
 import torch
 
 from gradleak.errors import BadInput, shortened
+from gradleak.formats.nvflare_file import is_exchanged, read_exchanged
 from gradleak.observations import tensor_file
 
-Kind = Literal["npz", "npy", "parquet", "safetensors"]
+Kind = Literal["npz", "npy", "parquet", "exchanged", "safetensors"]
 LARGEST = 2**36  # bytes of an archive's arrays
 
 
@@ -24,6 +26,8 @@ def kind_of(path: Path) -> Kind:
         return "npy"
     if start.startswith(b"PAR1"):
         return "parquet"
+    if is_exchanged(path):
+        return "exchanged"
     if start.startswith(b"PK") and zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
@@ -44,6 +48,8 @@ def load_arrays(path: Path) -> dict[str, Any]:
     kind = kind_of(path)
     if kind == "safetensors":
         return dict(tensor_file.open_tensors(path)[0])
+    if kind == "exchanged":
+        return read_exchanged(path).data
     try:
         arrays = from_parquet(path) if kind == "parquet" else from_numpy(path)
     except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:

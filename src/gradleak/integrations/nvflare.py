@@ -8,7 +8,6 @@ A result is a DXO, WEIGHTS or WEIGHT_DIFF, or an FLModel. How a client trained s
 (NUM_STEPS_CURRENT_ROUND): `told` says it, by the names of `Clients` in the integration of Flower. Files are read without the library.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,6 @@ except ImportError:  # files, and what only looks like a DXO, need no library
 
 STEPS, ROUND = "NUM_STEPS_CURRENT_ROUND", "current_round"
 UNABLE = (BadInput, RuntimeError, MemoryError, OSError)  # what keeping may end with; a training goes on
-LOG = logging.getLogger(__name__)
 
 
 def observed_dxo(
@@ -124,7 +122,7 @@ class KeepingFilter(Filter):  # type: ignore[misc, unused-ignore]
                 copied = {name: torch.as_tensor(array).detach().clone() for name, array in data.data.items()}
                 self.sent[site(fl_ctx)] = Exchanged(data.kind, copied, data.meta)
             except BadInput as error:  # a task without weights
-                LOG.debug("Nothing is kept of a task: %s", error)
+                self.log_debug(fl_ctx, f"Nothing is kept of a task: {error}")
 
     def process(self, shareable: Any, fl_ctx: Any) -> Any:
         """The result itself; what it tells is kept."""
@@ -133,7 +131,7 @@ class KeepingFilter(Filter):  # type: ignore[misc, unused-ignore]
             if sent is not None:
                 self.keep(exchanged(shareable, "The result"), sent, site(fl_ctx))
         except UNABLE as error:
-            LOG.warning("What client %s sent could not be kept: %s", site(fl_ctx), error)
+            self.log_warning(fl_ctx, f"What client {site(fl_ctx)} sent could not be kept: {error}")
         return shareable
 
     def keep(self, result: Exchanged, sent: Exchanged, name: str) -> None:
@@ -152,6 +150,6 @@ class KeepingFilter(Filter):  # type: ignore[misc, unused-ignore]
 
 def site(fl_ctx: Any) -> str:
     """The client that this is about: on a server the one that asks or answers, on a client itself."""
-    peer = fl_ctx.get_peer_context()
+    peer, own = fl_ctx.get_peer_context(), str(fl_ctx.get_identity_name() or "client")
     name = peer.get_identity_name() if peer is not None else ""
-    return name if name and name != "server" else str(fl_ctx.get_identity_name() or "client")
+    return own if not name or "server" in name else str(name)  # servers are called "server" and "simulator_server"

@@ -243,5 +243,6 @@ def build(config: Any, task: Task, *, classes: int, tokenizer: Any, seed: int) -
         kind, config.num_labels = AutoModelForSequenceClassification, classes
     with refusing(f"transformers cannot build this model for {task}"):
         torch.manual_seed(seed)
+        config._experts_implementation = "eager"  # of mixtures of experts: the grouped kernels take no float64
         module = kind.from_config(config, attn_implementation="eager", dtype=torch.float32, trust_remote_code=False)
     return module.eval(), config
