@@ -28,13 +28,12 @@ from gradleak.victims.trainer_defaults import trained_by_defaults
 from gradleak.victims.training import prepare_model
 
 PERCEPTRON, DECODER = "perceptron", "small gpt2"
-CALIBRATION = 0.25  # of the fresh samples
+CALIBRATION, ENDS = 0.25, ("", "_low", "_high")  # of the fresh samples; of intervals
 
 
 @dataclass(frozen=True)
 class Setting:
-    """candidates: all members and as many fresh samples; half: only half of the members are listed. control: none, another adapter (of
-    other samples), or classes (those of the candidates are permuted)."""
+    """candidates: all members, or half of them. control: none, another adapter, of other samples, or classes, which are permuted."""
 
     model: str
     data: str
@@ -55,9 +54,7 @@ def settings(data: str, size: Size) -> Iterator[Setting]:
     yield from (replace(usual, data=name) for name in texts[:-1])
     yield replace(usual, model=PERCEPTRON, data="mnist" if beside(data, "mnist") else "digits")
     yield replace(usual, model=DECODER)
-    yield replace(usual, epochs=10)
-    yield replace(usual, control="classes")
-    yield replace(usual, candidates="half")
+    yield from (replace(usual, epochs=10), replace(usual, control="classes"), replace(usual, candidates="half"))
 
 
 @lru_cache(maxsize=2)
@@ -102,8 +99,8 @@ def cell(setting: Setting, bench: Bench) -> Result:
         members, fresh = values[:m], values[m + len(reference) :]
         area, at = auc(members, fresh), rate(members, fresh, 0.01)
         low, high = auc_interval(area, len(members), len(fresh))
-        facts |= {name: area, f"{name}_low": low, f"{name}_high": high}
-        facts |= {f"{name} found": at["true"], f"{name} found_low": at["low"], f"{name} found_high": at["high"]}
+        found = {"": (area, low, high), " found": (at["true"], at["low"], at["high"])}
+        facts |= {f"{name}{what}{end}": v for what, all_ in found.items() for end, v in zip(ENDS, all_, strict=True)}
     replaced = stands_in(setting.data, bench.data) if bench.data in IN_WHEELS else ""
     return Result(facts, notes=(replaced, STAND_IN if STAND_IN in setting.model else ""))
 
