@@ -29,16 +29,19 @@ from gradleak.audit.membership.words import judged
 from gradleak.audit.scoring import SCORING
 from gradleak.cli.app import main
 from gradleak.errors import BadInput, NotObserved
+from gradleak.formats.observation_file import load_observation, save_observation
 from gradleak.modalities import pictures
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.sources import named_split
 from gradleak.modalities.texts import load_texts
 from gradleak.observations.adapter import Adapter
+from gradleak.observations.fully_connected import FullyConnected
 from gradleak.observations.model import Model
 from gradleak.observations.observation import Observation, PictureObservation
 from gradleak.observations.releases import Update
 from gradleak.observations.trained_weights import Weights
 from gradleak.observations.training import Recipe
+from gradleak.observations.transformer import layout_of
 from gradleak.victims.adapter import fine_tune, lora_start
 from gradleak.victims.gradient import capture_gradient
 from gradleak.victims.small_language import small_model, train_tokenizer
@@ -128,13 +131,8 @@ def test_attribution_gives_every_sample_its_share_of_a_gradient() -> None:
     seen = capture_gradient(Model.of(GREY.build(0), GREY), own)[0]
     of = evidence(seen)
     values = attribution(of)
-    assert (
-        values[:N].min() > 100 * values[N:].abs().max()
-    )  # a ridge of 1e-3 is shared by what the samples have in common
-    change = of.gradients[:N].mean(0)
-    c, left = explained(of.gradients, change)
-    assert left < 0.1
-    assert c[:N].min() > 10 * c[N:].abs().max()
+    assert values[:N].min() > 10 * values[N:].abs().max()  # the ridge of 1e-3 is shared by what samples have in common
+    assert explained(of.gradients, of.descent)[1] < 0.01
 
 
 def test_an_everyday_adapter_tells_its_pictures_and_not_others() -> None:
@@ -149,26 +147,51 @@ def test_an_everyday_adapter_tells_its_pictures_and_not_others() -> None:
 
 
 @cache
-def language(task: str = "classification") -> Model[Any]:
-    tokenizer = train_tokenizer(load_texts("embedded", "train").texts, "bert", size=400)
-    return small_model("bert", tokenizer, task, layers=1, seed=0, spread=0.05)  # type: ignore[arg-type]
+def decoder(spread: float = 0.05, layers: int = 2) -> tuple[Model[Any], Any]:
+    """A small GPT-2, and texts in a random order."""
+    tokenizer = train_tokenizer(load_texts("embedded", "train").texts, "gpt2", size=400)
+    model = small_model("gpt2", tokenizer, "causal-lm", layers=layers, spread=spread)
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(1)).tolist()
+    return model, model.architecture.feed(load_texts("embedded", "train", indices=order))[0]
 
 
 def test_an_everyday_adapter_tells_its_texts_and_not_others() -> None:
-    model = language()
-    tokens, labels = model.architecture.feed(load_texts("embedded", "train", limit=3 * N))
+    model, tokens = decoder()
     for own, told in ((slice(0, N), True), (slice(2 * N, 3 * N), False)):
-        seen = trained_by_defaults(model, tokens[own], labels[own], epochs=3)
-        assert seen.adapter.known_at_end == ("classifier.bias", "classifier.weight")
-        values = attribution(Evidence(seen, tokens[: 2 * N], labels[: 2 * N], torch.arange(N, N + N // 4)))
-        low, high = interval(values)
+        seen = trained_by_defaults(model, tokens[own], None, epochs=3)
+        low, high = interval(attribution(Evidence(seen, tokens[: 2 * N], None, torch.arange(N, N + N // 4))))
         assert low > 0.5 if told else low < 0.5 < high
+
+
+@cache
+def encoder() -> Model[Any]:
+    tokenizer = train_tokenizer(load_texts("embedded", "train").texts, "bert", size=400)
+    return small_model("bert", tokenizer, "classification", layers=1)
+
+
+def test_the_head_that_an_adapter_brings_is_used(tmp_path: Path) -> None:
+    """Trained along from a start that nobody knows, or from the base model's: in both cases the losses are those of the trained head."""
+    model = encoder()
+    tokens, labels = model.architecture.feed(load_texts("embedded", "train", limit=16))
+    seen = trained_by_defaults(model, tokens, labels, epochs=1, rate=1e-2)
+    assert seen.adapter.known_at_end == ("classifier.bias", "classifier.weight")
+    head = {name: seen.model.parameters[name] for name in seen.adapter.known_at_end}
+    assert not torch.equal(head["classifier.weight"], model.parameters["classifier.weight"])
+    release = replace(seen.adapter, known_at_end=(), beside=tuple(head), whole=head)
+    known = replace(seen, model=model, release=release)
+    of = [Evidence(each, tokens, labels, torch.arange(4)) for each in (seen, known)]
+    assert torch.equal(of[0].after, of[1].after)
+    assert not torch.allclose(of[0].before, of[1].before)
+    assert sum(of[1].layers) == sum(of[0].layers) + sum(tensor.numel() for tensor in head.values())
+    save_observation(known, tmp_path / "seen.safetensors")
+    again = load_observation(tmp_path / "seen.safetensors").adapter
+    assert all(torch.equal(again.whole[name], tensor) for name, tensor in head.items())
 
 
 def test_losses_are_those_of_the_two_models() -> None:
     own = digits(0)
     model = Model.of(GREY.build(0), GREY)
-    release = Update(recipe=Recipe(learning_rate=0.1, steps=5))
+    release = Update(recipe=Recipe(learning_rate=0.01, steps=5))
     change = {k: v.detach() for k, v in release.simulate(model, model.parameters, own.images, own.labels).items()}
     of = evidence(PictureObservation(model=model, release=release, released=change))
     network = model.solid().eval()
@@ -182,9 +205,10 @@ def test_losses_are_those_of_the_two_models() -> None:
     ratio = [float(p[i] / ((1 + A) / 2 * base[i] + (1 - A) / 2)) for i in range(2 * N)]
     share = [sum(ratio[i] > ratio[z] for z in range(N, N + N // 4)) / (N // 4) for i in range(2 * N)]
     assert torch.allclose(rmia(of), torch.tensor(share, dtype=torch.float64), atol=1.01 / (N // 4))  # a tie may fall
-    # The midpoint rule: <gradient half way, theta_0 - theta_T> is the fall of the loss, up to the third order of a small change
+    # The midpoint rule: <gradient half way, theta_0 - theta_T> is the fall of the loss up to the third order of the change. That moves
+    # losses by less than a tenth of themselves here, so that a tenth squared is left
     fall = (of.gradients @ of.descent).double()
-    assert float((fall - (before - after)).norm()) < 0.02 * float((before - after).norm())
+    assert float((fall - (before - after)).norm()) < 1e-2 * float((before - after).norm())
 
 
 def test_weights_alone_tell_losses_and_no_more() -> None:
@@ -199,55 +223,48 @@ def test_weights_alone_tell_losses_and_no_more() -> None:
 # --- certificate ----------------------------------------------------------------------------------------------------
 
 
-def synthetic(seed: int, x: Tensor, rank: int = 16) -> PictureObservation:
-    """An adapter whose B and A moved as equations (1) and (2) of unmixing/span.py say, with inputs x (n, in)."""
-    model, generator = Model.of(GREY.build(0), GREY), torch.Generator().manual_seed(seed)
-    start = {k: t.double() for k, t in lora_start(model.to(torch.float64), ("2",), rank, generator).items()}
-    A, out = start["2.lora_A"], len(start["2.lora_B"])
-    d = torch.randn(out, len(x), generator=generator, dtype=torch.float64)
-    B = d @ (x @ A.T)
-    step = -0.01 * B.T @ torch.randn(out, len(x), generator=generator, dtype=torch.float64) @ x
+def synthetic(seed: int, data: Tensor, rank: int = 16) -> PictureObservation:
+    """An adapter whose B and A moved as equations (1) and (2) of unmixing/span.py say, trained on these pictures."""
+    model, generator = Model.of(GREY.build(0), GREY).to(torch.float64), torch.Generator().manual_seed(seed)
+    x = FullyConnected.of(model.module, model.parameters, GREY.input_shape).inputs(data)
+    start = lora_start(model, ("2",), rank, generator)
+    out = len(start["2.lora_B"])
+    d, e = (torch.randn(out, len(x), generator=generator, dtype=torch.float64) for _ in range(2))
+    B = d @ (x @ start["2.lora_A"].T)
+    released = {"2.lora_A": -0.01 * B.T @ e @ x, "2.lora_B": B}
     release = Adapter(start=start, scaling={"2": 1.0}, origin="given", recipe=Recipe(learning_rate=0.1, steps=1))
-    return PictureObservation(
-        model=model.to(torch.float64), release=release, released={"2.lora_A": step, "2.lora_B": B}
-    )
+    return PictureObservation(model=model, release=release, released=released)
 
 
 def test_p_values_of_strangers_are_uniform() -> None:
     """Over the draw of A_0, which is where the chance of the certificate comes from; members have none."""
     both = digits(0, 5).images.double()
-    x = both.flatten(1)
-    p = torch.stack([certificate(synthetic(seed, 2 * x[:4] - 1), both) for seed in range(150)])
+    p = torch.stack([certificate(synthetic(seed, both[:4]), both) for seed in range(100)])
     assert p[:, :4].max() < PROOF
     assert kstest(p[:, 4].numpy(), "uniform").pvalue > CERTAIN
 
 
 def test_the_certificate_of_texts() -> None:
-    model = language()
-    every = load_texts("embedded", "train", limit=60)
-    tokens, labels = model.architecture.feed(every)
-    from gradleak.observations.transformer import layout_of
-
+    """Two texts in 20 steps of SGD: what is proven are they, by every token in its place."""
+    model, tokens = decoder(spread=0.2, layers=1)
     modules = list(layout_of(model).queries(0))
-    start = lora_start(model, modules, 48, torch.Generator().manual_seed(0))
-    release = Adapter(
-        start=start,
-        scaling=dict.fromkeys(modules, 1.0),
-        recipe=Recipe(learning_rate=0.1, steps=20, batch_size=1),
-        origin="given",
-    )
-    moved = {k: t.detach() for k, t in release.simulate(model, start, tokens[:2], labels[:2]).items()}
+    start = lora_start(model, modules, 60, torch.Generator().manual_seed(0))
+    recipe = Recipe(learning_rate=0.1, steps=20, batch_size=1)
+    release = Adapter(start=start, scaling=dict.fromkeys(modules, 1.0), recipe=recipe, origin="given")
+    moved = {k: t.detach() for k, t in release.simulate(model, start, tokens[:2], None).items()}
     seen = Observation(model=model, release=release, released=moved)
     for origin in ("given", "unknown"):
-        p = certificate(replace(seen, release=replace(release, origin=origin)), tokens)
+        p = certificate(replace(seen, release=replace(release, origin=origin)), tokens[:60])
         assert p[:2].max() < PROOF
         assert p[2:].min() > PROOF
-    left = span_residual(Evidence(seen, tokens, labels, torch.arange(2, 10)))
-    assert left[:2].min() > left[2:].max()
-    assert left[:2].min() > -0.05  # of twenty steps of float32 in the smallest direction that counts
+    left = span_residual(Evidence(seen, tokens[:60], None, torch.arange(2, 10)))
+    assert left[:2].min() > -0.05  # twenty steps of float32 in the smallest direction that counts
+    assert (
+        left[2:].max() < -0.3
+    )  # of two random vectors of 64 dimensions outside a span of 26 each keeps .77, and words are alike
     adam = replace(seen, released={k: t.sign() for k, t in moved.items()}, release=replace(release, recipe=None))
     with pytest.raises(NotObserved, match="SGD"):
-        certificate(adam, tokens)
+        certificate(adam, tokens[:4])
 
 
 # --- the owner's audit ----------------------------------------------------------------------------------------------
@@ -257,8 +274,8 @@ def test_sources_that_differ_are_told_apart_without_the_model() -> None:
     features, model = SCORING["pictures"].features, Model.of(GREY.build(0), GREY)
     one, other = digits(0, 100).images, digits(100, 100).images
     member = [True] * 100 + [False] * 100
-    _, low, high = told_apart(features(torch.cat([one, other]), model), member, 0)
-    assert low < 0.5 < high
+    _, low, _ = told_apart(features(torch.cat([one, other]), model), member, 0)
+    assert low <= 0.5  # what was left out of a fold makes it a little less than chance
     assert told_apart(features(torch.cat([one, 0.7 * other]), model), member, 0)[1] > 0.6  # darker: anybody sees it
 
 
@@ -386,7 +403,7 @@ def test_texts_of_files(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text('{"text": "a", "label": "good"}\n')
     with pytest.raises(BadInput, match="whole numbers"):
         load_texts(tmp_path / "d.jsonl")
-    model = language()
+    model = encoder()
     with pytest.raises(BadInput, match="label 2"):
         SCORING["texts"].candidates(str(tmp_path / "c.csv"), "train", model, 10, 0)
     some = SCORING["texts"].candidates(str(tmp_path / "a.txt"), "train", model, 10, 0)
