@@ -62,7 +62,7 @@ def victim(setting: Setting, data: str, size: Size, seed: int) -> tuple[Model[An
     """The base model, and samples of one split at random: members, fresh ones, others."""
     count, place = 3 * setting.samples, str(beside(data, setting.data) or setting.data)
     if setting.model == PERCEPTRON:
-        architecture = Architecture("mlp1000", *blueprint(place, size))
+        architecture = Architecture("mlp", *blueprint(place, size))
         pool = public_pool(place, "train", shape=architecture.input_shape, limit=count + 2_000, seed=seed)
         public = replace(pool, images=pool.images[count:], labels=pool.labels[count:])
         model = Model.of(prepare_model(architecture, seed=seed, train_on=public, epochs=1), architecture)
