@@ -118,7 +118,7 @@ def test_true_positives_at_a_rate_of_false_alarms() -> None:
     assert few["false_high"] == pytest.approx(1 - 0.025 ** (1 / 200))  # no alarm among 200
     curve = roc(own, fresh)
     assert curve[0][0] == 0
-    assert curve[-1] == (1, 1)
+    assert curve[-1] == (1.0, 1.0)
     assert [*curve] == sorted(curve)
 
 
@@ -194,12 +194,12 @@ def test_losses_are_those_of_the_two_models() -> None:
     release = Update(recipe=Recipe(learning_rate=0.01, steps=5))
     change = {k: v.detach() for k, v in release.simulate(model, model.parameters, own.images, own.labels).items()}
     of = evidence(PictureObservation(model=model, release=release, released=change))
-    network = model.solid().eval()
+    network, labels = model.solid().eval(), digits(0, 2 * N).labels
     with torch.no_grad():
-        before = F.cross_entropy(network(of.inputs), of.labels, reduction="none").double()
+        before = F.cross_entropy(network(of.inputs), labels, reduction="none").double()
         for name, parameter in network.named_parameters():
-            parameter += change[name]
-        after = F.cross_entropy(network(of.inputs), of.labels, reduction="none").double()
+            parameter.add_(change[name])
+        after = F.cross_entropy(network(of.inputs), labels, reduction="none").double()
     assert torch.allclose(base_ratio(of), before - after, atol=1e-6)  # sums of some dozen float32
     p, base = torch.exp(-after), torch.exp(-before)
     ratio = [float(p[i] / ((1 + A) / 2 * base[i] + (1 - A) / 2)) for i in range(2 * N)]
