@@ -48,7 +48,7 @@ class Setting:
 def settings(data: str, size: Size) -> Iterator[Setting]:
     """Three epochs on each data set; on the first one ten, controls, and half a list."""
     texts = list(sources(data))
-    usual = Setting(encoder(), texts[-1], samples=32 if size == "smoke" else 200)
+    usual = Setting(PERCEPTRON, "digits", samples=32) if size == "smoke" else Setting(encoder(), texts[-1])
     yield from (usual, replace(usual, control="another adapter"))
     if size == "smoke":
         return
