@@ -121,8 +121,8 @@ def public_pool(
 
 def sampled(
     source: str | Path, split: str, *, shape: tuple[int, int, int], limit: int, seed: int = 0
-) -> tuple[Pictures, list[int]]:
-    """`public_pool`, and the row in the source of each of its pictures."""
+) -> tuple[Pictures, list[int], int]:
+    """`public_pool`, the row in the source of each of its pictures, and how many the source has."""
     channel, height, width = shape
     if channel not in (1, 3):
         raise BadInput(f"Pictures have 1 or 3 channels, not {channel}.")
@@ -134,7 +134,7 @@ def sampled(
     images = [with_channels(resized(rows.decode(i), (height, width)), channel) for i in chosen]
     if not chosen:
         raise BadInput(f"Split {split!r} of {source} is empty.")
-    return _pictures(rows, chosen, images, source, split), chosen
+    return _pictures(rows, chosen, images, source, split), chosen, len(rows.labels)
 
 
 def resized(image: Tensor, size: tuple[int, int]) -> Tensor:

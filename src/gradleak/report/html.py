@@ -169,6 +169,7 @@ def _part(record: Record, name: str, is_one_of_several: bool, numbers: Iterator[
         "glance": glance(ran, legend, level) if len(rows) > 1 and ran else None,
         "not_run": [(", ".join(names), reason) for reason, names in reasons.items()],
         "not_run_count": len(rows) - len(ran),
+        "empty": "membership" not in record,
         "flags": [] if ran else list({flag["name"]: flag for row in rows for flag in row["flags"]}.values()),
     }
 

@@ -13,33 +13,34 @@ from torch import Tensor
 
 from gradleak.attacks.membership import SCORES
 from gradleak.attacks.membership.evidence import Evidence
+from gradleak.attacks.seed import with_start_recovered
 from gradleak.audit.membership.rates import auc, auc_interval, rate
 from gradleak.errors import NotObserved
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import public_pool
 from gradleak.modalities.texts import load_texts
 from gradleak.observations.model import Model
-from gradleak.studies.data_sets import IN_WHEELS, beside, blueprint
+from gradleak.studies.data_sets import IN_WHEELS, beside, blueprint, rows_of
 from gradleak.studies.findings import Findings, stands_in
 from gradleak.studies.study import Bench, Result, Row, Size, Study
 from gradleak.studies.table import Table
-from gradleak.studies.text_victims import BESIDE, STAND_IN, encoder, model_of, sources
+from gradleak.studies.text_victims import BESIDE, encoder, model_of, sources
 from gradleak.victims.trainer_defaults import trained_by_defaults
 from gradleak.victims.training import prepare_model
 
 PERCEPTRON, DECODER = "perceptron", "small gpt2"
-CALIBRATION = 0.25  # of the fresh samples
+CALIBRATION, ENDS = 0.25, ("", "_low", "_high")  # of the fresh samples; of intervals
 
 
 @dataclass(frozen=True)
 class Setting:
-    """candidates: all members and as many fresh samples; half: only half of the members are listed. control: none, another adapter (of
-    other samples), or classes (those of the candidates are permuted)."""
+    """candidates: all members, or half of them. control: none, another adapter (of other samples), classes (permuted)."""
 
     model: str
     data: str
     epochs: int = 3
     samples: int = 200
+    start: str = "unknown"  # or recovered
     candidates: str = "all"
     control: str = "none"
 
@@ -47,17 +48,14 @@ class Setting:
 def settings(data: str, size: Size) -> Iterator[Setting]:
     """Three epochs on each data set; on the first one ten, controls, and half a list."""
     texts = list(sources(data))
-    usual = Setting(encoder(), texts[-1], samples=32 if size == "smoke" else 200)
-    yield usual
-    yield replace(usual, control="another adapter")
+    usual = Setting(PERCEPTRON, "digits", samples=32) if size == "smoke" else Setting(encoder(), texts[-1])
+    yield from (usual, replace(usual, control="another adapter"))
     if size == "smoke":
         return
     yield from (replace(usual, data=name) for name in texts[:-1])
     yield replace(usual, model=PERCEPTRON, data="mnist" if beside(data, "mnist") else "digits")
-    yield replace(usual, model=DECODER)
-    yield replace(usual, epochs=10)
-    yield replace(usual, control="classes")
-    yield replace(usual, candidates="half")
+    yield from (replace(usual, model=DECODER), replace(usual, start="recovered"), replace(usual, epochs=10))
+    yield from (replace(usual, control="classes"), replace(usual, candidates="half"))
 
 
 @lru_cache(maxsize=2)
@@ -65,14 +63,12 @@ def victim(setting: Setting, data: str, size: Size, seed: int) -> tuple[Model[An
     """The base model, and samples of one split at random: members, fresh ones, others."""
     count, place = 3 * setting.samples, str(beside(data, setting.data) or setting.data)
     if setting.model == PERCEPTRON:
-        architecture = Architecture("mlp1000", *blueprint(place, size))
+        architecture = Architecture("mlp", *blueprint(place, size))
         pool = public_pool(place, "train", shape=architecture.input_shape, limit=count + 2_000, seed=seed)
-        public = replace(pool, images=pool.images[count:], labels=pool.labels[count:])
-        model = Model.of(prepare_model(architecture, seed=seed, train_on=public, epochs=1), architecture)
-        return model, pool.images[:count], pool.labels[:count]
-    task: Any = "causal-lm" if setting.model == DECODER else "classification"
+        module = prepare_model(architecture, seed=seed, train_on=rows_of(pool, count, 2_000), epochs=1)
+        return Model.of(module, architecture), pool.images[:count], pool.labels[:count]
     place = sources(data)[setting.data]
-    language = model_of(setting.model, task, place, size, seed)
+    language = model_of(setting.model, "causal-lm" if setting.model == DECODER else "classification", place, size, seed)
     every = load_texts(place, "train")
     chosen = torch.randperm(len(every.texts), generator=torch.Generator().manual_seed(seed))[:count].tolist()
     some = replace(every, texts=tuple(every.texts[i] for i in chosen), labels=every.labels[chosen])
@@ -81,11 +77,13 @@ def victim(setting: Setting, data: str, size: Size, seed: int) -> tuple[Model[An
 
 def cell(setting: Setting, bench: Bench) -> Result:
     """Train, ask every score, and measure each."""
-    model, inputs, labels = victim(replace(setting, control="none"), bench.data, bench.size, bench.seed)
+    same = Setting(setting.model, setting.data, samples=setting.samples)
+    model, inputs, labels = victim(same, bench.data, bench.size, bench.seed)
     n = len(inputs) // 3
     own = slice(2 * n, 3 * n) if setting.control == "another adapter" else slice(0, n)
     classes = None if labels is None else labels[own]
     seen = trained_by_defaults(model, inputs[own], classes, epochs=setting.epochs, seed=42 + bench.seed)
+    seen = with_start_recovered(seen) if setting.start == "recovered" else seen
     m = n // 2 if setting.candidates == "half" else n
     listed = slice(n - m, 2 * n)
     known = None if labels is None else labels[listed]
@@ -101,11 +99,10 @@ def cell(setting: Setting, bench: Bench) -> Result:
             continue
         members, fresh = values[:m], values[m + len(reference) :]
         area, at = auc(members, fresh), rate(members, fresh, 0.01)
-        low, high = auc_interval(area, len(members), len(fresh))
-        facts |= {name: area, f"{name}_low": low, f"{name}_high": high}
-        facts |= {f"{name} found": at["true"], f"{name} found_low": at["low"], f"{name} found_high": at["high"]}
-    replaced = stands_in(setting.data, bench.data) if bench.data in IN_WHEELS else ""
-    return Result(facts, notes=(replaced, STAND_IN if STAND_IN in setting.model else ""))
+        ends = auc_interval(area, len(members), len(fresh))
+        found = {"": (area, *ends), " found": (at["true"], at["low"], at["high"])}
+        facts |= {f"{name}{what}{end}": v for what, all_ in found.items() for end, v in zip(ENDS, all_, strict=True)}
+    return Result(facts, notes=(stands_in(setting.data, bench.data) if bench.data in IN_WHEELS else "",))
 
 
 def tell(table: Table) -> Findings:
@@ -113,8 +110,8 @@ def tell(table: Table) -> Findings:
     said = []
     for row in table.rows:
         areas = ", ".join(f"{name} {row[name]:.2f}" for name in SCORES if row.get(name) is not None)
-        control = "" if row["control"] == "none" else f", control: {row['control']}"
-        said.append(f"{row['model']} on {row['data']}, {row['epochs']} epochs, {row['candidates']}{control}: {areas}")
+        about = f"{row['epochs']} epochs, start {row['start']}, {row['candidates']} listed, control: {row['control']}"
+        said.append(f"{row['model']} on {row['data']}, {about}: {areas}")
     return Findings(f"Area under the ROC curve. {'; '.join(said)}.")
 
 

@@ -40,7 +40,9 @@ def certificate(observation: Observation[Any], candidates: Any) -> Tensor:
         A, B = ended[f"{module}.lora_A"], ended[f"{module}.lora_B"]
         r, q = len(A), samples(observation, B)
         if release.gradient or bool(release.start[f"{module}.lora_B"].any()) or divided(release, B) or not 0 < q < r:
-            raise NotObserved(f"The certificate needs an adapter from B = 0 with more rows ({r}) than samples ({q}).")
+            raise NotObserved(
+                f"The certificate needs an adapter trained by SGD from B = 0, with more rows than samples: {q} of {r} are in use."
+            )
         C = torch.linalg.svd(B, full_matrices=False)[2][q:] @ A  # (r - q, in)
         deviation = C.norm() / ((r - q) * (C.shape[1] - q)) ** 0.5
         square, freedom, most = square + (x @ C.T / deviation).square().sum(1), freedom + r - q, max(most, q)

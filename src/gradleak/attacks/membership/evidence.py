@@ -11,6 +11,7 @@ from torch.func import grad
 
 from gradleak.attacks.search.descend import OnStep
 from gradleak.errors import NotObserved
+from gradleak.observations.model import Model
 from gradleak.observations.observation import Observation
 from gradleak.observations.tensors import Tensors
 
@@ -33,6 +34,12 @@ class Evidence:
     reference: Tensor
     on_step: OnStep | None = None
 
+    @cached_property
+    def model(self) -> Model[Any]:
+        """The model as it is used: batches of one have no statistics."""
+        model = self.observation.model
+        return model if model.mode == "eval" else model.assume(mode="eval")
+
     def one_by_one(self) -> Iterator[tuple[Any, Tensor | None]]:
         """Each candidate as a batch of one."""
         for i in range(len(self.inputs)):
@@ -42,7 +49,7 @@ class Evidence:
 
     def losses(self, tensors: Tensors) -> Tensor:
         """(n,) loss of each candidate with these tensors in place of what was trained."""
-        model, release = self.observation.model, self.observation.release
+        model, release = self.model, self.observation.release
         with torch.no_grad():
             return torch.stack([release.loss(model, tensors, x, y) for x, y in self.one_by_one()]).double()
 
@@ -84,7 +91,7 @@ class Evidence:
         start, end = self.observation.ends()
         if start is None:
             raise NotObserved("The model before training is not known, and this compares with it.")
-        model, release = self.observation.model, self.observation.release
+        model, release = self.model, self.observation.release
         half = start if end is None else {name: (tensor + end[name]) / 2 for name, tensor in start.items()}
         moved = {name: half[name] for name in self.drawn}
         rest = {name: tensor for name, tensor in half.items() if name not in moved}

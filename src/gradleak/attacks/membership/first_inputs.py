@@ -41,6 +41,8 @@ def first_inputs(observation: Observation[Any], candidates: Any) -> FirstInputs:
         raise NotObserved(
             "The adapter changes none of the layers that see the words: the first block's query, key and value."
         )
+    unheard = 1 if model.architecture.task == "causal-lm" else 0  # nothing is predicted from the last token
     rows = [layer_inputs(model, modules[:1], torch.tensor([ids]))[modules[0]][0].double() for ids in candidates]
+    rows = [row[: max(len(row) - unheard, 1)] for row in rows]
     owner = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([len(row) for row in rows]))
     return FirstInputs(modules, torch.cat(rows), owner)

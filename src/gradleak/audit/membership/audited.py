@@ -24,6 +24,7 @@ from gradleak.report.membership import Certificate, Exposed, Membership, Score
 from gradleak.report.record import Flag
 
 MOST = 2_000  # samples of either kind
+GALLERY = 20_000  # samples where only the certificate is asked, which looks at the first layer alone
 FEWEST = 20  # fresh samples, and members beside them
 RATES = (0.01, 0.001)  # of false alarms
 LEVEL = 0.05
@@ -100,7 +101,8 @@ def membership(
 def pooled(observation: Observation[Any], members: str, fresh: str | None, seed: int) -> Pool:
     """Both kinds of samples side by side, none twice, with what a reader has to know of them."""
     scoring, model, flags = SCORING[observation.model.architecture.modality], observation.model, list[Flag]()
-    own = scoring.candidates(*named_split(members, ("train",)), model, MOST, seed)
+    most = GALLERY if fresh is None else MOST
+    own = scoring.candidates(*named_split(members, ("train",)), model, most, seed)
     sides = [own]
     if fresh is not None:
         other = scoring.candidates(*named_split(fresh, ("test", "validation")), model, MOST, seed + 1)
@@ -121,8 +123,8 @@ def pooled(observation: Observation[Any], members: str, fresh: str | None, seed:
     for side, name in zip(sides, (members, fresh), strict=False):
         if side.left_out:
             flags.append(flag("left_out", "info", f"{side.left_out} samples of {name} are empty or too long."))
-        if len(side) == MOST < side.of:
-            flags.append(flag("sampled", "info", f"{MOST:,} of the {side.of:,} samples of {name} were drawn."))
+        if len(side) == most < side.of:
+            flags.append(flag("sampled", "info", f"{most:,} of the {side.of:,} samples of {name} were drawn."))
     every = joined(sides)
     if not every.labelled and every.labels is not None:
         labels = predicted(observation, every.inputs)

@@ -20,12 +20,11 @@ def auc(members: Tensor, fresh: Tensor) -> float:
 
 def auc_interval(area: float, members: int, fresh: int, alpha: float = 0.05) -> tuple[float, float]:
     """The score interval of an area under the curve (Newcombe, Statistics in Medicine 25, 2006, part 2, method 5): all areas A with
-    |area - A| <= z sqrt(V(A)), V(A) = A (1 - A) (1 + N (1 - A) / (2 - A) + N A / (1 + A)) / (m n), N = (m + n) / 2 - 1."""
-    z, N = NormalDist().inv_cdf(1 - alpha / 2), (members + fresh) / 2 - 1
+    |area - A| <= z sqrt(V(A)). It fails with probability alpha, and has a width where the area is 1."""
+    z = NormalDist().inv_cdf(1 - alpha / 2)
 
     def outside(A: float) -> bool:
-        variance = A * (1 - A) * (1 + N * (1 - A) / (2 - A) + N * A / (1 + A)) / (members * fresh)
-        return abs(area - A) > z * math.sqrt(variance)
+        return abs(area - A) > z * math.sqrt(variance(A, members, fresh))
 
     def end(far: float) -> float:
         near = area
@@ -35,6 +34,13 @@ def auc_interval(area: float, members: int, fresh: int, alpha: float = 0.05) -> 
         return near
 
     return end(0.0), end(1.0)
+
+
+def variance(A: float, m: int, n: int) -> float:
+    """V(A) = A (1 - A) (1 + N (1 - A) / (2 - A) + N A / (1 + A)) / (m n), N = (m + n) / 2 - 1, of an area by m and n samples (Hanley and McNeil
+    1982, with Newcombe's N)."""
+    N = (m + n) / 2 - 1
+    return A * (1 - A) * (1 + N * (1 - A) / (2 - A) + N * A / (1 + A)) / (m * n)
 
 
 def rate(members: Tensor, fresh: Tensor, false: float, alpha: float = 0.05) -> Rate:

@@ -81,10 +81,10 @@ def is_public(images: Tensor, pool: Pictures, model: PictureModel) -> list[bool]
 def candidates(source: str, split: str, model: PictureModel, limit: int, seed: int) -> Candidates:
     """Random pictures of a source, in the shape that the model takes."""
     architecture = model.architecture
-    pool, rows = sampled(source, split, shape=architecture.input_shape, limit=limit, seed=seed)
+    pool, rows, of = sampled(source, split, shape=architecture.input_shape, limit=limit, seed=seed)
     labelled = pool.classes != UNLABELLED
     check_labels(pool.labels, architecture.classes, source)
-    return Candidates(pool.images, pool.labels, rows, labelled, pool.classes if labelled else None, 0, len(rows))
+    return Candidates(pool.images, pool.labels, rows, labelled, pool.classes if labelled else None, 0, of)
 
 
 def features(images: Tensor, model: PictureModel) -> Any:
