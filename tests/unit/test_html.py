@@ -913,6 +913,7 @@ def test_describe() -> None:
 WORDS = {
     "recovered": ("Private data recovered", "red", "What came back: dlg"),
     "partial": ("Private data partly recovered", "amber", "What came back: dlg"),
+    "members": ("Who was in the training data can be told", "amber", "The closest attack: dlg"),
     "nothing": ("Nothing recovered: no proof of safety", "grey", "The closest attack: dlg"),
     "absent": ("Not in the release: nothing to recover", "green", "The closest attack: dlg"),
     "unscored": ("Not scored", "grey", "What dlg returned"),
