@@ -15,7 +15,7 @@ from gradleak.errors import BadInput, near, shortened
 from gradleak.victims import VICTIMS
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "demo": ("gradleak.cli.commands:demo", "The main job on embedded pictures: capture, attack, write the report."),
+    "demo": ("gradleak.cli.auditing:demo", "The main job on embedded pictures: capture, attack, write the report."),
     **{f"capture {name}": ("gradleak.cli.capture:capture", summary) for name, (_, summary) in VICTIMS.items()},
     "capture pairs": (
         "gradleak.cli.capture:capture_pairs",
@@ -27,9 +27,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Recover the weights of the observed model, for exact-git.",
     ),
     "train lti": ("gradleak.cli.capture:train_by_descent", "Train the generator of lti for the observed model."),
-    "attack": ("gradleak.cli.commands:attack", "Reconstruct the private data with one attack. Sees no secret."),
+    "attack": ("gradleak.cli.auditing:attack", "Reconstruct the private data with one attack. Sees no secret."),
     "audit": (
-        "gradleak.cli.commands:audit",
+        "gradleak.cli.auditing:audit",
         "Run every applicable attack, score it if the secret is given, write a report.",
     ),
     "canaries make": ("gradleak.cli.canaries:make", "Make canaries to train with, half of them by the flip of a coin."),

@@ -1,227 +1,25 @@
-"""What each command does. Results go to a folder of their own, the record first, everything else from it."""
+"""What the other commands do: studies, reports, running again, lists. Results go to a folder of their own, the record first."""
 
 import inspect
 import re
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import msgspec
 
 from gradleak.attacks import ATTACKS
-from gradleak.attacks.attack import refusal
-from gradleak.attacks.parameters import built
-from gradleak.attacks.search.start import Given
-from gradleak.attacks.seed import with_start_recovered
-from gradleak.audit.loop import Audited
-from gradleak.audit.loop import audit as run_audit
-from gradleak.audit.membership.audited import membership
-from gradleak.audit.membership.words import with_membership
-from gradleak.audit.plan import plan_of
-from gradleak.audit.scoring import SCORING
-from gradleak.audit.verdict import judged
-from gradleak.audit.written import describe, finish, keep_shown, private, untried, written_audit
 from gradleak.cli import flags, owner_flags
-from gradleak.cli.informed import informed
-from gradleak.cli.inputs import check_device, file_hash, fresh_folder, observed_files
+from gradleak.cli.inputs import check_device, file_hash
 from gradleak.cli.progress import progress
 from gradleak.errors import BadInput, near, shortened
-from gradleak.formats.observation_file import load_observation, usable_labels
-from gradleak.formats.reconstruction_file import load_reconstruction, save_reconstruction
-from gradleak.formats.secret_file import Secret, load_secret
 from gradleak.modalities.networks import MODELS
 from gradleak.observations.defense_names import DEFENSES
-from gradleak.observations.mechanism import Mechanism
-from gradleak.observations.observation import Observation
-from gradleak.observations.whole_weights import whole_weights
 from gradleak.report import html, record
-from gradleak.report.gate import check_bar, exit_code
-from gradleak.report.membership import Membership
-from gradleak.victims.demo import DEMO
-
-CLOSED = ("analytic",)  # attacks in closed form, which are tried on what was trained as a whole beside an adapter
-
-
-def attack(args: flags.Attack, options: dict[str, dict[str, Any]]) -> None:
-    """Write reconstruction.safetensors, what it shows, and record.json, from the observation alone."""
-    check_device(args.device)
-    check_named([args.attack], options)
-    out, observation = fresh_folder(args.out), informed(args)
-    [(name, chosen)] = built(options).items()
-    if reason := refusal(chosen, observation):
-        raise BadInput(f"{name} cannot run here. {reason} {reading(observation)}")
-    public = public_data(args, observation)
-    inputs = observed_files(args)
-    if args.start is not None:
-        chosen, inputs = started(name, chosen, args.start, observation), [*inputs, args.start]
-    written = new_record("attack", args, options, inputs)
-    describe(written, observation, "")
-    with progress() as start:
-        for done in run_audit(observation, {name: chosen}, public, seed=args.seed, device=args.device, on_step=start):
-            if done.reconstruction is None:
-                raise BadInput(done.result["status"].removeprefix("Not run: "))
-            written["results"].append(done.result)
-            save_reconstruction(done.reconstruction, out / "reconstruction.safetensors")
-            with private():
-                keep_shown(done, out)
-            judged(written, {})
-            finish(written, out)
-            print(said(done), f"See {out / 'report.html'}.", sep="\n")
-
-
-def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
-    """Write record.json, report.html and what was recovered; after each attack, so that an interrupt loses one at most. Returns the
-    exit code that `gate` gives."""
-    check_device(args.device)
-    check_bar(args.fail_on, members=args.non_members is not None)
-    if args.attacks is not None:
-        check_named(args.attacks, options)
-    out, observation = fresh_folder(args.out), informed(args)
-    attacks = built(options)
-    if args.members is None and args.non_members is not None:
-        raise BadInput("--non-members goes with --members, the samples that it was trained on.")
-    if args.attacks is None and args.members is not None:
-        attacks = {}
-    elif args.attacks is None:
-        modality = observation.model.architecture.modality
-        attacks = {n: a for n, a in attacks.items() if a.modality == modality and not getattr(a, "by_name_only", False)}
-    secret = load_secret(args.secret) if args.secret else None
-    if secret is not None and args.secret is not None:
-        SCORING[observation.model.architecture.modality].check(secret.inputs, observation.model)
-        usable_labels(secret.labels, observation.model, len(secret), args.secret)
-    samples = [Path(path) for path in (args.members, args.non_members) if path is not None and Path(path).is_file()]
-    inputs = [*observed_files(args), *([args.secret] if args.secret else []), *samples]
-    written = new_record("audit", args, {name: options[name] for name in attacks}, inputs)
-    stream = sys.stderr if args.json else sys.stdout
-    about: dict[str, Any] = {
-        "told": private_training(args),
-        "seed": args.seed,
-        "device": args.device,
-        "redact": args.redact,
-    }
-    found = None if args.members is None else told_members(args, observation, written, out)
-    if attacks:
-        left, public = dict[str, list[str]](), public_data(args, observation)
-        plan = plan_of(
-            observation, attacks, public, named=args.attacks is not None, scored=secret is not None, device=args.device
-        )
-        out.mkdir(parents=True, exist_ok=True)  # where that fails, nothing was said yet
-        print(plan.sentence(), flush=True, file=stream)
-        audit_one(observation, attacks, public, secret, written, left, out, stream, **about, skipped=plan.skipped)
-        whole, closed = whole_weights(observation), {name: a for name, a in attacks.items() if name in CLOSED}
-        if whole is not None and any(done.reconstruction is not None for done in run_audit(whole, closed, None)):
-            audit_one(whole, closed, public, secret, written, left, out, stream, name="weights beside", **about)
-    if attacks and found is not None:
-        with_membership(written, found)
-        finish(written, out, args.redact)
-    print(written["verdict"]["sentence"], f"See {out / 'report.html'}.", sep="\n", file=stream)
-    if args.json:
-        print((out / "summary.json").read_text(encoding="utf-8"), end="")
-    return exit_code(written, args.fail_on)
-
-
-def told_members(args: flags.Audit, observation: Observation[Any], written: record.Record, out: Path) -> Membership:
-    """Which samples of --members an attacker tells from others, put into the record and the report."""
-    describe(written, observation, "")
-    with progress() as start:
-        about: Any = {"seed": args.seed, "redacted": args.redact, "on_step": start}
-        found = membership(observation, str(args.members), args.non_members, **about)
-    with_membership(written, found)
-    finish(written, out, args.redact)
-    return found
-
-
-def demo(args: flags.Demo) -> None:
-    """One embedded photograph, a LoRA adapter and a gradient made of it, an adapter of eight, attacks on all, one report."""
-    from gradleak.cli.capture import kept
-
-    check_device(args.device)
-    out = fresh_folder(args.out)
-    written = new_record("demo", args, {}, [])
-    left: dict[str, list[str]] = {}
-    for name, (victim, names) in DEMO.items():
-        with progress() as start:
-            kept(*victim(out / name, args.seed, start), out / name)
-        observation = with_start_recovered(load_observation(out / name / "observation.safetensors"))
-        secret = load_secret(out / name / "secret.safetensors")
-        public = SCORING[observation.model.architecture.modality].public("embedded", "train", observation.model)
-        attacks = {attack: ATTACKS[attack]() for attack in names}
-        about: dict[str, Any] = {"seed": args.seed, "device": args.device, "name": name}
-        audit_one(observation, attacks, public, secret, written, left, out, sys.stdout, **about)
-    print(written["verdict"]["sentence"], f"Open {out / 'report.html'} in a browser.", sep="\n")
-
-
-def audit_one(
-    observation: Observation[Any],
-    attacks: dict[str, Any],
-    public: Any,
-    secret: Secret | None,
-    written: record.Record,
-    left: dict[str, list[str]],
-    out: Path,
-    stream: TextIO,
-    **about: Any,
-) -> None:
-    """Audit one observation into a record that may hold others, with progress, and say what each attack found; about: as
-    `written_audit` takes it."""
-    with progress() as start:
-        for done in written_audit(
-            observation, attacks, public, written, out, secret=secret, left=left, on_step=start, **about
-        ):
-            if done.reconstruction is not None:
-                print(said(done), file=stream)
-
-
-def private_training(args: flags.Audit) -> Mechanism | None:
-    """The private training that the flags tell; BadInput where they tell a part of one."""
-    given = {
-        "--noise-multiplier": args.noise_multiplier,
-        "--sample-rate": args.sample_rate,
-        "--dp-steps": args.dp_steps,
-    }
-    missing = [name for name, value in given.items() if value is None]
-    if len(missing) == len(given) and args.delta is None:
-        return None
-    if args.noise_multiplier is None or args.sample_rate is None or args.dp_steps is None:
-        raise BadInput(
-            f"A private training is told by its noise, its sample rate and its steps: give {' and '.join(missing)} too."
-        )
-    delta = 1e-5 if args.delta is None else args.delta
-    return Mechanism(
-        noise_multiplier=args.noise_multiplier, sample_rate=args.sample_rate, steps=args.dp_steps, delta=delta
-    )
-
-
-def check_named(names: Sequence[str], options: Mapping[str, Any]) -> None:
-    """BadInput where the parameters are not those of the attacks that were asked for."""
-    if set(names) != set(options):
-        given = ", ".join(map(shortened, options)) or "none"
-        raise BadInput(f"Parameters are given of {given}, and what is to run is {', '.join(map(shortened, names))}.")
-
-
-def reading(observation: Observation[Any]) -> str:
-    """Which attacks read such an observation, as a sentence."""
-    return f"Attacks that do: {', '.join(untried(observation, {}))}."
-
-
-def started(name: str, attack: Any, path: Path, observation: Observation[Any]) -> Any:
-    """The attack on this observation, beginning at the reconstruction in this file."""
-    if "start" not in {field.name for field in fields(attack)}:
-        able = [other for other, kind in ATTACKS.items() if "start" in {field.name for field in fields(kind)}]
-        raise BadInput(f"{name} is no search and has no start: --start goes with {', '.join(able)}.")
-    reconstruction = load_reconstruction(path)
-    usable_labels(reconstruction.labels, observation.model, len(reconstruction.value), path)
-    return replace(attack, start=Given(reconstruction))
-
-
-def public_data(args: flags.Observed, observation: Observation[Any]) -> Any:
-    """What everybody may know, as the model takes it."""
-    model = observation.model
-    return SCORING[model.architecture.modality].public(args.data, args.public_split, model)
 
 
 def study(args: flags.Study) -> None:
@@ -363,11 +161,3 @@ def new_record(
 def plain(value: Any) -> Any:
     """Arguments as JSON has them: paths are text."""
     return msgspec.to_builtins(value, enc_hook=str)
-
-
-def said(done: Audited) -> str:
-    """An attack's status for the terminal, and the texts that came out."""
-    row = done.result
-    texts = row["shown"]["reconstruction"] if row.get("media") == "text/plain" and "shown" in row else []
-    lines = [f"{row['attack']}: {row['status']}", *(f"  {shortened(text)}" for text in texts)]
-    return "\n".join(lines)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, StrictUndefined, Template
 
 from gradleak.report.curve import curve
-from gradleak.report.membership import Membership, roc
+from gradleak.report.membership import drawn
 from gradleak.report.numbers import (
     DASH,
     LEVELS,
@@ -87,7 +87,7 @@ def render(record: Record) -> str:
         and not record.get("redacted", False),
         costs=record.get("costs", []),
         has_intervals=any(key.endswith("_low") for row in record.get("table", []) for key in row),
-        membership=None if (found := record.get("membership")) is None else _membership(found),
+        membership=None if (found := record.get("membership")) is None else drawn(found, _safe),
         plots=[(plot["title"], _safe(plot["image"])) for plot in record.get("plots", [])],
     )
     return page.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate in a recovered text cannot be saved
@@ -294,17 +294,6 @@ def _labels(row: Result, given: bool) -> str:
 
 def _classes(labels: Sequence[int | str]) -> str:
     return f"class{'es' if len(labels) > 1 else ''} {', '.join(map(str, labels))}"
-
-
-def _membership(found: Membership) -> dict[str, Any]:
-    """What the template needs to draw the membership of samples."""
-    exposed = [
-        {**row, "shown": None if found["media"] != "image/png" else _safe(row.get("shown"))}
-        | {"text": row.get("shown") if found["media"] != "image/png" else None}
-        for row in found["exposed"]
-    ]
-    order = sorted(found["scores"], key=lambda name: -found["scores"][name]["auc"])
-    return {**found, "exposed": exposed, "order": order, "roc": roc(found)}
 
 
 def _safe(uri: str | None) -> str | None:

@@ -1,7 +1,7 @@
 """What a record holds of membership, and the ROC curves as pixels."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 WIDTH, HEIGHT, LEFT, TOP = 320, 320, 56, 8  # of the axes, in pixels
@@ -91,6 +91,17 @@ class Roc(NamedTuple):
     chance: str
     across: list[tuple[float, str]]
     up: list[tuple[float, str]]
+
+
+def drawn(found: Membership, safe: Callable[[str | None], str | None]) -> dict[str, Any]:
+    """What the template needs; safe: a picture that may stand in a page, or None."""
+    is_text = found["media"] != "image/png"
+    exposed = [
+        {**row, "shown": None if is_text else safe(row.get("shown")), "text": row.get("shown") if is_text else None}
+        for row in found["exposed"]
+    ]
+    order = sorted(found["scores"], key=lambda name: -found["scores"][name]["auc"])
+    return {**found, "exposed": exposed, "order": order, "roc": roc(found)}
 
 
 def roc(found: Membership) -> Roc | None:
