@@ -11,11 +11,12 @@ Errors    of a wrong seed u is independent of V, and its numbers are sub-Gaussia
 Misses    what attacks/seed.py misses; ranks that are neither k nor a power of two; modules of different ranks
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
-from math import log, sqrt
+from math import inf, log, sqrt
 from typing import Any, Self
 
 import numpy as np
@@ -27,7 +28,9 @@ from gradleak.attacks.draws import Factors, draw, drawn_before, first_word, roun
 from gradleak.attacks.search.descend import OnStep
 from gradleak.attacks.seed import ALARM, CUT, FEW, FEWEST, MOST, SEEDS, USUAL, Found, first_drawn
 from gradleak.attacks.twisters import TOGETHER, Floats, Twisters, normal
+from gradleak.observations.layers import is_adaptable, oriented
 from gradleak.observations.merged import merged, was_merged, with_start
+from gradleak.observations.model import Model
 from gradleak.observations.observation import Observation
 from gradleak.observations.releases import Update
 from gradleak.observations.tensors import Tensors
@@ -45,41 +48,53 @@ def recover_merged_seed(
 ) -> Found | None:
     """`attacks.seed.recover_seed` of an adapter that was read off merged weights."""
     release, model = observation.adapter, observation.model
-    modules = [name for name, _ in model.module.named_modules() if name in release.unmerged]
-    if len(modules) < len(release.unmerged):
+    if any(name not in dict(model.module.named_modules()) for name in release.unmerged):
         return None  # one module has two names, and PEFT sees it once
-    rows = {m: release.start[f"{m}.lora_A"].detach().cpu() for m in modules}
-    outputs = {m: len(release.start[f"{m}.lora_B"]) for m in modules}
+    rows = {m: release.start[f"{m}.lora_A"].detach().cpu() for m in release.unmerged}
+    bases = {m: torch.linalg.qr(V.flatten(1).double().T)[0].T.float() for m, V in rows.items()}
     k = max(len(V) for V in rows.values())
     ranks = sorted({k, *(2**i for i in range(31) if k <= 2**i <= max(RANKS, TIMES * k))})
-    factors = {r: {m: (V.new_empty(r, *V.shape[1:]), r * outputs[m]) for m, V in rows.items()} for r in ranks}
-    bases = {m: torch.linalg.qr(V.flatten(1).double().T)[0].T.float() for m, V in rows.items()}
     offsets = drawn_before(model)
-    draws = [*product(ranks, offsets, (False, True))]
+    draws = [*product(adapted(model, rows), ranks, offsets, (False, True))]
+    factors = [drawn_factors(model, modules, r) for modules, r, _, _ in draws]
     sieve, strong = (
-        [EnergyTest.of(factors[r], bases, gaussian, skipped, wanted) for r, skipped, gaussian in draws]
+        [
+            EnergyTest.of(shapes, bases, gaussian, skipped, wanted)
+            for shapes, (_, _, skipped, gaussian) in zip(factors, draws, strict=True)
+        ]
         for wanted in (FEW, FEWEST)
     )
     threshold = sqrt(2 * log(SEEDS * len(draws) / ALARM))
 
     def confirmed(seed: int, test: int) -> Found | None:
-        r, skipped, gaussian = draws[test]
-        drawn, cosine = confirm(seed, skipped, factors[r], bases, gaussian, threshold)
+        _, r, skipped, gaussian = draws[test]
+        drawn, cosine = confirm(seed, skipped, factors[test], bases, gaussian, threshold)
         if not drawn:
             return None
-        zero = {f"{m}.lora_A": A for m, A in drawn.items()}
-        zero |= {f"{m}.lora_B": torch.zeros(n, r, *(1 for _ in drawn[m].shape[2:])) for m, n in outputs.items()}
+        zero = {f"{m}.lora_A": A for m, A in drawn.items() if m in rows}
+        for m in rows:
+            B = release.start[f"{m}.lora_B"]
+            zero[f"{m}.lora_B"] = B.new_zeros(len(B), r, *B.shape[2:])
         return Found(seed, offsets[skipped], rounded(drawn, model, zero), cosine, 0.0, 0)
 
-    scores, farthest = (partial(energies, tests=sieve), partial(energies, tests=strong)), first_word(factors[ranks[-1]])
-    return first_drawn(
-        scores,
-        confirmed,
-        max(*offsets, farthest),
-        seeds=USUAL if seeds is None else seeds,
-        on_step=on_step,
-        seconds=seconds,
-    )
+    scores, farthest = (partial(energies, tests=sieve), partial(energies, tests=strong)), max(map(first_word, factors))
+    about: Any = {"seeds": USUAL if seeds is None else seeds, "on_step": on_step, "seconds": seconds}
+    return first_drawn(scores, confirmed, max(*offsets, farthest), **about)
+
+
+def adapted(model: Model[Any], seen: Collection[str]) -> list[tuple[str, ...]]:
+    """The modules that may have been adapted, in the order of the model: those that were seen to change; all that have such a name but for
+    numbers, some of which rounding may have hidden; all."""
+    layers = [name for name, layer in model.module.named_modules() if is_adaptable(layer)]
+    kinds = {re.sub(r"\d+", "", name) for name in seen}
+    whole = tuple(name for name in layers if re.sub(r"\d+", "", name) in kinds)
+    return list(dict.fromkeys((tuple(name for name in layers if name in seen), whole, tuple(layers))))
+
+
+def drawn_factors(model: Model[Any], modules: Collection[str], rank: int) -> Factors:
+    """What is drawn for these modules: A in its shape, no numbers, and how many B has."""
+    weights = {m: oriented(model, m, model.parameters[f"{m}.weight"]) for m in modules}
+    return {m: (torch.empty(rank, *W.shape[1:], device="meta"), rank * len(W)) for m, W in weights.items()}
 
 
 def with_merged_recovered(
@@ -128,9 +143,10 @@ def confirm(
     """
     drawn, parts, numbers = dict[str, Tensor](), [], 0
     for (module, _), A in zip(factors.items(), draw(seed, skipped, factors, gaussian), strict=True):
-        V, deviation = bases[module].double(), 1 / len(A) if gaussian else 1 / sqrt(3 * A[0].numel())
+        V = bases[module].double() if module in bases else A.new_zeros(0, A[0].numel()).double()
+        deviation = 1 / len(A) if gaussian else 1 / sqrt(3 * A[0].numel())
         energy = float((A.flatten(1).double() / deviation @ V.T).square().sum())
-        drawn[module], numbers = A, numbers + A.numel()
+        drawn[module], numbers = A, numbers + A.numel() * (len(V) > 0)
         parts.append([energy, len(A) * len(V), float(A[0].numel() * len(V))])
         e, d, most = np.array(parts).T  # most: of a V that lies in the rows of A
         if numbers >= FEWEST and signed_root(e.sum(), d.sum()) < CUT:
@@ -140,13 +156,13 @@ def confirm(
     stray = ((e - d) < expected / PART) & (expected > 2 * CUT * np.sqrt(2 * d))
     if signed_root(e.sum(), d.sum()) < threshold or stray.any():
         return {}, 0.0
-    return drawn, float(np.minimum(np.sqrt(e / most), 1.0) @ most / most.sum())
+    return drawn, float(np.minimum(np.sqrt(e / np.maximum(most, 1)), 1.0) @ most / most.sum())
 
 
 def signed_root(energy: Any, d: Any) -> Any:
     """z of an energy of d degrees of freedom, below zero for less than d."""
     e = np.maximum(energy, 1e-9)
-    return np.sign(e - d) * np.sqrt(np.maximum(e - d - d * np.log(e / d), 0))
+    return np.sign(e - d) * np.sqrt(np.maximum(e - d - d * np.log(e / np.maximum(d, 1e-9)), 0))
 
 
 @dataclass(frozen=True)
@@ -166,13 +182,15 @@ class EnergyTest:
     def of(cls, factors: Factors, bases: Tensors, gaussian: bool, skipped: int, wanted: int) -> Self:
         """Of as many whole rows as hold the numbers wanted, where those follow soon."""
         pieces, at, row, freedom = list[tuple[int, int, Floats]](), skipped, 0, 0
-        last = skipped + first_word(factors) + 4 * MOST
+        last = inf
         for module, (A, numbers_of_B) in factors.items():
             at, n, numbers = at + A.numel() + numbers_of_B, A[0].numel(), A.numel()
-            V, again = bases[module].numpy(), 16 * (numbers % 16 > 0 and gaussian)  # torch draws the last 16 again
+            seen, last = module in bases, min(last, at + 4 * MOST if module in bases else inf)
+            again = 16 * (numbers % 16 > 0 and gaussian)  # torch draws the last 16 again
             for first in range(0, numbers if at <= last else 0, n):
-                if wanted <= 0:
+                if wanted <= 0 or not seen:
                     break
+                V = bases[module].numpy()
                 begin, end = first, min(first + n, numbers - again)
                 if gaussian:  # blocks of 16, with zeros beside the row
                     begin, end = begin // 16 * 16, min(-(-end // 16) * 16, (numbers - again) // 16 * 16)

@@ -28,6 +28,7 @@ from gradleak.observations.training import Recipe
 ROUNDED = 0.51  # of the distance of two numbers: half of it, and what float32 rounds of that
 GAP = 2.0  # between the last singular value and the next: so large a step is no chance
 CLEAR = 2.0  # times the length that rounding gives a row of B C: shorter ones are that
+LEAST = 1e-4  # of the largest direction of B: smaller ones move A by less than rounding, as gradient flow grows both
 STEPS, SETTLED, FAR, DAMPED = (
     400,
     1e-10,
@@ -179,7 +180,7 @@ class Parts:
         through = right @ torch.linalg.pinv(A_0)
         u, size, v = torch.linalg.svd(through, full_matrices=False)
         beside = u.T @ (right - through @ A_0)  # rows of white noise
-        beside[beside.norm(dim=1) < CLEAR * noise * A_0.shape[1] ** 0.5] = 0
+        beside[(beside.norm(dim=1) < CLEAR * noise * A_0.shape[1] ** 0.5) | (size < LEAST * size.max())] = 0
         return cls(A_0, left @ through, v.T @ (beside / size[:, None]))
 
     def factors(self, E: Tensor) -> tuple[Tensor, Tensor]:
