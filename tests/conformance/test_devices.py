@@ -59,8 +59,8 @@ def texts() -> tuple[Observation[Any], Any]:
 ATTACKS: dict[str, tuple[Callable[[], tuple[Observation[Any], Any]], Any, float]] = {
     "analytic": (pictures("mlp"), Analytic(), 40),
     "patch-embedding": (pictures("vit"), PatchEmbedding(), 40),
-    "dlg": (pictures("gradleak.studies.learned_weights:sigmoid3"), DLG(restarts=1), 30),
-    "idlg": (pictures("gradleak.studies.learned_weights:sigmoid3"), IDLG(restarts=1), 30),
+    "dlg": (pictures("lenet"), DLG(evaluations=100, rounds=2, restarts=1), 30),
+    "idlg": (pictures("lenet"), IDLG(evaluations=100, rounds=2, restarts=1), 30),
     "inverting-gradients": (pictures("mlp"), InvertingGradients(steps=200), 16),
     "map-inversion": (pictures("gradleak.studies.learned_weights:sigmoid3"), MapInversion(evaluations=20), 16),
     "jigsaw": (pictures("vit"), Jigsaw(evaluations=2, swaps=10), 0),

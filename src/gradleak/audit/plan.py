@@ -12,12 +12,12 @@ from gradleak.attacks.attack import Attack, Effort, refusal
 from gradleak.audit.scoring import SCORING
 from gradleak.errors import BadInput, NotObserved
 from gradleak.observations.observation import Observation
-from gradleak.observations.work import Work, work_of
+from gradleak.observations.work import ROOM, Work, work_of
 
 LONGEST = 1_800.0  # CPU-seconds that an attack may take which was not asked for by name
-SLOWEST = (
-    5e9  # operations a second of products side by side, on one old core; small ones alone spend their time on calls
-)
+# Operations a second on one core: of small products side by side, which alone spend their time on calls; of large matrices.
+SLOWEST, PRODUCTS = 5e9, 2e10
+WIDE = 25  # rows side by side, at most, as far as there is `ROOM`
 GIB = 2**30
 MEMORY = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")  # of the machine, and of a container
 
@@ -46,12 +46,15 @@ class Plan:
         assert self.step is not None
         effort, step = self.efforts[name], self.step
         arithmetic = min(step.seconds, step.operations / SLOWEST)
-        return self.runs * self.steps * (effort.simulations * step.seconds + effort.abreast * arithmetic)
+        simulated = self.steps * (effort.simulations * step.seconds + effort.abreast * arithmetic)
+        return self.runs * (simulated + effort.algebra / PRODUCTS)
 
     def bytes(self, name: str) -> int:
         """Beside what is held anyway, of this attack, at most."""
         assert self.step is not None
-        return int(self.efforts[name].together * self.step.bytes)
+        effort, step = self.efforts[name], self.step
+        abreast = min(ROOM, WIDE * step.bytes) if effort.abreast else 0
+        return max(int(effort.together * step.bytes), abreast + int(effort.matrices))
 
     def sentence(self) -> str:
         """One line for somebody who waits."""
