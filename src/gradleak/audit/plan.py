@@ -67,7 +67,10 @@ class Plan:
         said = f"Plan: at most {', '.join(parts)}; {duration(total)}" if parts else "Plan: no search"
         said += f" {rest}, and {size(2 * self.held + most)}. One simulated release takes "
         said += f"{duration(self.steps * self.step.seconds)} and {size(self.step.bytes)}."
-        return said + "".join(f" Not tried: {name}, which {reason}" for name, reason in self.skipped.items())
+        left = [f"{name} ({duration(self.seconds(name))}, {size(self.held + self.bytes(name))})" for name in self.skipped]
+        if left:
+            said += f" Not tried, which says nothing about what leaks: {', '.join(left)}. Name one with --attacks to run it."
+        return said
 
 
 def plan_of(
