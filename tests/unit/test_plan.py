@@ -132,7 +132,7 @@ def test_what_an_attack_says_is_within_a_factor_of_three_of_what_it_does(name: s
     )  # an operation of float64 counts as two of float32
     said = (single + effort.abreast) * seen.release.steps() * step.operations + effort.algebra
     assert taken.operations / 3 <= said <= 3 * taken.operations, f"{said / taken.operations:.2f}"
-    made = plan.Plan({name: effort}, step, 1, 0, None, 1, {})
+    made = plan.Plan({name: effort}, step, 1, 0, 0, None, 1, {})
     held = plan.bytes_of(seen) + made.bytes(name)
     assert taken.bytes <= 3 * held, f"{taken.bytes / held:.2f}"
 
