@@ -100,7 +100,8 @@ def test_texts_come_back_proven_whatever_the_device(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES, indirect=True)
 def test_searches_compute_there_and_closed_forms_on_the_cpu(device: str) -> None:
     seen, where = pictures("mlp")()[0], torch.device(device)
-    for attack in (DLG(), IDLG(), InvertingGradients(), MapInversion(), Jigsaw()):
+    searches: list[Any] = [DLG(), IDLG(), InvertingGradients(), MapInversion(), Jigsaw()]
+    for attack in searches:
         assert next(iter(placed(attack, seen, where).released.values())).device.type == where.type
-    for attack in (Analytic(), PatchEmbedding()):
-        assert next(iter(placed(attack, seen, where).released.values())).device.type == "cpu"
+    for closed in (Analytic(), PatchEmbedding()):
+        assert next(iter(placed(closed, seen, where).released.values())).device.type == "cpu"
