@@ -108,7 +108,7 @@ SEARCHES: dict[str, tuple[Callable[[], Observation[Any]], Any]] = {
     "map-inversion": (gradient, MapInversion(evaluations=2, pairs=10)),
     "dataset-size": (adapter, SampleCount(largest=2, copies=6)),
     "dataset-size of 3 steps": (lambda: adapter(3), SampleCount(largest=2, copies=6)),
-    "past-the-rank": (text_adapter, PastTheRank(sweeps=2, choices=8)),
+    "past-the-rank": (text_adapter, PastTheRank(sweeps=2, choices=3, starts=1, insertions=2)),
 }
 
 

@@ -32,7 +32,7 @@ from gradleak.observations.model import LanguageModel
 from gradleak.observations.observation import TextObservation
 from gradleak.observations.release import Release, Sketch
 from gradleak.observations.transformer import layout_of
-from gradleak.observations.work import side_by_side
+from gradleak.observations.work import ROOM, work_of
 
 # 1 is the likelihood ratio of Gaussians. From 0.75 to 1.75, the median rank of true tokens among 420 changes by 3 at most (five
 # texts of the package each through a small BERT, GPT-2 and Llama, rank 10), and 3 is worse.
@@ -184,11 +184,15 @@ class _Target:
 
     def __init__(self, model: LanguageModel, sketches: Sequence[Sketch]):
         self.model = model
+        self.of_a_token: float | None = None  # bytes
         self.released = [(sketch.module, sketch.through, sketch.measured) for sketch in sketches]
 
     def distances(self, texts: Tensor, label: int) -> Tensor:
         """1 - the mean cosine over modules, of each of the texts (count, length) alone: (count,)."""
-        chunk = side_by_side(partial(self._some, texts[:1], label), min(TEXTS, len(texts)))
+        length = texts.shape[1]
+        if self.of_a_token is None:
+            self.of_a_token = work_of(partial(self._some, texts[:1], label)).bytes / length
+        chunk = min(TEXTS, max(1, int(ROOM / (self.of_a_token * length))))
         return torch.cat([self._some(part, label) for part in torch.split(texts, chunk)])
 
     def _some(self, texts: Tensor, label: int) -> Tensor:
