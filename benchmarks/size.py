@@ -142,7 +142,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         lambda f: adapter(gpt2, f, QKV, 8, 50, 1e-3, "AdamW"),
         ["adapter", "--base", "base", *TEXTS, "--lr", "0.001", "--steps", "50", "--optimizer", "adamw"],
     ),
-    "vit-gradient": (vit_gradient, ["observation.safetensors"]),
+    "vit-gradient": (vit_gradient, ["observation.safetensors", "--model", "base"]),
     "vit-adapter": (
         lambda f: adapter(vit, f, FEW, 16, 1, 1e-2, "SGD"),
         ["adapter", "--base", "base", "--lr", "0.01", "--batch-size", "1"],

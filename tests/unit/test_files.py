@@ -31,6 +31,7 @@ from gradleak.modalities.losses import BinaryCrossEntropy, CrossEntropy, FocalLo
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures, load
 from gradleak.modalities.texts import load_texts
+from gradleak.observations import tensor_file
 from gradleak.observations.adapter import Adapter
 from gradleak.observations.defenses import Defense, GaussianNoise, Sign, TopK
 from gradleak.observations.model import Mode, Model
@@ -140,6 +141,18 @@ def test_a_gradient_comes_back_bit_by_bit(tmp_path: Path, arguments: dict[str, A
     assert back.threat_model() == observation.threat_model()
     simulated = (o.simulate(secret.inputs, secret.labels) for o in (observation, back))
     assert len({fingerprint(s) for s in simulated}) == 1
+
+
+def test_gradients_that_are_views_of_each_other_are_written_apart(tmp_path: Path) -> None:
+    tokens = torch.arange(6.0).view(1, 3, 2)
+    tensors = {
+        "positions": tokens,
+        "first": tokens[:, :1],
+        "none": torch.zeros(0),
+    }  # as autograd gives those of a transformer
+    tensor_file.write(tensors, "gradleak/test/1", {}, tmp_path / "views.safetensors")
+    read, _ = tensor_file.read(tmp_path / "views.safetensors", "gradleak/test/1")
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
 
 
 def test_a_half_precision_file_is_half_as_large(tmp_path: Path) -> None:

@@ -20,12 +20,14 @@ class Effort(NamedTuple):
     together     what is held in memory at one time, in units of one step of that
     abreast      simulations besides, many at a time: what each costs is arithmetic alone
     algebra      floating-point operations besides, of products and factors of large matrices
+    matrices     bytes of these
     """
 
     simulations: float
     together: float
     abreast: float = 0.0
     algebra: float = 0.0
+    matrices: float = 0.0
 
     @classmethod
     def of_search(cls, observation: Observation[Any], gradients: float, rows: int = 1) -> "Effort":

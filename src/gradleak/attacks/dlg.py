@@ -26,7 +26,7 @@ from gradleak.attacks.attack import DERIVED, Effort, check_sees
 from gradleak.attacks.labels import recover_labels
 from gradleak.attacks.reconstruction import Reconstruction, outcome_of
 from gradleak.attacks.search.descend import OnStep, rowwise, stack
-from gradleak.attacks.search.lbfgs import Evaluate, gauss_newton_factor, lbfgs, unwhiten, whitened
+from gradleak.attacks.search.lbfgs import CHUNK, Evaluate, gauss_newton_factor, lbfgs, unwhiten, whitened
 from gradleak.attacks.search.start import Start, begin
 from gradleak.errors import BadInput, NotObserved
 from gradleak.modalities.networks import Architecture
@@ -85,8 +85,12 @@ class DLG:
         rounds, starts = (self.rounds, self.restarts) if whitenable(observation) else (0, 1)
         single = Effort.of_search(observation, starts * (self.evaluations + rounds * self.round_evaluations))
         pixels, released = prod(shape(observation)), sum(tensor.numel() for tensor in observation.released.values())
-        jacobians, grams = DERIVED * starts * rounds * pixels, 2.0 * starts * rounds * pixels**2 * (released + pixels)
-        return Effort(DOUBLE * single.simulations, DOUBLE * (single.together + 1), jacobians, grams)
+        derivatives, size = (
+            DERIVED * starts * rounds * pixels,
+            released + pixels,
+        )  # J is (size, pixels), held as chunks and whole
+        algebra, matrices = 2.0 * starts * rounds * pixels**2 * size, 8.0 * bool(rounds) * max(pixels, CHUNK) * size
+        return Effort(DOUBLE * single.simulations, DOUBLE * (single.together + 1), derivatives, algebra, matrices)
 
     def __call__(
         self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None

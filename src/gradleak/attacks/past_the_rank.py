@@ -13,6 +13,7 @@ Differs   where n tokens fill the rank r, DAGER's check refuses nobody. But the 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -31,6 +32,7 @@ from gradleak.observations.model import LanguageModel
 from gradleak.observations.observation import TextObservation
 from gradleak.observations.release import Release, Sketch
 from gradleak.observations.transformer import layout_of
+from gradleak.observations.work import ROOM, work_of
 
 # 1 is the likelihood ratio of Gaussians. From 0.75 to 1.75, the median rank of true tokens among 420 changes by 3 at most (five
 # texts of the package each through a small BERT, GPT-2 and Llama, rank 10), and 3 is worse.
@@ -39,7 +41,7 @@ EXACT = 1e-6  # rounding: gradients of float32 are known to 1e-3 at worst, whose
 RANDOM = (
     4_000  # random tokens that stand for all others: their covariance at rank 16 is known to sqrt(16 / 4,000) = 6 %
 )
-TEXTS = 64  # at a time, at most: memory alone depends on it
+TEXTS = 64  # at a time, at most, as far as there is room: memory alone depends on it
 PROBE = 32  # tokens of a text by which one is timed, about
 
 
@@ -80,7 +82,7 @@ class PastTheRank:
         texts = float(longest - rank + 1) * classes + longest * self.choices * (self.starts + self.sweeps - 1)
         texts += (self.sweeps - 1) * longest * (longest / 2 + 1 + self.insertions)
         single = longest / PROBE
-        return Effort(texts * single / observation.release.steps(), TEXTS * single)
+        return Effort(0, single, texts * single / observation.release.steps())
 
     def sizes(self, observation: TextObservation, first: Sequence[Sketch]) -> tuple[int, int]:
         """The rank, and the longest text that is tried."""
@@ -182,11 +184,16 @@ class _Target:
 
     def __init__(self, model: LanguageModel, sketches: Sequence[Sketch]):
         self.model = model
+        self.of_a_token: float | None = None  # bytes
         self.released = [(sketch.module, sketch.through, sketch.measured) for sketch in sketches]
 
     def distances(self, texts: Tensor, label: int) -> Tensor:
         """1 - the mean cosine over modules, of each of the texts (count, length) alone: (count,)."""
-        return torch.cat([self._some(part, label) for part in torch.split(texts, TEXTS)])
+        length = texts.shape[1]
+        if self.of_a_token is None:
+            self.of_a_token = work_of(partial(self._some, texts[:1], label)).bytes / length
+        chunk = min(TEXTS, max(1, int(ROOM / (self.of_a_token * length))))
+        return torch.cat([self._some(part, label) for part in torch.split(texts, chunk)])
 
     def _some(self, texts: Tensor, label: int) -> Tensor:
         model, layers = self.model, dict[str, tuple[Tensor, Tensor]]()  # inputs and outputs

@@ -15,6 +15,7 @@ from gradleak.attacks.factor import named
 from gradleak.attacks.reconstruction import CLOSE, SOLVED, Reconstruction
 from gradleak.errors import BadInput
 from gradleak.modalities.losses import CrossEntropy
+from gradleak.observations.distances import relative_residual
 from gradleak.observations.observation import Observation
 from gradleak.observations.tensors import Tensors, flatten
 from gradleak.report.record import Flag
@@ -97,6 +98,11 @@ def beyond_bounds(observation: Observation[Any], gradient: Tensors) -> list[Flag
     return [flag("scale", "warning", sentence)]
 
 
+def added(a: Tensors, b: Tensors) -> float:
+    """The inner product over all entries, tensor by tensor: nothing of the model's size is made in float64."""
+    return sum(float(a[name].double().flatten() @ b[name].double().flatten()) for name in b)
+
+
 def factor_flag(factor: float, batch: int | None, what: str) -> Flag:
     """The sentence about a factor; what: whether it was used, or only fits."""
     name = "scaled" if factor > 0 else "sign"
@@ -113,11 +119,12 @@ def at_reconstruction(observation: Observation[Any], found: Reconstruction) -> l
     try:
         with torch.no_grad():
             simulated = observation.simulate(inputs, labels)
-            s, r = flatten(simulated).double(), flatten(observation.released).double()
-            if not bool(s.isfinite().all()) or not bool(s.any()):
+            size, inner = added(simulated, simulated), added(simulated, observation.released)
+            if not 0 < size < math.inf:
                 return []
-            factor = float(s @ r / (s @ s))
-            rest = float((r - factor * s).norm() / r.norm())
+            factor = inner / size
+            scaled = {name: factor * tensor for name, tensor in simulated.items()}
+            rest = float(relative_residual(scaled, observation.released))
             flags = []
             if rest <= CLOSE and residual > BETTER * rest and observation.factor == 1:
                 flags.append(factor_flag(factor, observation.batch_size, "fits"))

@@ -1,6 +1,7 @@
 """What an audit is going to take, told before it begins: every attack says how many simulated releases it needs, and one of them is
 computed for its time and memory. What takes too long for an audit that nobody asked it of is left out, and said so."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,14 +13,15 @@ from gradleak.attacks.attack import Attack, Effort, refusal
 from gradleak.audit.scoring import SCORING
 from gradleak.errors import BadInput, NotObserved
 from gradleak.observations.observation import Observation
-from gradleak.observations.work import Work, work_of
+from gradleak.observations.work import ROOM, Work, work_of
 
 LONGEST = 1_800.0  # CPU-seconds that an attack may take which was not asked for by name
-SLOWEST = (
-    5e9  # operations a second of products side by side, on one old core; small ones alone spend their time on calls
-)
+# Operations a second on one core: of small products side by side, which alone spend their time on calls; of large matrices.
+SLOWEST, PRODUCTS = 5e9, 2e10
+WIDE = 25  # rows side by side, at most, as far as there is `ROOM`
 GIB = 2**30
 MEMORY = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")  # of the machine, and of a container
+OWN = Path("/proc/self/statm")
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Plan:
     step     what one step of a simulated release takes, or None where no attack asks
     steps    of a simulation
     held     bytes that the observation takes
+    taken    bytes that this process has already
     free     bytes that the machine has left, or None where nobody knows
     runs     of each attack: two where a control is attacked too
     skipped  attacks that are not tried, and why
@@ -37,6 +40,7 @@ class Plan:
     step: Work | None
     steps: int
     held: int
+    taken: int
     free: int | None
     runs: int
     skipped: Mapping[str, str]
@@ -46,25 +50,33 @@ class Plan:
         assert self.step is not None
         effort, step = self.efforts[name], self.step
         arithmetic = min(step.seconds, step.operations / SLOWEST)
-        return self.runs * self.steps * (effort.simulations * step.seconds + effort.abreast * arithmetic)
+        simulated = self.steps * (effort.simulations * step.seconds + effort.abreast * arithmetic)
+        return self.runs * (simulated + effort.algebra / PRODUCTS)
 
     def bytes(self, name: str) -> int:
         """Beside what is held anyway, of this attack, at most."""
         assert self.step is not None
-        return int(self.efforts[name].together * self.step.bytes)
+        effort, step = self.efforts[name], self.step
+        abreast = min(ROOM, WIDE * step.bytes) if effort.abreast else 0
+        return max(int(effort.together * step.bytes), abreast + int(effort.matrices))
 
     def sentence(self) -> str:
         """One line for somebody who waits."""
         rest = "besides closed forms, of seconds to a few minutes"
         if self.step is None or not self.efforts:
-            return f"Plan: closed forms, of seconds to a few minutes, and {size(2 * self.held)} or more."
+            return f"Plan: closed forms, of seconds to a few minutes, and {size(self.taken + self.held)} or more."
         tried = [name for name in self.efforts if name not in self.skipped]
         parts = [f"{name} {duration(self.seconds(name))}" for name in tried]
         total, most = sum(map(self.seconds, tried)), max(map(self.bytes, tried), default=self.step.bytes)
         said = f"Plan: at most {', '.join(parts)}; {duration(total)}" if parts else "Plan: no search"
-        said += f" {rest}, and {size(2 * self.held + most)}. One simulated release takes "
+        said += f" {rest}, and {size(self.taken + self.held + most)}. One simulated release takes "
         said += f"{duration(self.steps * self.step.seconds)} and {size(self.step.bytes)}."
-        return said + "".join(f" Not tried: {name}, which {reason}" for name, reason in self.skipped.items())
+        left = [
+            f"{name} ({duration(self.seconds(name))}, {size(self.held + self.bytes(name))})" for name in self.skipped
+        ]
+        if left:
+            said += f" Not tried, which says nothing about what leaks: {', '.join(left)}. Name one with --attacks to run it."
+        return said
 
 
 def plan_of(
@@ -93,7 +105,8 @@ def plan_of(
     }
     step = step_of(observation.to(where), public, where) if efforts else None
     runs = 2 if scored else 1
-    plan = Plan(efforts if step else {}, step, observation.release.steps(), held, free, runs, {})
+    taken = max(resident(), held)
+    plan = Plan(efforts if step else {}, step, observation.release.steps(), held, taken, free, runs, {})
     skipped: dict[str, str] = {}
     for name in plan.efforts:
         needed = held + plan.bytes(name)
@@ -156,6 +169,13 @@ def free_bytes(where: torch.device) -> int | None:
     free = 1024 * int(lines["MemAvailable"].split()[0])
     limit = container.read_text().strip() if container.is_file() else "max"
     return min(free, int(limit)) if limit.isdigit() else free
+
+
+def resident() -> int:
+    """Bytes of memory that this process has; 0 where nobody knows."""
+    if not OWN.is_file():
+        return 0
+    return int(OWN.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def duration(seconds: float) -> str:

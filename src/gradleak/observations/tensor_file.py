@@ -33,14 +33,24 @@ def write(tensors: Tensors, schema: str, about: dict[str, Any], path: Path, *, p
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
     header = {"schema": schema, "gradleak": msgspec.json.encode(about).decode()}
     try:
-        save_file(
-            {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, unfinished, metadata=header
-        )
+        save_file(apart(tensors), unfinished, metadata=header)
         if private:
             unfinished.chmod(0o600)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def apart(tensors: Tensors) -> Tensors:
+    """The tensors on the CPU, each with numbers of its own, as safetensors wants them: autograd gives some gradients as views of others."""
+    kept: Tensors = {}
+    seen = set[int]()
+    for key, value in tensors.items():
+        tensor = value.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        kept[key] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return kept
 
 
 def read(path: Path, schema: str, *needed: str) -> tuple[Tensors, dict[str, Any]]:

@@ -13,6 +13,8 @@ from torch.func import jvp, vmap
 
 from gradleak.attacks.search.descend import Descent, OnStep, record
 
+CHUNK = 128  # derivatives side by side
+
 Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]  # x (K, n) -> gradient (K, n), value (K,)
 
 ARMIJO, WOLFE = 1e-4, 0.9  # how much a step must lower the value and flatten the slope
@@ -103,7 +105,7 @@ def _inverse_hessian(
 
 
 def gauss_newton_factor(
-    residual: Callable[[Tensor], Tensor], x: Tensor, *, damping: float = 1e-4, chunk: int = 128
+    residual: Callable[[Tensor], Tensor], x: Tensor, *, damping: float = 1e-4, chunk: int = CHUNK
 ) -> Tensor | None:
     """Lower L (n, n) with L L^T = J^T J + damping * mean(diag J^T J), J (p, n) the Jacobian of residual at x (n,).
 
