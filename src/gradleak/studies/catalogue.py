@@ -72,7 +72,6 @@ STUDIES: dict[str, Study[Any]] = {
 ALIASES = {
     "fresh-vs-saved": "saved-gradients",
     "recursion": "closed-form",
-    "gdbr": "label-counts",
     "phase0": "perfect-gradient",
     "phase1": "adapter-decoding",
     "phase2": "adapter-reconstruction",
