@@ -288,7 +288,8 @@ def _membership(found: Membership) -> dict[str, Any]:
         for row in found["exposed"]
     ]
     order = sorted(found["scores"], key=lambda name: -found["scores"][name]["auc"])
-    return {**found, "exposed": exposed, "order": order, "roc": roc(found)}
+    best = found["best"] if found["best"] in found["scores"] else next(iter(order), "")
+    return {**found, "best": best, "exposed": exposed, "order": order, "roc": roc(found)}
 
 
 def _safe(uri: str | None) -> str | None:
