@@ -157,7 +157,11 @@ def _part(record: Record, name: str, is_one_of_several: bool, numbers: Iterator[
             reasons.setdefault(row["status"].removeprefix(NOT_RUN), []).append(row["attack"])
     best = _strongest(ran, legend, level)
     sections = [_section(row, next(numbers), legend, level) for row in ran]
-    about = {key: value for key, value in (rows[0]["observation"] if rows else {}).items() if _is_short(key, value)}
+    about = {
+        key: value
+        for key, value in (rows[0]["observation"] if rows else {}).items()
+        if key != "name" and isinstance(value, str | int | float)
+    }
     return {
         "name": name,
         "verdict": verdict,
@@ -176,10 +180,6 @@ def _part(record: Record, name: str, is_one_of_several: bool, numbers: Iterator[
 
 def _did_run(row: Result) -> bool:
     return row.get("ran", not row["status"].startswith(NOT_RUN))
-
-
-def _is_short(key: str, value: object) -> bool:
-    return key != "name" and isinstance(value, str | int | float)
 
 
 def _strongest(ran: Sequence[Result], legend: Legend, level: str) -> int | None:

@@ -101,7 +101,8 @@ def drawn(found: Membership, safe: Callable[[str | None], str | None]) -> dict[s
         for row in found["exposed"]
     ]
     order = sorted(found["scores"], key=lambda name: -found["scores"][name]["auc"])
-    return {**found, "exposed": exposed, "order": order, "roc": roc(found)}
+    best = found["best"] if found["best"] in found["scores"] else next(iter(order), "")
+    return {**found, "best": best, "exposed": exposed, "order": order, "roc": roc(found)}
 
 
 def roc(found: Membership) -> Roc | None:
