@@ -10,10 +10,12 @@ import torch
 from gradleak.audit.bound import van_trees
 from gradleak.audit.gaussian_privacy import delta_of, epsilon_of, success_at_most
 from gradleak.audit.line_up import signals, success, success_over_steps
+from gradleak.audit.privacy import mechanism_of, of_result
 from gradleak.audit.privacy_loss import composed, epsilon, most, most_of_epsilon
 from gradleak.errors import BadInput
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import load
+from gradleak.observations.defenses import GaussianNoise
 from gradleak.observations.mechanism import Mechanism
 from gradleak.observations.model import Model
 from gradleak.observations.observation import PictureObservation
@@ -21,6 +23,7 @@ from gradleak.observations.private_step import PrivateStep
 from gradleak.observations.releases import Gradient
 from gradleak.observations.tensors import flatten
 from gradleak.priors.gaussian import GaussianPrior
+from gradleak.report.record import Result, new_result
 
 # dp-accounting 0.6.0, connect_dots: (noise multiplier, sample rate, steps, certain) -> (epsilon at 1e-5, min over eps of e^eps / 100 + delta).
 # Its default grid is 1e-4 wide, and the minimum was taken over multiples of .02.
@@ -153,6 +156,40 @@ def private(architecture: Architecture, noise: float) -> PictureObservation:
     release = Gradient(private=step)
     released = release.simulate(model, model.parameters, data.images, data.labels)
     return PictureObservation(model=model, release=release, released=released, batch_size=1, defenses=step.defenses)
+
+
+def result(ranks: list[float]) -> Result:
+    row = new_result("dlg", {}, {})
+    return {**row, "scores": {"identification_rank": ranks}, "decoys": 99}
+
+
+def test_an_attack_stands_beside_the_bound_and_above_it_is_a_warning() -> None:
+    """Noise 4, one step with the sample: Phi(Phi^-1(.01) + 1/4) = 1.90 %. One right answer of ten has probability 17 % then, three have .07 %."""
+    training = Mechanism(noise_multiplier=4.0, sample_rate=0.1, steps=1, certain=1)
+    (fine,), (wrong,) = (of_result(result([1.0] * right + [7.0] * (10 - right)), training) for right in (1, 3))
+    assert (fine["name"], fine["level"]) == ("below_bound", "info")
+    assert (
+        "names 1 of 10 true samples among 100 candidates; no attack names more than 1.9% on average" in fine["sentence"]
+    )
+    assert (wrong["name"], wrong["level"]) == ("above_bound", "warning")
+    assert "less private than it says" in wrong["sentence"]
+    assert (
+        of_result(result([1.0]), None)
+        == of_result(result([1.0]), "no epsilon")
+        == of_result(result([]), training)
+        == []
+    )
+
+
+def test_noise_that_was_never_added_cannot_be_told() -> None:
+    told = Mechanism(noise_multiplier=1.0, sample_rate=0.1, steps=3)
+    silent, noisy = (private(Architecture("lenet", (1, 8, 8), 10), noise) for noise in (0.0, 1.0))
+    with pytest.raises(BadInput, match="no noise was added"):
+        mechanism_of(silent, told)
+    assert mechanism_of(noisy, told) == Mechanism(noise_multiplier=1.0, sample_rate=0.1, steps=3, certain=1)
+    alone = PictureObservation(model=silent.model, released=silent.released, defenses=(GaussianNoise(0.1),))
+    assert "what was not cut to a norm" in str(mechanism_of(alone, None))
+    assert mechanism_of(PictureObservation(model=silent.model, released=silent.released), None) is None
 
 
 def test_signals_are_what_each_sample_adds() -> None:

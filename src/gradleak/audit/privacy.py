@@ -38,6 +38,8 @@ def mechanism_of(observation: Observation[Any], told: Mechanism | None) -> Priva
         raise BadInput(
             f"What was shared says itself how private the training was ({own}): leave out --noise-multiplier."
         )
+    if told is not None and isinstance(own, str) and not observation.defenses:
+        raise BadInput("What was shared says itself that no noise was added to it: leave out --noise-multiplier.")
     if told is not None:
         return replace(told, certain=observation.release.certain)
     if own is None and any(defense.random for defense in observation.defenses or ()):
