@@ -71,7 +71,7 @@ DEEP = {
     "attacks/weights/kkt_search.py": (3, 520),  # KKT's own, many times
     "attacks/dlg.py": (2, 540),  # and labels
     "attacks/adam_unmixing/adam_unmixing.py": (5, 1_030),  # a step undone, and unmixing's spans and pixels
-    "attacks/unmixing/unmixing.py": (3, 710),  # the span, two layers, two ways to tell samples apart, and the replay
+    "attacks/unmixing/unmixing.py": (3, 720),  # the span, two layers, two ways to tell samples apart, and the replay
 }
 
 
@@ -206,7 +206,7 @@ def test_no_attack_inherits_from_another_class() -> None:
         for node in ast.walk(tree(name)):
             if isinstance(node, ast.ClassDef):  # networks, values, protocols, schemas
                 bases = [ast.unparse(base) for base in node.bases]
-                assert set(bases) <= {"nn.Module", "Protocol", "Enum", "msgspec.Struct"}, f"{name}: class {node.name}"
+                assert set(bases) <= {"nn.Module", "Protocol", "Enum", "NamedTuple", "msgspec.Struct"}, f"{name}: class {node.name}"
 
 
 def test_reports_need_no_torch() -> None:
