@@ -65,12 +65,12 @@ DEEP = {
     "attacks/exact_git/exact_git.py": (11, 1_860),  # the weights first, then the pictures
     "attacks/decoders/attacks.py": (11, 1_340),  # four decoders, and the inversion behind them
     "attacks/learned/git.py": (5, 990),  # a generator, how it is trained and kept
-    "attacks/learned/lti.py": (5, 730),  # the same
+    "attacks/learned/lti.py": (5, 740),  # the same
     "attacks/activation_patterns/activation_patterns.py": (4, 690),  # half-spaces, the first layer, labels
     "attacks/weights/ntk.py": (3, 550),  # KKT's search
     "attacks/weights/kkt_search.py": (3, 520),  # KKT's own, many times
     "attacks/dlg.py": (2, 540),  # and labels
-    "attacks/adam_unmixing/adam_unmixing.py": (5, 1_030),  # a step undone, and unmixing's spans and pixels
+    "attacks/adam_unmixing/adam_unmixing.py": (5, 1_040),  # a step undone, and unmixing's spans and pixels
     "attacks/unmixing/unmixing.py": (3, 720),  # the span, two layers, two ways to tell samples apart, and the replay
 }
 
@@ -206,7 +206,9 @@ def test_no_attack_inherits_from_another_class() -> None:
         for node in ast.walk(tree(name)):
             if isinstance(node, ast.ClassDef):  # networks, values, protocols, schemas
                 bases = [ast.unparse(base) for base in node.bases]
-                assert set(bases) <= {"nn.Module", "Protocol", "Enum", "NamedTuple", "msgspec.Struct"}, f"{name}: class {node.name}"
+                assert set(bases) <= {"nn.Module", "Protocol", "Enum", "NamedTuple", "msgspec.Struct"}, (
+                    f"{name}: class {node.name}"
+                )
 
 
 def test_reports_need_no_torch() -> None:

@@ -82,7 +82,7 @@ def test_a_start_read_with_its_recipe_is_that_of_training_to_the_last_bit(tmp_pa
 def test_several_pictures_behind_two_steps(tmp_path: Path, count: int) -> None:
     data = digits(0, count)
     found = attacked(folder(tmp_path, data, **TWO))
-    assert found.outcome is Outcome.CLOSE
+    assert found.outcome is Outcome.CLOSE, found.status
     assert len(found.value) == count
     order = match(found.value, data.images)
     # A tenth of the range: pictures of digits are 9 to 12 dB from each other
@@ -122,3 +122,15 @@ def test_other_samples_in_the_second_step_are_not_those_of_the_first(tmp_path: P
     """Nobody tells of batches: then what comes back explains the gradient no more than chance, and the outcome says so."""
     found = attacked(folder(tmp_path, digits(0, 4), **TWO, batch_size=2))
     assert found.outcome is Outcome.STUCK
+
+
+@pytest.mark.parametrize(("weakest", "outcome"), [(0.4, Outcome.CLOSE), (0.021, Outcome.GUESSED)])
+def test_what_is_left_must_be_below_the_weakest_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weakest: float, outcome: Outcome
+) -> None:
+    """A sample that the model knows already sends back next to nothing: one of .021 of the gradient is not confirmed where .009 is left."""
+    x, labels = torch.rand(2, 64, dtype=torch.float64), torch.zeros(2).long()
+    monkeypatch.setattr(AdamUnmixing, "exact", lambda *_: (x, labels, 0.009, weakest))
+    found = attacked(folder(tmp_path, digits(3, 2), **TWO))
+    assert found.outcome is outcome
+    assert ("a guess" in found.status) == (outcome is Outcome.GUESSED)

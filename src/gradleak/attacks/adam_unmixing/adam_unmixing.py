@@ -89,9 +89,14 @@ class AdamUnmixing:
             )
         two = recognised(observation, release, module)
         if two is not None:
-            x, labels, left = self.exact(observation, network, module, two, samples, generator)
+            x, labels, left, least = self.exact(observation, network, module, two, samples, generator)
             status = f"Two steps of Adam on {len(x)} samples: {left:.2g} of the gradient behind the second one is left."
             outcome = Outcome.CLOSE if left <= CLOSE else Outcome.STUCK
+            if outcome is Outcome.CLOSE and left > least / 3:
+                status += (
+                    f" The weakest of their directions is {least:.2g} of it, so what is left may hide samples: a guess."
+                )
+                outcome = Outcome.GUESSED
         else:
             if recipe is None and not divided(release, observation.released[B]):
                 raise NotObserved("The sizes of lora_B are not those that Adam makes.")
@@ -115,8 +120,9 @@ class AdamUnmixing:
         recipe: Recipe,
         samples: int | None,
         generator: torch.Generator,
-    ) -> tuple[Tensor, Tensor, float]:
-        """The inputs (N, in) behind the second step, their labels, and what they leave of its gradient."""
+    ) -> tuple[Tensor, Tensor, float, float]:
+        """The inputs (N, in) behind the second step, their labels, what they leave of its gradient, and its least singular value, as a
+        share: a sample that the network knows already sends back next to nothing, and hides below what is left."""
         A, B = f"{module}.lora_A", observation.released[f"{module}.lora_B"]
         start = observation.adapter.start[A]
         step = second_step(observation.released[A], start, recipe, observation.precision, samples)
@@ -143,7 +149,7 @@ class AdamUnmixing:
         if least < CLOSE:
             found = settled(observation, network, module, V, g @ V.T, best, recipe)
             best, labels, least = found if found[2] < least else (best, labels, least)
-        return best @ V, labels, least
+        return best @ V, labels, least, float(S[-1] / S.norm())
 
 
 def settled(
