@@ -81,6 +81,7 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> None:
     written = new_record("audit", args, {name: options[name] for name in attacks}, inputs)
     public, named = public_data(args, observation), args.attacks is not None
     plan = plan_of(observation, attacks, public, named=named, scored=secret is not None, device=args.device)
+    out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written is told by itself
     print(plan.sentence(), flush=True)
     skipped, device = plan.skipped, args.device
     audit_one(observation, attacks, public, secret, written, {}, out, args.seed, device, skipped=skipped)
