@@ -7,6 +7,7 @@ Recovers  images (1, channel, height, width) in [0, 1], labels
 Solves    u_t = E p_t + b + e_t, so that dL/de_t = dL/du_t = d_t and dL/dE = sum_t d_t p_t^T: with D (patches, width) and dL/dE known,
               D^T P = dL/dE          linear in the patches P (patches, pixels), by least squares
           in the directions that rounding leaves; in the others the patches stay grey
+Differs   APRIL solves the attention for its inputs; here the layer below is solved for the picture, and norms and attention play no part
 Errors    what rounding leaves of dL/dE, over the singular values of D: patches that no class depends on are told worst
 Misses    several pictures, of which the position embeddings add up; fixed position embeddings; more patches than the width
 """
