@@ -214,6 +214,21 @@ def test_a_gguf_file_is_no_safetensors(tmp_path: Path) -> None:
 # --- Gradients and weights ---
 
 
+def test_a_dropout_by_a_function_gets_a_sentence() -> None:
+    class Dropped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.fc(F.dropout(x.flatten(1), 0.5, self.training))
+            return logits
+
+    Model.of(Dropped(), OWN, mode="eval").check_works()
+    with pytest.raises(BadInput, match=r"draws random numbers .* nn\.Dropout"):
+        Model.of(Dropped(), OWN, mode="train").check_works()
+
+
 def gradient(count: int = 2) -> tuple[nn.Module, dict[str, Tensor]]:
     network = factory()
     loss = F.cross_entropy(network(PICTURES[:count]), LABELS[:count])

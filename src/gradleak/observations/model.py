@@ -117,7 +117,8 @@ class Model(Generic[A]):
     def check_takes(self, inputs: Any) -> None:
         """BadInput when the model fails on these inputs, or gives something else than finite logits of its classes."""
         try:
-            logits = self.logits({}, inputs)
+            with torch.no_grad():
+                logits, again = self.logits({}, inputs), self.logits({}, inputs)
         except BadInput:
             raise
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
@@ -127,6 +128,11 @@ class Model(Generic[A]):
             raise BadInput(f"The model {self.architecture.name} fails on these data: {why}") from error
         if not bool(logits.isfinite().all()):
             raise BadInput(f"The model {self.architecture.name} gives logits that are NaN or infinite.")
+        if not torch.allclose(logits, again, rtol=1e-3, atol=1e-6):
+            raise BadInput(
+                f"The model {self.architecture.name} gives other logits each time: it draws random numbers (a dropout by a function in {self.mode} "
+                "mode?), which nobody observed. Make that a layer, nn.Dropout, which is switched off here, or use the mode eval."
+            )
         if self.architecture.classes > 1 and logits.shape != (len(inputs), self.architecture.classes):
             raise BadInput(
                 f"The model returned {tuple(logits.shape)}, not ({len(inputs)}, {self.architecture.classes}) logits."
