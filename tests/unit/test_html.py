@@ -946,6 +946,36 @@ def test_void_is_striking_without_colour() -> None:
     assert re.search(r"\.verdict\.void { border: [^}]*dashed", html)
 
 
+def test_membership_is_drawn_with_its_curve_and_a_score_that_is_not_there_is_no_error() -> None:
+    record, score = (
+        of_level("members"),
+        {"auc": 0.9, "low": 0.8, "high": 0.95, "rates": [], "roc": [(0.0, 0.5), (1.0, 1.0)]},
+    )
+    found = {
+        "members": 20,
+        "fresh": 30,
+        "reference": 10,
+        "best": "base-ratio",
+        "level": 0.95,
+        "scores": {"base-ratio": score},
+    }
+    found |= {
+        "not_run": {"certificate": "It cannot."},
+        "certificate": None,
+        "apart": None,
+        "media": "text/plain",
+        "flags": [],
+    }
+    found |= {"exposed": [{"row": 7, "score": 1.5, "above": 0, "p": None, "shown": "<b>mine</b>"}]}
+    record["membership"] = {**found, "verdict": "members", "sentence": "Members are told."}  # type: ignore[typeddict-item]
+    html = render(record)
+    assert "&lt;b&gt;mine&lt;/b&gt;" in html
+    assert html.count("<polyline") == 2  # the curve, and chance
+    assert "0.900 (0.800 to 0.950)" in html
+    record["membership"]["best"] = "another"
+    assert "0.900 (0.800 to 0.950)" in render(record)
+
+
 def test_a_study_says_found_in_place_of_a_level() -> None:
     record = of_level("unscored")
     record["command"] = {"name": "reproduce", "arguments": {"name": "lora-text"}}
