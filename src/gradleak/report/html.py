@@ -37,6 +37,7 @@ from gradleak.report.numbers import (
     present,
 )
 from gradleak.report.record import Record, Result, Verdict
+from gradleak.report.redaction import is_private
 
 PICTURE = re.compile(r"data:image/png;base64,[A-Za-z0-9+/=]+")
 MOST_SAMPLES = 8  # that are seen at the top without a click
@@ -80,11 +81,7 @@ def render(record: Record) -> str:
         parts=[_part(record, name, len(names) > 1, numbers) for name in names],
         table=beside(record.get("table", [])),
         arguments=_given(record),
-        is_private=(
-            any(row.get("shown") and row.get("media") for row in record["results"])
-            or any("shown" in one for one in record.get("membership", {}).get("exposed", []))
-        )
-        and not record.get("redacted", False),
+        is_private=is_private(record),
         costs=record.get("costs", []),
         has_intervals=any(key.endswith("_low") for row in record.get("table", []) for key in row),
         membership=None if (found := record.get("membership")) is None else drawn(found, _safe),

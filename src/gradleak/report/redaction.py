@@ -10,6 +10,14 @@ REMOVED = "(removed: it may name private data)"
 NAMING = "embeddings"  # flags of this name say private words
 
 
+def is_private(record: Record) -> bool:
+    """Whether a page of this record shows private data."""
+    if record.get("redacted", False):
+        return False
+    exposed = any("shown" in one for one in record.get("membership", {}).get("exposed", []))
+    return exposed or any(row.get("shown") and row.get("media") for row in record["results"])
+
+
 def redacted(record: Record) -> Record:
     """A copy of the record that may be handed on."""
     results = [without_data(row) for row in record["results"]]
