@@ -173,6 +173,27 @@ def test_so_it_is_in_transformers(kind: Kind, init: Any) -> None:
     assert same(found.start, start)
 
 
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_embeddings_with_lora_are_drawn_before(kind: Kind, tmp_path: Path) -> None:
+    """Their A begins at zero and their B at random (peft 0.21, `Embedding.update_layer`), here with sizes that are no multiples of 16."""
+    from peft import LoraConfig, get_peft_model
+
+    tokenizer = train_tokenizer(load_texts("embedded", "train", limit=40).texts, kind, size=301)
+    model = small_model(kind, tokenizer, "classification", width=36, layers=1, heads=2)
+    modules = ["word_embeddings", "query"] if kind == "bert" else ["wte", "c_attn"]
+    torch.manual_seed(3407)
+    with quiet_transformers():
+        config = LoraConfig(r=5, target_modules=modules, fan_in_fan_out=kind == "gpt2")
+        whole: Any = get_peft_model(copy.deepcopy(model.solid()), config)
+        for name, tensor in whole.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(tensor)
+        whole.save_pretrained(tmp_path, save_embedding_layers=False)
+    found = recover_seed(read_adapter(tmp_path, model), seeds=[42, 3407])
+    assert found is not None
+    assert (found.seed, found.before) == (3407, "")
+
+
 @pytest.mark.parametrize("family", ["roberta", "distilbert", "vit"])
 def test_a_new_head_of_transformers_may_be_drawn_before(family: str, tmp_path: Path) -> None:
     """from_pretrained draws heads of one layer and of two, here with 3 x 40 weights, which are no multiple of 16."""

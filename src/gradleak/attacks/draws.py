@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.init import kaiming_uniform_, normal_
 
 from gradleak.modalities.networks import ImageTransformer
+from gradleak.observations.adapter import Adapter
 from gradleak.observations.layers import is_linear
 from gradleak.observations.model import Model
 from gradleak.observations.tensors import Tensors
@@ -27,6 +28,19 @@ def draw(seed: int, skipped: int, factors: Factors, gaussian: bool) -> Iterator[
         torch.empty(shape.numel() + numbers_of_B).uniform_(generator=generator)  # as the layers draw themselves
         A = torch.empty(shape)
         yield normal_(A, 0, 1 / len(A), generator) if gaussian else kaiming_uniform_(A, sqrt(5), generator=generator)
+
+
+def embedded_before(release: Adapter, model: Model[Any]) -> int:
+    """Words that PEFT draws for embeddings with LoRA which come before all other modules: A and B normally, and B anew."""
+    words, sizes = 0, {name.removesuffix(".weight"): (name, rank) for name, rank in release.embedded.items()}
+    for module, _ in model.module.named_modules():
+        if module in release.scaling:
+            break
+        if module in sizes:
+            name, rank = sizes[module]
+            numbers, width = model.parameters[name].shape
+            words += sum(n + 16 * (n % 16 > 0) for n in (rank * numbers, rank * width, rank * width))
+    return words
 
 
 def drawn_before(model: Model[Any]) -> dict[int, str]:

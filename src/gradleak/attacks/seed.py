@@ -8,7 +8,8 @@ Solves    the seed for which cos(A at the end, A as drawn) stands out: on the fi
           and s + 2^32 are one. We know of no publication that did this.
 Errors    of a wrong seed, z = <a, u> / |a| with a = A at the end and u = its draw over the draw's deviation is sub-Gaussian,
           P(z >= t) <= exp(-t^2 / 2) for any a. All 2^32 seeds together pass with probability `ALARM` at most.
-Misses    other draws (PiSSA, LoRA-GA, EVA; of biases or embeddings), and others before them than `drawn_before` lists
+Misses    other draws (PiSSA, LoRA-GA, EVA; of biases, or of embeddings that come later), and others before them than `drawn_before`
+          and `embedded_before` list
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradleak.attacks.draws import FAR, Factors, draw, drawn_before, first_word, rounded
+from gradleak.attacks.draws import FAR, Factors, draw, drawn_before, embedded_before, first_word, rounded
 from gradleak.attacks.search.descend import OnStep
 from gradleak.attacks.twisters import TOGETHER, Floats, Twisters, normal
 from gradleak.observations.adapter import Adapter
@@ -90,7 +91,10 @@ def recover_seed(
     factors = {m: (ended[f"{m}.lora_A"].detach().float().cpu(), zero[f"{m}.lora_B"].numel()) for m in modules}
     if len(modules) < len(release.scaling) or any(bool(release.start[f"{m}.lora_B"].any()) for m in modules):
         return None  # in the first case one module has two names, and PEFT sees it once
-    offsets, first = drawn_before(model), first_word(factors)
+    offsets, first = (
+        {embedded_before(release, model) + n: what for n, what in drawn_before(model).items()},
+        first_word(factors),
+    )
     draws = [*product(offsets, GAUSSIAN.get(release.init, (False, True)))]
     sieve, strong = (
         [QuickTest.of(factors, gaussian, skipped, wanted) for skipped, gaussian in draws]

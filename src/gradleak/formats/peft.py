@@ -112,6 +112,7 @@ def adapter_of(
         beside=beside.trained,
         changed=beside.changed,
         held=(*fitted.unread, *beside.held),
+        embedded=beside.embedded,
         known_at_end=beside.known_at_end,
         remarks=(*unread_remarks(fitted), *beside.remarks),
     )

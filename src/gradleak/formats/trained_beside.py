@@ -35,6 +35,7 @@ class Beside:
     trained       parameters that were trained as a whole, from a start that is known
     changed       {parameter: its change}, of these
     held          what was trained besides and `simulate` does not train along
+    embedded      {parameter of an embedding that LoRA adapts too: its rank}
     known_at_end  parameters that nobody knows but as training left them
     remarks       what a reader of the report has to know of it
     """
@@ -43,6 +44,7 @@ class Beside:
     trained: tuple[str, ...]
     changed: Tensors
     held: tuple[str, ...]
+    embedded: dict[str, int]
     known_at_end: tuple[str, ...]
     remarks: tuple[Reservation, ...]
 
@@ -103,7 +105,8 @@ def trained_beside(
     remarks += words(parts, began, was, model)
     changed = {p: (parts.whole[p].double() - was[p].double()).float() for p in trained}
     remarks += classes(changed, model)
-    return Beside(start, trained, changed, tuple(held), known, tuple(remarks))
+    embedded = {p: len(A) for p, (A, _, _) in parts.embeddings.items()}
+    return Beside(start, trained, changed, tuple(held), embedded, known, tuple(remarks))
 
 
 def parts_of(files: AdapterFiles, model: Model[Any], config: Config) -> Parts:

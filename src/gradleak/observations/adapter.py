@@ -59,7 +59,7 @@ class Adapter(Release):
 
     Of what was trained beside the factors: `beside` names parameters that began as the model has them, and are trained along (`changed`: the
     change of each, where it is known, which `whole_weights` makes an update of); `held` what
-    is not trained along; `known_at_end` parameters that the model has as training left them. `remarks` are reservations of the reader's.
+    is not trained along (`embedded`: {embedding that LoRA adapts: its rank}, of these); `known_at_end` parameters that the model has as training left them. `remarks` are reservations of the reader's.
     """
 
     name: ClassVar[str] = "adapter"
@@ -78,6 +78,7 @@ class Adapter(Release):
     beside: tuple[str, ...] = ()
     changed: Tensors = field(default_factory=dict, repr=False)
     held: tuple[str, ...] = ()
+    embedded: dict[str, int] = field(default_factory=dict)
     known_at_end: tuple[str, ...] = ()
     remarks: tuple[Reservation, ...] = ()
     unmerged: dict[str, float] = field(default_factory=dict)
