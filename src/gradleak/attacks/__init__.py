@@ -15,6 +15,7 @@ from gradleak.attacks.inverting_gradients import InvertingGradients
 from gradleak.attacks.jigsaw.jigsaw import Jigsaw
 from gradleak.attacks.learned.git import Git
 from gradleak.attacks.learned.lti import LTI
+from gradleak.attacks.likely_text import LikelyText
 from gradleak.attacks.map_inversion import MapInversion
 from gradleak.attacks.past_the_rank import PastTheRank
 from gradleak.attacks.recursion.recursive import Recursive
@@ -50,5 +51,6 @@ ATTACKS: dict[str, type] = {
     "kkt-search": KKTSearch,
     "dager": Dager,
     "past-the-rank": PastTheRank,
+    "likely-text": LikelyText,
     "sparse-words": SparseWords,
 }

@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "gradleak.cli.commands:audit",
         "Run every applicable attack, score it if the secret is given, write a report.",
     ),
+    "defend": ("gradleak.cli.defend:defend", "Defend a release that is at hand, to audit it again."),
     "study": (
         "gradleak.cli.commands:study",
         "Run an experiment, published or your own: resumable, in processes or on Ray.",
