@@ -204,6 +204,7 @@ CASES = {
     "kkt-search": Case(weights, {"trials": 2, "steps": 20}, {"trials": 1, "steps": 1}, explains=False),
     "dager": Case(text_gradient, explains=False),
     "past-the-rank": Case(text_adapter, {"sweeps": 1, "choices": 8}, {"sweeps": 1, "choices": 1}, explains=False),
+    "likely-text": Case(text_gradient, explains=False),
     "sparse-words": Case(tuned_on_text, explains=False),
 }
 UNTOUCHED: dict[

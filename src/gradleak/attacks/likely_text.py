@@ -41,6 +41,7 @@ PER_DIMENSION = 6  # random rows per dimension, so that a covariance is known to
 TEXTS = 128  # at a time: memory alone depends on it
 # Of the energy, a sum over tokens of the mean over layers. A wrong token costs about 1 more than a true one.
 WARM, COLD = 0.1, 0.02
+NEAR = 1.5  # of the cost in the first layer alone: what is dearer than the best by more is not tried
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,8 @@ class LikelyText:
             raise NotObserved("Neither query, key nor value of the first block was released.")
 
         # Every token at every position, by the first layer
-        ids, costs, close = self.ranked(Embeddings.of(model), spectra[first], ends_of(model))
-        starts = [started(ids, length, ends_of(model)) for length in self.likely_lengths(costs, close)]
+        costs = self.ranked(Embeddings.of(model), spectra[first])  # (vocabulary, positions)
+        starts = [started(costs, length, ends_of(model)) for length in self.likely_lengths(costs, ends_of(model))]
         block = {name: t for name, t in observation.released.items() if name.startswith(f"{layout.block(0)}.")}
         inner = replace(observation, released=block)  # embeddings' gradients would be most of the work
         text = min(starts, key=lambda start: nearest_label(inner, start)[0]) if len(starts) > 1 else starts[0]
@@ -116,7 +117,7 @@ class LikelyText:
         # The text as a whole, by all layers
         for sweep, temperature in enumerate(cooling(self.sweeps)):
             before = text
-            text, cost = swept(model, spectra, text, ids, temperature, generator)
+            text, cost = swept(model, spectra, text, costs, self.choices, temperature, generator)
             if on_step is not None:
                 on_step(sweep + 1, self.sweeps, cost)
             if not temperature and torch.equal(text, before):
@@ -130,29 +131,26 @@ class LikelyText:
         bag = tuple(sorted(set(value)))
         return Reconstruction((value,), label, residual, status, Outcome.GUESSED, (False,), bag)
 
-    def ranked(self, e: Embeddings, spectrum: Spectrum, ends: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The likeliest tokens at each position, best first (positions, choices); what the best costs (positions,); and how much more
-        than that the closing token does (positions,), where there is one."""
+    def ranked(self, e: Embeddings, spectrum: Spectrum) -> Tensor:
+        """What every token costs at each position, in the first layer alone: (vocabulary, positions)."""
         places, costs = e.places[: self.longest].double(), list[Tensor]()
         for part in torch.split(e.tokens, CHUNK):
             tokens = part.double()
             deviation = e.deviation(tokens, places)
             inside, whole = (lengths(W, tokens, places, deviation, e) for W in (spectrum.W, spectrum.white))
             costs.append((inside.clamp_min(1e-30).log() - whole.clamp_min(1e-30).log()).float())
-        cost = torch.cat(costs)  # (vocabulary, positions)
-        best = cost.topk(min(self.choices, len(cost)), dim=0, largest=False)
-        least = best.values[0]
-        return best.indices.T.contiguous(), least, cost[ends[-1]] - least if ends else None
+        return torch.cat(costs)
 
-    def likely_lengths(self, costs: Tensor, close: Tensor | None) -> list[int]:
+    def likely_lengths(self, costs: Tensor, ends: tuple[int, ...]) -> list[int]:
         """Where the closing token is likeliest; or where tokens cease to be likelier than where there are none, far behind."""
-        if close is not None:
-            order = torch.argsort(close[2:] + 1e-3 * costs[2:]) + 2  # ties by what it costs at all
-            if int((close[2:] <= 0).sum()) == 1:
-                return [int(order[0]) + 1]
-            return [int(place) + 1 for place in order[: self.lengths]]
-        nobody = costs[len(costs) // 2 :].median()
-        order = (costs - nobody).cumsum(0).argsort()
+        least = costs.amin(0)
+        if ends:
+            close = costs[ends[-1]] - least
+            order = torch.argsort(close[2:] + 1e-3 * least[2:]) + 2  # ties by what it costs at all
+            known = int((close[2:] <= 0).sum()) == 1
+            return [int(place) + 1 for place in order[: 1 if known else self.lengths]]
+        nobody = least[len(least) // 2 :].median()
+        order = (least - nobody).cumsum(0).argsort()
         return [int(place) + 1 for place in order[: self.lengths]]
 
 
@@ -194,24 +192,34 @@ def swept(
     model: LanguageModel,
     spectra: dict[str, Spectrum],
     text: Tensor,
-    ids: Tensor,
+    costs: Tensor,
+    choices: int,
     temperature: float,
     generator: torch.Generator,
 ) -> tuple[Tensor, float]:
-    """The text (length,) after each position, in random order, has taken one of its choices or another position's token, and its energy."""
-    ends = ends_of(model)
+    """The text (length,) after each position, in random order, has taken one of its choices or another position's token, and its energy.
+    What costs much more in the first layer than the best there is not tried."""
+    ends, least = ends_of(model), costs.amin(0)
     first, last = (1, len(text) - 1) if ends else (0, len(text))
     cost = torch.inf
     for place in (first + torch.randperm(last - first, generator=generator)).tolist():
-        others = [other for other in range(first, last) if other != place]
-        trials = text.repeat(1 + ids.shape[1] + len(others), 1)
-        trials[1 : 1 + ids.shape[1], place] = ids[place]
-        for row, other in enumerate(others, 1 + ids.shape[1]):
-            trials[row, place], trials[row, other] = text[other], text[place]
-        costs = energy(model, spectra, trials).double()
-        odds = torch.softmax((costs.min() - costs) / temperature, 0) if temperature else None
-        chosen = int(costs.argmin()) if odds is None else int(torch.multinomial(odds, 1, generator=generator))
-        text, cost = trials[chosen], float(costs[chosen])
+        best = costs[:, place].topk(min(choices, len(costs)), largest=False)
+        near = best.indices[best.values <= least[place] + NEAR]
+        trials = text.repeat(1 + len(near), 1)
+        trials[1:, place] = near
+        exchanged = [trials]
+        for other in range(first, last):
+            there, here = costs[text[place], other] - least[other], costs[text[other], place] - least[place]
+            if other != place and max(float(there), float(here)) <= NEAR:
+                exchanged.append(text[None].clone())
+                exchanged[-1][0, [place, other]] = text[[other, place]]
+        trials = torch.cat(exchanged)
+        if len(trials) == 2 and torch.equal(trials[0], trials[1]):
+            continue
+        found = energy(model, spectra, trials).double()
+        odds = torch.softmax((found.min() - found) / temperature, 0) if temperature else None
+        chosen = int(found.argmin()) if odds is None else int(torch.multinomial(odds, 1, generator=generator))
+        text, cost = trials[chosen], float(found[chosen])
     return text, cost
 
 
@@ -221,9 +229,9 @@ def cooling(sweeps: int) -> list[float]:
     return [WARM * (COLD / WARM) ** (k / max(chance - 1, 1)) for k in range(chance)] + [0.0] * min(sweeps, 2)
 
 
-def started(ids: Tensor, length: int, ends: tuple[int, ...]) -> Tensor:
+def started(costs: Tensor, length: int, ends: tuple[int, ...]) -> Tensor:
     """The likeliest token at each of so many positions, between the special tokens."""
-    text = ids[:length, 0].clone()
+    text = costs[:, :length].argmin(0)
     if ends:
         text[0], text[-1] = ends[0], ends[-1]
     return text
