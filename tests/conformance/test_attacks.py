@@ -205,6 +205,7 @@ CASES = {
     "dager": Case(text_gradient, explains=False),
     "past-the-rank": Case(text_adapter, {"sweeps": 1, "choices": 8}, {"sweeps": 1, "choices": 1}, explains=False),
     "likely-text": Case(text_gradient, explains=False),
+    "embedding-rows": Case(text_gradient),
     "sparse-words": Case(tuned_on_text, explains=False),
 }
 UNTOUCHED: dict[

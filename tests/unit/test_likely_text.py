@@ -111,15 +111,16 @@ def test_what_hides_nothing_hides_no_word(defense: str, kind: Kind, task: Task) 
 
 
 def test_pruning_and_bits_do_not_protect_and_an_attacker_need_not_be_told() -> None:
-    """More than half of the words of a text through each, against a third at most of somebody who guesses frequent words."""
+    """Nine words in ten through each, told or not, against less than half of somebody who guesses frequent words. Three in ten of
+    96 x 288 numbers are half again as many as the unknowns of 14 tokens, 14 (96 + 288)."""
     public = [tuple(row) for row in model().architecture.encode(load_texts("embedded", "train").texts)]
-    for defense in ("top-k:0.1", "bits:8"):
+    for defense in ("top-k:0.3", "bits:6"):
         seen, secret = shared(defense)
         blind = rouge1(frequent_words(public, len(secret.inputs[0])), secret.inputs[0])
-        assert blind < 0.4
+        assert blind < 0.5
         told, untold = (LikelyText()(o, generator=zero()).value[0] for o in (seen, replace(seen, defenses=None)))
-        assert rouge1(told, secret.inputs[0]) > 0.5
-        assert rouge1(untold, secret.inputs[0]) > 0.5
+        assert rouge1(told, secret.inputs[0]) > 0.9
+        assert rouge1(untold, secret.inputs[0]) > 0.9
 
 
 def test_noise_as_large_as_a_thousand_gradients_leaves_nothing() -> None:

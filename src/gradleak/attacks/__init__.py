@@ -10,6 +10,7 @@ from gradleak.attacks.dager.dager import Dager
 from gradleak.attacks.dataset_size import SampleCount
 from gradleak.attacks.decoders.attacks import DecodeMLP, DecodePseudoInverse, DecodeRidge, DecodeUNet
 from gradleak.attacks.dlg import DLG, IDLG
+from gradleak.attacks.embedding_rows import EmbeddingRows
 from gradleak.attacks.exact_git.exact_git import ExactGit
 from gradleak.attacks.inverting_gradients import InvertingGradients
 from gradleak.attacks.jigsaw.jigsaw import Jigsaw
@@ -52,5 +53,6 @@ ATTACKS: dict[str, type] = {
     "dager": Dager,
     "past-the-rank": PastTheRank,
     "likely-text": LikelyText,
+    "embedding-rows": EmbeddingRows,
     "sparse-words": SparseWords,
 }

@@ -142,16 +142,18 @@ class LikelyText:
         return torch.cat(costs)
 
     def likely_lengths(self, costs: Tensor, ends: tuple[int, ...]) -> list[int]:
-        """Where the closing token is likeliest; or where tokens cease to be likelier than where there are none, far behind."""
+        """Where the closing token is likeliest; or where the cost of the likeliest token changes its level."""
         least = costs.amin(0)
         if ends:
             close = costs[ends[-1]] - least
             order = torch.argsort(close[2:] + 1e-3 * least[2:]) + 2  # ties by what it costs at all
             known = int((close[2:] <= 0).sum()) == 1
             return [int(place) + 1 for place in order[: 1 if known else self.lengths]]
-        nobody = least[len(least) // 2 :].median()
-        order = (least - nobody).cumsum(0).argsort()
-        return [int(place) + 1 for place in order[: self.lengths]]
+        rest = [
+            float(part.var(correction=0)) * len(part) for i in range(1, len(least)) for part in (least[:i], least[i:])
+        ]
+        order = (torch.tensor(rest[::2]) + torch.tensor(rest[1::2])).argsort()  # what two levels leave unexplained
+        return [int(change) + 1 for change in order[: self.lengths]]
 
 
 def spectra_of(observation: TextObservation, generator: torch.Generator) -> dict[str, Spectrum]:
