@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from gradleak.cli.app import main
 from gradleak.cli.defend import truncated
@@ -151,8 +151,8 @@ def test_what_cannot_be_defended_is_refused_in_a_sentence(tmp_path: Path, refuse
     assert "soteria:0.5 is done where the private data are" in refused("defend", seen, "--with", "soteria:0.5", *out)
     assert "dp-sgd:1:1 is done where the private data are" in refused("defend", seen, "--with", "dp-sgd:1:1", *out)
     assert "this is no adapter's folder" in refused("defend", seen, "--with", "svd:2", *out)
-    (tmp_path / "file").write_text("nothing")
-    assert "is neither an observation" in refused("defend", tmp_path / "file", "--with", "sign", *out)
+    save_file({"weight": torch.ones(3)}, tmp_path / "plain.safetensors")
+    assert "is neither an observation" in refused("defend", tmp_path / "plain.safetensors", "--with", "sign", *out)
     assert "There is no defense 'nothing'" in refused("defend", seen, "--with", "nothing", *out)
     (tmp_path / "no").mkdir()
     (tmp_path / "no" / "adapter_config.json").write_text("{}")

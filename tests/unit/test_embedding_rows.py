@@ -96,7 +96,7 @@ def test_what_it_does_not_read_is_refused_in_a_sentence() -> None:
     with pytest.raises(NotObserved, match="was not released"):
         EmbeddingRows()(frozen, generator=zero())
     placeless = replace(seen, released={name: t for name, t in seen.released.items() if "position" not in name})
-    assert "no gradient of positions" in EmbeddingRows()(placeless, generator=zero()).status
+    assert "without a gradient of positions" in EmbeddingRows()(placeless, generator=zero()).status
 
 
 def test_where_the_output_layer_shares_them_nothing_wrong_is_called_proven() -> None:

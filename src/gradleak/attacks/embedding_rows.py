@@ -56,8 +56,8 @@ class EmbeddingRows:
             return Reconstruction((), None, 1.0, status, Outcome.NOTHING)
         there = torch.empty(0) if places is None else (energy(places) > floor).nonzero()[:, 0]
         if places is None or not len(there) or observation.batch_size not in (None, 1):
-            why = "of several texts" if len(there) else "no gradient of positions orders them"
-            status = f"{len(bag)} words have rows of their own in the embeddings' gradient; {why}: which stands where is not told."
+            why = "of several texts" if len(there) else "without a gradient of positions"
+            status = f"A bag of words: {len(bag)} have rows of their own in the embeddings' gradient; {why}, none tells their order."
             return Reconstruction((), None, 1.0, status, Outcome.GUESSED, (), bag)
         alike = F.normalize(places[there], dim=1) @ F.normalize(words[tokens], dim=1).T  # (places, tokens)
         text = tokens[alike.argmax(1)]
