@@ -41,6 +41,7 @@ def test_a_text_comes_back_exactly_and_is_proven(kind: Kind, row: int) -> None:
     assert found.proven == (True,)
     assert found.residual < 1e-5
     assert found.labels is not None
+    assert secret.labels is not None
     assert torch.equal(found.labels, secret.labels)
 
 

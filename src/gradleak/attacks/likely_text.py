@@ -143,17 +143,14 @@ class LikelyText:
 
     def likely_lengths(self, costs: Tensor, ends: tuple[int, ...]) -> list[int]:
         """Where the closing token is likeliest; or where the cost of the likeliest token changes its level."""
-        least = costs.amin(0)
         if ends:
-            close = costs[ends[-1]] - least
-            order = torch.argsort(close[2:] + 1e-3 * least[2:]) + 2  # ties by what it costs at all
-            known = int((close[2:] <= 0).sum()) == 1
-            return [int(place) + 1 for place in order[: 1 if known else self.lengths]]
-        rest = [
-            float(part.var(correction=0)) * len(part) for i in range(1, len(least)) for part in (least[:i], least[i:])
-        ]
-        order = (torch.tensor(rest[::2]) + torch.tensor(rest[1::2])).argsort()  # what two levels leave unexplained
-        return [int(change) + 1 for change in order[: self.lengths]]
+            return [int(place) + 3 for place in costs[ends[-1], 2:].argsort()[: self.lengths]]
+        least = costs.amin(0)
+        parts = [(least[:i], least[i:]) for i in range(1, len(least))]
+        rest = [sum(float(part.var(correction=0)) * len(part) for part in both) for both in parts]
+        return [
+            int(change) + 1 for change in torch.tensor(rest).argsort()[: self.lengths]
+        ]  # least that two levels leave
 
 
 def spectra_of(observation: TextObservation, generator: torch.Generator) -> dict[str, Spectrum]:

@@ -73,14 +73,13 @@ def cell(setting: Setting, bench: Bench) -> Result:
     blind, recovered = public.images.mean(0), list[torch.Tensor]()
     for i in range(len(pictures.labels)):
         model = Model.of(architecture.build(bench.seed + i), architecture)
-        kept = {"defenses": chosen.defenses, "told": setting.knows, "seed": bench.seed + i}
-        seen, _ = capture_gradient(model, rows_of(pictures, i, 1), **kept)  # type: ignore[arg-type]
+        one, seed = rows_of(pictures, i, 1), bench.seed + i
+        seen, _ = capture_gradient(model, one, defenses=chosen.defenses, told=setting.knows, seed=seed)
         attack, found = ATTACKS[setting.attack](), blind[None]
         attack = attack.prepared(seen, public, generator=torch.Generator()) if hasattr(attack, "prepared") else attack
         with suppress(NotObserved):  # what cannot be read is answered with the mean picture
             found = attack(seen, generator=torch.Generator().manual_seed(bench.seed)).value
         recovered.append(found.nan_to_num().clamp(0, 1))
-        bench.on_step(i + 1, len(pictures.labels), 0.0)
     rows = compared(torch.cat(recovered), pictures.images, blind, public.images[:100])
     return Result(samples=rows, notes=(shrunk(shape, bench.size),))
 
