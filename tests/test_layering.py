@@ -59,6 +59,8 @@ LONG = {
 DEEP = {
     "attacks/dager/dager.py": (10, 1_790),  # spans, vocabulary, judge, decoders, encoders; orders and masks besides
     "attacks/past_the_rank.py": (3, 690),  # DAGER's spans and vocabulary
+    "attacks/likely_text.py": (3, 700),  # the same
+    "attacks/embedding_rows.py": (4, 830),  # likely-text's replay
     "attacks/sparse_words.py": (3, 690),  # the same
     "attacks/jigsaw/jigsaw.py": (4, 830),  # its arrangement, and the search that it begins with
     "attacks/recursion/recursive.py": (9, 1_600),  # a layer backwards, of each kind

@@ -11,11 +11,13 @@ from gradleak.attacks.dager.dager import Dager
 from gradleak.attacks.dataset_size import SampleCount
 from gradleak.attacks.decoders.attacks import DecodeMLP, DecodePseudoInverse, DecodeRidge, DecodeUNet
 from gradleak.attacks.dlg import DLG, IDLG
+from gradleak.attacks.embedding_rows import EmbeddingRows
 from gradleak.attacks.exact_git.exact_git import ExactGit
 from gradleak.attacks.inverting_gradients import InvertingGradients
 from gradleak.attacks.jigsaw.jigsaw import Jigsaw
 from gradleak.attacks.learned.git import Git
 from gradleak.attacks.learned.lti import LTI
+from gradleak.attacks.likely_text import LikelyText
 from gradleak.attacks.map_inversion import MapInversion
 from gradleak.attacks.own import installed
 from gradleak.attacks.past_the_rank import PastTheRank
@@ -55,6 +57,8 @@ ATTACKS: dict[str, type] = {
     "kkt-search": KKTSearch,
     "dager": Dager,
     "past-the-rank": PastTheRank,
+    "likely-text": LikelyText,
+    "embedding-rows": EmbeddingRows,
     "sparse-words": SparseWords,
 }
 ATTACKS |= installed(ATTACKS)

@@ -41,6 +41,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "gradleak.cli.extract:extract",
         "Which of your texts does a language model give back? Which of these candidates is in there?",
     ),
+    "defend": ("gradleak.cli.defend:defend", "Defend a release that is at hand, to audit it again."),
     "study": (
         "gradleak.cli.commands:study",
         "Run an experiment, published or your own: resumable, in processes or on Ray.",

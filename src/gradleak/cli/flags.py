@@ -3,9 +3,9 @@ help."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from tyro.conf import Positional, UseAppendAction
+from tyro.conf import Positional, UseAppendAction, arg
 
 from gradleak.modalities.language_models import Task
 from gradleak.observations.training import Optimizer
@@ -190,6 +190,21 @@ class TrainByDescent(Train):
 
     training_epochs: int = 8
     """How often each pair is seen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defend:
+    """Defend a release that is at hand: the same release with noise, with fewer bits, entries or directions, to be audited again."""
+
+    release: Positional[Path]
+    """observation.safetensors of a gradient or an update, or the folder of a PEFT adapter."""
+    with_: Annotated[UseAppendAction[tuple[str, ...]], arg(name="with")] = ()
+    """The defenses, in this order, each as NAME:NUMBER: top-k:0.1, bits:8, noise:0.01, svd:4, ... (see `gradleak list`); unknown as the last
+    withholds from the attacker those before it."""
+    out: Path
+    """Folder for the defended release; must not hold other results."""
+    seed: int = 0
+    """Seed of noise."""
 
 
 @dataclass(frozen=True, kw_only=True)

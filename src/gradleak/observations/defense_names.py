@@ -13,6 +13,7 @@ from gradleak.observations.defenses import (
     Sign,
     StochasticallyQuantised,
     TopK,
+    TruncatedRank,
 )
 from gradleak.observations.private_step import ClippedNoise
 from gradleak.observations.soteria import Soteria
@@ -26,6 +27,7 @@ DEFENSES: dict[str, type[Defense]] = {
     "qsgd": StochasticallyQuantised,
     "soteria": Soteria,
     "dp-sgd": ClippedNoise,
+    "svd": TruncatedRank,
 }
 ALIASES = {"noise": "gaussian-noise", "topk": "top-k"}
 UNKNOWN = "unknown"

@@ -29,9 +29,14 @@ def write(tensors: Tensors, schema: str, about: dict[str, Any], path: Path, *, p
 
     private: only its owner may read the file.
     """
+    header = {"schema": schema, "gradleak": msgspec.json.encode(about).decode()}
+    write_with(header, tensors, path, private=private)
+
+
+def write_with(header: dict[str, str], tensors: Tensors, path: Path, *, private: bool = False) -> None:
+    """Write tensors under a header as it is: the whole file, or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-    header = {"schema": schema, "gradleak": msgspec.json.encode(about).decode()}
     try:
         save_file(apart(tensors), unfinished, metadata=header)
         if private:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from gradleak.attacks.dager.dager import Dager
+from gradleak.attacks.likely_text import LikelyText
 from gradleak.attacks.past_the_rank import PastTheRank
 from gradleak.attacks.reconstruction import Reconstruction
 from gradleak.audit.metrics.texts import TEXT_METRICS, frequent_words, match_texts, rouge1
@@ -20,6 +21,7 @@ from gradleak.formats.model_folder import read_language_model
 from gradleak.formats.secret_file import Secret
 from gradleak.modalities.language_models import Task
 from gradleak.modalities.texts import Texts, load_texts, test_split
+from gradleak.observations.defense_names import Chosen
 from gradleak.observations.defenses import GaussianNoise, TopK
 from gradleak.observations.model import LanguageModel
 from gradleak.observations.observation import TextObservation
@@ -44,12 +46,22 @@ STAND_IN = f"{PACKAGE.replace('_', '-')} is not installed"
 DECODERS: dict[str, Kind] = {"small gpt2": "gpt2", "small llama": "llama"}
 NOISE = {f"noise {s:g}": s for s in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)}  # its norm over that of the release, about
 KEPT = {f"largest {s:.0%}": s for s in (0.5, 0.1)}  # share of the entries
+DEFENDED = (
+    "relative-noise:0.03",
+    "relative-noise:0.1",
+    "top-k:0.1",
+    "bits:16",
+    "bits:8",
+    "bits:4",
+    "sign",
+)  # as --defense takes them
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """words: how many a text has. rank: of LoRA, where that is trained. shared: gradient, its defense, or training."""
+    """words: how many a text has. rank: of LoRA, where that is trained. shared: gradient, its defense, or training. reader: the name
+    of the attack."""
 
     model: str
     data: str
@@ -58,7 +70,8 @@ class Setting:
     words: str = "any"
     rank: int | None = None
     shared: Recipe | str = "gradient"
-    attack: Dager | PastTheRank = field(default=Dager(), repr=False)
+    attack: Dager | PastTheRank | LikelyText = field(default=Dager(), repr=False)
+    reader: str = "dager"
 
 
 def sources(data: str) -> dict[str, str]:
@@ -105,6 +118,8 @@ def unseen_batches(source: str, setting: Setting, count: int) -> tuple[list[Text
 def share(setting: Setting, model: LanguageModel, texts: Texts, seed: int) -> tuple[TextObservation, Secret]:
     """What a client shares of a batch. Adapters are LoRA on query, key and value of every block."""
     shared, architecture = setting.shared, model.architecture
+    if shared in DEFENDED:
+        return capture_gradient(model, texts, defenses=Chosen.of((str(shared),)).defenses, seed=seed)
     if shared in KEPT:
         return capture_gradient(model, texts, defenses=(TopK(KEPT[shared]),))
     seen, secret = capture_gradient(model, texts, precision=PRECISIONS.get(str(shared), torch.float32))

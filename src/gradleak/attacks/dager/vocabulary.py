@@ -134,7 +134,7 @@ def _screen(e: Embeddings, spans: Sequence[Span], block: Tensor, rounding: float
         worst = torch.zeros_like(deviation)
         for span in spans:
             basis = span.basis if span.factor is None else span.basis @ span.factor
-            inside, total = (_lengths(W, tokens, places, deviation, e) for W in (basis, span.factor))
+            inside, total = (lengths(W, tokens, places, deviation, e) for W in (basis, span.factor))
             distance = 1 - inside / total
             refused = distance > SCREEN + (span.worst + rounding) ** 2
             worst = torch.maximum(worst, distance).masked_fill(refused, torch.inf)
@@ -146,10 +146,11 @@ def _screen(e: Embeddings, spans: Sequence[Span], block: Tensor, rounding: float
     return near
 
 
-def _lengths(W: Tensor | None, tokens: Tensor, places: Tensor, deviation: Tensor, e: Embeddings) -> Tensor:
+def lengths(W: Tensor | None, tokens: Tensor, places: Tensor, deviation: Tensor, e: Embeddings) -> Tensor:
     """|W x|^2 for every token and position, W the identity where it is None: (chunk, block)."""
     W = None if W is None else W.to(tokens)
-    A, P, b = e.through(tokens, W), e.through(places, W), e.shift if W is None else W @ e.shift
+    shift = e.shift.to(tokens)
+    A, P, b = e.through(tokens, W), e.through(places, W), shift if W is None else W @ shift
     return _squares(A, P) / deviation**2 + 2 * ((A @ b)[:, None] + P @ b) / deviation + b.square().sum()
 
 
