@@ -16,12 +16,13 @@ Differs   no end of a span and no tolerance are sought, so that none can be brok
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from gradleak.attacks.attack import check_sees
+from gradleak.attacks.dager.replayed import nearest_label
 from gradleak.attacks.dager.vocabulary import CHUNK, Embeddings, lengths
 from gradleak.attacks.reconstruction import Outcome, Reconstruction
 from gradleak.attacks.search.descend import OnStep
@@ -240,13 +241,3 @@ def ends_of(model: LanguageModel) -> tuple[int, ...]:
     """The special tokens at the beginning and the end of every text, where the tokenizer sets both."""
     ends: list[int] = model.architecture.tokenizer("")["input_ids"]
     return tuple(ends) if len(ends) == 2 else ()
-
-
-def nearest_label(observation: TextObservation, text: Tensor) -> tuple[float, Tensor | None]:
-    """The residual of the text with the label that explains most, and that label; of a language model without one."""
-    tokens: Any = [tuple(text.tolist())]
-    if observation.model.architecture.task != "classification":
-        return observation.residual(tokens, None), None
-    classes = observation.model.architecture.config.num_labels
-    tried = [torch.tensor([label]) for label in range(classes)] if observation.labels is None else [observation.labels]
-    return min(((observation.residual(tokens, label), label) for label in tried), key=lambda pair: pair[0])

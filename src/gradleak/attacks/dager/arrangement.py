@@ -40,10 +40,6 @@ def arranged(
         every = torch.cat(rows)
         return float(every.min()), orders[int(every.argmin())]
 
-    def rivalled(order: tuple[int, ...]) -> bool:
-        parts = _framed(first, _others(order, inner), last)
-        return any(bool((judge.rows(part)[1].amax(1) <= 1).any()) for part in parts)
-
     best, sure, quick, tried = None, False, False, 0
     while tried < TRIED and not sure:
         more = torch.randint(len(inner), (length - len(inner),), generator=generator).tolist()
@@ -60,10 +56,18 @@ def arranged(
             distance, order = nearest, other
         found = judge.verdict((*first, *order, *last))
         if best is None or found.mean < best.mean:
-            best, sure = found, found.passes and not rivalled(order)
+            best, sure = found, found.passes and not passing(judge, found.tokens)
         if on_step is not None:
             on_step(min(tried, TRIED), TRIED, best.mean)
     return None if best is None else (best, sure)
+
+
+def passing(judge: Judge, tokens: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Texts one move away from this one whose rows all pass."""
+    first, last = _ends(judge.model, tokens)
+    inner = tokens[len(first) : len(tokens) - len(last)]
+    parts = _framed(first, _others(inner, inner), last)
+    return [tuple(row) for part in parts for row in part[judge.rows(part)[1].amax(1) <= 1].tolist()]
 
 
 def _framed(first: list[int], orders: Sequence[tuple[int, ...]], last: list[int]) -> list[Tensor]:

@@ -32,6 +32,7 @@ from gradleak.attacks.dager.decoder import grow, likely, nearest
 from gradleak.attacks.dager.encoder import assemble
 from gradleak.attacks.dager.judge import SENTENCES, Judge, Sentence, layers_behind
 from gradleak.attacks.dager.path import Path
+from gradleak.attacks.dager.replayed import told_apart
 from gradleak.attacks.dager.spans import FORWARD, Span, spans_of, telling
 from gradleak.attacks.dager.vocabulary import CHUNK, TOKENS, Embeddings, Pairs, candidates, likeliest, random_tokens
 from gradleak.attacks.masked_targets import unmask
@@ -161,19 +162,24 @@ class Dager:
                 path = None  # too blurred to tell anything
         sentences = assemble(judge, pairs, path, batch_size=observation.batch_size, budget=self.budget, on_step=on_step)
         if not sentences and observation.batch_size in (None, 1) and not layout_of(observation.model).placed:
-            return self._arranged(judge, pairs, generator, on_step)
+            return self._arranged(observation, judge, pairs, generator, on_step)
         order = None if sentences else self._ordered(observation, pairs, generator)
         return sentences if order is None else [judge.verdict(tokens) for tokens in order.sentences]
 
     def _arranged(
-        self, judge: Judge, pairs: Pairs, generator: torch.Generator, on_step: OnStep | None
+        self,
+        observation: TextObservation,
+        judge: Judge,
+        pairs: Pairs,
+        generator: torch.Generator,
+        on_step: OnStep | None,
     ) -> list[Sentence]:
-        """The text in the order that fits, which is proven only if no order beside it fits too."""
+        """The text in the order that fits. Where orders beside it fit too, their replays tell them apart."""
         found = arranged(judge, pairs.ids.tolist(), generator=generator, on_step=on_step)
         if found is None:
             return []
         sentence, sure = found
-        return [replace(sentence, outcome=Outcome.CLOSE) if sentence.passes and not sure else sentence]
+        return [told_apart(observation, judge, sentence) if sentence.passes and not sure else sentence]
 
     def _ordered(self, observation: TextObservation, pairs: Pairs, generator: torch.Generator) -> Ordered | None:
         """The order of the nearest gradient. None for an adapter, which is for past_the_rank.py, and for a masked model: what
