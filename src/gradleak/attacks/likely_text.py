@@ -87,7 +87,7 @@ class LikelyText:
     choices: int = 40
     sweeps: int = 5
     longest: int = 96
-    lengths: int = 3
+    lengths: int = 1
 
     def __call__(
         self, observation: TextObservation, *, generator: torch.Generator, on_step: OnStep | None = None
