@@ -37,7 +37,9 @@ from gradleak.observations.transformer import layout_of
 
 POWER = 1.5  # as in past_the_rank.py: 1 is the likelihood ratio of Gaussians, and ranks three true tokens in four as well or worse
 FLOOR = 1e-4  # of the mean of a spectrum: what float32 leaves of the directions that no token fills
-RANDOM = 24  # tokens of a random text
+RANDOM = (
+    96  # tokens of a random text: as long as the longest that is tried, so that their covariance knows every position
+)
 PER_DIMENSION = 6  # random rows per dimension, so that a covariance is known to sqrt(1 / 6) in its worst direction
 TEXTS = 128  # at a time: memory alone depends on it
 # Of the energy, a sum over tokens of the mean over layers. A wrong token costs about 1 more than a true one.
@@ -88,7 +90,7 @@ class LikelyText:
     choices: int = 40
     sweeps: int = 5
     longest: int = 96
-    lengths: int = 3
+    lengths: int = 1
 
     def __call__(
         self, observation: TextObservation, *, generator: torch.Generator, on_step: OnStep | None = None
