@@ -57,9 +57,12 @@ LONG = {
 }
 # Attacks that open more than BUDGET: (files, lines), and why.
 DEEP = {
-    "attacks/dager/dager.py": (11, 1_850),  # spans, vocabulary, judge, decoders, encoders; orders, replays and masks besides
+    "attacks/dager/dager.py": (
+        12,
+        1_870,
+    ),  # spans, vocabulary, judge, decoders, encoders; orders, replays and masks besides
     "attacks/past_the_rank.py": (3, 690),  # DAGER's spans and vocabulary
-    "attacks/likely_text.py": (3, 700),  # the same
+    "attacks/likely_text.py": (4, 730),  # the same
     "attacks/embedding_rows.py": (4, 830),  # likely-text's replay
     "attacks/sparse_words.py": (3, 690),  # the same
     "attacks/jigsaw/jigsaw.py": (4, 830),  # its arrangement, and the search that it begins with

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from gradleak.attacks.dager.vocabulary import Embeddings
-from gradleak.attacks.likely_text import LikelyText, Spectrum, cooling, energy, nearest_label, spectra_of, swept
+from gradleak.attacks.likely_text import LikelyText, Spectrum, cooling, energy, spectra_of, swept
+from gradleak.attacks.nearest_label import nearest_label
 from gradleak.attacks.reconstruction import Outcome
 from gradleak.audit.metrics.texts import frequent_words, rouge1
 from gradleak.errors import NotObserved

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradleak.attacks.attack import check_sees
-from gradleak.attacks.dager.replayed import nearest_label
+from gradleak.attacks.nearest_label import nearest_label
 from gradleak.attacks.reconstruction import Outcome, Reconstruction, outcome_of
 from gradleak.attacks.search.descend import OnStep
 from gradleak.errors import NotObserved

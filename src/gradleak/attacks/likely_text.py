@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from gradleak.attacks.attack import check_sees
-from gradleak.attacks.dager.replayed import nearest_label
 from gradleak.attacks.dager.vocabulary import CHUNK, Embeddings, lengths
+from gradleak.attacks.nearest_label import nearest_label
 from gradleak.attacks.reconstruction import Outcome, Reconstruction
 from gradleak.attacks.search.descend import OnStep
 from gradleak.errors import NotObserved
