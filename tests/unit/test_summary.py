@@ -48,8 +48,8 @@ VOID = row(scores={"psnr_db": [60.0]}, recovered=[True], partly=[True], flags=[E
         (made("unscored", row()), 0, 3, 3),  # ran, and nobody can say what came of it: no job may pass by that
         (made("void", VOID), 0, 3, 3),
         (made("void", VOID, PROVEN), 0, 1, 1),  # what is proven stands
-        (made("unscored", NOT_RUN), 3, 3, 3),
-        (made("unscored"), 3, 3, 3),
+        (made("unscored", NOT_RUN), 0, 3, 3),
+        (made("unscored"), 0, 3, 3),
     ],
 )
 def test_exit_codes(record: Record, alone: int, recovered: int, partly: int) -> None:

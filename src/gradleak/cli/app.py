@@ -63,7 +63,7 @@ OUT_OF_MEMORY = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C; of an audit also 1 and 3, as `gate` says."""
+    """Run one command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C; of an audit with a bar also 1 and 3, as `gate` says."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold what no terminal can write

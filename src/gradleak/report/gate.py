@@ -21,17 +21,17 @@ def check_bar(bar: str | None, *, members: bool) -> None:
 
 
 def exit_code(record: Record, bar: str | None) -> int:
-    """0 below the bar, 1 above it, 3 where nothing could run or, with a bar, nothing can be said.
+    """0 below the bar and where there is none, 1 above it, 3 where nothing could run or nothing can be said.
 
     recovered: a private sample came back as a whole, or is proven, be it as a member. partly: also in part. TPR>x: a larger share than x
     of the members is told from fresh samples at 1 % false alarms. "Nothing recovered" passes, and proves nothing; void and unscored
     numbers pass no bar. What is proven stands, whatever is void.
     """
     results, level, found = record["results"], record["verdict"]["level"], record.get("membership")
-    if found is None and not any(row.get("ran", row["residual"] is not None) for row in results):
-        return NO_VERDICT
     if bar is None:
         return FINE
+    if found is None and not any(row.get("ran", row["residual"] is not None) for row in results):
+        return NO_VERDICT
     proof = None if found is None else found["certificate"]
     whole = any(any(row.get("proven", [])) or (level != "void" and any(row.get("recovered", []))) for row in results)
     if rate := RATE.fullmatch(bar):
