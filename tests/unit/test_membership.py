@@ -358,7 +358,7 @@ def test_what_the_owner_may_have_got_wrong(owned: Path, tmp_path: Path, capsys: 
         (*members, fresh, str(owned / "members:test")): "has no split",
         (*members, fresh, str(tmp_path / "nothing")): "does not exist",
         ("--members", "digits:nowhere"): "has no split",
-        (fresh, "digits"): "go with --members",
+        (fresh, "digits"): "goes with --members",
     }
     for number, (more, reason) in enumerate(cases.items()):
         assert audited(owned, tmp_path / str(number), *more) == 2, reason
