@@ -21,7 +21,7 @@ import gradleak
 from gradleak.attacks import ATTACKS
 from gradleak.attacks.reconstruction import Outcome, Reconstruction
 from gradleak.attacks.seed import USUAL
-from gradleak.cli import commands
+from gradleak.cli import auditing, commands
 from gradleak.cli.app import COMMANDS, main
 from gradleak.formats.model_folder import read_base, read_model, write_base
 from gradleak.formats.observation_file import load_observation, save_observation
@@ -500,7 +500,7 @@ def test_the_demo_keeps_observations_apart(tmp_path: Path, ok: Run, monkeypatch:
         "gradient": (CaptureGradient(model="mlp", data="digits", indices=(3,)), ("analytic", "inverting-gradients")),
     }
     assert tiny.keys() == DEMO.keys()
-    monkeypatch.setattr(commands, "DEMO", tiny)
+    monkeypatch.setattr(auditing, "DEMO", tiny)
     monkeypatch.setitem(ATTACKS, "inverting-gradients", Guess)
     said = ok("demo", "--out", tmp_path / "demo")
     made = record.read(tmp_path / "demo" / "record.json")
@@ -537,7 +537,7 @@ def test_what_was_not_tried_on_one_observation_stays_said(
 ) -> None:
     """Also after a second observation has been audited into the same record."""
     gradient: Any = CaptureGradient(model="mlp", data="digits")
-    monkeypatch.setattr(commands, "DEMO", {"first": (gradient, ("dlg",)), "second": (gradient, ("analytic",))})
+    monkeypatch.setattr(auditing, "DEMO", {"first": (gradient, ("dlg",)), "second": (gradient, ("analytic",))})
     monkeypatch.setitem(ATTACKS, "dlg", Guess)
     ok("demo", "--out", tmp_path / "demo")
     first, second = record.read(tmp_path / "demo" / "record.json")["verdicts"]
@@ -1188,7 +1188,7 @@ def test_a_place_that_cannot_be_written_is_one_sentence(
     """A file stands where the folder would be made: the operating system says no, whoever asks."""
     (tmp_path / "file").write_text("precious")
     record.write(record.new_record({"name": "attack", "arguments": {}}, 0, []), tmp_path / "record.json")
-    monkeypatch.setattr(commands, "DEMO", {"gradient": (CaptureGradient(model="mlp", data="digits"), ("analytic",))})
+    monkeypatch.setattr(auditing, "DEMO", {"gradient": (CaptureGradient(model="mlp", data="digits"), ("analytic",))})
     argv: dict[str, list[object]] = {
         "capture": ["capture", "gradient", "--model", "mlp", *DIGITS],
         "attack": ["attack", seen(captured, "mlp"), "--attack", "analytic", *DIGITS],

@@ -374,9 +374,9 @@ def test_folders_that_are_no_language_model(tmp_path: Path, refused: Run) -> Non
 
 def test_an_attack_on_pictures_names_those_on_texts(tmp_path: Path, captured: Path, refused: Run) -> None:
     said = refused("attack", seen(captured), "--attack", "dlg", "--out", tmp_path / "a")
-    assert "It recovers pictures, and the observed model takes texts. Attacks that do: dager." in said
+    assert "It recovers pictures, and the observed model takes texts. Attacks that do: dager, " in said
     said = refused("attack", seen(captured), "--attack", "past-the-rank", "--out", tmp_path / "a")
-    assert "an adapter, and what was released is a gradient. Attacks that do: dager." in said
+    assert "an adapter, and what was released is a gradient. Attacks that do: dager, " in said
 
 
 def test_secrets_of_another_kind(tmp_path: Path, captured: Path, ok: Run, refused: Run) -> None:

@@ -32,7 +32,7 @@ data = "digits"
 model = "mlp"
 pictures = 2
 first = 5
-noise = [0.0, 1.0]
+defense = [[], ["noise:1.0"]]
 
 [attacks.analytic]
 [attacks.inverting-gradients]
@@ -53,11 +53,16 @@ def test_a_file_is_every_combination(file: Path) -> None:
     assert sweep.name == "noise"
     assert len(settings) == (1 + 2) * 2 * 2  # attacks with their parameters, noise levels, pictures; seeds are cells
     assert [s.columns() for s in settings[:3]] == [
-        {"attack": "analytic", "noise": 0.0, "indices": "5"},
-        {"attack": "analytic", "noise": 0.0, "indices": "6"},
-        {"attack": "analytic", "noise": 1.0, "indices": "5"},
+        {"attack": "analytic", "defense": "none", "indices": "5"},
+        {"attack": "analytic", "defense": "none", "indices": "6"},
+        {"attack": "analytic", "defense": "noise:1.0", "indices": "5"},
     ]
-    assert settings[-1].columns() == {"attack": "inverting-gradients", "steps": 6, "noise": 1.0, "indices": "6"}
+    assert settings[-1].columns() == {
+        "attack": "inverting-gradients",
+        "steps": 6,
+        "defense": "noise:1.0",
+        "indices": "6",
+    }
     assert len(Plan(study=sweep.study(), out=Path("unused"), seeds=sweep.seeds).cells()) == 24
 
 
@@ -66,13 +71,15 @@ def test_from_the_command_line(file: Path, tmp_path: Path, capsys: pytest.Captur
     out = tmp_path / "out"
     assert main(["study", str(file), "--out", str(out)]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("analytic, noise 0.0: 100% of 4 recovered; analytic, noise 1.0: 0% of 4 recovered;")
+    assert said.startswith(
+        "analytic, defense none: 100% of 4 recovered; analytic, defense noise:1.0: 0% of 4 recovered;"
+    )
     made = record.read(out / "record.json")
     assert [row["samples"] for row in made["table"]] == [4] * 6
     assert made["table"][0]["psnr_db"] > 80
     assert made["table"][0]["recovered_low"] == pytest.approx(0.025**0.25)
     assert set(made["table"][0]) <= {
-        *("attack", "steps", "noise", "samples", "recovered", "recovered_low", "recovered_high"),
+        *("attack", "steps", "defense", "samples", "recovered", "recovered_low", "recovered_high"),
         *(
             f"{c}psnr_db{e}"
             for c in ("", "mean_image_", "nearest_public_", "wrong_observation_")
@@ -158,8 +165,8 @@ def test_texts_too(tmp_path: Path) -> None:
         ({"attacks": {}}, r"needs \[attacks.NAME\]"),
         ({"victim": None}, r"either \[victim\] or"),
         ({"victim": {"kind": "photograph"}}, "Unknown kind of victim 'photograph'"),
-        ({"victim": {"nose": 0.1}}, "no setting 'nose': did you mean noise"),
-        ({"victim": {"noise": "loud"}}, "cannot be so"),
+        ({"victim": {"defence": [["sign"]]}}, "no setting 'defence': did you mean defense"),
+        ({"victim": {"mode": "loud"}}, "cannot be so"),
         ({"victim": {"pictures": "all"}}, "are numbers of rows"),
         ({"victim": {"pictures": 10**9}}, "are numbers of rows"),
         ({"metrics": ["beauty"]}, "Unknown metric 'beauty'"),
@@ -201,6 +208,6 @@ def test_settings_are_plain(file: Path) -> None:
 
 def test_more_cells_than_anybody_runs_are_refused_without_listing_them() -> None:
     """Ten billion combinations: they would not fit into memory."""
-    victim = {**DIGITS, "pictures": 100_000, "noise": [i / 1e6 for i in range(100_000)]}
+    victim = {**DIGITS, "pictures": 100_000, "defense": [[f"noise:{i / 1e6}"] for i in range(100_000)]}
     with pytest.raises(BadInput, match="at most 100,000 cells a seed"):
         Sweep(victim=victim, attacks={"analytic": {}}).study()

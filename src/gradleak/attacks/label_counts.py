@@ -70,8 +70,10 @@ def label_counts(
     """Read the counts; steps: of the training of the reader, about a hundredth of a second each.
 
     Raises NotObserved where the number of samples is withheld, a defense or several steps stand between, no layer can be read, or
-    public samples are of fewer than two classes.
+    public samples are of fewer than two classes, or of classes that the model does not have.
     """
+    if int(public.labels.max()) >= observation.model.architecture.classes:
+        raise NotObserved("The public samples are of more classes than the model has: give data of the same kind.")
     seen = evidence(observation, public)
     counter = Counter.trained(seen, generator=generator, steps=steps)
     return LabelCounts(*counter(seen.total(observation)), seen.layers)

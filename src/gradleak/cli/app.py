@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold what no terminal can write
     try:
-        return run(argv)
+        return run(argv) or 0
     except BadInput as error:
         return complain(str(error))
     except (MemoryError, RuntimeError) as error:

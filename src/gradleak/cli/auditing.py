@@ -16,6 +16,7 @@ from gradleak.audit.loop import audit as run_audit
 from gradleak.audit.membership.audited import membership
 from gradleak.audit.membership.words import with_membership
 from gradleak.audit.plan import plan_of
+from gradleak.audit.privacy import mechanism_of
 from gradleak.audit.scoring import SCORING
 from gradleak.audit.verdict import judged
 from gradleak.audit.written import describe, finish, keep_shown, private, untried, written_audit
@@ -90,8 +91,11 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
     inputs = [*observed_files(args), *([args.secret] if args.secret else []), *samples]
     written = new_record("audit", args, {name: options[name] for name in attacks}, inputs)
     stream = sys.stderr if args.json else sys.stdout
+    mechanism_of(
+        observation, private := private_training(args)
+    )  # what contradicts the observation is told before anything runs
     about: dict[str, Any] = {
-        "told": private_training(args),
+        "told": private,
         "seed": args.seed,
         "device": args.device,
         "redact": args.redact,

@@ -6,8 +6,8 @@ from typing import Any
 
 from gradleak.report.record import Record, Result
 
-REMOVED = "(removed: it may name private data)"
-NAMING = "embeddings"  # flags of this name say private words
+REMOVED = "(removed: it names private data)"
+NAMING = ("embeddings", "labels", "labels_told")  # flags of these names say private words and labels
 
 
 def is_private(record: Record) -> bool:
@@ -21,7 +21,7 @@ def is_private(record: Record) -> bool:
 def redacted(record: Record) -> Record:
     """A copy of the record that may be handed on."""
     results = [without_data(row) for row in record["results"]]
-    said = {flag["sentence"] for row in record["results"] for flag in row["flags"] if flag["name"] == NAMING}
+    said = {flag["sentence"] for row in record["results"] for flag in row["flags"] if flag["name"] in NAMING}
     command = {
         **record["command"],
         "arguments": {k: without_place(v) for k, v in record["command"]["arguments"].items()},
@@ -49,7 +49,7 @@ def without_data(row: Result) -> Result:
     if "shown" in row:
         hashes = {name: [hashed(value) for value in values] for name, values in row["shown"].items()}
         copy |= {"shown": hashes, "media": "text/plain"}
-    copy["flags"] = [{**flag, "sentence": REMOVED} if flag["name"] == NAMING else flag for flag in row["flags"]]
+    copy["flags"] = [{**flag, "sentence": REMOVED} if flag["name"] in NAMING else flag for flag in row["flags"]]
     cleaned: Result = copy
     return cleaned
 

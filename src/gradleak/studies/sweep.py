@@ -10,7 +10,7 @@ A list stands for one value after another, all combinations of them; so does a l
     data = "digits"
     model = ["lenet", "mlp"]
     pictures = 20                  # the first twenty rows, each by itself; or indices = [[0], [1], ...]
-    noise = [0.0, 1e-4, 1e-3]      # a defense, as any other setting
+    defense = [[], ["noise:1e-4"], ["noise:1e-3"]]   # a list itself, like indices
 
     [attacks.inverting-gradients]  # its parameters
     steps = 300

@@ -81,7 +81,7 @@ def columns(setting: Any) -> Row:
 def word(value: Any) -> Any:
     """A value of a setting, as a table shows it."""
     if isinstance(value, list | tuple):
-        return " ".join(map(str, value))
+        return " ".join(map(str, value)) or "none"
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
