@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import trained
 from gradleak.attacks.attack import Effort
@@ -77,6 +77,18 @@ def test_the_operations_of_a_product_and_the_bytes_that_live_at_one_time_are_cou
     assert work.work_of(three_tensors).bytes == 2 * MIB
     known = torch.zeros(MIB)
     assert work.work_of(lambda: known.view(2, -1).T).bytes == 0  # nothing was made
+
+
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.weight_norm])
+def test_gradients_of_gradients_of_parametrised_layers_are_counted(norm: Any) -> None:
+    """Torch's record of modules hooks into such layers in a way that a gradient of a gradient does not survive."""
+    layer, x = norm(nn.Linear(8, 4)).eval(), torch.rand(2, 8, requires_grad=True)
+
+    def twice() -> None:
+        [first] = torch.autograd.grad(layer(x).sigmoid().sum(), x, create_graph=True)
+        torch.autograd.grad(first.square().sum(), x)
+
+    assert work.work_of(twice).operations >= 3 * 2 * 2 * 8 * 4  # forth, back, and back through that
 
 
 def test_rows_side_by_side_fit_into_the_room(monkeypatch: pytest.MonkeyPatch) -> None:

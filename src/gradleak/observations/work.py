@@ -63,10 +63,22 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now -= size
 
 
+class _NoModules:
+    """In place of torch's record of which module runs, whose hooks fail in gradients of parametrised layers (spectral or weight norm)."""
+
+    parents = ("Global",)
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
 def work_of(function: Callable[[], Any], device: torch.device | None = None) -> Work:
     """What one call of a function takes."""
     clock = time.process_time if device is None or device.type == "cpu" else time.perf_counter
-    with FlopCounterMode(display=False) as operations, _Live() as live:
+    counter: Any = FlopCounterMode(display=False)
+    counter.mod_tracker = _NoModules()
+    with counter as operations, _Live() as live:
         began = clock()
         function()
         seconds = clock() - began
