@@ -940,6 +940,29 @@ def test_every_level_has_its_words_and_its_colour(level: str) -> None:
     assert colours == ({colour} if colour else set())
 
 
+@pytest.mark.parametrize("level", get_args(Level))
+def test_every_level_says_what_to_do(level: str) -> None:
+    """Nothing that was found, or not found, is called safe; only what is not in the release needs nothing."""
+    text = Page(render(of_level(level, make_result("dlg")))).text
+    said = text.partition("What to do:")[2][:300]
+    assert {
+        "recovered": "Do not share it as it is",
+        "partial": "Do not share it as it is",
+        "members": "Do not share it with anybody who may hold such samples",
+        "nothing": "Do not take it for safe",
+        "absent": "Nothing, as long as",
+        "unscored": "Nothing yet",
+        "void": "Mend what the checks name",
+    }[level] in said
+    assert ("differentially private" in said) == (level in ("recovered", "partial", "members"))
+
+
+def test_a_study_gives_no_advice() -> None:
+    record = make_record()
+    record["table"] = [{"attack": "dlg", "psnr_db": 30.0}]
+    assert "What to do" not in render(record)
+
+
 def test_void_is_striking_without_colour() -> None:
     html = render(of_level("void"))
     assert "repeating-linear-gradient" in declarations(html, "void")

@@ -24,6 +24,18 @@ LEVELS = {
     "unscored": "Not scored",
     "void": "Void: these numbers mean nothing",
 }
+PRIVATELY = (
+    "Rounding, pruning and merging hide little; differentially private training bounds every attack. Then audit again."
+)
+WHAT_TO_DO = {
+    "recovered": f"Do not share it as it is. {PRIVATELY}",
+    "partial": f"Do not share it as it is. {PRIVATELY}",
+    "members": f"Do not share it with anybody who may hold such samples, and learn from it whose they are. {PRIVATELY}",
+    "nothing": "Do not take it for safe. Try what was not tried; if you hold the training data, ask with --members which samples it tells.",
+    "absent": "Nothing, as long as nobody sees more than is said below.",
+    "unscored": "Nothing yet: with the truth at hand, or with --members and --non-members, it can be said what leaked.",
+    "void": "Mend what the checks name, and run again. Share nothing on the strength of these numbers.",
+}
 OUTCOMES = {  # of what was observed
     "solved": "explains all",
     "close": "explains most",
