@@ -702,8 +702,15 @@ def test_outputs_without_logits_and_inputs_beside_pictures() -> None:
             logits: Tensor = self.net(images) + age
             return logits
 
-    with pytest.raises(BadInput, match="holds the rest fixed"):
+    with pytest.raises(BadInput, match=r"register_forward_pre_hook\(lambda _, given: \(\*given, rest\)\)"):
         model_of(Two()).check_works()
+    module = Two()
+    module.register_forward_pre_hook(lambda _, given: (*given, torch.tensor(0.4)))
+    model_of(module).check_works()
+    released = gradient_of(module, [7])
+    [done] = audit(seen(released, module, 1), {"analytic": Analytic()}, None)
+    assert done.reconstruction is not None
+    assert float((done.reconstruction.value - DIGITS.images[[7]]).abs().max()) < 1e-3
 
 
 def lazy(shape: tuple[int, int, int], classes: int) -> nn.Module:

@@ -124,7 +124,7 @@ class Model(Generic[A]):
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             why = shortened(str(error))
             if "required positional argument" in why:
-                why += ": it wants more than the data. Wrap it in a module that is given these alone and holds the rest fixed."
+                why += ": it wants more than the data. Add what is known where the model is made: module.register_forward_pre_hook(lambda _, given: (*given, rest))."
             raise BadInput(f"The model {self.architecture.name} fails on these data: {why}") from error
         if not bool(logits.isfinite().all()):
             raise BadInput(f"The model {self.architecture.name} gives logits that are NaN or infinite.")
