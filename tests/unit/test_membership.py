@@ -401,6 +401,9 @@ def test_texts_of_files(tmp_path: Path) -> None:
         (tmp_path / "d.jsonl").write_text(text)
         with pytest.raises(BadInput, match=reason):
             load_texts(tmp_path / "d.jsonl")
+    (tmp_path / "d.txt").write_text("\n \n")
+    with pytest.raises(BadInput, match=r"d.txt holds no texts"):
+        load_texts(tmp_path / "d.txt")
     (tmp_path / "d.jsonl").write_text('{"text": "a", "label": "good"}\n')
     with pytest.raises(BadInput, match="whole numbers"):
         load_texts(tmp_path / "d.jsonl")

@@ -29,6 +29,8 @@ def read_text_file(path: Path) -> tuple[list[str], list[int], int, bool]:
         with path.open(encoding="utf-8", newline="") as file:
             if path.suffix.lower() == ".txt":
                 texts = [line.strip() for line in file if line.strip()]
+                if not texts:
+                    raise BadInput(f"{path} holds no texts.")
                 return texts, [0] * len(texts), 2, False
             table: Iterable[Any] = csv.DictReader(file) if path.suffix.lower() == ".csv" else map(json.loads, file)
             return columns([*table], path)
