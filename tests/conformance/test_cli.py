@@ -70,19 +70,6 @@ class Guess:
 
 
 @pytest.fixture
-def ok(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command that must succeed; returns what it printed."""
-
-    def run(*argv: object) -> str:
-        code = main([str(part) for part in argv])
-        printed = capsys.readouterr()
-        assert (code, printed.err) == (0, "")
-        return printed.out
-
-    return run
-
-
-@pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     """Run a command that must end with exit code 2 and one line, and write nothing; returns the line."""
 

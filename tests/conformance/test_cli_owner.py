@@ -29,33 +29,6 @@ from trained import tokenizer
 Run = Callable[..., str]
 
 
-@pytest.fixture
-def ok(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command that must succeed; returns what it printed."""
-
-    def run(*argv: object) -> str:
-        code = main([str(part) for part in argv])
-        printed = capsys.readouterr()
-        assert (code, printed.err) == (0, "")
-        return printed.out
-
-    return run
-
-
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command that must end with exit code 2 and one line, which is returned."""
-
-    def run(*argv: object) -> str:
-        assert main([str(part) for part in argv]) == 2
-        printed = capsys.readouterr()
-        assert printed.out == ""
-        assert len(printed.err.splitlines()) == 1
-        return printed.err
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small GPT-2 at its start."""

@@ -34,33 +34,6 @@ Run = Callable[..., str]
 TRUTH = load_texts("embedded", indices=[0, 3]).texts
 
 
-@pytest.fixture
-def ok(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command that must succeed; returns what it printed."""
-
-    def run(*argv: object) -> str:
-        code = main([str(part) for part in argv])
-        printed = capsys.readouterr()
-        assert (code, printed.err) == (0, "")
-        return printed.out
-
-    return run
-
-
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command that must end with exit code 2 and one line, which is returned."""
-
-    def run(*argv: object) -> str:
-        assert main([str(part) for part in argv]) == 2
-        printed = capsys.readouterr()
-        assert printed.out == ""
-        assert len(printed.err.splitlines()) == 1
-        return printed.err
-
-    return run
-
-
 def folder_of(path: Path, kind: Kind, task: Task, layers: int = 2) -> Path:
     """A small transformer as save_pretrained leaves it, freshly initialised."""
     tokenizer = train_tokenizer(load_texts("embedded", "train").texts, kind, size=420)

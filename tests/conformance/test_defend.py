@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gradleak.cli.app import main
 from gradleak.cli.defend import truncated
 from gradleak.cli.inputs import file_hash
 from gradleak.formats.observation_file import load_observation
@@ -17,29 +16,6 @@ from gradleak.report import record
 
 Run = Callable[..., str]
 DIGITS = ("--data", "digits")
-
-
-@pytest.fixture
-def ok(capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*argv: object) -> str:
-        code = main([str(part) for part in argv])
-        printed = capsys.readouterr()
-        assert (code, printed.err) == (0, "")
-        return printed.out
-
-    return run
-
-
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*argv: object) -> str:
-        assert main([str(part) for part in argv]) == 2
-        printed = capsys.readouterr()
-        assert printed.out == ""
-        assert len(printed.err.splitlines()) == 1
-        return printed.err
-
-    return run
 
 
 @pytest.fixture

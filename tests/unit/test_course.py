@@ -60,8 +60,9 @@ def orders_of_torch(kind: Shuffler, count: int, size: int, seed: int, epochs: in
     """The rows of each step, as the libraries themselves draw them."""
     rows: Any = list(range(count))
     if kind == "accelerate":
-        sampler_of = pytest.importorskip("accelerate.data_loader").SeedableRandomSampler
-        sampler = sampler_of(rows, data_seed=seed)
+        from accelerate.data_loader import SeedableRandomSampler  # PEFT needs accelerate: it is there
+
+        sampler = SeedableRandomSampler(rows, data_seed=seed)
         every = [list(sampler) for _ in range(epochs)]  # it counts its epochs itself
         return [order[i : i + size] for order in every for i in range(0, count, size)]
     generator = torch.Generator().manual_seed(seed) if kind == "loader" else None
