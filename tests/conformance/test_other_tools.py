@@ -115,6 +115,18 @@ def test_names_as_tools_leave_them(plain: Path, tmp_path: Path, tool: str) -> No
     check(copied(plain, tmp_path / "a", NAMES[tool]))
 
 
+def test_factors_of_a_head_that_peft_wrapped_twice(plain: Path, tmp_path: Path) -> None:
+    """LoRA on a classifier that PEFT also keeps as a module to save: the same factors under two names, and a third time as they began."""
+    folder = copied(plain, tmp_path / "a")
+    tensors = load_file(folder / WEIGHTS)
+    for name, tensor in list(tensors.items()):
+        if ".fc2." in name:
+            for wrapper, kept in (("modules_to_save", tensor.clone()), ("original_module", torch.zeros_like(tensor))):
+                tensors[name.replace(".fc2.", f".fc2.{wrapper}.")] = kept
+    save_file(tensors, folder / WEIGHTS)
+    check(folder)
+
+
 def test_the_output_of_axolotl_and_unsloth(plain: Path, tmp_path: Path) -> None:
     """Settings that PEFT does not know, a model card, and checkpoints inside the folder of the adapter itself."""
     more: dict[str, Any] = {

@@ -174,7 +174,13 @@ def read_files(path: Path) -> AdapterFiles:
 
 def _sorted(path: Path, config: Config | None, tensors: Tensors, file: Path) -> AdapterFiles:
     """The tensors by the part that they play."""
-    names = {key: _plain(key) for key in tensors}
+    plain = {key: _plain(key) for key in tensors if "original_module" not in key.split(".")}
+    names = {key: WHOLE.sub("", name) for key, name in plain.items()}
+    known = {
+        name for key, name in plain.items() if names[key] == name
+    }  # PEFT saves what it has wrapped under both names
+    names = {key: name for key, name in names.items() if plain[key] == name or name not in known}
+    tensors = {key: tensors[key] for key in names}
     for pattern, kind in UNREAD.items():
         if odd := next(
             (k for k, n in names.items() if re.search(rf"(^|\.)({pattern})", n.removesuffix(".weight"))), None
@@ -202,8 +208,8 @@ def _sorted(path: Path, config: Config | None, tensors: Tensors, file: Path) -> 
             files.tokens[match["module"]] = tensor.float()
         elif match := BIAS.fullmatch(name):
             files.biases[match["module"]] = tensor.float()
-        elif "original_module" not in name.split("."):
-            files.whole[WHOLE.sub("", name)] = tensor
+        else:
+            files.whole[name] = tensor
     narrowest = min((tensor.dtype for tensor in kept), key=lambda dtype: dtype.itemsize, default="float32")
     return AdapterFiles(**{**vars(files), "precision": str(narrowest).removeprefix("torch.")})
 
