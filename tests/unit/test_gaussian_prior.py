@@ -103,4 +103,5 @@ def test_denoised_is_the_posterior_mean() -> None:
         expected = prior.mean.flatten() + covariance @ torch.linalg.solve(seen, (image - prior.mean).flatten())
         assert torch.allclose(denoised.flatten(), expected, atol=1e-9)
         assert torch.allclose(prior.denoise(image[None], s)[0], denoised, atol=1e-12)
-    assert prior.denoise(noisy.float(), sigma).dtype == torch.float32 and prior.shape == (2, 4, 3)
+    assert prior.denoise(noisy.float(), sigma).dtype == torch.float32
+    assert prior.shape == (2, 4, 3)
