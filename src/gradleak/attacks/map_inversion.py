@@ -107,7 +107,9 @@ class MapInversion:
             return (mean + z.view(batch, -1) @ F).view(batch, *shape)
 
         def objective(z: Tensor, y: Tensor, released: Tensors, variance: Tensor, weight: Tensor) -> Tensor:
-            precision = 1 / (variance + weight * len(variance) / batch)  # (L,); of z = 0 it is the misfit, up to weights
+            precision = 1 / (
+                variance + weight * len(variance) / batch
+            )  # (L,); of z = 0 it is the misfit, up to weights
             return (precision @ errors(seen.simulate(pictures(z), y), released) + z.square().sum()) / precision.sum()
 
         if self.start is None:
