@@ -13,14 +13,14 @@ from gradleak.errors import BadInput, shortened
 from gradleak.formats.adapter_files import is_adapter_file, located_adapter
 from gradleak.formats.defended_adapter import chosen_of
 from gradleak.formats.merged_weights import is_model, read_model_and_base
-from gradleak.formats.model_folder import located
+from gradleak.formats.model_folder import folder_of, located
 from gradleak.formats.observation_file import check_provenance, has_provenance, load_observation
 from gradleak.formats.own_arrays import kind_of
 from gradleak.formats.peft import base_of, read_adapter_and_base
 from gradleak.formats.plain_file import (
-    has_folder,
     known_language_model,
     known_network,
+    language_folder_of,
     read_change,
     read_release,
     read_weights,
@@ -85,11 +85,11 @@ def observed_plain(args: flags.Observed, path: Path | None) -> Observation[Any]:
     of_update = ("after",) if args.lr is None and update else OF_UPDATES if update else ()
     if args.before is not None and args.weights is not None:
         raise BadInput("--before and --weights say the same: the parameters before training. Give one of them.")
-    if has_folder(name):
+    if (folder := language_folder_of(name)) is not None:
         refuse_others(
             args, "a plain file of a language model", ("model", "task", "batch_size", "weights", "before", *of_update)
         )
-        model = known_language_model(Path(name), args.task or "classification", before)
+        model = known_language_model(folder, args.task or "classification", before)
         batch = batch or 1
     else:
         files = OF_FILES if before or update else ()
@@ -229,7 +229,8 @@ def observed_files(args: flags.Observed) -> list[Path]:
     """The files that the observation was read from, of a folder those in it, and what it needed beside: weights, a base model, the
     adapter before training."""
     given = (args.observation, args.after, args.before, args.weights)
-    beside = [Path(path).expanduser() for path in (*given, args.base, args.initial, args.model) if path is not None]
+    beside = [Path(path).expanduser() for path in (*given, args.base, args.initial) if path is not None]
+    beside += [] if args.model is None or (folder := folder_of(args.model)) is None else [folder]
     if args.observation is not None and is_of_adapter(args.observation):
         seen = located_adapter(args.observation)
         beside += [seen, located(base_of(seen, args.base))]
