@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from gradleak.formats.secret_file import Secret
 from gradleak.formats.shown_files import save_shown
 from gradleak.observations.mechanism import Mechanism
 from gradleak.observations.observation import Observation
+from gradleak.observations.remedies import remedies
 from gradleak.report import html, record, summary
 from gradleak.report.redaction import redacted
 from gradleak.report.sheet import save_sheet
@@ -67,10 +69,13 @@ def untried(observation: Observation[Any], attacks: Collection[str]) -> list[str
 
 
 def describe(written: record.Record, observation: Observation[Any], name: str) -> None:
-    """Put an observation's threat model into the record, and how its metrics and controls are called."""
+    """Put an observation's threat model into the record, which changes would help, and how its metrics and controls are called."""
     title = name or observation.release.name
     rows = [{"observation": title, **row} for row in observation.threat_model()]
-    metrics, controls = legend(SCORING[observation.model.architecture.modality])
+    modality = observation.model.architecture.modality
+    metrics, controls = legend(SCORING[modality])
+    changes: Any = [asdict(remedy) for remedy in remedies(observation.release.name, modality)]
+    written["remedies"] = {**written.get("remedies", {}), title: changes}
     others = [row for row in written["threat_model"] if row.get("observation") != title]
     written["threat_model"] = [*others, *rows]  # type: ignore[list-item]
     written["metrics"] = {**written.get("metrics", {}), **metrics}

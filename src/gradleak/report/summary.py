@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from gradleak.report.numbers import LEVELS, Legend, mean, present
+from gradleak.report.numbers import Legend, mean, present
 from gradleak.report.record import Record, Result
+from gradleak.report.words import LEVELS
 
 FILES = ("summary.json", "summary.md", "junit.xml", "results.sarif")
 MEMBERSHIP = ("members", "fresh", "best", "scores", "certificate", "verdict", "sentence")
