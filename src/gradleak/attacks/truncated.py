@@ -39,7 +39,6 @@ def with_truncation_undone(
     for module in adapter.scaling:
         a, b = f"{module}.lora_A", f"{module}.lora_B"
         factors[a], factors[b] = untruncated(ended[a], ended[b], start[a])
-        factors[a] = start[a] if adapter.frozen_a else factors[a]
     nothing = {name: torch.zeros_like(tensor) for name, tensor in factors.items()}
     release, changes = replace(adapter, start=factors).begun(nothing, start, origin, seed)
     return replace(observation, release=release, released=changes)

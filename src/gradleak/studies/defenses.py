@@ -25,6 +25,7 @@ from gradleak.observations.defenses import Defense
 from gradleak.observations.model import Model, PictureModel
 from gradleak.observations.observation import PictureObservation
 from gradleak.observations.private_step import ClippedNoise
+from gradleak.observations.releases import Gradient
 from gradleak.observations.training import Recipe
 from gradleak.studies.data_sets import blueprint, rows_of, shrunk, unseen
 from gradleak.studies.findings import Findings
@@ -42,31 +43,28 @@ NONE, UTILITY, GRADIENT, ADAPTER = "none", "training", "gradient", "adapter"
 SMOKE = {(GRADIENT, 1): (NONE, "top-k:0.1", "dp-sgd:1:0.8")}
 EVERY = {  # by what is shared, of how many pictures
     (GRADIENT, 1): (
-        *(NONE, "relative-noise:0.1", "relative-noise:1", "dp-sgd:1:0.1", "dp-sgd:1:0.8", "top-k:0.1", "top-k:0.01"),
-        *("sign", "bits:16", "bits:8", "bits:4", "bits:2", "qsgd:4", "soteria:0.5"),
+        *(NONE, "dp-sgd:1:0.8", "top-k:0.1", "bits:8", "sign", "relative-noise:0.1", "bits:4", "soteria:0.5"),
+        *("qsgd:4", "top-k:0.01", "bits:2", "dp-sgd:1:0.1", "relative-noise:1", "bits:16"),
     ),
     (GRADIENT, 4): (NONE, "clients:4", "mix-up:0.7"),
     (ADAPTER, 1): (NONE, "frozen-a", "lora-dropout:0.3", "svd:2", "relative-noise:0.1", "bits:8"),
 }
+LEFT_OUT = ("dp-sgd:1:0.1", "relative-noise:1", "bits:16")  # but at paper size
 BY = {
     GRADIENT: ("analytic", "recursive", "dlg", "idlg", "inverting-gradients", "map-inversion"),
-    ADAPTER: ("inverting-gradients", "map-inversion", "activation-patterns", "unmixing"),
+    ADAPTER: ("inverting-gradients", "activation-patterns"),
 }
-CHEAP = ("analytic", "recursive", "unmixing")
-ADDED = ("relative-noise", "qsgd")  # what searches do with them is the same, known or not: their mean is zero
-COUNTS = {"smoke": 2, "small": 8, "paper": 100}  # private pictures
+UNAWARE = ("analytic", "inverting-gradients")  # of the attacks, those that are tried without the knowledge
+BATCHES = {"smoke": 2, "small": 3, "paper": 100}  # private ones
 TRAINING = {"smoke": (200, 2), "small": (1_000, 5), "paper": (10_000, 10)}  # pictures, epochs
-EFFORT: dict[Size, dict[str, dict[str, Any]]] = {  # less than what is usual
-    "smoke": {},
-    "small": {
-        "dlg": {"evaluations": 150, "rounds": 1, "round_evaluations": 50, "restarts": 1},
-        "idlg": {"evaluations": 150, "rounds": 1, "round_evaluations": 50, "restarts": 1},
-        "inverting-gradients": {"steps": 200},
-        "map-inversion": {"evaluations": 20, "pairs": 200},
-    },
-    "paper": {},
+DLG: dict[str, Any] = {"evaluations": 60, "rounds": 0, "restarts": 1}
+SMALLER: dict[str, dict[str, Any]] = {  # efforts than are usual, but at paper size
+    "dlg": DLG,
+    "idlg": DLG,
+    "inverting-gradients": {"steps": 100},
+    "map-inversion": {"evaluations": 8, "pairs": 100},
 }
-ADAPTED = Recipe(optimizer="sgd", learning_rate=0.01, steps=5)
+ADAPTED = Recipe(optimizer="sgd", learning_rate=0.01, steps=2)
 TUNING = Recipe(optimizer="adamw", learning_rate=3e-3, steps=100, batch_size=50)
 RANK = 8
 
@@ -87,11 +85,12 @@ def settings(data: str, size: Size) -> Iterator[Setting]:
     """Every defense: what it costs, then every attack that knows it, and that does not."""
     for (shared, batch), defenses in (SMOKE if size == "smoke" else EVERY).items():
         for defense in defenses:
+            if size == "small" and defense in LEFT_OUT:
+                continue
             yield Setting(defense, shared, batch, UTILITY)
-            for attack in ("analytic", "inverting-gradients") if size == "smoke" else BY[shared]:
+            for attack in UNAWARE if size == "smoke" else BY[shared]:
                 yield Setting(defense, shared, batch, attack)
-                other = attack in CHEAP or not defense.startswith(ADDED)
-                if defense != NONE and size != "smoke" and other:
+                if defense != NONE and size != "smoke" and (attack in UNAWARE or size == "paper"):
                     yield Setting(defense, shared, batch, attack, knows=False)
 
 
@@ -101,21 +100,36 @@ def cell(setting: Setting, bench: Bench) -> Result:
     architecture = Architecture("mlp", shape, classes)
     if setting.attack == UTILITY:
         return Result(trained(architecture, setting.shared, names, bench), notes=(shrunk(shape, "smoke"),))
-    pictures = unseen(bench.data, FIRST, COUNTS[bench.size], shape)
+    pictures = unseen(bench.data, FIRST, setting.batch * BATCHES[bench.size], shape)
     public = public_pool(bench.data, "train", shape=shape, limit=500)
-    effort = EFFORT[bench.size].get(setting.attack, {})
-    blind, recovered = public.images.mean(0), list[Tensor]()
-    for number, first in enumerate(range(0, len(pictures.labels) - setting.batch + 1, setting.batch)):
-        model, private = base_of(architecture, setting, bench, number), rows_of(pictures, first, setting.batch)
-        seen = shared_of(model, private, setting, names, bench.seed + number)
-        attack, found = ATTACKS[setting.attack](**effort), blind[None]
-        attack = attack.prepared(seen, public, generator=torch.Generator()) if hasattr(attack, "prepared") else attack
-        with suppress(NotObserved):  # what cannot be read is answered with the mean picture
-            found = attack(seen, generator=torch.Generator().manual_seed(bench.seed)).value
-        found = torch.cat([found.nan_to_num().clamp(0, 1), blind.expand(setting.batch, *shape)])
-        recovered.append(found[metrics.match(found, private.images)])
+    model, blind = base_of(architecture, setting.shared, bench), public.images.mean(0)
+    private = [rows_of(pictures, first, setting.batch) for first in range(0, len(pictures.labels), setting.batch)]
+    seen = [shared_of(model, each, setting, names, bench.seed + number) for number, each in enumerate(private)]
+    recovered = list[Tensor]()
+    for found, true in zip(attacked(setting.attack, seen, public, bench), private, strict=True):
+        filled = torch.cat([found.nan_to_num().clamp(0, 1), blind.expand(setting.batch, *shape)])
+        recovered.append(filled[metrics.match(filled, true.images)])
     rows = compared(torch.cat(recovered), pictures.images, blind, public.images[:99])
     return Result(samples=rows, notes=(shrunk(shape, "smoke"),))
+
+
+def attacked(name: str, seen: Sequence[PictureObservation], public: Pictures, bench: Bench) -> list[Tensor]:
+    """What an attack finds of each observation of one model, (n, channel, height, width), n = 0 where it cannot read it; side by side where
+    that can be."""
+    attack, generator = ATTACKS[name](**({} if bench.size == "paper" else SMALLER.get(name, {}))), torch.Generator()
+    attack = attack.prepared(seen[0], public, generator=generator) if hasattr(attack, "prepared") else attack
+    alike = isinstance(seen[0].release, Gradient) and not any(d.reads for o in seen for d in o.defenses or ())
+    nothing = public.images[:0]
+    with suppress(NotObserved):
+        if alike and hasattr(attack, "many"):
+            return [found.value for found in attack.many(seen, generator=generator.manual_seed(bench.seed))]
+    results = list[Tensor]()
+    for one in seen:
+        try:
+            results.append(attack(one, generator=generator.manual_seed(bench.seed)).value)
+        except NotObserved:
+            results.append(nothing)
+    return results
 
 
 def shaped(bench: Bench) -> tuple[tuple[int, int, int], int]:
@@ -123,11 +137,11 @@ def shaped(bench: Bench) -> tuple[tuple[int, int, int], int]:
     return blueprint(bench.data, "paper" if bench.size == "paper" else "smoke")
 
 
-def base_of(architecture: Architecture, setting: Setting, bench: Bench, number: int) -> PictureModel:
-    """A fresh model for each gradient; for adapters one that was trained on public pictures."""
-    if setting.shared == ADAPTER:
+def base_of(architecture: Architecture, shared: str, bench: Bench) -> PictureModel:
+    """A fresh model; for adapters one that was trained on public pictures."""
+    if shared == ADAPTER:
         return pretrained(architecture, bench)
-    return Model.of(architecture.build(bench.seed + number), architecture)
+    return Model.of(architecture.build(bench.seed), architecture)
 
 
 @cache
@@ -166,7 +180,7 @@ def trained(architecture: Architecture, shared: str, names: Sequence[str], bench
             )
         model = replace(model, parameters={**model.parameters, **(seen.after() or {})})
         return {"accuracy": accuracy(model, test), "epsilon": None, "privacy": "none: no accountant"}
-    model = Model.of(architecture.build(bench.seed), architecture)
+    model = base_of(architecture, shared, bench)
     model = train_behind(model, rows_of(public, 0, count), defenses, epochs=epochs, seed=bench.seed)
     return {"accuracy": accuracy(model, test), **proven(defenses, epochs)}
 
