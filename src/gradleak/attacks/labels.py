@@ -20,8 +20,9 @@ from gradleak.observations.observation import PictureObservation
 
 
 def known_or_recovered(observation: PictureObservation) -> Tensor:
-    """The labels of the observation, or the recovered ones: (batch,) int64. Raises NotObserved."""
-    return observation.labels if observation.labels is not None else recover_labels(observation)
+    """The labels of the observation, or those read with public data, or recovered ones: (batch,) int64. Raises NotObserved."""
+    known = observation.read_labels if observation.labels is None else observation.labels
+    return recover_labels(observation) if known is None else known
 
 
 def recover_labels(observation: PictureObservation) -> Tensor:
