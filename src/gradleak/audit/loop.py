@@ -79,7 +79,8 @@ def audit(
     decoys, rest = (None, None) if public is None else scoring.split(public)
     mechanism = privacy.mechanism_of(observation, told)
     general = [*check_observation(observation), *privacy.of_observation(observation, mechanism, secret, decoys)]
-    general += labels_told(observation, rest, secret, seed)
+    observation, told_labels = labels_told(observation, rest, secret, seed)
+    general += told_labels
     if secret is not None:
         general += replay(observation, secret.inputs, secret.labels)
         general += information(observation, secret.inputs, secret.labels, "at the truth") if bound else []
