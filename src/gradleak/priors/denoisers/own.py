@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gradleak.errors import BadInput
-from gradleak.priors.denoisers.files import diffusers, read_tensors
+from gradleak.priors.denoisers.files import diffusers, part_of, read_tensors
 from gradleak.priors.gaussian import cosines
 
 GAUSSIAN = "gaussian.safetensors"
@@ -77,7 +77,9 @@ class TrainedDenoiser(nn.Module):
                 f"Pictures of {height}x{width} pixels do not fold 2x2: take pictures with even sides (--shape)."
             )
         size = height // UNFOLDED, width // UNFOLDED
-        halvings = next(k for k in range(len(WIDTHS)) if k + 1 == len(WIDTHS) or any(side % 2 ** (k + 1) for side in size))
+        halvings = next(
+            k for k in range(len(WIDTHS)) if k + 1 == len(WIDTHS) or any(side % 2 ** (k + 1) for side in size)
+        )
         widths = WIDTHS[: halvings + 1]
         unet = diffusers().UNet2DModel(
             sample_size=size,
@@ -102,8 +104,7 @@ class TrainedDenoiser(nn.Module):
         channel = held["colour"].shape if "colour" in held else ()
         if set(held) != {"colour", "mixes", "power"} or len(channel) != 1 or held["mixes"].shape != channel * 2:
             raise BadInput(f"{folder / GAUSSIAN} is not the Gaussian of a trained denoiser.")
-        unet = diffusers().UNet2DModel.from_pretrained(folder, subfolder="unet", use_safetensors=True)
-        return cls(Stationary(**held), unet).eval().requires_grad_(False)
+        return cls(Stationary(**held), part_of(folder / "unet", ("UNet2DModel",))).eval().requires_grad_(False)
 
     def save(self, folder: Path) -> None:
         """Write the network in diffusers' own format (model_index.json, unet, scheduler), and the Gaussian beside it."""

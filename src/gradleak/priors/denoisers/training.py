@@ -61,7 +61,9 @@ def train(
     generator, begun = torch.Generator(), time.process_time() - at.seconds
     written = at.seconds
     while at.seconds < 60 * minutes:
-        generator.manual_seed(seed + 1_000_003 * (at.steps + 1))  # a training that goes on draws what it would have drawn
+        generator.manual_seed(
+            seed + 1_000_003 * (at.steps + 1)
+        )  # a training that goes on draws what it would have drawn
         loss = step_loss(denoiser, images, generator)
         denoiser.unet.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
