@@ -31,7 +31,7 @@ SIDE, MIDDLE, CELLS = (
 )  # pixels that a picture is brought to, of them those that are looked at, and cells of these
 FINE, COARSE = 13, 7  # waves of at most so many half-cycles, down and across together
 CLOSEST = 8  # pictures that are compared finely
-SAME = 0.7  # scalar product of fingerprints from which on two pictures are near-duplicates
+SAME = 0.9  # scalar product of fingerprints from which on two pictures are near-duplicates
 SHIFTS, ZOOMS = (-3.0, -1.5, 0.0, 1.5, 3.0), (0.875, 1.0, 1.125)
 
 

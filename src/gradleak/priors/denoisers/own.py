@@ -9,7 +9,7 @@ F is a UNet2DModel of diffusers on 2x2 pixels folded into channels (FFDNet, Zhan
 """
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import msgspec
 import torch
@@ -101,7 +101,7 @@ class TrainedDenoiser(nn.Module):
             add_attention=False,
         )
         for name, weight in unet.named_parameters():  # every residual begins at zero
-            if name.endswith(("conv2.weight", "conv_out.weight")):
+            if name.endswith("conv2.weight") or name.startswith("conv_out."):
                 nn.init.zeros_(weight)
         return cls(Stationary.fit(images), unet)
 
