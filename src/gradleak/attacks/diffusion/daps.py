@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gradleak.attacks.attack import Effort, check_sees
-from gradleak.attacks.diffusion.problem import Problem, counted, geometric
+from gradleak.attacks.diffusion.problem import Problem, counted, effort, geometric
 from gradleak.attacks.map_inversion import MapInversion
 from gradleak.attacks.reconstruction import Reconstruction
 from gradleak.attacks.search.descend import OnStep, evaluated, rowwise
@@ -66,6 +66,10 @@ class DAPS:
         """With a Gaussian of public pictures, where none was given and they are enough."""
         return self if self.gaussian is not None else replace(self, gaussian=GaussianPrior.of_public(public.images))
 
+    def effort(self, observation: PictureObservation) -> Effort:
+        """The search under the Gaussian, and the evaluations of each sample."""
+        return effort(observation, self.levels * self.evaluations, max(self.samples, 2))
+
     def __call__(
         self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
     ) -> Reconstruction:
@@ -89,14 +93,12 @@ class DAPS:
             return problem.unlikely(coloured(u, mean, deviation), *given) + (u - drawn).square().sum() / 2
 
         def coloured(u: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:  # (batch * pixels,) -> (batch, channel, height, width)
-            gain = lambda variance: (variance * sigma**2 / (variance + sigma**2)).sqrt()  # noqa: E731
-            return mean + gaussian.filtered(u.view_as(mean), gain)
+            return mean + gaussian.filtered(u.view_as(mean), lambda variance: 1 / whitening(sigma, variance))
 
         evaluate = None
         for level, sigma in enumerate(geometric(self.noisiest, self.cleanest, self.levels)):
             mean = problem.denoised(x + sigma * opposite(x), sigma)
-            whiten = lambda variance: ((variance + sigma**2) / (variance * sigma**2)).sqrt()  # noqa: B023, E731
-            u = gaussian.filtered((x - mean).flatten(0, 1), whiten).view(len(x), -1)
+            u = problem.filtered(x - mean, partial(whitening, sigma)).flatten(1)
             told = {
                 name: t + (problem.size[:, i] * problem.variance[:, i]).sqrt().view(-1, *[1] * (t.dim() - 1)) * opposite(t)
                 for i, (name, t) in enumerate(problem.released.items())
@@ -110,3 +112,8 @@ class DAPS:
         samples = x.view(len(observations), 2 * pairs, *x.shape[1:])
         done = self.levels * self.evaluations * 2 * pairs
         return problem.answers(samples.mean(1), done, samples.std(1, correction=0))
+
+
+def whitening(sigma: float | Tensor, variance: Tensor) -> Tensor:
+    """1 / the deviation of what has this variance, and was seen with noise of deviation sigma."""
+    return ((variance + sigma**2) / (variance * sigma**2)).sqrt()

@@ -1,12 +1,13 @@
 """What the solvers of this folder share: rows of pictures to find, how likely a release makes them, and where they begin."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from gradleak.attacks.attack import Effort
 from gradleak.attacks.map_inversion import PRIOR_WEIGHTS, MapInversion
 from gradleak.attacks.reconstruction import Reconstruction, outcome_of
 from gradleak.attacks.search.descend import OnStep, stack
@@ -88,6 +89,10 @@ class Problem:
         """What `unlikely` takes besides pictures, of all rows."""
         return self.y, self.released, self.size, self.variance
 
+    def filtered(self, images: Tensor, gain: Callable[[Tensor], Tensor]) -> Tensor:
+        """gain(C) images, of the Gaussian's covariance C: (K, batch, channel, height, width)."""
+        return self.gaussian.filtered(images.flatten(0, 1), gain).view_as(images)
+
     def denoised(self, images: Tensor, sigma: float) -> Tensor:
         """(K, batch, channel, height, width) with white noise of this deviation -> the expected clean ones."""
         flat = images.flatten(0, 1)
@@ -111,6 +116,13 @@ class Problem:
 def geometric(first: float, last: float, count: int) -> list[float]:
     """So many levels of noise, from the first to the last, each the same part of the one before."""
     return [first * (last / first) ** (i / max(count - 1, 1)) for i in range(count)]
+
+
+def effort(observation: PictureObservation, gradients: int, rows: int = 1) -> Effort:
+    """The search under the Gaussian, and then so many gradients of each row."""
+    begun = MapInversion(evaluations=EVALUATIONS).effort(observation)
+    after = Effort.of_search(observation, gradients, rows)
+    return Effort(begun.simulations + after.simulations, max(begun.together, after.together), begun.abreast)
 
 
 def counted(on_step: OnStep | None, step: int, steps: int, value: Tensor) -> None:
