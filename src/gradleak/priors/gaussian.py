@@ -81,7 +81,7 @@ class GaussianPrior:
         the same for all channels, which correlate; `std` is the mean standard deviation of a pixel.
         """
         channel, height, width = shape
-        down, across = _cosines(height), _cosines(width)
+        down, across = cosines(height), cosines(width)
         waves = torch.einsum("iy,jx->ijyx", down, across).reshape(-1, height, width)  # (h w, h, w), orthonormal
         # Frequencies in cycles per picture; the constant wave gets the power of the lowest frequency.
         y, x = torch.arange(height).double() / 2, torch.arange(width).double() / 2
@@ -162,7 +162,7 @@ class GaussianPrior:
         return (V.T * values) @ V + rest * torch.eye(V.shape[1], dtype=V.dtype)
 
 
-def _cosines(n: int) -> Tensor:
+def cosines(n: int) -> Tensor:
     """The orthonormal discrete cosine transform of type II: rows are waves of 0, 1/2, 1, ... cycles, (n, n)."""
     k, i = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
     waves = torch.cos(math.pi * k * (i + 0.5) / n)
