@@ -44,7 +44,7 @@ OUTCOMES = {  # of what was observed
     "nothing": "nothing came out",
     "diverged": "diverged",
 }
-SHOWN = {"truth": "Truth", "reconstruction": "Reconstruction"}  # beside the controls
+SHOWN = {"truth": "Truth", "reconstruction": "Reconstruction", "invented": "What was invented"}  # beside the controls
 
 
 class ScoreGroup(NamedTuple):

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from gradleak.attacks.attack import Effort, check_sees
 from gradleak.attacks.diffusion.problem import Problem, counted, effort, geometric
-from gradleak.attacks.map_inversion import MapInversion
 from gradleak.attacks.reconstruction import Reconstruction
 from gradleak.attacks.search.descend import OnStep, evaluated, rowwise
 from gradleak.attacks.search.lbfgs import lbfgs
@@ -32,7 +31,6 @@ from gradleak.observations.adapter import Adapter
 from gradleak.observations.observation import PictureObservation
 from gradleak.observations.release import Release
 from gradleak.observations.releases import Gradient, Update
-from gradleak.observations.tensors import Tensors
 from gradleak.priors.gaussian import GaussianPrior
 from gradleak.priors.prior import Denoiser
 
@@ -48,11 +46,13 @@ class DAPS:
     evaluations  of the objective at each level, of each sample
     noisiest     the first level, in pixel units
     cleanest     the last
+    blind        leave the release out: what the prior says alone
     """
 
     sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update, Adapter)
     modality: ClassVar[str] = Architecture.modality
     on_device: ClassVar[bool] = True
+    by_name_only: ClassVar[bool] = True
 
     prior: Denoiser | None = field(default=None, repr=False)
     gaussian: GaussianPrior | None = field(default=None, repr=False)
@@ -61,6 +61,7 @@ class DAPS:
     evaluations: int = 12
     noisiest: float = 0.5
     cleanest: float = 0.02
+    blind: bool = False
 
     def prepared(self, observation: PictureObservation, public: Pictures, *, generator: torch.Generator) -> Self:
         """With a Gaussian of public pictures, where none was given and they are enough."""
@@ -82,7 +83,7 @@ class DAPS:
         """The same for several observations of one model state, side by side."""
         check_sees(self, *observations)
         pairs = max(self.samples // 2, 1)
-        problem = Problem.posed(observations, self.gaussian, self.prior, 2 * pairs, generator)
+        problem = Problem.posed(observations, self.gaussian, self.prior, 2 * pairs, generator, blind=self.blind)
         gaussian, x = problem.gaussian, problem.start  # (K, batch, channel, height, width), K = observations * samples
 
         def opposite(like: Tensor) -> Tensor:  # (K, ...): pairs of rows
@@ -92,7 +93,9 @@ class DAPS:
         def objective(u: Tensor, drawn: Tensor, mean: Tensor, deviation: Tensor, *given: Tensor) -> Tensor:
             return problem.unlikely(coloured(u, mean, deviation), *given) + (u - drawn).square().sum() / 2
 
-        def coloured(u: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:  # (batch * pixels,) -> (batch, channel, height, width)
+        def coloured(
+            u: Tensor, mean: Tensor, sigma: Tensor
+        ) -> Tensor:  # (batch * pixels,) -> (batch, channel, height, width)
             return mean + gaussian.filtered(u.view_as(mean), lambda variance: 1 / whitening(sigma, variance))
 
         evaluate = None
@@ -100,7 +103,8 @@ class DAPS:
             mean = problem.denoised(x + sigma * opposite(x), sigma)
             u = problem.filtered(x - mean, partial(whitening, sigma)).flatten(1)
             told = {
-                name: t + (problem.size[:, i] * problem.variance[:, i]).sqrt().view(-1, *[1] * (t.dim() - 1)) * opposite(t)
+                name: t
+                + (problem.size[:, i] * problem.variance[:, i]).sqrt().view(-1, *[1] * (t.dim() - 1)) * opposite(t)
                 for i, (name, t) in enumerate(problem.released.items())
             }
             sigmas = torch.full((len(x),), sigma).to(x)

@@ -41,11 +41,13 @@ class DPS:
     guidance  length of a step along the gradient, over that of the noise
     noisiest  the first level of noise, in pixel units
     cleanest  the last
+    blind     leave the release out: what the prior says alone
     """
 
     sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update, Adapter)
     modality: ClassVar[str] = Architecture.modality
     on_device: ClassVar[bool] = True
+    by_name_only: ClassVar[bool] = True
 
     prior: Denoiser | None = field(default=None, repr=False)
     gaussian: GaussianPrior | None = field(default=None, repr=False)
@@ -53,6 +55,7 @@ class DPS:
     guidance: float = 0.2
     noisiest: float = 0.3
     cleanest: float = 0.005
+    blind: bool = False
 
     def prepared(self, observation: PictureObservation, public: Pictures, *, generator: torch.Generator) -> Self:
         """With a Gaussian of public pictures, where none was given and they are enough."""
@@ -73,7 +76,7 @@ class DPS:
     ) -> list[Reconstruction]:
         """The same for several observations of one model state, side by side."""
         check_sees(self, *observations)
-        problem = Problem.posed(observations, self.gaussian, self.prior, 1, generator)
+        problem = Problem.posed(observations, self.gaussian, self.prior, 1, generator, blind=self.blind)
 
         def noise(like: Tensor) -> Tensor:
             return torch.randn(like.shape, generator=generator).to(like)

@@ -18,6 +18,7 @@ from gradleak.observations.tensors import Tensors
 from gradleak.priors.gaussian import GaussianPrior
 from gradleak.priors.prior import Denoiser
 
+UNHEARD = 1e9  # a variance at which a release says nothing
 EVALUATIONS = 50  # of the search under the Gaussian, at each of its weights
 
 
@@ -49,15 +50,18 @@ class Problem:
         denoiser: Denoiser | None,
         copies: int,
         generator: torch.Generator,
+        *,
+        blind: bool = False,
     ) -> Self:
         """Begun by the search under the Gaussian, which also finds labels and the level of noise that nobody told. Without a
-        denoiser the Gaussian is one. Raises BadInput for one of other pictures."""
+        denoiser the Gaussian is one. blind: the release is left out. Raises BadInput for a denoiser of other pictures."""
         seen = observations[0]
         shape = seen.model.architecture.input_shape
         gaussian = gaussian or GaussianPrior.smooth(shape)
         if denoiser is not None and tuple(denoiser.shape) != tuple(shape):
             raise BadInput(f"The denoiser is one of {tuple(denoiser.shape)} pictures, the model takes {tuple(shape)}.")
         begun = MapInversion(prior=gaussian, evaluations=EVALUATIONS).many(observations, generator=generator)
+        images = torch.stack([found.value for found in begun])
         variance = []
         for o, found in zip(observations, begun, strict=True):
             told, batch = relative_variance(o), len(found.value)
@@ -65,14 +69,14 @@ class Problem:
                 taken_up = 2 * found.value.numel() * gaussian.energy(found.value)
                 given = found.value.to(told), found.labels, o.released, taken_up.to(told)
                 told = told + estimated_variance(o.simulate, *given)
-            variance.append(told + PRIOR_WEIGHTS[-1] * len(told) / batch)
+            variance.append(told + (UNHEARD if blind else PRIOR_WEIGHTS[-1] * len(told) / batch))
         where = variance[0]
         released, near = stack(observations, copies), gaussian.to(where.dtype).to(where.device)
         return cls(
             observations,
             near,
             denoiser or near,
-            torch.stack([found.value for found in begun]).to(where).repeat_interleave(copies, dim=0),
+            (gaussian.mean.expand_as(images) if blind else images).to(where).repeat_interleave(copies, dim=0),
             torch.stack([found.labels for found in begun]).to(where.device).repeat_interleave(copies, dim=0),
             released,
             torch.stack([sizes(o.released) for o in observations]).repeat_interleave(copies, dim=0),

@@ -47,17 +47,20 @@ class RedDiff:
     steps     a gradient and a denoising each
     noisiest  the first level of noise, in pixel units
     cleanest  the last
+    blind     leave the release out: what the prior says alone
     """
 
     sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update, Adapter)
     modality: ClassVar[str] = Architecture.modality
     on_device: ClassVar[bool] = True
+    by_name_only: ClassVar[bool] = True
 
     prior: Denoiser | None = field(default=None, repr=False)
     gaussian: GaussianPrior | None = field(default=None, repr=False)
     steps: int = 300
     noisiest: float = 0.3
     cleanest: float = 0.03
+    blind: bool = False
 
     def prepared(self, observation: PictureObservation, public: Pictures, *, generator: torch.Generator) -> Self:
         """With a Gaussian of public pictures, where none was given and they are enough."""
@@ -78,7 +81,7 @@ class RedDiff:
     ) -> list[Reconstruction]:
         """The same for several observations of one model state, side by side."""
         check_sees(self, *observations)
-        problem = Problem.posed(observations, self.gaussian, self.prior, 1, generator)
+        problem = Problem.posed(observations, self.gaussian, self.prior, 1, generator, blind=self.blind)
         sigmas = geometric(self.noisiest, self.cleanest, self.steps)
 
         def weighted(apart: Tensor, sigma: float) -> Tensor:
@@ -98,11 +101,13 @@ class SDS:
     weight    of the distilled score against the mean relative misfit
     noisiest  levels of noise are drawn up to here, in pixel units
     cleanest  and from here on
+    blind     leave the release out: what the prior says alone
     """
 
     sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update, Adapter)
     modality: ClassVar[str] = Architecture.modality
     on_device: ClassVar[bool] = True
+    by_name_only: ClassVar[bool] = True
 
     prior: Denoiser | None = field(default=None, repr=False)
     gaussian: GaussianPrior | None = field(default=None, repr=False)
@@ -110,6 +115,7 @@ class SDS:
     weight: float = 1e-3
     noisiest: float = 0.3
     cleanest: float = 0.03
+    blind: bool = False
 
     def prepared(self, observation: PictureObservation, public: Pictures, *, generator: torch.Generator) -> Self:
         """With a Gaussian of public pictures, where none was given and they are enough."""
@@ -130,7 +136,7 @@ class SDS:
     ) -> list[Reconstruction]:
         """The same for several observations of one model state, side by side."""
         check_sees(self, *observations)
-        problem = Problem.posed(observations, self.gaussian, self.prior, 1, generator)
+        problem = Problem.posed(observations, self.gaussian, self.prior, 1, generator, blind=self.blind)
         seen, ratio = observations[0], self.cleanest / self.noisiest
         sigmas = (self.noisiest * ratio ** torch.rand(self.steps, generator=generator)).tolist()
 
