@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Recover the weights of the observed model, for exact-git.",
     ),
     "train lti": ("gradleak.cli.capture:train_by_descent", "Train the generator of lti for the observed model."),
+    "train denoiser": ("gradleak.cli.denoiser:train_denoiser", "Train a denoiser on public pictures, as a prior."),
     "attack": ("gradleak.cli.auditing:attack", "Reconstruct the private data with one attack. Sees no secret."),
     "audit": (
         "gradleak.cli.auditing:audit",

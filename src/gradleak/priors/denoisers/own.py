@@ -11,17 +11,24 @@ F is a UNet2DModel of diffusers on 2x2 pixels folded into channels (FFDNet, Zhan
 from pathlib import Path
 from typing import Any, Self
 
+import msgspec
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gradleak.errors import BadInput
-from gradleak.priors.denoisers.files import diffusers, part_of, read_tensors
+from gradleak.priors.files import diffusers, part_of, read_tensors
 from gradleak.priors.gaussian import cosines
+from gradleak.priors.provenance import Provenance
 
 GAUSSIAN = "gaussian.safetensors"
 UNFOLDED = 2  # pixels folded into channels, each way
+INDEX = {  # what DiffusionPipeline.from_pretrained reads; to sample, its network needs the Gaussian around it
+    "_class_name": "DDPMPipeline",
+    "unet": ["diffusers", "UNet2DModel"],
+    "scheduler": ["diffusers", "EDMEulerScheduler"],
+}
 WIDTHS = (48, 96)  # channels at half and a quarter of the size
 
 
@@ -63,8 +70,9 @@ class Stationary(nn.Module):
 class TrainedDenoiser(nn.Module):
     """`Denoiser`: the network F, a UNet2DModel, around the filter of a Gaussian."""
 
-    def __init__(self, gaussian: Stationary, unet: nn.Module) -> None:
+    def __init__(self, gaussian: Stationary, unet: nn.Module, provenance: Provenance | None = None) -> None:
         super().__init__()
+        self.provenance = provenance
         self.gaussian = gaussian
         self.unet = unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -104,13 +112,17 @@ class TrainedDenoiser(nn.Module):
         channel = held["colour"].shape if "colour" in held else ()
         if set(held) != {"colour", "mixes", "power"} or len(channel) != 1 or held["mixes"].shape != channel * 2:
             raise BadInput(f"{folder / GAUSSIAN} is not the Gaussian of a trained denoiser.")
-        return cls(Stationary(**held), part_of(folder / "unet", ("UNet2DModel",))).eval().requires_grad_(False)
+        unet = part_of(folder / "unet", ("UNet2DModel",))
+        return cls(Stationary(**held), unet, Provenance.load(folder)).eval().requires_grad_(False)
 
     def save(self, folder: Path) -> None:
         """Write the network in diffusers' own format (model_index.json, unet, scheduler), and the Gaussian beside it."""
-        library: Any = diffusers()
         self.unet.save_pretrained(folder / "unet", safe_serialization=True)  # type: ignore[operator]
-        library.EDMEulerScheduler(sigma_min=0.02, sigma_max=4.0, sigma_data=0.5).save_pretrained(folder / "scheduler")
+        scheduler = diffusers().EDMEulerScheduler(sigma_min=0.02, sigma_max=4.0, sigma_data=0.5)
+        scheduler.save_pretrained(folder / "scheduler")
+        (folder / "model_index.json").write_bytes(msgspec.json.format(msgspec.json.encode(INDEX)))
+        if self.provenance is not None:
+            self.provenance.save(folder)
         save_file({name: value.contiguous() for name, value in self.gaussian.state_dict().items()}, folder / GAUSSIAN)
 
     @property

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gradleak.errors import BadInput, shortened
-from gradleak.priors.denoisers.files import diffusers
+from gradleak.priors.files import diffusers
 
 Network = Callable[[Tensor, Tensor], Tensor]  # x_t (batch, ...), time (batch,) -> what it predicts
 Clean = Callable[

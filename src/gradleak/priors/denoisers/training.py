@@ -1,16 +1,17 @@
 """How the denoiser is trained: mean squared error in units of the Gaussian's posterior (`own`), flips, log-normal noise levels,
 convolutions by Muon (Jordan et al. 2024), the rest by AdamW, a rate that falls with the time left, averaged weights.
 
-After every checkpoint the folder holds a whole denoiser, and `training.safetensors` to go on from.
+With every checkpoint the folder holds a denoiser, what it was trained on, and `training.safetensors` to go on from.
 """
 
 import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from gradleak.errors import BadInput
 from gradleak.priors.denoisers.own import TrainedDenoiser
+from gradleak.priors.provenance import Provenance, Told, fingerprinted
 
 STATE = "training.safetensors"
 BATCH = 32
@@ -42,28 +44,32 @@ def train(
     images: Tensor,
     out: Path,
     *,
-    key: str,
+    source: str,
+    split: str,
     minutes: float,
     seed: int = 0,
     on_step: Callable[[int, int, float], None] = lambda step, steps, value: None,
-) -> Progress:
-    """images (n, channel, height, width) uint8; key: what they are, so that a training goes on with the same only.
+) -> TrainedDenoiser:
+    """images (n, channel, height, width) uint8, those of a split of a source; minutes of CPU.
 
-    Writes a denoiser to `out`, once per checkpoint. Raises BadInput where `out` holds the training of something else.
+    Writes the denoiser to `out`, once per checkpoint. Raises BadInput where `out` holds a training on others, or of another length.
     """
     torch.manual_seed(seed)
-    chosen = torch.randperm(len(images))[:FITTED]
-    denoiser = TrainedDenoiser.begun(scaled(images[chosen]))
+    denoiser = TrainedDenoiser.begun(scaled(images[torch.randperm(len(images))[:FITTED]]))
+    sha256, prints = fingerprinted(images)
+    denoiser.provenance = Provenance(Told(source, split, len(images), sha256), prints)
+    key = f"{sha256} {seed} {minutes:g}"
     weights = dict(denoiser.unet.named_parameters())
     state = {f"{kind}|{name}": torch.zeros_like(w) for name, w in weights.items() for kind in ("first", "second")}
     state |= {f"mean|{name}": w.detach().clone() for name, w in weights.items()}
     at = resumed(out, key, state, weights)
     generator, begun = torch.Generator(), time.process_time() - at.seconds
-    written = at.seconds
+    written = at.seconds - CHECKPOINT
     while at.seconds < 60 * minutes:
-        generator.manual_seed(
-            seed + 1_000_003 * (at.steps + 1)
-        )  # a training that goes on draws what it would have drawn
+        if at.seconds - written >= CHECKPOINT:
+            write(denoiser, out, key, at, state, weights)
+            written = at.seconds
+        generator.manual_seed(seed + 1_000_003 * (at.steps + 1))  # one that goes on draws what it would have drawn
         loss = step_loss(denoiser, images, generator)
         denoiser.unet.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -76,11 +82,11 @@ def train(
                 state[f"mean|{name}"].lerp_(weight, 1 - kept)
         at = Progress(at.steps + 1, time.process_time() - begun, 0.98 * at.loss + 0.02 * float(loss.detach()))
         on_step(int(at.seconds), int(60 * minutes), at.loss)
-        if at.seconds - written > CHECKPOINT:
-            write(denoiser, out, key, at, state, weights)
-            written = at.seconds
     write(denoiser, out, key, at, state, weights)
-    return at
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(state[f"mean|{name}"])
+    return denoiser.eval().requires_grad_(False)
 
 
 def scaled(images: Tensor) -> Tensor:
@@ -147,15 +153,19 @@ def resumed(out: Path, key: str, state: dict[str, Tensor], weights: dict[str, Te
 def write(
     denoiser: TrainedDenoiser, out: Path, key: str, at: Progress, state: dict[str, Tensor], weights: dict[str, Tensor]
 ) -> None:
-    """The denoiser with averaged weights, then the state to go on from, whole or not at all."""
+    """The state to go on from, whole or not at all; then the denoiser, with averaged weights."""
     own = {name: weight.detach().clone() for name, weight in weights.items()}
+    out.mkdir(parents=True, exist_ok=True)
+    held = {name: value.contiguous() for name, value in (state | {f"weight|{n}": w for n, w in own.items()}).items()}
+    partial = out / f"{STATE}.partial"
+    save_file(held, partial, {"key": key, "steps": str(at.steps), "seconds": repr(at.seconds), "loss": repr(at.loss)})
+    os.replace(partial, out / STATE)
+    assert denoiser.provenance is not None
+    told = msgspec.structs.replace(denoiser.provenance.told, minutes=round(at.seconds / 60, 2), steps=at.steps)
+    denoiser.provenance = replace(denoiser.provenance, told=told)
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(state[f"mean|{name}"])
         denoiser.save(out)
         for name, weight in weights.items():
             weight.copy_(own[name])
-    held = {name: value.contiguous() for name, value in (state | {f"weight|{n}": w for n, w in own.items()}).items()}
-    partial = out / f"{STATE}.partial"
-    save_file(held, partial, {"key": key, "steps": str(at.steps), "seconds": repr(at.seconds), "loss": repr(at.loss)})
-    os.replace(partial, out / STATE)
