@@ -25,6 +25,7 @@ from gradleak.attacks.diffusion.problem import Problem, counted, effort, geometr
 from gradleak.attacks.reconstruction import Reconstruction
 from gradleak.attacks.search.descend import OnStep, evaluated, rowwise
 from gradleak.attacks.search.lbfgs import lbfgs
+from gradleak.attacks.search.start import Start
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures
 from gradleak.observations.adapter import Adapter
@@ -47,6 +48,7 @@ class DAPS:
     noisiest     the first level, in pixel units
     cleanest     the last
     blind        leave the release out: what the prior says alone
+    start        another attack, whose reconstruction stands in for the most likely pictures, or None
     """
 
     sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update, Adapter)
@@ -62,6 +64,7 @@ class DAPS:
     noisiest: float = 0.5
     cleanest: float = 0.02
     blind: bool = False
+    start: Start | None = field(default=None, repr=False)
 
     def prepared(self, observation: PictureObservation, public: Pictures, *, generator: torch.Generator) -> Self:
         """With a Gaussian of public pictures, where none was given and they are enough."""
@@ -83,7 +86,9 @@ class DAPS:
         """The same for several observations of one model state, side by side."""
         check_sees(self, *observations)
         pairs = max(self.samples // 2, 1)
-        problem = Problem.posed(observations, self.gaussian, self.prior, 2 * pairs, generator, blind=self.blind)
+        problem = Problem.posed(
+            observations, self.gaussian, self.prior, 2 * pairs, generator, start=self.start, blind=self.blind
+        )
         gaussian, x = problem.gaussian, problem.start  # (K, batch, channel, height, width), K = observations * samples
 
         def opposite(like: Tensor) -> Tensor:  # (K, ...): pairs of rows

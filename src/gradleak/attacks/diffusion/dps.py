@@ -21,6 +21,7 @@ from gradleak.attacks.attack import Effort, check_sees
 from gradleak.attacks.diffusion.problem import Problem, counted, effort, geometric
 from gradleak.attacks.reconstruction import Reconstruction
 from gradleak.attacks.search.descend import OnStep, evaluated, rowwise
+from gradleak.attacks.search.start import Start
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures
 from gradleak.observations.adapter import Adapter
@@ -42,6 +43,7 @@ class DPS:
     noisiest  the first level of noise, in pixel units
     cleanest  the last
     blind     leave the release out: what the prior says alone
+    start     another attack, whose reconstruction stands in for the most likely pictures, or None
     """
 
     sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update, Adapter)
@@ -56,6 +58,7 @@ class DPS:
     noisiest: float = 0.3
     cleanest: float = 0.005
     blind: bool = False
+    start: Start | None = field(default=None, repr=False)
 
     def prepared(self, observation: PictureObservation, public: Pictures, *, generator: torch.Generator) -> Self:
         """With a Gaussian of public pictures, where none was given and they are enough."""
@@ -76,7 +79,9 @@ class DPS:
     ) -> list[Reconstruction]:
         """The same for several observations of one model state, side by side."""
         check_sees(self, *observations)
-        problem = Problem.posed(observations, self.gaussian, self.prior, 1, generator, blind=self.blind)
+        problem = Problem.posed(
+            observations, self.gaussian, self.prior, 1, generator, start=self.start, blind=self.blind
+        )
 
         def noise(like: Tensor) -> Tensor:
             return torch.randn(like.shape, generator=generator).to(like)

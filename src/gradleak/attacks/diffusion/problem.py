@@ -12,6 +12,7 @@ from gradleak.attacks.map_inversion import PRIOR_WEIGHTS, MapInversion
 from gradleak.attacks.reconstruction import Reconstruction, outcome_of
 from gradleak.attacks.search.descend import OnStep, stack
 from gradleak.attacks.search.likelihood import errors, estimated_variance, relative_variance, sizes
+from gradleak.attacks.search.start import Start
 from gradleak.errors import BadInput
 from gradleak.observations.observation import PictureObservation
 from gradleak.observations.tensors import Tensors
@@ -51,16 +52,22 @@ class Problem:
         copies: int,
         generator: torch.Generator,
         *,
+        start: Start | None = None,
         blind: bool = False,
     ) -> Self:
-        """Begun by the search under the Gaussian, which also finds labels and the level of noise that nobody told. Without a
+        """Begun by the search under the Gaussian, or by `start`: it also finds labels, and the level of noise that nobody told. Without a
         denoiser the Gaussian is one. blind: the release is left out. Raises BadInput for a denoiser of other pictures."""
         seen = observations[0]
         shape = seen.model.architecture.input_shape
         gaussian = gaussian or GaussianPrior.smooth(shape)
         if denoiser is not None and tuple(denoiser.shape) != tuple(shape):
             raise BadInput(f"The denoiser is one of {tuple(denoiser.shape)} pictures, the model takes {tuple(shape)}.")
-        begun = MapInversion(prior=gaussian, evaluations=EVALUATIONS).many(observations, generator=generator)
+        search = MapInversion(prior=gaussian, evaluations=EVALUATIONS)
+        begun = (
+            [start(o, generator=generator) for o in observations]
+            if start is not None
+            else search.many(observations, generator=generator)
+        )
         images = torch.stack([found.value for found in begun])
         variance = []
         for o, found in zip(observations, begun, strict=True):

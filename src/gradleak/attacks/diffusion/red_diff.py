@@ -25,6 +25,7 @@ from gradleak.attacks.diffusion.problem import Problem, counted, effort, geometr
 from gradleak.attacks.map_inversion import misfit
 from gradleak.attacks.reconstruction import Reconstruction
 from gradleak.attacks.search.descend import OnStep, evaluated, rowwise
+from gradleak.attacks.search.start import Start
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures
 from gradleak.observations.adapter import Adapter
@@ -48,6 +49,7 @@ class RedDiff:
     noisiest  the first level of noise, in pixel units
     cleanest  the last
     blind     leave the release out: what the prior says alone
+    start     another attack, whose reconstruction stands in for the most likely pictures, or None
     """
 
     sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update, Adapter)
@@ -61,6 +63,7 @@ class RedDiff:
     noisiest: float = 0.3
     cleanest: float = 0.03
     blind: bool = False
+    start: Start | None = field(default=None, repr=False)
 
     def prepared(self, observation: PictureObservation, public: Pictures, *, generator: torch.Generator) -> Self:
         """With a Gaussian of public pictures, where none was given and they are enough."""
@@ -81,7 +84,9 @@ class RedDiff:
     ) -> list[Reconstruction]:
         """The same for several observations of one model state, side by side."""
         check_sees(self, *observations)
-        problem = Problem.posed(observations, self.gaussian, self.prior, 1, generator, blind=self.blind)
+        problem = Problem.posed(
+            observations, self.gaussian, self.prior, 1, generator, start=self.start, blind=self.blind
+        )
         sigmas = geometric(self.noisiest, self.cleanest, self.steps)
 
         def weighted(apart: Tensor, sigma: float) -> Tensor:
@@ -102,6 +107,7 @@ class SDS:
     noisiest  levels of noise are drawn up to here, in pixel units
     cleanest  and from here on
     blind     leave the release out: what the prior says alone
+    start     another attack, whose reconstruction stands in for the most likely pictures, or None
     """
 
     sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update, Adapter)
@@ -116,6 +122,7 @@ class SDS:
     noisiest: float = 0.3
     cleanest: float = 0.03
     blind: bool = False
+    start: Start | None = field(default=None, repr=False)
 
     def prepared(self, observation: PictureObservation, public: Pictures, *, generator: torch.Generator) -> Self:
         """With a Gaussian of public pictures, where none was given and they are enough."""
@@ -136,7 +143,9 @@ class SDS:
     ) -> list[Reconstruction]:
         """The same for several observations of one model state, side by side."""
         check_sees(self, *observations)
-        problem = Problem.posed(observations, self.gaussian, self.prior, 1, generator, blind=self.blind)
+        problem = Problem.posed(
+            observations, self.gaussian, self.prior, 1, generator, start=self.start, blind=self.blind
+        )
         seen, ratio = observations[0], self.cleanest / self.noisiest
         sigmas = (self.noisiest * ratio ** torch.rand(self.steps, generator=generator)).tolist()
 
