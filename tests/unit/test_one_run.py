@@ -99,7 +99,9 @@ def test_draws_in_parts_are_those_of_every_guess(m: int, mu: float) -> None:
     surest = np.take_along_axis(y, np.argsort(-abs(y), axis=1), axis=1)
     slow = (surest > 0) @ np.repeat(weights, np.diff(signed_ranks.ends(m), prepend=0))
     assert abs(drawn.mean() - slow.mean()) < 5 * slow.std() * (2 / 4_000) ** 0.5
-    assert drawn.std() == pytest.approx(slow.std(), rel=0.1)  # 5 deviations sqrt(2 / 4000 / 2), of normal sums; those of 8 have thinner tails
+    assert drawn.std() == pytest.approx(
+        slow.std(), rel=0.1
+    )  # 5 deviations sqrt(2 / 4000 / 2), of normal sums; those of 8 have thinner tails
 
 
 def test_no_other_guesser_has_more_weight() -> None:

@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from gradleak.attacks import ATTACKS
 from gradleak.attacks.attack import refusal
-from gradleak.attacks.parameters import built
+from gradleak.attacks.parameters import built, under
 from gradleak.attacks.search.start import Given
 from gradleak.attacks.seed import with_start_recovered
 from gradleak.audit.loop import Audited
@@ -32,11 +32,13 @@ from gradleak.formats.secret_file import Secret, load_secret
 from gradleak.observations.mechanism import Mechanism
 from gradleak.observations.observation import Observation
 from gradleak.observations.whole_weights import whole_weights
+from gradleak.priors.named import load_prior
 from gradleak.report import record
 from gradleak.report.gate import check_bar, exit_code
 from gradleak.report.membership import Membership
 from gradleak.victims.demo import DEMO
 
+UNDER_PRIOR = ("daps",)  # attacks that a bare audit adds where a prior is given
 CLOSED = ("analytic",)  # attacks in closed form, which are tried on what was trained as a whole beside an adapter
 
 
@@ -50,6 +52,7 @@ def attack(args: flags.Attack, options: dict[str, dict[str, Any]]) -> None:
         raise BadInput(f"{name} cannot run here. {reason} {reading(observation)}")
     public = public_data(args, observation)
     inputs = observed_files(args)
+    chosen = with_prior({name: chosen}, args.prior, observation, public)[name]
     if args.start is not None:
         chosen, inputs = started(name, chosen, args.start, observation), [*inputs, args.start]
     written = new_record("attack", args, options, inputs)
@@ -82,7 +85,9 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
         attacks = {}
     elif args.attacks is None:
         modality = observation.model.architecture.modality
-        attacks = {n: a for n, a in attacks.items() if a.modality == modality and not getattr(a, "by_name_only", False)}
+        added = UNDER_PRIOR if args.prior is not None else ()
+        usual = [n for n, a in attacks.items() if n in added or not getattr(a, "by_name_only", False)]
+        attacks = {n: attacks[n] for n in usual if attacks[n].modality == modality}
     secret = load_secret(args.secret) if args.secret else None
     if secret is not None and args.secret is not None:
         SCORING[observation.model.architecture.modality].check(secret.inputs, observation.model)
@@ -103,6 +108,7 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
     found = None if args.members is None else told_members(args, observation, written, out)
     if attacks:
         left, public = dict[str, list[str]](), public_data(args, observation)
+        attacks = with_prior(attacks, args.prior, observation, public)
         plan = plan_of(
             observation, attacks, public, named=args.attacks is not None, scored=secret is not None, device=args.device
         )
@@ -213,6 +219,16 @@ def started(name: str, attack: Any, path: Path, observation: Observation[Any]) -
     reconstruction = load_reconstruction(path)
     usable_labels(reconstruction.labels, observation.model, len(reconstruction.value), path)
     return replace(attack, start=Given(reconstruction))
+
+
+def with_prior(attacks: dict[str, Any], text: str | None, observation: Observation[Any], public: Any) -> dict[str, Any]:
+    """The attacks under the prior of --prior, and what is to be seen beside them."""
+    shape = getattr(observation.model.architecture, "input_shape", None)
+    if text is None:
+        return attacks
+    if shape is None:
+        raise BadInput("--prior says what is known of pictures, and the observed model takes none.")
+    return under(attacks, load_prior(text, shape, public.images), text)
 
 
 def public_data(args: flags.Observed, observation: Observation[Any]) -> Any:

@@ -26,11 +26,15 @@ def one_by_one(function: Function, inputs: Any, labels: Tensor | None, on_step: 
         y = None if labels is None else labels[rows]
         if at_once:
             try:
-                values = vmap(lambda x, y: function(x[None], None if y is None else y[None]), (0, None if y is None else 0))(x, y)
+                values = vmap(
+                    lambda x, y: function(x[None], None if y is None else y[None]), (0, None if y is None else 0)
+                )(x, y)
             except RuntimeError:
                 at_once = False
         if not at_once:
-            values = torch.stack([function(x[i : i + 1], None if y is None else y[i : i + 1]) for i in range(len(rows))])
+            values = torch.stack(
+                [function(x[i : i + 1], None if y is None else y[i : i + 1]) for i in range(len(rows))]
+            )
         found = values.new_empty(len(inputs), *values.shape[1:]) if found is None else found
         found[rows] = values.detach()
         done += len(rows)
