@@ -42,7 +42,7 @@ def written_audit(
 ) -> Iterator[Audited]:
     """`audit`, with record.json, report.html and what was recovered written to `out` after each attack.
 
-    written: the record, which may hold other observations. left: {observation: attacks that were not asked for} of those before it,
+    written: the record, which may hold other observations, and rows of this one, whose attacks are not run again. left: {observation: attacks that were not asked for} of those before it,
     which are judged again with it. redact: hashes stand in the files in place of private data, and nothing that was recovered is kept.
     skipped: attacks that are not tried, and why; verdicts name them.
     """
@@ -50,7 +50,12 @@ def written_audit(
     describe(written, observation, name)
     left[name or observation.release.name] = untried(observation, set(attacks) - set(skipped or {}))
     about: Any = {"secret": secret, "seed": seed, "device": device, "name": name, "on_step": on_step, "bound": bound}
-    for done in audit(observation, attacks, public, **about, told=told, skipped=skipped):
+    finished = finished_in(written, name or observation.release.name)
+    missing = {title: attack for title, attack in attacks.items() if title not in finished}
+    if finished:
+        judged(written, left)
+        finish(written, out, redact)
+    for done in audit(observation, missing, public, **about, told=told, skipped=skipped) if missing else ():
         written["results"].append(done.result)
         judged(written, left)
         finish(written, out, redact)
@@ -59,6 +64,11 @@ def written_audit(
                 keep_shown(done, out)
                 save_sheet(written, out / "pictures.png")
         yield done
+
+
+def finished_in(written: record.Record, name: str) -> set[str]:
+    """The attacks on an observation that a record has rows of."""
+    return {row["attack"] for row in written["results"] if row["observation"]["name"] == name}
 
 
 def untried(observation: Observation[Any], attacks: Collection[str]) -> list[str]:

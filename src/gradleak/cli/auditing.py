@@ -19,11 +19,12 @@ from gradleak.audit.plan import plan_of
 from gradleak.audit.privacy import mechanism_of
 from gradleak.audit.scoring import SCORING
 from gradleak.audit.verdict import judged
-from gradleak.audit.written import describe, finish, keep_shown, private, untried, written_audit
+from gradleak.audit.written import describe, finish, finished_in, keep_shown, private, untried, written_audit
 from gradleak.cli import flags
 from gradleak.cli.commands import new_record
+from gradleak.cli.folders import folder_for, fresh_folder, same_command
 from gradleak.cli.informed import informed
-from gradleak.cli.inputs import check_device, fresh_folder, observed_files
+from gradleak.cli.inputs import check_device, observed_files
 from gradleak.cli.progress import progress
 from gradleak.errors import BadInput, shortened
 from gradleak.formats.observation_file import load_observation, usable_labels
@@ -35,6 +36,7 @@ from gradleak.observations.whole_weights import whole_weights
 from gradleak.report import record
 from gradleak.report.gate import check_bar, exit_code
 from gradleak.report.membership import Membership
+from gradleak.report.redaction import redacted
 from gradleak.victims.demo import DEMO
 
 CLOSED = ("analytic",)  # attacks in closed form, which are tried on what was trained as a whole beside an adapter
@@ -44,7 +46,7 @@ def attack(args: flags.Attack, options: dict[str, dict[str, Any]]) -> None:
     """Write reconstruction.safetensors, what it shows, and record.json, from the observation alone."""
     check_device(args.device)
     check_named([args.attack], options)
-    out, observation = fresh_folder(args.out), informed(args)
+    out, observation = folder_for(args), informed(args)
     [(name, chosen)] = built(options).items()
     if reason := refusal(chosen, observation):
         raise BadInput(f"{name} cannot run here. {reason} {reading(observation)}")
@@ -53,6 +55,9 @@ def attack(args: flags.Attack, options: dict[str, dict[str, Any]]) -> None:
     if args.start is not None:
         chosen, inputs = started(name, chosen, args.start, observation), [*inputs, args.start]
     written = new_record("attack", args, options, inputs)
+    if args.resume and went_on(written, out):
+        print(shown(written), f"See {out / 'report.html'}.", sep="\n")
+        return
     describe(written, observation, "")
     with progress() as start:
         for done in run_audit(observation, {name: chosen}, public, seed=args.seed, device=args.device, on_step=start):
@@ -74,7 +79,7 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
     check_bar(args.fail_on, members=args.non_members is not None)
     if args.attacks is not None:
         check_named(args.attacks, options)
-    out, observation = fresh_folder(args.out), informed(args)
+    out, observation = folder_for(args), informed(args)
     attacks = built(options)
     if args.members is None and args.non_members is not None:
         raise BadInput("--non-members goes with --members, the samples that it was trained on.")
@@ -91,6 +96,8 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
     inputs = [*observed_files(args), *([args.secret] if args.secret else []), *samples]
     written = new_record("audit", args, {name: options[name] for name in attacks}, inputs)
     stream = sys.stderr if args.json else sys.stdout
+    if args.resume and went_on(written, out):
+        print(f"{len(written['results'])} attacks are finished in {out}.", file=stream)
     mechanism_of(
         observation, private := private_training(args)
     )  # what contradicts the observation is told before anything runs
@@ -100,11 +107,13 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
         "device": args.device,
         "redact": args.redact,
     }
-    found = None if args.members is None else told_members(args, observation, written, out)
+    found = None if args.members is None else written.get("membership") or told_members(args, observation, written, out)
     if attacks:
         left, public = dict[str, list[str]](), public_data(args, observation)
+        finished = finished_in(written, observation.release.name)
+        missing = {title: one for title, one in attacks.items() if title not in finished}
         plan = plan_of(
-            observation, attacks, public, named=args.attacks is not None, scored=secret is not None, device=args.device
+            observation, missing, public, named=args.attacks is not None, scored=secret is not None, device=args.device
         )
         out.mkdir(parents=True, exist_ok=True)  # where that fails, nothing was said yet
         print(plan.sentence(), flush=True, file=stream)
@@ -115,7 +124,9 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
     if attacks and found is not None:
         with_membership(written, found)
         finish(written, out, args.redact)
-    print(written["verdict"]["sentence"], f"See {out / 'report.html'}.", sep="\n", file=stream)
+    if args.verbose:
+        print(*details(written), sep="\n", file=stream)
+    print(shown(written), f"See {out / 'report.html'}.", sep="\n", file=stream)
     if args.json:
         print((out / "summary.json").read_text(encoding="utf-8"), end="")
     return exit_code(written, args.fail_on)
@@ -149,7 +160,7 @@ def demo(args: flags.Demo) -> None:
         attacks = {attack: ATTACKS[attack]() for attack in names}
         about: dict[str, Any] = {"seed": args.seed, "device": args.device, "name": name}
         audit_one(observation, attacks, public, secret, written, left, out, sys.stdout, **about)
-    print(written["verdict"]["sentence"], f"Open {out / 'report.html'} in a browser.", sep="\n")
+    print(shown(written), f"Open {out / 'report.html'} in a browser.", sep="\n")
 
 
 def audit_one(
@@ -171,6 +182,38 @@ def audit_one(
         ):
             if done.reconstruction is not None:
                 print(said(done), file=stream)
+
+
+def went_on(written: record.Record, out: Path) -> bool:
+    """Put what was finished in a folder into the record of the same command; whether there was anything. What was left out for want of time or
+    memory is asked again."""
+    path = out / "record.json"
+    if not path.is_file():
+        return False
+    before = record.read(path)
+    now = redacted(written) if before.get("redacted") else written
+    same_command(out, before["command"], now["command"])
+    written["results"] = [row for row in before["results"] if not row["status"].startswith("Not tried: ")]
+    written["threat_model"] = before["threat_model"]
+    if "membership" in before:
+        written["membership"] = before["membership"]
+    written["metrics"], written["controls"] = before.get("metrics", {}), before.get("controls", {})
+    written["verdict"], written["verdicts"] = before["verdict"], before.get("verdicts", [])
+    return bool(written["results"])
+
+
+def shown(written: record.Record) -> str:
+    """The table of the attacks and the verdict, for the terminal."""
+    from gradleak.report.terminal import text
+
+    return text(written)
+
+
+def details(written: record.Record) -> list[str]:
+    """What did not run and why, and what the checks say."""
+    rows = [f"{row['attack']}: {row['status']}" for row in written["results"] if not row.get("ran")]
+    flags = dict.fromkeys((flag["level"], flag["sentence"]) for row in written["results"] for flag in row["flags"])
+    return [*rows, *(f"{level}: {sentence}" for level, sentence in flags)]
 
 
 def private_training(args: flags.Audit) -> Mechanism | None:
@@ -215,7 +258,7 @@ def started(name: str, attack: Any, path: Path, observation: Observation[Any]) -
     return replace(attack, start=Given(reconstruction))
 
 
-def public_data(args: flags.Observed, observation: Observation[Any]) -> Any:
+def public_data(args: flags.Seen, observation: Observation[Any]) -> Any:
     """What everybody may know, as the model takes it."""
     model = observation.model
     return SCORING[model.architecture.modality].public(args.data, args.public_split, model)

@@ -13,7 +13,8 @@ from gradleak.attacks.learned.git import Transcript
 from gradleak.attacks.learned.lti import Perceptron
 from gradleak.audit.scoring import SCORING
 from gradleak.cli import flags
-from gradleak.cli.inputs import fresh_folder, observed
+from gradleak.cli.folders import folder_for, went_on
+from gradleak.cli.inputs import observed
 from gradleak.cli.progress import progress
 from gradleak.errors import BadInput
 from gradleak.formats.observation_file import save_observation
@@ -26,20 +27,16 @@ from gradleak.victims.play import UNFINISHED
 GENERATORS: dict[str, Any] = {"train git": Transcript, "train exact-git": Recovered, "train lti": Perceptron}
 
 
-def with_common(victim: type) -> type:
-    """A victim's settings, as the arguments of a command."""
-    command = dataclasses.make_dataclass(victim.__name__, [], bases=(victim, flags.Common), kw_only=True, frozen=True)
-    command.__doc__ = victim.__doc__
-    return command
-
-
-def capture(args: Any) -> None:
+def capture(args: Any, name: str) -> None:
     """Play a victim: observation.safetensors, secret.safetensors, and what else it shares."""
-    out = args.out if (args.out / UNFINISHED).is_file() else fresh_folder(args.out)
-    with progress() as start:
-        observation, secret = args(out, args.seed, start)
-    kept(observation, secret, out)
-    (out / UNFINISHED).unlink(missing_ok=True)
+    out = args.out if (args.out / UNFINISHED).is_file() else folder_for(args)
+    if went_on(name, args, "secret.safetensors"):
+        print(f"{out} is finished already.")
+    else:
+        with progress() as start:
+            observation, secret = args(out, args.seed, start)
+        kept(observation, secret, out)
+        (out / UNFINISHED).unlink(missing_ok=True)
     seen, hidden = out / "observation.safetensors", out / "secret.safetensors"
     print(f"Now: gradleak audit {seen} --secret {hidden} --out ...")
 
@@ -81,7 +78,7 @@ def train_exactly(args: flags.Train, name: str) -> None:
 
 def train(args: flags.Train, name: str, epochs: int) -> None:
     """Write generator.safetensors. name: of the command, which says of which attack."""
-    out, attack = fresh_folder(args.out), name.removeprefix("train ")
+    out, attack = folder_for(args), name.removeprefix("train ")
     if args.pairs is not None and (args.defense, args.pair_batch) != ((), 1):
         raise BadInput(f"The pairs in {args.pairs} are made: --defense and --pair-batch go with `capture pairs`.")
     observation, public = pairs_of(args)
@@ -92,7 +89,11 @@ def train(args: flags.Train, name: str, epochs: int) -> None:
             return pairs.read(folder, model)
         return pairs.stream(model, public, count=args.count, batch=args.pair_batch, defenses=defenses, seed=args.seed)
 
+    path = out / "generator.safetensors"
     batch = next(iter(shards())).labels.shape[1]
+    if went_on(name, args, path.name):
+        print(f"{path} is finished already.")
+        return
     with progress() as start:
         trained = generator.train(
             attack,
@@ -104,7 +105,6 @@ def train(args: flags.Train, name: str, epochs: int) -> None:
             generator=torch.Generator().manual_seed(args.seed),
             on_step=start(f"training {attack}"),
         )
-    path = out / "generator.safetensors"
     trained.save(path)
     error = f": training error {trained.trace[-1][1]:.4f} (mean squared, per pixel)" if trained.trace else ""
     print(

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from gradleak.cli import flags
-from gradleak.cli.inputs import TOLD, Told, file_hash, fresh_folder, is_of_adapter
+from gradleak.cli.folders import fresh_folder
+from gradleak.cli.inputs import TOLD, Told, file_hash, is_of_adapter
 from gradleak.errors import BadInput
 from gradleak.formats.adapter_files import CONFIG, WEIGHTS, located_adapter
 from gradleak.formats.observation_file import has_provenance, load_observation, save_observation

@@ -10,7 +10,8 @@ from gradleak.audit.sample_losses import losses
 from gradleak.audit.written import finish
 from gradleak.cli import owner_flags
 from gradleak.cli.commands import new_record
-from gradleak.cli.inputs import check_device, fresh_folder
+from gradleak.cli.folders import fresh_folder
+from gradleak.cli.inputs import check_device
 from gradleak.cli.progress import progress
 from gradleak.cli.tables import keep_table
 from gradleak.errors import BadInput

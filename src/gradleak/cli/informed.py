@@ -20,7 +20,7 @@ from gradleak.observations.observation import Observation
 from gradleak.victims.gradient import trained_with
 
 
-def informed(args: flags.Observed) -> Observation[Any]:
+def informed(args: flags.Seen) -> Observation[Any]:
     """What was observed, and what everybody can know besides: where training began, where a usual seed or one of --seeds draws that."""
     more = seed_range(args.seeds)
     with progress() as start:
