@@ -1,8 +1,6 @@
 """An audit written down while it runs: the record and the report, after each attack, so that an interrupt loses one at most."""
 
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +15,9 @@ from gradleak.formats.secret_file import Secret
 from gradleak.formats.shown_files import save_shown
 from gradleak.observations.mechanism import Mechanism
 from gradleak.observations.observation import Observation
-from gradleak.report import html, record, summary
-from gradleak.report.redaction import redacted
+from gradleak.report import record
+from gradleak.report.files import finish as finish
+from gradleak.report.files import private as private
 from gradleak.report.sheet import save_sheet
 
 
@@ -85,26 +84,6 @@ def describe(written: record.Record, observation: Observation[Any], name: str) -
     written["threat_model"] = [*others, *rows]  # type: ignore[list-item]
     written["metrics"] = {**written.get("metrics", {}), **metrics}
     written["controls"] = {**written.get("controls", {}), **controls}
-
-
-def finish(written: record.Record, out: Path, redact: bool = False) -> None:
-    """record.json, report.html from it, and the summaries, which hold no private data in any case."""
-    handed_on = redacted(written)
-    told = handed_on if redact else written
-    with private():
-        record.write(told, out / "record.json")
-        (out / "report.html").write_text(html.render(told), encoding="utf-8")
-        summary.save(handed_on, out)
-
-
-@contextmanager
-def private() -> Iterator[None]:
-    """Files that are made meanwhile are their owner's alone: what was recovered is as private as the data."""
-    before = os.umask(0o077)
-    try:
-        yield
-    finally:
-        os.umask(before)
 
 
 def keep_shown(done: Audited, out: Path) -> None:

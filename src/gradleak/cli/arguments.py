@@ -62,8 +62,8 @@ def flags_of(kind: type) -> list[Flag]:
     hints = get_type_hints(kind, include_extras=True)
     texts, groups = dict[str, str](), dict[str, str]()
     for one in reversed(kind.__mro__):
-        for name in one.__dict__.get("__annotations__", {}):
-            groups[name] = one.__dict__.get("GROUP", "options")
+        for name in inspect.get_annotations(one):
+            groups[name] = vars(one).get("GROUP", "options")
         texts |= help_of(one) if dataclasses.is_dataclass(one) else {}
     found = [
         Flag(f.name, hints[f.name], f.default, texts.get(f.name, ""), groups[f.name]) for f in dataclasses.fields(kind)

@@ -17,6 +17,7 @@ from gradleak.audit.membership.audited import membership
 from gradleak.audit.membership.words import with_membership
 from gradleak.audit.plan import plan_of
 from gradleak.audit.privacy import mechanism_of
+from gradleak.audit.progress import progress
 from gradleak.audit.scoring import SCORING
 from gradleak.audit.verdict import judged
 from gradleak.audit.written import describe, finish, finished_in, keep_shown, private, untried, written_audit
@@ -25,7 +26,6 @@ from gradleak.cli.commands import new_record
 from gradleak.cli.folders import folder_for, fresh_folder, same_command
 from gradleak.cli.informed import informed
 from gradleak.cli.inputs import check_device, observed_files
-from gradleak.cli.progress import progress
 from gradleak.errors import BadInput, shortened
 from gradleak.formats.observation_file import load_observation, usable_labels
 from gradleak.formats.reconstruction_file import load_reconstruction, save_reconstruction
@@ -125,8 +125,8 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
         with_membership(written, found)
         finish(written, out, args.redact)
     if args.verbose:
-        print(*details(written), sep="\n", file=stream)
-    print(shown(written), f"See {out / 'report.html'}.", sep="\n", file=stream)
+        print(*details(redacted(written) if args.redact else written), sep="\n", file=stream)
+    print(shown(written, args.redact), f"See {out / 'report.html'}.", sep="\n", file=stream)
     if args.json:
         print((out / "summary.json").read_text(encoding="utf-8"), end="")
     return exit_code(written, args.fail_on)
@@ -181,7 +181,7 @@ def audit_one(
             observation, attacks, public, written, out, secret=secret, left=left, on_step=start, **about
         ):
             if done.reconstruction is not None:
-                print(said(done), file=stream)
+                print(said(done, about.get("redact", False)), file=stream)
 
 
 def went_on(written: record.Record, out: Path) -> bool:
@@ -202,11 +202,11 @@ def went_on(written: record.Record, out: Path) -> bool:
     return bool(written["results"])
 
 
-def shown(written: record.Record) -> str:
+def shown(written: record.Record, redact: bool = False) -> str:
     """The table of the attacks and the verdict, for the terminal."""
     from gradleak.report.terminal import text
 
-    return text(written)
+    return text(redacted(written) if redact else written)
 
 
 def details(written: record.Record) -> list[str]:
@@ -264,9 +264,11 @@ def public_data(args: flags.Seen, observation: Observation[Any]) -> Any:
     return SCORING[model.architecture.modality].public(args.data, args.public_split, model)
 
 
-def said(done: Audited) -> str:
-    """An attack's status for the terminal, and the texts that came out."""
+def said(done: Audited, redact: bool = False) -> str:
+    """An attack's status for the terminal, and the texts that came out, unless they are to be kept to themselves."""
     row = done.result
-    texts = row["shown"]["reconstruction"] if row.get("media") == "text/plain" and "shown" in row else []
+    texts = (
+        [] if redact else row["shown"]["reconstruction"] if row.get("media") == "text/plain" and "shown" in row else []
+    )
     lines = [f"{row['attack']}: {row['status']}", *(f"  {shortened(text)}" for text in texts)]
     return "\n".join(lines)

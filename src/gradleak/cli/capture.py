@@ -11,11 +11,11 @@ from gradleak.attacks.exact_git.exact_git import Recovered
 from gradleak.attacks.learned import generator, pairs
 from gradleak.attacks.learned.git import Transcript
 from gradleak.attacks.learned.lti import Perceptron
+from gradleak.audit.progress import progress
 from gradleak.audit.scoring import SCORING
 from gradleak.cli import flags
-from gradleak.cli.folders import folder_for, went_on
+from gradleak.cli.folders import folder_for, is_finished, tell
 from gradleak.cli.inputs import observed
-from gradleak.cli.progress import progress
 from gradleak.errors import BadInput
 from gradleak.formats.observation_file import save_observation
 from gradleak.formats.secret_file import Secret, save_secret
@@ -30,13 +30,14 @@ GENERATORS: dict[str, Any] = {"train git": Transcript, "train exact-git": Recove
 def capture(args: Any, name: str) -> None:
     """Play a victim: observation.safetensors, secret.safetensors, and what else it shares."""
     out = args.out if (args.out / UNFINISHED).is_file() else folder_for(args)
-    if went_on(name, args, "secret.safetensors"):
+    if is_finished(name, args):
         print(f"{out} is finished already.")
     else:
         with progress() as start:
             observation, secret = args(out, args.seed, start)
         kept(observation, secret, out)
         (out / UNFINISHED).unlink(missing_ok=True)
+        tell(name, args)
     seen, hidden = out / "observation.safetensors", out / "secret.safetensors"
     print(f"Now: gradleak audit {seen} --secret {hidden} --out ...")
 
@@ -90,10 +91,10 @@ def train(args: flags.Train, name: str, epochs: int) -> None:
         return pairs.stream(model, public, count=args.count, batch=args.pair_batch, defenses=defenses, seed=args.seed)
 
     path = out / "generator.safetensors"
-    batch = next(iter(shards())).labels.shape[1]
-    if went_on(name, args, path.name):
+    if is_finished(name, args):
         print(f"{path} is finished already.")
         return
+    batch = next(iter(shards())).labels.shape[1]
     with progress() as start:
         trained = generator.train(
             attack,
@@ -106,6 +107,7 @@ def train(args: flags.Train, name: str, epochs: int) -> None:
             on_step=start(f"training {attack}"),
         )
     trained.save(path)
+    tell(name, args)
     error = f": training error {trained.trace[-1][1]:.4f} (mean squared, per pixel)" if trained.trace else ""
     print(
         f"{path}{error}, of {len(trained.pictures):,} public samples\nNow: gradleak attack {args.observation} --attack {attack} --{attack}.generator {path} --out ..."

@@ -8,10 +8,10 @@ from typing import Any
 
 import msgspec
 
+from gradleak.audit.progress import progress
 from gradleak.cli import flags, owner_flags
 from gradleak.cli.folders import arguments_of, plain
 from gradleak.cli.inputs import check_device, file_hash
-from gradleak.cli.progress import progress
 from gradleak.errors import BadInput, near, shortened
 from gradleak.report import html, record
 

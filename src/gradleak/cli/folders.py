@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from gradleak.cli.seen_flags import PRESENTED, Kept
-from gradleak.errors import BadInput, read_json, shortened
+from gradleak.errors import BadInput, checked, read_json, shortened
 
 COMMAND = "command.json"  # beside what is captured or trained: which command made it
 MARKS = ("record.json", "study.json", "observation.safetensors", "generator.safetensors", "pairs.json", COMMAND)
@@ -127,16 +127,23 @@ def same_command(path: Path, stored: Mapping[str, Any], now: Mapping[str, Any]) 
         raise BadInput(f"{path} was made of files that have changed since: choose another --out.")
 
 
-def went_on(name: str, args: Kept, last: str) -> bool:
-    """Whether a command that captures or trains has finished this folder already, with `last` as its last file; else it is written down that
-    it begins. BadInput where another command has begun it."""
-    path, now = args.out / COMMAND, {"name": name, "arguments": arguments_of(args)}
-    if args.resume and path.is_file():
-        same_command(args.out, read_json(path), now)
-        if (args.out / last).is_file():
-            return True
-    args.out.mkdir(parents=True, exist_ok=True)
+def is_finished(name: str, args: Kept) -> bool:
+    """Whether a command that captures or trains has finished this folder already. BadInput where another command has."""
+    path = args.out / COMMAND
+    if not args.resume or not path.is_file():
+        return False
+    same_command(args.out, checked(read_json(path), dict[str, Any], f"{path} names no command"), told(name, args))
+    return True
+
+
+def told(name: str, args: Kept) -> dict[str, Any]:
+    """A command as data."""
+    return {"name": name, "arguments": arguments_of(args)}
+
+
+def tell(name: str, args: Kept) -> None:
+    """Write down which command has finished this folder."""
+    path = args.out / COMMAND
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)  # which rows are private is private
     with os.fdopen(descriptor, "wb") as file:
-        file.write(msgspec.json.format(msgspec.json.encode(now), indent=1) + b"\n")
-    return False
+        file.write(msgspec.json.format(msgspec.json.encode(told(name, args)), indent=1) + b"\n")

@@ -10,9 +10,9 @@ from gradleak.attacks.factor import with_factor_found
 from gradleak.attacks.merged import unmerged, with_merged_recovered
 from gradleak.attacks.seed import has_open_start, with_start_recovered
 from gradleak.attacks.unmixing.span import with_samples_counted
+from gradleak.audit.progress import OnStep, progress
 from gradleak.cli import flags
 from gradleak.cli.inputs import is_of_adapter, observed, seed_range
-from gradleak.cli.progress import OnStep, progress
 from gradleak.errors import BadInput
 from gradleak.observations.defense_names import Chosen
 from gradleak.observations.merged import was_merged

@@ -105,9 +105,9 @@ def written_fields(module: str, kind: ast.ClassDef) -> list[tuple[str, str, Any]
 def attack_names() -> list[str]:
     """Of those in this package and, where packages that are installed offer some, of these."""
     if metadata.entry_points(group=GROUP) or ATTACKS in sys.modules:
-        from gradleak.attacks import ATTACKS as known
+        from gradleak import attacks
 
-        return list(known)
+        return list(attacks.ATTACKS)
     return keys(ATTACKS, "ATTACKS")
 
 
@@ -126,10 +126,10 @@ def attack(name: str) -> Attack:
 
 def imported(name: str) -> Attack:
     """An attack by its class."""
-    from gradleak.attacks import ATTACKS as known
+    from gradleak import attacks
     from gradleak.attacks.parameters import parameters
 
-    kind = known[name]
+    kind = attacks.ATTACKS[name]
     file, hints = sys.modules[kind.__module__], get_type_hints(kind)
     classes = [one for one in vars(file).values() if isinstance(one, type) and one.__module__ == kind.__module__]
     texts = explained(*(inspect.getdoc(one) or "" for one in (*classes, kind)))

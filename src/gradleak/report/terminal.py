@@ -20,11 +20,12 @@ class Shown:
         self.record = record
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield from shown(self.record)
+        yield from tables(self.record)
+        yield Text(verdict(self.record))
 
 
-def shown(record: Record) -> Iterator[RenderableType]:
-    """Tables, what did not run, the verdict."""
+def tables(record: Record) -> Iterator[RenderableType]:
+    """A table for each observation, and what did not run."""
     levels = {verdict.get("observation", ""): verdict["level"] for verdict in record.get("verdicts", [])}
     names = list(dict.fromkeys(str(row["observation"].get("name", "")) for row in record["results"]))
     legend = Legend(record.get("metrics", {}), record.get("controls", {}))
@@ -35,7 +36,11 @@ def shown(record: Record) -> Iterator[RenderableType]:
             yield table(name if len(names) > 1 else "attack", ran, legend, levels.get(name, record["verdict"]["level"]))
         if rest := [row["attack"] for row in rows if row not in ran]:
             yield Text(f"Not run: {', '.join(rest)}.")
-    yield Text(f"{LEVELS[record['verdict']['level']]}. {record['verdict']['sentence']}")
+
+
+def verdict(record: Record) -> str:
+    """Its title and its sentence, in one line."""
+    return f"{LEVELS[record['verdict']['level']]}. {record['verdict']['sentence']}"
 
 
 def table(title: str, ran: list[Result], legend: Legend, level: str) -> Table:
@@ -52,8 +57,9 @@ def table(title: str, ran: list[Result], legend: Legend, level: str) -> Table:
 
 
 def text(record: Record, width: int = WIDTH) -> str:
-    """The same as plain text."""
+    """The same as plain text; the verdict is one line, however long."""
     console = Console(width=width, no_color=True, force_terminal=False, legacy_windows=False)
     with console.capture() as caught:
-        console.print(Shown(record))
-    return "\n".join(line.rstrip() for line in caught.get().splitlines())
+        console.print(*tables(record), sep="\n")
+    lines = [line.rstrip() for line in caught.get().splitlines() if line.strip()]
+    return "\n".join([*lines, verdict(record)])
