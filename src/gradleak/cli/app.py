@@ -154,7 +154,6 @@ def run(argv: list[str]) -> int:
 def start(name: str, given: list[str]) -> int:
     """Parse the flags of a command of this name, and do it; returns the exit code."""
     from gradleak.cli import arguments, config
-    from gradleak.cli.folders import check_paths
 
     place, _, summary = COMMANDS[name]
     kind = kind_of(name, place)
@@ -163,14 +162,14 @@ def start(name: str, given: list[str]) -> int:
     attacks = arguments.selected(name, given, said)
     about = {"prog": f"gradleak {name}", "description": kind.__doc__ or summary}
     values, options = arguments.parsed(kind, attacks, given, said, **about)
-    check_paths(values)
     return perform(name, values, options)
 
 
 def perform(name: str, values: Any, options: dict[str, dict[str, Any]]) -> int:
     """Do a command with its arguments, and the parameters of attacks; returns the exit code."""
-    from gradleak.cli.folders import replaced
+    from gradleak.cli.folders import check_paths, replaced
 
+    check_paths(values)
     if (threads := getattr(values, "threads", None)) is not None:
         set_threads(threads)
     if not 0 <= getattr(values, "seed", 0) <= LARGEST_SEED:

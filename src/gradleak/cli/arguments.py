@@ -107,7 +107,7 @@ def parsed(
             fields.append((identifier(name), own, dataclasses.field(default=own())))
     whole = dataclasses.make_dataclass(kind.__name__, fields, kw_only=True, frozen=True)
     whole.__doc__ = description
-    found = tyro.cli(whole, args=list(given), prog=prog, description=description)
+    found: Any = tyro.cli(whole, args=list(given), prog=prog, description=description)
     values = {flag.name: getattr(getattr(found, identifier(flag.group)), flag.name) for flag in flags}
     options = {
         name: dataclasses.asdict(getattr(found, identifier(name))) if sources.attack(name).parameters else {}
