@@ -23,7 +23,7 @@ from gradleak import (
 )
 from gradleak.attacks.analytic import Analytic
 from gradleak.report import record, summary
-from gradleak.report.samples import as_csv, samples
+from gradleak.report.scores import as_csv, samples
 
 
 @pytest.fixture(scope="module")

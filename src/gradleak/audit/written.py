@@ -1,6 +1,7 @@
 """An audit written down while it runs: the record and the report, after each attack, so that an interrupt loses one at most."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from gradleak.formats.secret_file import Secret
 from gradleak.formats.shown_files import save_shown
 from gradleak.observations.mechanism import Mechanism
 from gradleak.observations.observation import Observation
+from gradleak.observations.remedies import remedies
 from gradleak.report import record
 from gradleak.report.files import finish as finish
 from gradleak.report.files import private as private
@@ -76,10 +78,13 @@ def untried(observation: Observation[Any], attacks: Collection[str]) -> list[str
 
 
 def describe(written: record.Record, observation: Observation[Any], name: str) -> None:
-    """Put an observation's threat model into the record, and how its metrics and controls are called."""
+    """Put an observation's threat model into the record, which changes would help, and how its metrics and controls are called."""
     title = name or observation.release.name
     rows = [{"observation": title, **row} for row in observation.threat_model()]
-    metrics, controls = legend(SCORING[observation.model.architecture.modality])
+    modality = observation.model.architecture.modality
+    metrics, controls = legend(SCORING[modality])
+    changes: Any = [asdict(remedy) for remedy in remedies(observation.release.name, modality)]
+    written["remedies"] = {**written.get("remedies", {}), title: changes}
     others = [row for row in written["threat_model"] if row.get("observation") != title]
     written["threat_model"] = [*others, *rows]  # type: ignore[list-item]
     written["metrics"] = {**written.get("metrics", {}), **metrics}

@@ -6,12 +6,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 
 from gradleak.cli import flags
-from gradleak.errors import BadInput, checked, read_json, shortened
+from gradleak.errors import BadInput, shortened
 from gradleak.formats.adapter_files import is_adapter_file, located_adapter
+from gradleak.formats.defended_adapter import chosen_of
 from gradleak.formats.merged_weights import is_model, read_model_and_base
 from gradleak.formats.model_folder import folder_of, located
 from gradleak.formats.observation_file import check_provenance, has_provenance, load_observation
@@ -27,13 +27,11 @@ from gradleak.formats.plain_file import (
 )
 from gradleak.formats.trainer_state import Trainer, read_trainer
 from gradleak.modalities.losses import LOSSES
-from gradleak.observations.defense_names import Chosen
-from gradleak.observations.defenses import Defense
 from gradleak.observations.observation import Observation
 from gradleak.observations.orders import scheduled
 from gradleak.observations.training import Recipe
+from gradleak.victims.gradient import behind
 
-TOLD = "defended.json"  # what `gradleak defend` writes beside a release
 LARGEST = 2**40  # bytes of an input file
 OF_TRAINING = ("lr", "steps", "optimizer", "weight_decay", "schedule", "warmup", "planned_steps", "shuffle")
 OF_ADAPTERS = ("base", "initial", *OF_TRAINING)
@@ -41,14 +39,6 @@ OF_UPDATES = (*OF_TRAINING, "local_batch_size", "proximal", "clip", "clients", "
 OF_FILES = ("weights", "before", "mode")
 OF_PLAIN_FILES = ("input_shape", "classes", "loss", "loss_weights", "class_weights", "reduction", "label_smoothing")
 EVERY = (*dict.fromkeys((*OF_ADAPTERS, *OF_UPDATES, *OF_FILES, *OF_PLAIN_FILES)), "model", "task", "batch_size")
-
-
-class Told(msgspec.Struct, frozen=True, kw_only=True, rename={"with_": "with"}):
-    """What `gradleak defend` did: the hash of the file it began with, the defenses as flags, the seed."""
-
-    of: str
-    with_: tuple[str, ...]
-    seed: int = 0
 
 
 def observed(args: flags.Seen) -> Observation[Any]:
@@ -192,16 +182,8 @@ def observed_adapter(args: flags.Seen, given: Path) -> Observation[Any]:
     )
     used = args.lr is None and told is not None and bool(told.course)
     remarks = () if told is None else told.remarks(path, used=used, optimizer=args.optimizer)
-    adapter = replace(adapter, defenses=defenses_of(path))
-    return replace(adapter, release=replace(adapter.release, remarks=(*adapter.adapter.remarks, *remarks)))
-
-
-def defenses_of(path: Path) -> tuple[Defense, ...] | None:
-    """What `gradleak defend` says that it did to the adapter in a folder; nothing where it says nothing, None where it hides it."""
-    file = path / TOLD
-    if not path.is_dir() or not file.is_file():
-        return ()
-    return Chosen.of(checked(read_json(file), Told, f"{file} does not say how the adapter was defended").with_).known
+    adapter = replace(adapter, release=replace(adapter.release, remarks=(*adapter.adapter.remarks, *remarks)))
+    return behind(adapter, chosen_of(path).known)
 
 
 def recipe_of(args: flags.Seen, told: Trainer | None) -> Recipe | None:

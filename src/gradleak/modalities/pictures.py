@@ -60,6 +60,11 @@ class Pictures:
     source: str
     split: str
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the classes, where the source has them."""
+        return () if self.classes == UNLABELLED else self.classes
+
 
 @dataclass(frozen=True)
 class _Rows:

@@ -10,7 +10,7 @@ from gradleak.report import html, record
 from gradleak.report.files import finish, private
 from gradleak.report.record import Record, Verdict
 from gradleak.report.redaction import redacted
-from gradleak.report.samples import samples
+from gradleak.report.scores import samples
 from gradleak.report.sheet import save_sheet
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from gradleak.report.numbers import LEVELS, Legend, mean, present
+from gradleak.report.numbers import Legend, mean, present
 from gradleak.report.record import Record, Result
-from gradleak.report.samples import as_csv
+from gradleak.report.scores import as_csv
+from gradleak.report.words import LEVELS
 
 FILES = ("summary.json", "summary.md", "junit.xml", "results.sarif", "samples.csv")
 MEMBERSHIP = ("members", "fresh", "best", "scores", "certificate", "verdict", "sentence")

@@ -6,8 +6,9 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from gradleak.report.numbers import LEVELS, Legend, glance
+from gradleak.report.numbers import Legend, glance
 from gradleak.report.record import Record, Result
+from gradleak.report.words import LEVELS
 
 WIDTH = 120  # columns, where no terminal says how many
 LEFT_OUT = ("Flags",)  # columns that the page has besides

@@ -193,6 +193,9 @@ class CaptureAdapter(Private):
     """Number of its steps."""
     local_batch_size: int | None = None
     """Pictures per step; all of them unless this is given."""
+    defense: UseAppendAction[tuple[str, ...]] = ()
+    """What is done in its training (frozen-a, lora-dropout:0.1, clients:4, mix-up:0.7) or to its factors before they are shared (svd:2,
+    noise:1e-4), in this order; unknown as the last withholds from the attacker those before it."""
 
     def __call__(self, out: Path, seed: int, start: Start) -> tuple[Observation[Any], Secret]:
         """The observation and the secret; out/adapter, out/base and perhaps out/initial are written."""
@@ -215,6 +218,7 @@ class CaptureAdapter(Private):
             seed=seed,
             init=init,
             rslora=self.rslora,
+            defenses=self.defense,
             out=out,
             **self.shown(),
         )
