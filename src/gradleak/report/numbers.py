@@ -16,7 +16,6 @@ T = TypeVar("T")
 DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 SIGNS = {"higher": +1, "lower": -1, "unknown": 0}
 RANK = "identification_rank"
-SHOWN = {"truth": "Truth", "reconstruction": "Reconstruction", "invented": "What was invented"}  # beside the controls
 
 
 class ScoreGroup(NamedTuple):
