@@ -1,8 +1,6 @@
 """An audit written down while it runs: the record and the report, after each attack, so that an interrupt loses one at most."""
 
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from gradleak.observations.mechanism import Mechanism
 from gradleak.observations.observation import Observation
 from gradleak.observations.remedies import remedies
 from gradleak.report import html, record, summary
+from gradleak.report.private import private
 from gradleak.report.redaction import redacted
 from gradleak.report.sheet import save_sheet
 
@@ -34,6 +33,7 @@ def written_audit(
     secret: Secret | None = None,
     left: dict[str, list[str]] | None = None,
     seed: int = 0,
+    repeats: int = 1,
     device: str = "cpu",
     name: str = "",
     on_step: Callable[[str], OnStep] | None = None,
@@ -51,7 +51,15 @@ def written_audit(
     left = {} if left is None else left
     describe(written, observation, name)
     left[name or observation.release.name] = untried(observation, set(attacks) - set(skipped or {}))
-    about: Any = {"secret": secret, "seed": seed, "device": device, "name": name, "on_step": on_step, "bound": bound}
+    about: Any = {
+        "secret": secret,
+        "seed": seed,
+        "repeats": repeats,
+        "device": device,
+        "name": name,
+        "on_step": on_step,
+        "bound": bound,
+    }
     for done in audit(observation, attacks, public, **about, told=told, skipped=skipped):
         written["results"].append(done.result)
         judged(written, left)
@@ -90,16 +98,6 @@ def finish(written: record.Record, out: Path, redact: bool = False) -> None:
         record.write(told, out / "record.json")
         (out / "report.html").write_text(html.render(told), encoding="utf-8")
         summary.save(handed_on, out)
-
-
-@contextmanager
-def private() -> Iterator[None]:
-    """Files that are made meanwhile are their owner's alone: what was recovered is as private as the data."""
-    before = os.umask(0o077)
-    try:
-        yield
-    finally:
-        os.umask(before)
 
 
 def keep_shown(done: Audited, out: Path) -> None:

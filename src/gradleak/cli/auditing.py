@@ -19,7 +19,7 @@ from gradleak.audit.plan import plan_of
 from gradleak.audit.privacy import mechanism_of
 from gradleak.audit.scoring import SCORING
 from gradleak.audit.verdict import judged
-from gradleak.audit.written import describe, finish, keep_shown, private, untried, written_audit
+from gradleak.audit.written import describe, finish, keep_shown, untried, written_audit
 from gradleak.cli import flags
 from gradleak.cli.commands import new_record
 from gradleak.cli.informed import informed
@@ -35,6 +35,9 @@ from gradleak.observations.whole_weights import whole_weights
 from gradleak.report import record
 from gradleak.report.gate import check_bar, exit_code
 from gradleak.report.membership import Membership
+from gradleak.report.pdf import browser, printed
+from gradleak.report.private import private
+from gradleak.report.summary import in_words
 from gradleak.victims.demo import DEMO
 
 CLOSED = ("analytic",)  # attacks in closed form, which are tried on what was trained as a whole beside an adapter
@@ -72,6 +75,10 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
     exit code that `gate` gives."""
     check_device(args.device)
     check_bar(args.fail_on, members=args.non_members is not None)
+    if args.pdf:
+        browser()
+    if args.repeats < 1:
+        raise BadInput(f"--repeats {args.repeats} would try nothing: give at least 1.")
     if args.attacks is not None:
         check_named(args.attacks, options)
     out, observation = fresh_folder(args.out), informed(args)
@@ -99,6 +106,7 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
         "seed": args.seed,
         "device": args.device,
         "redact": args.redact,
+        "repeats": args.repeats,
     }
     found = None if args.members is None else told_members(args, observation, written, out)
     if attacks:
@@ -115,7 +123,9 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
     if attacks and found is not None:
         with_membership(written, found)
         finish(written, out, args.redact)
-    print(written["verdict"]["sentence"], f"See {out / 'report.html'}.", sep="\n", file=stream)
+    if args.pdf:
+        printed((out / "report.html").read_text(encoding="utf-8"), out / "report.pdf")
+    print(in_words(written["verdict"]), f"See {out / 'report.html'}.", sep="\n", file=stream)
     if args.json:
         print((out / "summary.json").read_text(encoding="utf-8"), end="")
     return exit_code(written, args.fail_on)
@@ -149,7 +159,7 @@ def demo(args: flags.Demo) -> None:
         attacks = {attack: ATTACKS[attack]() for attack in names}
         about: dict[str, Any] = {"seed": args.seed, "device": args.device, "name": name}
         audit_one(observation, attacks, public, secret, written, left, out, sys.stdout, **about)
-    print(written["verdict"]["sentence"], f"Open {out / 'report.html'} in a browser.", sep="\n")
+    print(in_words(written["verdict"]), f"Open {out / 'report.html'} in a browser.", sep="\n")
 
 
 def audit_one(

@@ -20,6 +20,8 @@ from gradleak.errors import BadInput, near, shortened
 from gradleak.modalities.networks import MODELS
 from gradleak.observations.defense_names import DEFENSES
 from gradleak.report import html, record
+from gradleak.report.pdf import printed
+from gradleak.report.private import private
 
 
 def study(args: flags.Study) -> None:
@@ -70,9 +72,13 @@ def planned(args: flags.Study) -> tuple[Any, list[Path]]:
 
 def report(args: flags.Report) -> None:
     """Render record.json again."""
-    page = html.render(record.read(args.record))
+    written = record.read(args.record)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(page, encoding="utf-8")
+    if args.out.suffix.lower() == ".pdf":
+        printed(html.render(written), args.out)
+    else:
+        with private():
+            args.out.write_text(html.render(written), encoding="utf-8")
     print(args.out)
 
 

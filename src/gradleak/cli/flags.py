@@ -152,6 +152,8 @@ class Audit(Attacked):
     non_members: str | None = None
     """With --members: samples of the same kind that took no part (test or validation unless the split is given). Without them only the
     certificate says something."""
+    repeats: int = 1
+    """Under how many seeds each attack runs, from --seed on: the run that explains most is shown, as an attacker would keep it, and all are told."""
     device: str = "cpu"
     """Where attacks run: cpu, cuda, cuda:1, ..."""
     fail_on: str | None = None
@@ -159,6 +161,8 @@ class Audit(Attacked):
     the members is told from others at 1 % false alarms (TPR>0.05); 3 where nothing could run or nothing can be said; else 0."""
     json: bool = False
     """Print summary.json in place of sentences, which go to stderr."""
+    pdf: bool = False
+    """Print the report to report.pdf, by the Chromium or Chrome of this machine."""
     redact: bool = False
     """Hashes stand in record and report in place of private data, the most exposed samples are named by their rows, and nothing that was
     recovered is kept."""
@@ -214,7 +218,7 @@ class Report:
     record: Positional[Path]
     """record.json"""
     out: Path
-    """The HTML file to write."""
+    """The file to write: HTML, or a .pdf, which the Chromium or Chrome of this machine prints."""
 
 
 @dataclass(frozen=True, kw_only=True)
