@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # the one list of public names: `__getattr__` reads it too
     from gradleak.attacks.dlg import DLG as DLG
     from gradleak.attacks.dlg import IDLG as IDLG
     from gradleak.attacks.inverting_gradients import InvertingGradients as InvertingGradients
-    from gradleak.attacks.label_counts import label_counts as label_counts
+    from gradleak.attacks.label_counts.label_counts import label_counts as label_counts
     from gradleak.attacks.labels import recover_labels as recover_labels
     from gradleak.attacks.map_inversion import MapInversion as MapInversion
     from gradleak.attacks.reconstruction import Outcome as Outcome

@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gradleak.cli.defend import truncated
 from gradleak.cli.inputs import file_hash
+from gradleak.formats.defended_adapter import all_truncated
 from gradleak.formats.observation_file import load_observation
-from gradleak.observations.defenses import GaussianNoise, TopK, TruncatedRank, defended
+from gradleak.observations.defenses import GaussianNoise, TopK, defended
+from gradleak.observations.truncation import TruncatedRank
 from gradleak.report import record
 
 Run = Callable[..., str]
@@ -117,7 +118,7 @@ def test_truncating_the_change_of_b_is_truncating_the_product() -> None:
     generator = torch.Generator().manual_seed(0)
     B, A = torch.randn(7, 4, generator=generator), torch.linalg.qr(torch.randn(9, 4, generator=generator)).Q.T
     short = defended({"m.lora_B": B}, (TruncatedRank(2),), generator)["m.lora_B"]
-    both = truncated({"m.lora_A.weight": A, "m.lora_B.weight": B}, 2)
+    both = all_truncated({"m.lora_A.weight": A, "m.lora_B.weight": B}, 2)
     assert torch.allclose(short @ A, both["m.lora_B.weight"] @ both["m.lora_A.weight"], atol=1e-5)
 
 

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -276,9 +277,28 @@ def test_the_readme_shows_every_attack() -> None:
     assert named == set(ATTACKS)
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
+def links(page: str) -> list[str]:
+    return re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "page", ["CONTRIBUTING.md", "SECURITY.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]
+)
 def test_links_between_pages_lead_somewhere(page: str) -> None:
-    targets = re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text(encoding="utf-8"))
-    for target in targets:
+    for target in links(page):
         if not target.startswith("https://"):
             assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def test_links_of_the_readme_lead_somewhere_from_the_package_index_too() -> None:
+    """PyPI shows the page away from the repository: its links and its picture are whole addresses, of files that are here."""
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]
+    places = (
+        f"{urls['Homepage']}/blob/main/",
+        urls["Homepage"].replace("github.com", "raw.githubusercontent.com") + "/main/",
+    )
+    own = [target for target in links("README.md") if target.startswith(places)]
+    assert len(own) > 10
+    assert all(target.startswith("https://") for target in links("README.md"))
+    for target in own:
+        assert ROOT.joinpath(re.split("/main/", target, maxsplit=1)[1]).exists(), target

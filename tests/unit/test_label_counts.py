@@ -9,16 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad
 
-from gradleak.attacks.label_counts import (
-    LARGEST,
-    Counter,
-    Evidence,
-    LabelCounts,
-    added,
-    counts_by_means,
-    evidence,
-    label_counts,
-)
+from gradleak.attacks.label_counts.counter import Counter
+from gradleak.attacks.label_counts.evidence import LARGEST, Evidence, added, evidence
+from gradleak.attacks.label_counts.label_counts import LabelCounts, counts_by_means, label_counts
 from gradleak.attacks.labels import recover_labels
 from gradleak.audit.labels_told import labels_told
 from gradleak.errors import NotObserved

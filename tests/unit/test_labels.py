@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gradleak.attacks.ilrg import ilrg
 from gradleak.attacks.labels import apportion, labels_of_images, recover_labels
 from gradleak.errors import NotObserved
 from gradleak.modalities.losses import CrossEntropy
@@ -135,3 +136,14 @@ def test_a_frozen_last_layer_is_not_observed(batch: int) -> None:
         module.get_parameter(name).requires_grad_(False)
     with pytest.raises(NotObserved):
         recover_labels(observe(module, MLP, some(torch.arange(batch))))
+
+
+def test_ilrg_counts_classes_of_equal_samples_exactly() -> None:
+    """Where predictions do not hang on the features, the paper's equations are exact, and have one solution."""
+    weight = torch.zeros(10, 30, dtype=torch.float64)
+    counts = torch.tensor([0, 3, 0, 1, 2, 0, 0, 5, 1, 0])
+    features = torch.rand(12, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = torch.arange(10).repeat_interleave(counts)
+    rest = 0.1 - torch.eye(10, dtype=torch.float64)[labels]  # p - e_y
+    found = ilrg(rest.T @ features / 12, rest.mean(0), weight, torch.zeros(10), 12)
+    assert found.tolist() == counts.tolist()

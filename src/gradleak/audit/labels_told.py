@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from gradleak.attacks.label_counts import frequent_counts, label_counts, last_layer_withheld
+from gradleak.attacks.label_counts.label_counts import frequent_counts, label_counts, last_layer_withheld
 from gradleak.audit.explanations import flag
 from gradleak.errors import NotObserved
 from gradleak.formats.secret_file import Secret

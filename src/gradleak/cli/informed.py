@@ -2,7 +2,6 @@
 the number of samples, the factor of a release."""
 
 import sys
-from dataclasses import replace
 from typing import Any
 
 from gradleak.attacks.adam_step import with_step_undone
@@ -17,7 +16,7 @@ from gradleak.errors import BadInput
 from gradleak.observations.defense_names import Chosen
 from gradleak.observations.merged import was_merged
 from gradleak.observations.observation import Observation
-from gradleak.victims.gradient import trained_with
+from gradleak.victims.gradient import behind
 
 
 def informed(args: flags.Observed) -> Observation[Any]:
@@ -45,11 +44,7 @@ def told(observation: Observation[Any], args: flags.Attacked) -> Observation[Any
     """The observation behind the defenses of flags, in place of those that it says; BadInput for defenses of another release."""
     if not args.defense:
         return observation
-    known = Chosen.of(args.defense).known
-    if known is None:
-        return replace(observation, defenses=None)
-    release, defenses = trained_with(observation.release, known, observation.batch_size or 1)
-    return replace(observation, release=release, defenses=defenses)
+    return behind(observation, Chosen.of(args.defense).known)
 
 
 def searched(observation: Observation[Any], more: range, on_step: OnStep) -> Observation[Any]:

@@ -131,6 +131,20 @@ class GaussianPrior:
         precision = self._spectral(1 / (self.std.square() + self.remainder**2) - self.remainder**-2, self.remainder**-2)
         return ((apart @ precision.to(images)) * apart).mean() / 2
 
+    def denoise(self, images: Tensor, sigma: Tensor) -> Tensor:
+        """`Denoiser.denoise`: the posterior mean, exact (the Wiener filter): mean + C (C + sigma^2 I)^-1 (images - mean)."""
+        noise = sigma.double().reshape(-1, 1).square()  # (batch or 1, 1)
+        apart = (images.double() - self.mean).flatten(1)
+        V, rest = self.components.flatten(1), self.remainder**2  # (k, pixels)
+        own, left = self.std.square() + rest, rest / (rest + noise)
+        kept = left * apart + (apart @ V.T * (own / (own + noise) - left)) @ V
+        return (self.mean + kept.view_as(images)).to(images)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        channel, height, width = self.mean.shape
+        return channel, height, width
+
     def _spectral(self, values: Tensor, rest: float) -> Tensor:
         """sum_i values_i v_i v_i^T + rest I, with the components v."""
         V = self.components.flatten(1)  # (k, pixels)
