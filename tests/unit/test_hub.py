@@ -7,12 +7,12 @@ from pathlib import Path
 import huggingface_hub.constants as hub
 import pytest
 from PIL import Image
+from test_data import write_parquet
 
 from gradleak.errors import BadInput
 from gradleak.formats.model_folder import folder_of
 from gradleak.modalities.hub import SECONDS, answers
 from gradleak.modalities.pictures import load
-from test_data import write_parquet
 
 
 def test_data_are_found_by_name_in_the_folder_of_the_environment(
