@@ -20,7 +20,7 @@ from gradleak.audit.privacy import mechanism_of
 from gradleak.audit.progress import progress
 from gradleak.audit.scoring import SCORING
 from gradleak.audit.verdict import judged
-from gradleak.audit.written import describe, finish, finished_in, keep_shown, private, untried, written_audit
+from gradleak.audit.written import describe, finish, finished_in, keep_shown, untried, written_audit
 from gradleak.cli import flags
 from gradleak.cli.commands import new_record
 from gradleak.cli.folders import folder_for, fresh_folder, same_command
@@ -37,6 +37,8 @@ from gradleak.priors.named import load_prior
 from gradleak.report import record
 from gradleak.report.gate import check_bar, exit_code
 from gradleak.report.membership import Membership
+from gradleak.report.pdf import browser, printed
+from gradleak.report.private import private
 from gradleak.report.redaction import redacted
 from gradleak.victims.demo import DEMO
 
@@ -80,6 +82,10 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
     exit code that `gate` gives."""
     check_device(args.device)
     check_bar(args.fail_on, members=args.non_members is not None)
+    if args.pdf:
+        browser()
+    if args.repeats < 1:
+        raise BadInput(f"--repeats {args.repeats} would try nothing: give at least 1.")
     if args.attacks is not None:
         check_named(args.attacks, options)
     out, observation = folder_for(args), informed(args)
@@ -111,6 +117,7 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
         "seed": args.seed,
         "device": args.device,
         "redact": args.redact,
+        "repeats": args.repeats,
     }
     found = None if args.members is None else written.get("membership") or told_members(args, observation, written, out)
     if attacks:
@@ -130,6 +137,8 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
     if attacks and found is not None:
         with_membership(written, found)
         finish(written, out, args.redact)
+    if args.pdf:
+        printed((out / "report.html").read_text(encoding="utf-8"), out / "report.pdf")
     if args.verbose:
         print(*details(redacted(written) if args.redact else written), sep="\n", file=stream)
     print(shown(written, args.redact), f"See {out / 'report.html'}.", sep="\n", file=stream)

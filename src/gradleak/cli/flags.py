@@ -85,6 +85,8 @@ class Gate:
     the members is told from others at 1 % false alarms (TPR>0.05); 3 where nothing could run or nothing can be said; else 0."""
     json: bool = False
     """Print summary.json in place of sentences, which go to stderr."""
+    pdf: bool = False
+    """Print the report to report.pdf, by the Chromium or Chrome of this machine."""
     redact: bool = False
     """Hashes stand in record and report in place of private data, the most exposed samples are named by their rows, and nothing that was
     recovered is kept."""
@@ -103,6 +105,8 @@ class Audit(Attacked, Private, Members, Gate):
     """Names of `gradleak list`, or package.module:Class; all that recover such data unless this or --members is given. Parameters are
     flags with the attack's name
     before them: --dlg.restarts 5."""
+    repeats: int = 1
+    """Under how many seeds each attack runs, from --seed on: the run that explains most is shown, as an attacker would keep it, and all are told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +183,7 @@ class Report:
     record: Positional[Path]
     """record.json"""
     out: Path
-    """The HTML file to write."""
+    """The file to write: HTML, or a .pdf, which the Chromium or Chrome of this machine prints."""
 
 
 @dataclass(frozen=True, kw_only=True)
