@@ -139,15 +139,14 @@ def test_attribution_gives_every_sample_its_share_of_a_gradient() -> None:
 
 
 def test_the_two_groups_are_found_where_they_are_known() -> None:
-    """c_i ~ N(b m_i, d_i^2) drawn: the ratio is that of the true b, up to what 400 samples tell of b and s (5 %, from the information of
-    those that tell anything), 0 of samples that cannot show, and ranks better than c_i over its deviation."""
+    """c_i ~ N(b m_i, d_i^2) drawn: the ratio is the true one, up to what 400 samples tell of s^2 (sqrt(2 / 400), 7 %) and b: 25 % are three
+    deviations of both. It ranks better than c_i over its deviation."""
     generator = torch.Generator().manual_seed(0)
     deviation = 10 ** (2 * torch.rand(400, generator=generator, dtype=torch.float64) - 1.5)
     c = 0.7 * (torch.arange(400) < 200) + deviation * torch.randn(400, generator=generator, dtype=torch.float64)
     ratio = two_groups(c, 3 * deviation, torch.arange(350, 400))  # deviations are known up to a factor
     true = 0.7 * (c - 0.35) / deviation.square()
-    assert float((ratio - true).abs().median()) < 0.15
-    assert torch.corrcoef(torch.stack([ratio, true]))[0, 1] > 0.99
+    assert float((ratio / true - 1).abs().median()) < 0.25
     areas = [auc(score[:200], score[200:350]) for score in (ratio, c / deviation)]
     assert areas[0] > areas[1]
 
