@@ -70,8 +70,10 @@ class Evidence:
 
     @cached_property
     def targets(self) -> Tensor:
-        """(n,) of how many targets each candidate's loss is the mean: tokens, or one class."""
+        """(n,) of how many targets each candidate's loss is the mean: tokens, or one class; 1 where it is their sum."""
         model = self.model
+        if model.criterion.reduction == "sum":
+            return torch.ones(len(self.inputs), dtype=torch.int64)
 
         def count(x: Any, y: Tensor | None) -> Tensor:
             wanted = model.architecture.compared(model.logits({}, x), x, y)[1]
