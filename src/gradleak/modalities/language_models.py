@@ -6,7 +6,7 @@ repeated here.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 import torch
@@ -17,8 +17,8 @@ from gradleak.errors import BadInput, checked
 from gradleak.modalities.modality import Fact, Tokens, fact
 from gradleak.modalities.texts import Texts
 from gradleak.modalities.transformers_networks import refusing
+from gradleak.modalities.words import Task as Task
 
-Task = Literal["classification", "causal-lm", "masked-lm"]
 NO_TARGET = -100  # the label of a position that is not trained on, as torch and transformers have it
 Size = Annotated[int, Meta(ge=1)]
 ENDLESS = (
