@@ -25,16 +25,8 @@ MOST = (
 )  # samples and classes: a step costs the inverse of a matrix of batch^2 rows, for each label and each other class
 ROUNDING = 2e-7  # of float32, in units of the largest singular value
 SOLVED = 1e-6  # squared error, in units of the singular values, that labels which are right come below, and others hardly ever
-SURE = (
-    0.0,
-    0.5,
-    0.8,
-    0.95,
-    0.0,
-    0.5,
-    0.8,
-    0.95,
-)  # predictions of its label that K begins with, side by side; 0: the mean features
+SURE = 0.0, 0.5, 0.8, 0.95, 0.99, 0.998  # predictions of its label that a sample begins with; 0: the mean features
+STARTS = 12  # K side by side: one with each of these for all samples, then others at random
 DRAWN, NEGATIVE = 1e-2, 1e-2  # weights of the distance from there, and of negative features
 BEAM, TRIED, ROUNDS = 4, 12, 8  # labels that are kept; of all that differ by one, solved to the end; how often
 
@@ -73,11 +65,11 @@ class Equations:
         return self.mean + low * along
 
     def begin(self, labels: Tensor, generator: torch.Generator) -> Tensor:
-        """K (n, r, r) for labels (n, r): near what is typical of them, as surely as `SURE` says in turns."""
-        typical = torch.stack([self.typical(sure) for sure in SURE])[
-            torch.arange(len(labels)) % len(SURE)
-        ]  # (n, classes, r)
-        K = typical.gather(1, labels[..., None].expand(-1, -1, typical.shape[2]))
+        """K (n, r, r) for labels (n, r): near what is typical of them, in turns as surely as `SURE` says."""
+        typical = torch.stack([self.typical(sure) for sure in SURE])  # (sure, classes, r)
+        sure = torch.randint(len(SURE), labels.shape, generator=generator)
+        turn = (torch.arange(len(labels)) % STARTS)[:, None].expand_as(sure)
+        K = typical[torch.where(turn < len(SURE), turn, sure), labels]
         noise = torch.randn(K.shape, generator=generator, dtype=torch.float64)
         return K + 0.1 * float(self.mean.norm()) / len(self.S) ** 0.5 * noise
 
@@ -171,7 +163,7 @@ def counts_by_equations(equations: Equations, targets: Tensor, start: Tensor) ->
 
     def fresh(labels: Tensor) -> Tried:
         """Labels (n, r) from what is typical of them."""
-        rows = labels.repeat_interleave(len(SURE), 0)
+        rows = labels.repeat_interleave(STARTS, 0)
         K = first = equations.begin(rows, generator)
         for k in range(3):
             K = equations.solve(targets[rows], K, steps=8, power=0.5, drawn=DRAWN / 10**k, towards=first)[1]
@@ -205,4 +197,6 @@ def counts_by_equations(equations: Equations, targets: Tensor, start: Tensor) ->
         if float(found.error[0]) < SOLVED or (more := changed(found, seen)) is None:
             break
         found = Tried.best([found, more], BEAM)
+        if float(found.error[0]) > SOLVED:
+            found = Tried.best([found, fresh(found.labels)], BEAM)
     return found.labels[0].bincount(minlength=classes), float(found.error[0])
