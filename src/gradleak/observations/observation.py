@@ -23,7 +23,7 @@ from gradleak.observations.given import fitted
 from gradleak.observations.model import A, Model
 from gradleak.observations.release import Release, Reservation, Sketch, check_finite
 from gradleak.observations.releases import GRADIENT
-from gradleak.observations.tensors import Tensors
+from gradleak.observations.tensors import Tensors, rounding
 
 R = TypeVar("R", bound=Release)
 
@@ -98,6 +98,16 @@ class Observation(Generic[A]):
     def undefended(self, inputs: Any, labels: Tensor | None) -> Tensors:
         """What would have been released, had the secret been these; before any defense."""
         return scaled(self.release.simulate(self.model, self.released, inputs, labels), self.factor)
+
+    def noise(self) -> Tensors:
+        """{name: the deviation of each number of `released` from `simulate` of the secret}: what known defenses have added, where `seen` does
+        not take it away already, and rounding to the number format. White within each tensor. Where nobody knows the defenses, the
+        rounding alone."""
+        added = deviations(self.released, [defense for defense in self.defenses or () if not defense.reads])
+        kept = {
+            n: rounding(t.reshape(1, -1), getattr(torch, self.precision))[0].to(t) for n, t in self.released.items()
+        }
+        return {name: torch.hypot(left, added[name].to(left)) if name in added else left for name, left in kept.items()}
 
     def residual(self, inputs: Any, labels: Tensor | None) -> float:
         """||simulate(inputs, labels) - released|| / ||released||, Euclidean over all released tensors."""
