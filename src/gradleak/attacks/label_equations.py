@@ -62,7 +62,8 @@ class Equations:
             middle = (low + high) / 2
             reached = ((self.mean + middle * along) @ self.head).softmax(1).diagonal()[:, None] >= sure
             low, high = torch.where(reached, low, middle), torch.where(reached, middle, high)
-        return self.mean + low * along
+        moved: Tensor = self.mean + low * along
+        return moved
 
     def begin(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         """K (n, r, r) for labels (n, r): near what is typical of them, in turns as surely as `SURE` says."""
