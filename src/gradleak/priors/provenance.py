@@ -135,5 +135,5 @@ def few() -> Tensor:
 
 def fingerprinted(images: Tensor) -> tuple[str, Tensor]:
     """Pictures (n, channel, height, width) of bytes -> their sha256, and a fingerprint of each as `Provenance` keeps it."""
-    prints = torch.cat([fingerprints(some.float() / 255) for some in images.split(1000)])
+    prints = torch.cat([fingerprints(some.float() / 255) for some in torch.split(images, 1000)])
     return hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest(), (127 * prints).round().to(torch.int8)
