@@ -4,9 +4,9 @@ import math
 
 import torch
 
+from gradleak.audit.progress import progress
 from gradleak.cli import flags
-from gradleak.cli.inputs import fresh_folder
-from gradleak.cli.progress import progress
+from gradleak.cli.folders import fresh_folder
 from gradleak.errors import BadInput
 from gradleak.modalities.pictures import load, with_channels
 from gradleak.priors.denoisers import training
