@@ -19,14 +19,16 @@ class Settings:
     """White noise on pictures of a test split; PSNR on average over pictures, with intervals."""
 
     data: str
-    """A data set with the splits train (the Gaussian is fitted to all of it) and test."""
+    """A data set with the splits train and test."""
     priors: tuple[str, ...] = ("gaussian", "ffdnet")
     """As `load_prior` takes them; the first is the control, and what others gain over it is told too."""
     first: int = 0
     """The first row of test."""
-    count: int = 256
+    count: int = 128
     """Pictures, one after the other."""
-    levels: tuple[float, ...] = (5, 10, 25.5, 51, 76.5, 127.5, 255)
+    public: int = 20_000
+    """Pictures of train, at random, that the Gaussian is fitted to."""
+    levels: tuple[float, ...] = (5, 12.75, 25.5, 51, 127.5, 255)
     """Standard deviations of the noise, of 255."""
     seed: int = 0
 
@@ -37,7 +39,7 @@ def main(settings: Settings) -> None:
     images = load(settings.data, "test", indices=range(settings.first, settings.first + settings.count)).images
     channel, height, width = images.shape[1:]
     public = (
-        public_pool(settings.data, shape=(channel, height, width), limit=10**6).images
+        public_pool(settings.data, shape=(channel, height, width), limit=settings.public).images
         if "gaussian" in settings.priors
         else None
     )

@@ -256,6 +256,8 @@ def test_training_goes_on_after_a_kill(tmp_path: Path, ok: Any, monkeypatch: pyt
     said = ok("train", "denoiser", "--data", "digits", "--minutes", "0.1", "--out", out)
     assert said == f"{out}: a denoiser trained on {len(images):,} pictures of digits, as a prior diffusion:{out}\n"
     assert not (out / training.STATE).exists()
+    again = "train", "denoiser", "--data", "digits", "--minutes", "0.1", "--out", out, "--resume"
+    assert ok(*again) == f"{out} is finished already.\n"
     assert type(diffusers.DiffusionPipeline.from_pretrained(out).unet).__name__ == "UNet2DModel"
     prior = diffusion.load(str(out), (1, 8, 8))
     assert isinstance(prior, own.TrainedDenoiser)
