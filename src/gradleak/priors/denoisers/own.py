@@ -78,6 +78,9 @@ class TrainedDenoiser(nn.Module):
         self.gaussian = gaussian
         self.unet = unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
+    def __str__(self) -> str:
+        return f"a denoiser of {self.provenance or 'pictures that nobody names'}"
+
     @classmethod
     def begun(cls, images: Tensor) -> Self:
         """Untrained, for pictures (n, channel, height, width) in [-1, 1]: it denoises as the Gaussian does."""
