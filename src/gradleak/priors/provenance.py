@@ -28,7 +28,7 @@ SIDE, MIDDLE = 32, 24  # pixels that a picture is brought to, and of them those 
 CELLS = 16  # of these, each way
 FINE, COARSE = 13, 7  # waves of at most so many half-cycles, down and across together
 CLOSEST = 8  # pictures that are compared finely
-SAME = 0.93  # scalar product of fingerprints from which on two pictures are near-duplicates
+SAME = 0.95  # scalar product of fingerprints from which on two pictures are near-duplicates
 SHIFTS, ZOOMS = (-3.0, -1.5, 0.0, 1.5, 3.0), (0.875, 1.0, 1.125)
 
 
