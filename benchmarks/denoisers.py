@@ -5,6 +5,7 @@ python benchmarks/denoisers.py --data CIFAR10 --priors gaussian ffdnet diffusion
 
 import time
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import tyro
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from gradleak.modalities.pictures import load, public_pool
 from gradleak.priors.named import load_prior
+from gradleak.priors.prior import Denoiser
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ def main(settings: Settings) -> None:
         if "gaussian" in settings.priors
         else None
     )
-    priors = {text: load_prior(text, (channel, height, width), public) for text in settings.priors}
+    shape = channel, height, width
+    priors = {text: cast(Denoiser, load_prior(text, shape, public)) for text in settings.priors}
     print(
         "| sigma x 255 | noisy |",
         " | ".join(f"{text}" for text in priors),
@@ -57,7 +60,7 @@ def main(settings: Settings) -> None:
         for text, prior in priors.items():
             begun = time.process_time()
             with torch.no_grad():
-                found = torch.cat([prior.denoise(some, torch.tensor(level / 255)) for some in noisy.split(64)])
+                found = torch.cat([prior.denoise(some, torch.tensor(level / 255)) for some in torch.split(noisy, 64)])
             seconds[text] += time.process_time() - begun
             here = psnr(found, images)
             gain = "" if control is None else f" ({told(here - control)})"

@@ -233,7 +233,7 @@ def test_untrained_it_is_its_gaussian() -> None:
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second passes between two looks at the clock: a training takes as many steps as it has seconds, on any machine."""
     seconds = itertools.count()
-    monkeypatch.setattr(training.time, "process_time", lambda: float(next(seconds)))
+    monkeypatch.setattr("gradleak.priors.denoisers.training.time.process_time", lambda: float(next(seconds)))
 
 
 @pytest.mark.usefixtures("clock")

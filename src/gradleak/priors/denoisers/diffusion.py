@@ -56,7 +56,8 @@ class LatentDiffusion:
         """Pixels (batch, 3, height, width) in [0, 1] -> latents in the units of the network."""
         vae: Any = self.vae
         latents: Tensor = vae.encode(2 * images - 1).latent_dist.mean
-        return (latents - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+        scaled: Tensor = (latents - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+        return scaled
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents -> pixels in [0, 1], not clamped."""
