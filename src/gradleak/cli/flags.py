@@ -144,7 +144,7 @@ class TrainByDescent(Train):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainDenoiser(Common):
+class TrainDenoiser(Kept):
     """Train a denoiser on public pictures, a prior for `diffusion:FOLDER`; an interrupted training goes on."""
 
     GROUP: ClassVar[str] = "denoiser"
