@@ -3,8 +3,9 @@
 Below a global average pooling nothing is known of a map but its mean. What is known is the gradient of the convolution
 before, G = Delta U^T, with one column of U (channels * taps, positions) per position. Where the outputs are as many as the
 positions, the rows of G span the patches: U^T = T V^T for the leading right singular vectors V. Neighbouring patches
-overlap, and those at the border hold the padding, 0. Both are linear in T, and hold for a multiple of the truth only, since
-nothing else commutes with all shifts. So U is known up to one factor, and Delta = G (U^T)^+ says which units were active.
+overlap, and those at the border hold the padding, 0. Both are linear in T, and at stride 1 they hold for a multiple of the
+truth only, since nothing else commutes with the shifts to all sides. So U is known up to one factor, and Delta = G (U^T)^+
+says which units were active: each entry is 0 or the known gradient behind the activation, which is the check.
 """
 
 import operator
@@ -68,7 +69,7 @@ def active(layer: LinearMap, gradient: Tensor, delta: Tensor) -> Tensor | None:
 
     gradient (out, channels * taps) of its weight; delta (out, positions): the gradient at its output, were all active.
     """
-    out, positions = delta.shape
+    positions = delta.shape[1]
     if layer.taps == 1 or positions**2 > DENSE or positions > min(gradient.shape):
         return None
     V = torch.linalg.svd(gradient, full_matrices=False)[2][:positions]  # (positions, channels * taps)
