@@ -66,7 +66,7 @@ DEEP = {
     "attacks/embedding_rows.py": (4, 830),  # likely-text's replay
     "attacks/sparse_words.py": (3, 690),  # the same
     "attacks/jigsaw/jigsaw.py": (4, 830),  # its arrangement, and the search that it begins with
-    "attacks/recursion/recursive.py": (9, 1_600),  # a layer backwards, of each kind
+    "attacks/recursion/recursive.py": (10, 1_850),  # a layer backwards, of each kind
     "attacks/exact_git/exact_git.py": (11, 1_860),  # the weights first, then the pictures
     "attacks/decoders/attacks.py": (11, 1_340),  # four decoders, and the inversion behind them
     "attacks/learned/git.py": (5, 990),  # a generator, how it is trained and kept
