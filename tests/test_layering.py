@@ -52,7 +52,7 @@ LONG = {
     "modalities/pictures.py": 400,  # every source of pictures
     "observations/fully_connected.py": 310,  # a derivative by hand
     "studies/sweep.py": 350,  # what a file may say, checked
-    "report/record.py": 315,  # the schema, field by field
+    "report/record.py": 350,  # the schema, field by field
 }
 # Attacks that open more than BUDGET: (files, lines), and why.
 DEEP = {

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 LEVEL = 0.95
+FEWEST = 3  # values whose mean has an interval: of two it is six times as wide as they are apart, and says nothing
 
 
 def share(hits: int, trials: int) -> tuple[float, float]:
@@ -17,8 +18,8 @@ def share(hits: int, trials: int) -> tuple[float, float]:
 
 
 def mean(values: Sequence[float]) -> tuple[float, float] | None:
-    """Student's interval of a mean; None below two values. Of two or three it is wide, and that is what they tell."""
-    if len(values) < 2:
+    """Student's interval of a mean; None below `FEWEST` values."""
+    if len(values) < FEWEST:
         return None
     from scipy.special import stdtrit
 

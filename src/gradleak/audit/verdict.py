@@ -51,8 +51,8 @@ def of_attacks(results: Sequence[Result], metrics: Mapping[str, Any], untried: S
     metrics: how each is written, `record["metrics"]`; the first is the one that leads are measured by. untried: attacks that
     read such an observation, and were not asked for.
     """
-    rest: dict[str, Any] = {"untried": list(untried)} if untried else {}
-    return {**told(results, metrics), **rest}
+    found = told(results, metrics)
+    return {**found, "untried": list(untried)} if untried else found
 
 
 def told(results: Sequence[Result], metrics: Mapping[str, Any]) -> Verdict:
@@ -121,10 +121,10 @@ def compared(scored: Sequence[Result], metrics: Mapping[str, Any], evidence: str
     words += under_seeds(best)
     if count or parts:
         level: Level = "recovered" if count == total else "partial"
-        what = f"{count} of {total} private samples recovered"
-        what = what if count else f"Parts of {parts} of {total} private samples recovered"
         among = f", identified among {best['decoys'] + 1}" if "decoys" in best else ""
-        sentence = f"{what} by {best['attack']}: {figures(best, name, metric)}{among}.{words} {evidence}".rstrip()
+        sentence = (
+            f"The best attack is {best['attack']}: {figures(best, name, metric)}{among}.{words} {evidence}".rstrip()
+        )
     else:
         level = "absent" if "information_absent" in names else "nothing"
         extra = next((text for key, text in INFORMATION.items() if key in names), PROVES_NOTHING)

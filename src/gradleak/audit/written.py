@@ -19,7 +19,7 @@ from gradleak.observations.observation import Observation
 from gradleak.observations.remedies import remedies
 from gradleak.report import record
 from gradleak.report.files import finish as finish
-from gradleak.report.files import private as private
+from gradleak.report.private import private as private
 from gradleak.report.sheet import save_sheet
 
 
@@ -33,6 +33,7 @@ def written_audit(
     secret: Secret | None = None,
     left: dict[str, list[str]] | None = None,
     seed: int = 0,
+    repeats: int = 1,
     device: str = "cpu",
     name: str = "",
     on_step: Callable[[str], OnStep] | None = None,
@@ -50,7 +51,15 @@ def written_audit(
     left = {} if left is None else left
     describe(written, observation, name)
     left[name or observation.release.name] = untried(observation, set(attacks) - set(skipped or {}))
-    about: Any = {"secret": secret, "seed": seed, "device": device, "name": name, "on_step": on_step, "bound": bound}
+    about: Any = {
+        "secret": secret,
+        "seed": seed,
+        "repeats": repeats,
+        "device": device,
+        "name": name,
+        "on_step": on_step,
+        "bound": bound,
+    }
     finished = finished_in(written, name or observation.release.name)
     missing = {title: attack for title, attack in attacks.items() if title not in finished}
     if finished:

@@ -48,6 +48,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "gradleak.cli.capture:train_by_descent",
         "Train the generator of lti for the observed model.",
     ),
+    "train denoiser": (
+        f"{FLAGS}:TrainDenoiser",
+        "gradleak.cli.denoiser:train_denoiser",
+        "Train a denoiser on public pictures, as a prior.",
+    ),
     "attack": (
         f"{FLAGS}:Attack",
         "gradleak.cli.auditing:attack",

@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from gradleak.attacks import ATTACKS
 from gradleak.attacks.attack import refusal
-from gradleak.attacks.parameters import built
+from gradleak.attacks.parameters import built, under
 from gradleak.attacks.search.start import Given
 from gradleak.attacks.seed import with_start_recovered
 from gradleak.audit.loop import Audited
@@ -20,7 +20,7 @@ from gradleak.audit.privacy import mechanism_of
 from gradleak.audit.progress import progress
 from gradleak.audit.scoring import SCORING
 from gradleak.audit.verdict import judged
-from gradleak.audit.written import describe, finish, finished_in, keep_shown, private, untried, written_audit
+from gradleak.audit.written import describe, finish, finished_in, keep_shown, untried, written_audit
 from gradleak.cli import flags
 from gradleak.cli.commands import new_record
 from gradleak.cli.folders import folder_for, fresh_folder, same_command
@@ -33,12 +33,16 @@ from gradleak.formats.secret_file import Secret, load_secret
 from gradleak.observations.mechanism import Mechanism
 from gradleak.observations.observation import Observation
 from gradleak.observations.whole_weights import whole_weights
+from gradleak.priors.named import load_prior
 from gradleak.report import record
 from gradleak.report.gate import check_bar, exit_code
 from gradleak.report.membership import Membership
+from gradleak.report.pdf import browser, printed
+from gradleak.report.private import private
 from gradleak.report.redaction import redacted
 from gradleak.victims.demo import DEMO
 
+UNDER_PRIOR = ("daps",)  # attacks that a bare audit adds where a prior is given
 CLOSED = ("analytic",)  # attacks in closed form, which are tried on what was trained as a whole beside an adapter
 
 
@@ -52,6 +56,7 @@ def attack(args: flags.Attack, options: dict[str, dict[str, Any]]) -> None:
         raise BadInput(f"{name} cannot run here. {reason} {reading(observation)}")
     public = public_data(args, observation)
     inputs = observed_files(args)
+    chosen = with_prior({name: chosen}, args.prior, observation, public)[name]
     if args.start is not None:
         chosen, inputs = started(name, chosen, args.start, observation), [*inputs, args.start]
     written = new_record("attack", args, options, inputs)
@@ -77,6 +82,10 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
     exit code that `gate` gives."""
     check_device(args.device)
     check_bar(args.fail_on, members=args.non_members is not None)
+    if args.pdf:
+        browser()
+    if args.repeats < 1:
+        raise BadInput(f"--repeats {args.repeats} would try nothing: give at least 1.")
     if args.attacks is not None:
         check_named(args.attacks, options)
     out, observation = folder_for(args), informed(args)
@@ -87,7 +96,9 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
         attacks = {}
     elif args.attacks is None:
         modality = observation.model.architecture.modality
-        attacks = {n: a for n, a in attacks.items() if a.modality == modality and not getattr(a, "by_name_only", False)}
+        added = UNDER_PRIOR if args.prior is not None else ()
+        usual = [n for n, a in attacks.items() if n in added or not getattr(a, "by_name_only", False)]
+        attacks = {n: attacks[n] for n in usual if attacks[n].modality == modality}
     secret = load_secret(args.secret) if args.secret else None
     if secret is not None and args.secret is not None:
         SCORING[observation.model.architecture.modality].check(secret.inputs, observation.model)
@@ -106,10 +117,12 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
         "seed": args.seed,
         "device": args.device,
         "redact": args.redact,
+        "repeats": args.repeats,
     }
     found = None if args.members is None else written.get("membership") or told_members(args, observation, written, out)
     if attacks:
         left, public = dict[str, list[str]](), public_data(args, observation)
+        attacks = with_prior(attacks, args.prior, observation, public)
         finished = finished_in(written, observation.release.name)
         missing = {title: one for title, one in attacks.items() if title not in finished}
         plan = plan_of(
@@ -124,6 +137,8 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
     if attacks and found is not None:
         with_membership(written, found)
         finish(written, out, args.redact)
+    if args.pdf:
+        printed((out / "report.html").read_text(encoding="utf-8"), out / "report.pdf")
     if args.verbose:
         print(*details(redacted(written) if args.redact else written), sep="\n", file=stream)
     print(shown(written, args.redact), f"See {out / 'report.html'}.", sep="\n", file=stream)
@@ -256,6 +271,16 @@ def started(name: str, attack: Any, path: Path, observation: Observation[Any]) -
     reconstruction = load_reconstruction(path)
     usable_labels(reconstruction.labels, observation.model, len(reconstruction.value), path)
     return replace(attack, start=Given(reconstruction))
+
+
+def with_prior(attacks: dict[str, Any], text: str | None, observation: Observation[Any], public: Any) -> dict[str, Any]:
+    """The attacks under the prior of --prior, and what is to be seen beside them."""
+    shape = getattr(observation.model.architecture, "input_shape", None)
+    if text is None:
+        return attacks
+    if shape is None:
+        raise BadInput("--prior says what is known of pictures, and the observed model takes none.")
+    return under(attacks, load_prior(text, shape, public.images), text)
 
 
 def public_data(args: flags.Seen, observation: Observation[Any]) -> Any:

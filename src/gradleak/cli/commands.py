@@ -14,6 +14,8 @@ from gradleak.cli.folders import arguments_of, plain
 from gradleak.cli.inputs import check_device, file_hash
 from gradleak.errors import BadInput, near, shortened
 from gradleak.report import html, record
+from gradleak.report.pdf import printed
+from gradleak.report.private import private
 
 
 def study(args: flags.Study) -> None:
@@ -64,9 +66,13 @@ def planned(args: flags.Study) -> tuple[Any, list[Path]]:
 
 def report(args: flags.Report) -> None:
     """Render record.json again."""
-    page = html.render(record.read(args.record))
+    written = record.read(args.record)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(page, encoding="utf-8")
+    if args.out.suffix.lower() == ".pdf":
+        printed(html.render(written), args.out)
+    else:
+        with private():
+            args.out.write_text(html.render(written), encoding="utf-8")
     print(args.out)
 
 

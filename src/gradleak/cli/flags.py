@@ -22,6 +22,9 @@ class Attacked(Observed):
     defense: UseAppendAction[tuple[str, ...]] = ()
     """What was done to the release before it was shared, in this order, each as NAME:NUMBER, in place of what the file says: top-k:0.1,
     noise:0.01, ... (see `gradleak list`); unknown, for an attacker who does not know."""
+    prior: str | None = None
+    """What is known of pictures, in place of --data, for attacks that take it: gaussian, tv, ffdnet, or diffusion:FOLDER for a model of diffusers,
+    which may be a name on the hub, or of `gradleak train denoiser`. An audit shows the same attack under a Gaussian, and the prior alone, beside it."""
     device: str = "cpu"
     """Where attacks run: cpu, cuda, cuda:1, ..."""
     verbose: Annotated[bool, arg(aliases=["-v"])] = False
@@ -82,6 +85,8 @@ class Gate:
     the members is told from others at 1 % false alarms (TPR>0.05); 3 where nothing could run or nothing can be said; else 0."""
     json: bool = False
     """Print summary.json in place of sentences, which go to stderr."""
+    pdf: bool = False
+    """Print the report to report.pdf, by the Chromium or Chrome of this machine."""
     redact: bool = False
     """Hashes stand in record and report in place of private data, the most exposed samples are named by their rows, and nothing that was
     recovered is kept."""
@@ -100,6 +105,8 @@ class Audit(Attacked, Private, Members, Gate):
     """Names of `gradleak list`, or package.module:Class; all that recover such data unless this or --members is given. Parameters are
     flags with the attack's name
     before them: --dlg.restarts 5."""
+    repeats: int = 1
+    """Under how many seeds each attack runs, from --seed on: the run that explains most is shown, as an attacker would keep it, and all are told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +144,24 @@ class TrainByDescent(Train):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainDenoiser(Common):
+    """Train a denoiser on public pictures, a prior for `diffusion:FOLDER`; an interrupted training goes on."""
+
+    GROUP: ClassVar[str] = "denoiser"
+
+    data: str
+    """Public pictures: embedded, digits, or a folder or name of Hugging Face."""
+    split: str = "train"
+    """The split to train on."""
+    shape: tuple[int, int, int] | None = None
+    """Channels (1 or 3), height and width that the pictures are brought to; their own where it is not given."""
+    limit: int | None = None
+    """At most so many pictures, the first."""
+    minutes: float = 40.0
+    """CPU time; the rate falls to its end."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Defend:
     """Defend a release that is at hand: the same release with noise, with fewer bits, entries or directions, to be audited again."""
 
@@ -158,7 +183,7 @@ class Report:
     record: Positional[Path]
     """record.json"""
     out: Path
-    """The HTML file to write."""
+    """The file to write: HTML, or a .pdf, which the Chromium or Chrome of this machine prints."""
 
 
 @dataclass(frozen=True, kw_only=True)

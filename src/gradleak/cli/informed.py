@@ -8,6 +8,7 @@ from gradleak.attacks.adam_step import with_step_undone
 from gradleak.attacks.factor import with_factor_found
 from gradleak.attacks.merged import unmerged, with_merged_recovered
 from gradleak.attacks.seed import has_open_start, with_start_recovered
+from gradleak.attacks.truncated import with_truncation_undone
 from gradleak.attacks.unmixing.span import with_samples_counted
 from gradleak.audit.progress import OnStep, progress
 from gradleak.cli import flags
@@ -26,6 +27,7 @@ def informed(args: flags.Seen) -> Observation[Any]:
         observation = observed(args)
         if isinstance(args, flags.Attacked):
             observation = told(observation, args)
+        observation = with_truncation_undone(observation, seeds=more, on_step=start("seed"))
         recover = with_start_recovered if has_open_start(observation) else with_merged_recovered
         if more is not None and recover is with_merged_recovered and unmerged(observation)[0] is None:
             raise BadInput(

@@ -108,8 +108,10 @@ class LanguageArchitecture:
         special = set(self.tokenizer.all_special_ids)
         return tuple(token for token in tokens if token not in special)
 
-    def padded(self, tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Token ids and attention mask, both (batch, longest), padded on the right."""
+    def padded(self, tokens: Sequence[Sequence[int]] | Tensor) -> tuple[Tensor, Tensor]:
+        """Token ids and attention mask, both (batch, longest), padded on the right; of equal lengths they may be a tensor."""
+        if isinstance(tokens, Tensor):
+            return tokens, torch.ones(tokens.shape, dtype=torch.int64)
         if not tokens or not all(tokens):
             raise BadInput("A batch needs sentences, and a sentence needs tokens.")
         longest, pad = max(map(len, tokens)), self.config.pad_token_id or 0

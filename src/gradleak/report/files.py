@@ -1,11 +1,9 @@
 """A record in its files: record.json, the page drawn from it, the summaries."""
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from gradleak.report import html, record, summary
+from gradleak.report.private import private
 from gradleak.report.redaction import redacted
 
 
@@ -17,13 +15,3 @@ def finish(written: record.Record, out: Path, redact: bool = False) -> None:
         record.write(told, out / "record.json")
         (out / "report.html").write_text(html.render(told), encoding="utf-8")
         summary.save(handed_on, out)
-
-
-@contextmanager
-def private() -> Iterator[None]:
-    """Files that are made meanwhile are their owner's alone: what was recovered is as private as the data."""
-    before = os.umask(0o077)
-    try:
-        yield
-    finally:
-        os.umask(before)

@@ -135,7 +135,11 @@ def _part(record: Record, name: str, is_one_of_several: bool, numbers: Iterator[
         "glance": glance(ran, legend, level) if len(rows) > 1 and ran else None,
         "not_run": [(", ".join(names), reason) for reason, names in reasons.items()],
         "not_run_count": len(rows) - len(ran),
-        "untried": [name for name in (verdict or {}).get("untried", []) if name not in {row["attack"] for row in rows}],
+        "untried": [
+            name
+            for name in ([] if verdict is None else verdict.get("untried", []))
+            if name not in {row["attack"] for row in rows}
+        ],
         "remedies": [] if level not in CHANGING else record.get("remedies", {}).get(name, []),
         "has_intervals": any(row.get("intervals") for row in ran),
         "empty": "membership" not in record,

@@ -10,7 +10,7 @@ from itertools import zip_longest
 from typing import Any, NamedTuple, TypeVar
 
 from gradleak.report.record import Control, Metric, Numbers, Result
-from gradleak.report.words import OUTCOMES, SHOWN, TERMS
+from gradleak.report.words import IDENTIFIED, OUTCOMES, SHOWN, TERMS
 
 T = TypeVar("T")
 DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
@@ -75,7 +75,7 @@ class Legend:
         if any(row.get("proven", [])):
             told.append(("Proven", TERMS["Proven"]))
         if "decoys" in row:
-            told.append((f"Identified among {row['decoys'] + 1}", TERMS["Identified"]))
+            told.append((f"Identified among {row['decoys'] + 1}", IDENTIFIED))
         return [(word, meaning) for word, meaning in told if meaning]
 
     def repeats(self, row: Result) -> tuple[list[str], list[list[str]]]:
@@ -189,7 +189,7 @@ def glance(ran: Sequence[Result], legend: Legend, level: str) -> Glance:
             ]
     if any(row["scores"].get(RANK) for row in ran):
         ranks = [row["scores"].get(RANK, []) for row in ran]
-        numbers["Rank 1"] = [f"{sum(r == 1 for r in own)} of {len(own)}" if own else DASH for own in ranks]
+        numbers["Identified"] = [f"{sum(r == 1 for r in own)} of {len(own)}" if own else DASH for own in ranks]
     numbers["Residual"] = [number(row["residual"], ".3g") for row in ran]
     numbers["Seconds"] = [number(row["seconds"], ",.2f") for row in ran]
     flags = {"Flags": [_flag_count(row) for row in ran]}

@@ -64,10 +64,10 @@ def hashed(value: str) -> str:
 
 def unsaid(verdict: Any, said: set[str]) -> Any:
     """The verdict without the sentences that name private words."""
-    sentence = verdict["sentence"]
+    sentences = {key: verdict[key] for key in ("headline", "sentence") if key in verdict}
     for one in said:
-        sentence = sentence.replace(one, REMOVED)
-    return {**verdict, "sentence": sentence}
+        sentences = {key: text.replace(one, REMOVED) for key, text in sentences.items()}
+    return {**verdict, **sentences}
 
 
 def without_place(value: Any) -> Any:

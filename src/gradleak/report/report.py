@@ -7,7 +7,8 @@ from typing import Any
 
 from gradleak.errors import BadInput
 from gradleak.report import html, record
-from gradleak.report.files import finish, private
+from gradleak.report.files import finish
+from gradleak.report.private import private
 from gradleak.report.record import Record, Verdict
 from gradleak.report.redaction import redacted
 from gradleak.report.scores import samples

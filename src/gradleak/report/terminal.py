@@ -8,6 +8,7 @@ from rich.text import Text
 
 from gradleak.report.numbers import Legend, glance
 from gradleak.report.record import Record, Result
+from gradleak.report.summary import in_words
 from gradleak.report.words import LEVELS
 
 WIDTH = 120  # columns, where no terminal says how many
@@ -40,8 +41,8 @@ def tables(record: Record) -> Iterator[RenderableType]:
 
 
 def verdict(record: Record) -> str:
-    """Its title and its sentence, in one line."""
-    return f"{LEVELS[record['verdict']['level']]}. {record['verdict']['sentence']}"
+    """Its title and its sentences, in one line."""
+    return " ".join([f"{LEVELS[record['verdict']['level']]}.", *in_words(record["verdict"]).splitlines()])
 
 
 def table(title: str, ran: list[Result], legend: Legend, level: str) -> Table:

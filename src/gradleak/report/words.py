@@ -16,16 +16,16 @@ WHAT_TO_DO = {
     "members": f"Do not share it with anybody who may hold such samples, and learn from it whose they are. {PRIVATELY}",
     "nothing": "Do not take it for safe. Try what was not tried; if you hold the training data, ask with --members which samples it tells.",
     "absent": "Nothing, as long as nobody sees more than is said below.",
-    "unscored": "Look at what came out. To have it scored, give the private data with --secret, or with --members and --non-members; until "
-    "then share nothing on the strength of this page.",
+    "unscored": "Share nothing on the strength of this page: nothing was compared with the private data. Give them with --secret, or with "
+    "--members and --non-members, and audit again.",
     "void": "Mend what the checks name, and run again. Share nothing on the strength of these numbers.",
 }
 TERMS = {  # words of the page's own, explained where they are first used
     "Proven": "nothing else explains what was released. It takes no secret to know that.",
-    "Identified": "the true sample is told from so many others by the reconstruction alone.",
     "Gap": "by how much the attack is ahead of the best control that saw nothing of this secret. What leaks is the gap, not the score.",
     "Residual": "the share of what was shared that the reconstruction leaves unexplained, from 0 (explains all) to 1 (explains nothing).",
 }
+IDENTIFIED = "the true sample is told from so many candidates by the reconstruction alone."
 OUTCOMES = {  # of what was observed
     "solved": "explains all",
     "close": "explains most",
@@ -34,7 +34,7 @@ OUTCOMES = {  # of what was observed
     "nothing": "nothing came out",
     "diverged": "diverged",
 }
-SHOWN = {"truth": "Truth", "reconstruction": "Reconstruction"}  # beside the controls
+SHOWN = {"truth": "Truth", "reconstruction": "Reconstruction", "invented": "What was invented"}  # beside the controls
 EVIDENCE = {  # the heading over the strongest evidence; what the numbers are void for is no evidence, unless it is proven
     "recovered": "What came back: {}",
     "partial": "What came back: {}",
