@@ -17,7 +17,7 @@ from gradleak.errors import BadInput, checked, read_json, shortened
 
 COMMAND = "command.json"  # beside what is captured or trained: which command made it
 MARKS = ("record.json", "study.json", "observation.safetensors", "generator.safetensors", "pairs.json", COMMAND)
-INPUTS = ("observation", "secret", "after", "before", "weights", "start")
+INPUTS = ("observation", "secret", "after")
 FREE = (
     *PRESENTED,
     "out",
