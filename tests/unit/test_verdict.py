@@ -228,7 +228,8 @@ def test_a_level_without_a_secret_asks_to_look_at_what_came_out() -> None:
 
 def test_seeds_are_counted() -> None:
     repeats: Any = [{"seed": k, "residual": 0.1, "scores": {}, "recovered": k} for k in range(3)]
-    assert "over 3 seeds 0 to 2 came back" in judged(scored((True, True), repeats=repeats))["sentence"]
+    assert "Under 3 seeds 0 to 2 came back" in judged(scored((True, True), repeats=repeats))["sentence"]
+    assert "Under each of 2 seeds 1 came back." in judged(scored((True, False), repeats=repeats[1:2] * 2))["sentence"]
 
 
 def test_a_mean_has_its_interval() -> None:

@@ -112,7 +112,11 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
     if attacks:
         left, public = dict[str, list[str]](), public_data(args, observation)
         plan = plan_of(
-            observation, attacks, public, named=args.attacks is not None, scored=secret is not None, device=args.device
+            *(observation, attacks, public),
+            named=args.attacks is not None,
+            scored=secret is not None,
+            repeats=args.repeats,
+            device=args.device,
         )
         out.mkdir(parents=True, exist_ok=True)  # where that fails, nothing was said yet
         print(plan.sentence(), flush=True, file=stream)
