@@ -38,9 +38,9 @@ def test_a_hub_that_is_silent_is_asked_once_and_for_less_than_two_seconds(monkey
         monkeypatch.setattr(hub, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         for ask in (load, folder_of):
             with pytest.raises(
-                BadInput, match="'no-such-name' is no folder here, and it cannot be had from .*hub: it does not answer"
+                BadInput, match=r"'no-such-name' is no folder here, and it cannot be had from .*hub: it does not answer"
             ):
-                ask("no-such-name")  # type: ignore[operator]
+                ask("no-such-name")
             server.accept()[0].close()
             with pytest.raises(BlockingIOError):  # nobody has tried again
                 server.accept()

@@ -162,7 +162,7 @@ def test_the_most_serious_of_several_observations_is_told_first() -> None:
     assert overall(several[:3])["level"] == "void"
     assert overall(several[:2])["level"] == "nothing"
     assert overall(several[:1]) == several[0]
-    told: list[Verdict] = [{**one, "headline": f"So {one['level']}."} for one in several]  # type: ignore[typeddict-item]
+    told: list[Verdict] = [{**one, "headline": f"So {one['level']}."} for one in several]
     assert (
         overall(told)["headline"] == "Absent: So absent. Nothing: So nothing. Void: So void. Recovered: So recovered."
     )

@@ -135,7 +135,7 @@ def _part(record: Record, name: str, is_one_of_several: bool, numbers: Iterator[
         "threat_model": [row for row in record["threat_model"] if row.get("observation", name) == name],
         "sections": sections,
         "evidence": None if best is None else _evidence(sections[best], level, legend),
-        "glance": glance(ran, legend, level) if len(rows) > 1 and ran else None,
+        "glance": glance(ran, legend, level) if ran else None,
         "not_run": [(", ".join(names), reason) for reason, names in reasons.items()],
         "not_run_count": len(rows) - len(ran),
         "untried": [
