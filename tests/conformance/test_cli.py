@@ -894,7 +894,7 @@ def test_an_attack_that_lacks_what_it_needs(tmp_path: Path, captured: Path, refu
 # --- Every flag says something ---
 
 
-SETTINGS = ("cli/flags.py", "victims/play.py")
+SETTINGS = ("cli/seen_flags.py", "cli/flags.py", "victims/play.py")
 READERS = ("cli", "victims")
 
 
@@ -902,13 +902,13 @@ def test_every_flag_is_read_by_its_command() -> None:
     sources = {
         str(path.relative_to(PACKAGE)): path.read_text() for part in READERS for path in (PACKAGE / part).glob("*.py")
     }
-    assert not unread(sources)
+    assert unread(sources) == {"Common.config"}  # which is read before the others: test_cli_conventions.py
     forgotten = sources["cli/flags.py"].replace(
         "    record: Positional[Path]", "    unused: int = 0\n    record: Positional[Path]", 1
     )
-    assert unread({**sources, "cli/flags.py": forgotten}) == {"Report.unused"}
+    assert unread({**sources, "cli/flags.py": forgotten}) == {"Common.config", "Report.unused"}
     ignored = sources["victims/play.py"].replace("self.rslora", "False")
-    assert unread({**sources, "victims/play.py": ignored}) == {"CaptureAdapter.rslora"}
+    assert unread({**sources, "victims/play.py": ignored}) == {"Common.config", "CaptureAdapter.rslora"}
 
 
 def unread(sources: dict[str, str]) -> set[str]:
@@ -934,7 +934,7 @@ def unread(sources: dict[str, str]) -> set[str]:
         (kind.name, line.target.id)
         for kind in classes.values()
         for line in kind.body
-        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.target.id != "GROUP"
     }
     return {
         f"{kind}.{field}"

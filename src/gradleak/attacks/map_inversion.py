@@ -14,10 +14,10 @@ Differs   Whitened by the prior, so that L-BFGS needs hundreds of evaluations wh
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from torch.func import vmap
 from gradleak.attacks.attack import Effort, check_sees
 from gradleak.attacks.labels import candidate_labels
 from gradleak.attacks.reconstruction import Reconstruction, outcome_of
-from gradleak.attacks.search.descend import OnStep, rowwise, stack
+from gradleak.attacks.search.descend import OnStep, evaluated, rowwise, stack
 from gradleak.attacks.search.lbfgs import lbfgs
 from gradleak.attacks.search.likelihood import errors, estimated_variance, relative_variance
 from gradleak.attacks.search.start import Start, begin
@@ -123,7 +123,7 @@ class MapInversion:
         for stage, weight in enumerate(weights):
             w = torch.full((len(y),), weight).to(where)
             report = None if on_step is None else partial(_report, on_step, stage)
-            search = partial(_without_graph, evaluate, (y, released, variance, w))
+            search = partial(evaluated, evaluate, given=(y, released, variance, w))
             minimum = lbfgs(search, z, evaluations=self.evaluations, history=30, on_step=report)
             z, trace = minimum.x, [*trace, *((done + step, values) for step, values in minimum.trace)]
             done += minimum.iterations
@@ -192,14 +192,6 @@ def check_size(shape: tuple[int, ...]) -> None:
 
 def _alone(seen: PictureObservation, y: Tensor, image: Tensor) -> Tensors:
     return {name: tensor.detach() for name, tensor in seen.simulate(image[None], y).items()}
-
-
-def _without_graph(
-    evaluate: Callable[..., tuple[Tensor, Tensor]], given: tuple[Any, ...], z: Tensor
-) -> tuple[Tensor, Tensor]:
-    with torch.no_grad():
-        gradient, value = evaluate(z, *given)
-    return gradient, value
 
 
 def _report(on_step: OnStep, stage: int, step: int, steps: int, value: float) -> None:

@@ -31,6 +31,7 @@ from gradleak.observations.observation import Observation
 from gradleak.report.record import Flag, Result, new_result
 
 RANK = "identification_rank"
+WHITE = 0.25  # of the range of pixels
 UNABLE = (NotObserved, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 UNEVEN = "The numbers are too uneven for linear algebra."
 
@@ -79,7 +80,8 @@ def audit(
     decoys, rest = (None, None) if public is None else scoring.split(public)
     mechanism = privacy.mechanism_of(observation, told)
     general = [*check_observation(observation), *privacy.of_observation(observation, mechanism, secret, decoys)]
-    general += labels_told(observation, rest, secret, seed)
+    observation, told_labels = labels_told(observation, rest, secret, seed)
+    general += told_labels
     if secret is not None:
         general += replay(observation, secret.inputs, secret.labels)
         general += information(observation, secret.inputs, secret.labels, "at the truth") if bound else []
@@ -107,6 +109,7 @@ def audit(
             yield Audited(row, reconstruction)
             continue
         row |= {"media": scoring.media, "shown": {"reconstruction": model.architecture.show(reconstruction.value)}}  # type: ignore[typeddict-item]
+        row["shown"] = {**row["shown"], **invented(observation, reconstruction, range(len(reconstruction.value)))}
         if secret is None:
             count = observation.batch_size or len(reconstruction.value)
             labels = None if reconstruction.labels is None else reconstruction.labels[:count]
@@ -225,7 +228,8 @@ def score(
     if found.proven:
         row["proven"] = [found.proven[i] if 0 <= i < len(found.proven) else False for i in order]
     show = model.architecture.show
-    row["shown"] = {"truth": show(truth), "reconstruction": show(matched)} | {k: show(v) for k, v in guesses.items()}
+    row["shown"] = {"truth": show(truth), "reconstruction": show(matched), **invented(observation, found, order)}
+    row["shown"] |= {name: show(guess) for name, guess in guesses.items()}
     if secret.labels is not None and found.labels is not None and len(found.labels) == len(secret):
         row["labels"] = {
             "recovered": called(found.labels[order], secret.classes),
@@ -237,6 +241,14 @@ def score(
 def called(labels: torch.Tensor, names: Sequence[str]) -> list[int | str]:
     """Labels by their names, where these are known."""
     return [names[label] if isinstance(label, int) and 0 <= label < len(names) else label for label in labels.tolist()]
+
+
+def invented(observation: Observation[Any], found: Reconstruction, order: Iterable[int]) -> dict[str, list[str]]:
+    """What the prior has added, as a picture of each sample: white where samples are `WHITE` apart. Nothing where there is one answer."""
+    if found.spread is None:
+        return {}
+    apart = torch.cat([found.spread, torch.zeros_like(found.spread[:1])])[list(order)]  # -1: what was not returned
+    return {"invented": observation.model.architecture.show((apart / WHITE).clamp(0, 1))}
 
 
 def parameters(attack: Any) -> dict[str, Any]:

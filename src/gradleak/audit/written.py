@@ -17,9 +17,9 @@ from gradleak.formats.shown_files import save_shown
 from gradleak.observations.mechanism import Mechanism
 from gradleak.observations.observation import Observation
 from gradleak.observations.remedies import remedies
-from gradleak.report import html, record, summary
-from gradleak.report.private import private
-from gradleak.report.redaction import redacted
+from gradleak.report import record
+from gradleak.report.files import finish as finish
+from gradleak.report.private import private as private
 from gradleak.report.sheet import save_sheet
 
 
@@ -44,7 +44,7 @@ def written_audit(
 ) -> Iterator[Audited]:
     """`audit`, with record.json, report.html and what was recovered written to `out` after each attack.
 
-    written: the record, which may hold other observations. left: {observation: attacks that were not asked for} of those before it,
+    written: the record, which may hold other observations, and rows of this one, whose attacks are not run again. left: {observation: attacks that were not asked for} of those before it,
     which are judged again with it. redact: hashes stand in the files in place of private data, and nothing that was recovered is kept.
     skipped: attacks that are not tried, and why; verdicts name them.
     """
@@ -60,7 +60,12 @@ def written_audit(
         "on_step": on_step,
         "bound": bound,
     }
-    for done in audit(observation, attacks, public, **about, told=told, skipped=skipped):
+    finished = finished_in(written, name or observation.release.name)
+    missing = {title: attack for title, attack in attacks.items() if title not in finished}
+    if finished:
+        judged(written, left)
+        finish(written, out, redact)
+    for done in audit(observation, missing, public, **about, told=told, skipped=skipped) if missing else ():
         written["results"].append(done.result)
         judged(written, left)
         finish(written, out, redact)
@@ -69,6 +74,11 @@ def written_audit(
                 keep_shown(done, out)
                 save_sheet(written, out / "pictures.png")
         yield done
+
+
+def finished_in(written: record.Record, name: str) -> set[str]:
+    """The attacks on an observation that a record has rows of."""
+    return {row["attack"] for row in written["results"] if row["observation"]["name"] == name}
 
 
 def untried(observation: Observation[Any], attacks: Collection[str]) -> list[str]:
@@ -88,16 +98,6 @@ def describe(written: record.Record, observation: Observation[Any], name: str) -
     written["threat_model"] = [*others, *rows]  # type: ignore[list-item]
     written["metrics"] = {**written.get("metrics", {}), **metrics}
     written["controls"] = {**written.get("controls", {}), **controls}
-
-
-def finish(written: record.Record, out: Path, redact: bool = False) -> None:
-    """record.json, report.html from it, and the summaries, which hold no private data in any case."""
-    handed_on = redacted(written)
-    told = handed_on if redact else written
-    with private():
-        record.write(told, out / "record.json")
-        (out / "report.html").write_text(html.render(told), encoding="utf-8")
-        summary.save(handed_on, out)
 
 
 def keep_shown(done: Audited, out: Path) -> None:

@@ -8,10 +8,11 @@ from gradleak.attacks.adam_step import with_step_undone
 from gradleak.attacks.factor import with_factor_found
 from gradleak.attacks.merged import unmerged, with_merged_recovered
 from gradleak.attacks.seed import has_open_start, with_start_recovered
+from gradleak.attacks.truncated import with_truncation_undone
 from gradleak.attacks.unmixing.span import with_samples_counted
+from gradleak.audit.progress import OnStep, progress
 from gradleak.cli import flags
 from gradleak.cli.inputs import is_of_adapter, observed, seed_range
-from gradleak.cli.progress import OnStep, progress
 from gradleak.errors import BadInput
 from gradleak.observations.defense_names import Chosen
 from gradleak.observations.merged import was_merged
@@ -19,13 +20,14 @@ from gradleak.observations.observation import Observation
 from gradleak.victims.gradient import behind
 
 
-def informed(args: flags.Observed) -> Observation[Any]:
+def informed(args: flags.Seen) -> Observation[Any]:
     """What was observed, and what everybody can know besides: where training began, where a usual seed or one of --seeds draws that."""
     more = seed_range(args.seeds)
     with progress() as start:
         observation = observed(args)
         if isinstance(args, flags.Attacked):
             observation = told(observation, args)
+        observation = with_truncation_undone(observation, seeds=more, on_step=start("seed"))
         recover = with_start_recovered if has_open_start(observation) else with_merged_recovered
         if more is not None and recover is with_merged_recovered and unmerged(observation)[0] is None:
             raise BadInput(

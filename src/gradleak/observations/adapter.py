@@ -30,6 +30,7 @@ from gradleak.observations.tensors import Tensors, flatten
 from gradleak.observations.training import Recipe, Undone, shuffled_recipes, train
 
 SMALLEST, LARGEST = 1e-6, 1e6  # the scaling of an adapter
+STILL = 1e-6  # of a factor's largest number: less than that is the rounding of float32, and no training
 MERGED = 1e-6  # of the largest singular value of a B that was read off weights: the others are rounding of float32
 UNKNOWN = Recipe(learning_rate=1.0, steps=1)  # what is assumed of an adapter that comes without its recipe
 
@@ -220,8 +221,10 @@ class Adapter(Mixed):
         """The same release with another start of all factors, and the changes of all of them from there. An A that several steps have
         left where it began was not trained."""
         changes = {name: tensor - start[name] for name, tensor in self.ended(released).items()}
-        still = not any(bool(change.any()) for name, change in changes.items() if name.endswith("lora_A"))
+        As = [name for name in changes if name.endswith("lora_A")]
+        still = all(float(changes[name].abs().max()) <= STILL * float(start[name].abs().max()) for name in As)
         frozen = self.frozen_a or (still and self.recipe is not None and self.recipe.steps > 1)
+        changes |= {name: torch.zeros_like(changes[name]) for name in As if frozen}
         return replace(self, start=start, origin=origin, seed=seed, frozen_a=frozen), changes
 
     def after(self, model: Model[Any], released: Tensors) -> Tensors | None:

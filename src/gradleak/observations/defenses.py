@@ -28,10 +28,12 @@ class Defense:
     """What every defense answers; where nothing stands here, it has to say it.
 
     random  whether it gives something else each time
+    exact   whether `apply` to what the truth gives is what was released; never of what is random
     reads   whether `seen` depends on what was released
     """
 
     random: ClassVar[bool] = False
+    exact: ClassVar[bool] = True
     reads: ClassVar[bool] = False
 
     def apply(self, released: Tensors, generator: torch.Generator) -> Tensors:
@@ -45,6 +47,11 @@ class Defense:
     def deviation(self, released: Tensors) -> Tensors:
         """{name: standard deviation (a number) of what the defense has added to each entry}, where that is known."""
         return {}
+
+    @property
+    def blurs(self) -> bool:
+        """Whether the truth gives something else than what was released."""
+        return self.random or not self.exact
 
     def bound(self, model: Model[Any], inputs: Any) -> "Defense":
         """The defense of this private batch, where it depends on it."""

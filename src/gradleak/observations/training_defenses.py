@@ -9,6 +9,7 @@ from gradleak.errors import BadInput
 from gradleak.observations.adapter import Adapter, decay
 from gradleak.observations.defenses import Defense
 from gradleak.observations.release import Release
+from gradleak.observations.training import MOST
 
 Parts = tuple[Release, tuple[Defense, ...]]
 
@@ -18,6 +19,10 @@ class Clients(Defense):
     """Share only the mean over so many clients, each with as many samples (secure aggregation; Bonawitz et al., CCS 2017)."""
 
     clients: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.clients <= MOST:
+            raise BadInput(f"What is released is the mean over 1 to {MOST:,} clients, not over {self.clients}.")
 
     def training(self, release: Release, samples: int) -> Parts:
         """Of a gradient, an update or an adapter."""

@@ -1,6 +1,7 @@
 """SVD truncation of an adapter: what is shared of the factors, and what somebody makes of them who knows where training began."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ SILENT = 1e-6  # of the largest singular value: below it are zeros, and the roun
 @dataclass(frozen=True)
 class TruncatedRank(Defense):
     """Keep so many directions of each product B A of an adapter's factors, those of the largest singular values (`truncated`)."""
+
+    exact: ClassVar[bool] = False
+    reads: ClassVar[bool] = True
 
     rank: int
 
@@ -35,6 +39,10 @@ class TruncatedRank(Defense):
         U, s, V = torch.linalg.svd(B.flatten(2).double(), full_matrices=False)
         nearest: Tensor = U[..., : self.rank] * s[:, None, : self.rank] @ V[:, : self.rank]
         return nearest.to(B).view_as(B)
+
+    def seen(self, simulated: Tensors, released: Tensors) -> Tensors:
+        """Changes of B as far as they lie in the columns that were kept: of one step from a known start, that is what was shared."""
+        return {n: within(t, released[n]) if n.endswith("lora_B") else t for n, t in simulated.items()}
 
     def __str__(self) -> str:
         return f"products of the factors truncated to rank {self.rank}"
@@ -62,3 +70,10 @@ def untruncated(A: Tensor, B: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     left = whole - new_B @ A_0
     new_A = A_0 + torch.linalg.pinv(new_B, rtol=SILENT) @ left
     return new_A.to(A).view_as(A), new_B.to(B).view_as(B)
+
+
+def within(B: Tensor, kept: Tensor) -> Tensor:
+    """The part of a matrix B (out, r, ...) in the columns of another."""
+    U, s, _ = torch.linalg.svd(kept.detach().flatten(1), full_matrices=False)
+    U = U[:, s > SILENT * s.max()]
+    return (U @ (U.T @ B.flatten(1))).view_as(B)

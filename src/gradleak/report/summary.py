@@ -9,19 +9,21 @@ from xml.etree import ElementTree
 
 from gradleak.report.numbers import Legend, mean, present
 from gradleak.report.record import Record, Result, Verdict
+from gradleak.report.scores import as_csv
 from gradleak.report.words import LEVELS
 
-FILES = ("summary.json", "summary.md", "junit.xml", "results.sarif")
+FILES = ("summary.json", "summary.md", "junit.xml", "results.sarif", "samples.csv")
 MEMBERSHIP = ("members", "fresh", "best", "scores", "certificate", "verdict", "sentence")
 SARIF = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 
 
 def save(record: Record, folder: Path) -> None:
-    """Write all four forms beside the record."""
+    """Write all forms beside the record."""
     short = summary(record)
     (folder / "summary.json").write_text(json.dumps(short, indent=1) + "\n", encoding="utf-8")
     (folder / "summary.md").write_text(markdown(short), encoding="utf-8")
     (folder / "junit.xml").write_bytes(junit(short))
+    (folder / "samples.csv").write_text(as_csv(record), encoding="utf-8")
     (folder / "results.sarif").write_text(json.dumps(sarif(short), indent=1) + "\n", encoding="utf-8")
 
 

@@ -39,7 +39,7 @@ OUTCOMES = {  # of what was observed
     "nothing": "nothing came out",
     "diverged": "diverged",
 }
-SHOWN = {"truth": "Truth", "reconstruction": "Reconstruction"}  # beside the controls
+SHOWN = {"truth": "Truth", "reconstruction": "Reconstruction", "invented": "What was invented"}  # beside the controls
 EVIDENCE = {  # the heading over the strongest evidence; what the numbers are void for is no evidence, unless it is proven
     "recovered": "What came back: {}",
     "partial": "What came back: {}",

