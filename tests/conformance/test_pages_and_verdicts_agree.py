@@ -132,5 +132,6 @@ def test_every_change_names_a_page_where_it_was_measured() -> None:
             assert (Path(__file__).parents[2] / "docs" / one.source).is_file()
 
 
-def test_no_repeats_are_refused(tmp_path: Path, refused: Run) -> None:
-    assert "give at least 1" in refused("audit", tmp_path / "x", "--repeats", 0, "--out", tmp_path / "out")
+def test_no_repeats_are_refused(audits: Path, tmp_path: Path, refused: Run) -> None:
+    observation = audits / "one" / "observation.safetensors"
+    assert "give at least 1" in refused("audit", observation, "--repeats", 0, "--out", tmp_path / "out")
