@@ -125,9 +125,8 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
         attacks = with_prior(attacks, args.prior, observation, public)
         finished = finished_in(written, observation.release.name)
         missing = {title: one for title, one in attacks.items() if title not in finished}
-        plan = plan_of(
-            observation, missing, public, named=args.attacks is not None, scored=secret is not None, device=args.device
-        )
+        known = {"named": args.attacks is not None, "scored": secret is not None}
+        plan = plan_of(observation, missing, public, **known, repeats=args.repeats, device=args.device)
         out.mkdir(parents=True, exist_ok=True)  # where that fails, nothing was said yet
         print(plan.sentence(), flush=True, file=stream)
         audit_one(observation, attacks, public, secret, written, left, out, stream, **about, skipped=plan.skipped)
