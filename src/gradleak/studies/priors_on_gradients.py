@@ -64,16 +64,18 @@ class Setting:
 
 
 def settings(data: str, size: Size) -> Iterator[Setting]:
-    """What the noise's level is worth, then the sampler under each prior, then its controls, then the other solvers."""
+    """The sampler under each prior first, then what the level of noise is worth, the other solvers, and controls."""
     learned = [
         prior for prior, there in (("trained here", DENOISER in os.environ), ("ffdnet", size != "smoke")) if there
     ]
     for noise in (1.0, 0.1):
-        yield from (Setting(noise, "map-inversion", "gaussian", knows) for knows in ("told", "found", "none"))
-        yield from (Setting(noise, "daps", prior) for prior in ("gaussian", *learned))
+        yield Setting(noise, "map-inversion", "gaussian")
+        yield from (Setting(noise, "daps", prior) for prior in (*learned, "gaussian"))
+    for noise in (1.0, 0.1):
+        yield from (Setting(noise, "map-inversion", "gaussian", knows) for knows in ("found", "none"))
         for prior in learned[:1] or ["gaussian"]:
-            yield from (Setting(noise, "daps", prior, release=release) for release in ("wrong", "none"))
             yield from (Setting(noise, solver, prior) for solver in SOLVERS)
+            yield from (Setting(noise, "daps", prior, release=release) for release in ("none", "wrong"))
 
 
 @cache
