@@ -39,6 +39,7 @@ from gradleak.report.membership import Membership
 from gradleak.victims.demo import DEMO
 
 UNDER_PRIOR = ("daps",)  # attacks that a bare audit adds where a prior is given
+REFINING = "guide"  # the attack that --refine is about
 CLOSED = ("analytic",)  # attacks in closed form, which are tried on what was trained as a whole beside an adapter
 
 
@@ -52,6 +53,9 @@ def attack(args: flags.Attack, options: dict[str, dict[str, Any]]) -> None:
         raise BadInput(f"{name} cannot run here. {reason} {reading(observation)}")
     public = public_data(args, observation)
     inputs = observed_files(args)
+    if args.refine is not None and name != REFINING:
+        raise BadInput(f"--refine goes with --attack {REFINING}.")
+    chosen = refining({name: chosen}, args.refine)[name]
     chosen = with_prior({name: chosen}, args.prior, observation, public)[name]
     if args.start is not None:
         chosen, inputs = started(name, chosen, args.start, observation), [*inputs, args.start]
@@ -108,7 +112,7 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
     found = None if args.members is None else told_members(args, observation, written, out)
     if attacks:
         left, public = dict[str, list[str]](), public_data(args, observation)
-        attacks = with_prior(attacks, args.prior, observation, public)
+        attacks = with_prior(refining(attacks, args.refine), args.prior, observation, public)
         plan = plan_of(
             observation, attacks, public, named=args.attacks is not None, scored=secret is not None, device=args.device
         )
@@ -219,6 +223,14 @@ def started(name: str, attack: Any, path: Path, observation: Observation[Any]) -
     reconstruction = load_reconstruction(path)
     usable_labels(reconstruction.labels, observation.model, len(reconstruction.value), path)
     return replace(attack, start=Given(reconstruction))
+
+
+def refining(attacks: dict[str, Any], name: str | None) -> dict[str, Any]:
+    """The attacks, with one that cleans up after the attack of this name."""
+    if name is None:
+        return attacks
+    [after] = built({name: {}}).values()
+    return {**attacks, REFINING: replace(attacks.get(REFINING, ATTACKS[REFINING]()), after=after)}
 
 
 def with_prior(attacks: dict[str, Any], text: str | None, observation: Observation[Any], public: Any) -> dict[str, Any]:
