@@ -8,7 +8,6 @@ Differs   A small convolutional network, trained for each observation in seconds
           the network is no better there than the attack itself, the attack's picture is returned, and the status says so.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
