@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from conftest import Run
 from gradleak.attacks.diffusion import problem
 from gradleak.attacks.diffusion.daps import DAPS
 from gradleak.attacks.diffusion.dps import DPS
@@ -27,8 +28,6 @@ from gradleak.observations.model import Model
 from gradleak.observations.observation import PictureObservation
 from gradleak.priors.gaussian import GaussianPrior
 from gradleak.victims.gradient import capture_gradient
-
-from conftest import Run
 
 SHAPE = (1, 8, 8)
 TAU = 0.1
