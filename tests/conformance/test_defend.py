@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gradleak.cli.defend import truncated
 from gradleak.cli.inputs import file_hash
+from gradleak.formats.defended_adapter import all_truncated
 from gradleak.formats.observation_file import load_observation
-from gradleak.observations.defenses import GaussianNoise, TopK, TruncatedRank, defended
+from gradleak.observations.defenses import GaussianNoise, TopK, defended
+from gradleak.observations.truncation import TruncatedRank
 from gradleak.report import record
 
 Run = Callable[..., str]
@@ -112,12 +113,57 @@ def test_an_adapter_keeps_the_best_of_its_product(tmp_path: Path, ok: Run) -> No
     assert detail["defenses"] == "products of the factors truncated to rank 2, Gaussian noise of deviation 1e-06"
 
 
+def test_an_adapter_is_captured_behind_defenses(tmp_path: Path, ok: Run, refused: Run) -> None:
+    """What was done stands in its folder, where an audit reads it; with A frozen and its start found, truncation is undone and the truth
+    explains what was shared to rounding. Clients that do not divide the samples are refused before anything is written."""
+    made = [
+        "capture",
+        "adapter",
+        "--model",
+        "mlp",
+        *DIGITS,
+        "--epochs",
+        0,
+        "--rank",
+        4,
+        "--steps",
+        3,
+        "--indices",
+        0,
+        1,
+    ]
+    ok(*made, "--defense", "frozen-a", "--defense", "svd:1", "--out", tmp_path / "o")
+    folder = tmp_path / "o" / "adapter"
+    assert json.loads((folder / "defended.json").read_text())["with"] == ["frozen-a", "svd:1"]
+    audit = [
+        "audit",
+        folder,
+        "--base",
+        tmp_path / "o" / "base",
+        "--secret",
+        tmp_path / "o" / "secret.safetensors",
+        *DIGITS,
+    ]
+    recipe = ["--lr", 1e-2, "--steps", 3, "--batch-size", 2]
+    ok(*audit, *recipe, "--attacks", "unmixing", "--out", tmp_path / "out")
+    read = record.read(tmp_path / "out" / "record.json")
+    detail = {row["item"]: row["detail"] for row in read["threat_model"]}
+    assert detail["initial adapter"] == "A is as it began: B alone was trained"
+    assert detail["defenses"] == "products of the factors truncated to rank 1"
+    [replayed] = [f for row in read["results"] for f in row["flags"] if f["name"] == "replay"]
+    assert replayed["level"] == "info"
+    assert "2 samples are not as many for each of 3 clients" in refused(
+        *made, "--defense", "clients:3", "--out", tmp_path / "no"
+    )
+    assert not (tmp_path / "no").exists()
+
+
 def test_truncating_the_change_of_b_is_truncating_the_product() -> None:
     """Where the rows of A are orthonormal: what the audit's control goes through."""
     generator = torch.Generator().manual_seed(0)
     B, A = torch.randn(7, 4, generator=generator), torch.linalg.qr(torch.randn(9, 4, generator=generator)).Q.T
     short = defended({"m.lora_B": B}, (TruncatedRank(2),), generator)["m.lora_B"]
-    both = truncated({"m.lora_A.weight": A, "m.lora_B.weight": B}, 2)
+    both = all_truncated({"m.lora_A.weight": A, "m.lora_B.weight": B}, 2)
     assert torch.allclose(short @ A, both["m.lora_B.weight"] @ both["m.lora_A.weight"], atol=1e-5)
 
 

@@ -73,6 +73,32 @@ def test_one_drawn_step_is_its_integral(adding: bool) -> None:
         assert losses.deltas()[at] == pytest.approx(exact, abs=1e-7)  # squares of both grids' widths
 
 
+@pytest.mark.parametrize(("noise", "steps"), [(1.0, 1), (4.0, 30)])
+def test_a_sample_in_the_place_of_another_moves_a_gaussian_twice_as_far(noise: float, steps: int) -> None:
+    """mu doubles, in closed form as on the grid; a thousandth for connecting dots twice and for the grid on which epsilon is split."""
+    mu, drawn = 2 * math.sqrt(steps) / noise, Mechanism(noise_multiplier=noise, sample_rate=1 - 1e-12, steps=steps)
+    assert epsilon(drawn, replacing=True) == pytest.approx(epsilon_of(mu, 1e-5), rel=1e-3)
+    assert most(drawn, 0.01, replacing=True) == pytest.approx(success_at_most(mu, 0.01), rel=1e-3)
+    sure = Mechanism(noise_multiplier=noise, sample_rate=1.0, steps=steps)
+    assert epsilon(sure, replacing=True) == epsilon_of(mu, 1e-5)
+    assert most(sure, 0.01, replacing=True) == success_at_most(mu, 0.01)
+
+
+def test_replacing_in_a_drawn_step_is_no_worse_than_said() -> None:
+    """One step at rate .3, a sample at +1 against one at -1: delta at the epsilon that is told, by the trapezoid rule, is at most the delta
+    asked for; and the epsilon is above that of adding and removing."""
+    q, s = 0.3, 1.0
+    x = np.linspace(-12, 12, 200_001)
+    p, other = (
+        ((1 - q) * np.exp(-x * x / 2) + q * np.exp(-((x - at) ** 2) / 2)) / math.sqrt(2 * math.pi) for at in (1, -1)
+    )
+    step = Mechanism(noise_multiplier=s, sample_rate=q, steps=1)
+    for delta in (1e-5, 1e-2):
+        told = epsilon(step, delta, replacing=True)
+        assert told > epsilon(step, delta)
+        assert float(np.trapezoid(np.clip(p - math.exp(told) * other, 0, None), x)) <= delta * (1 + 1e-4)
+
+
 def test_steps_with_the_sample_count_in_full() -> None:
     """A step that the sample was in for sure is no easier than one that it was drawn for; alone it is the Gaussian mechanism."""
     drawn = Mechanism(noise_multiplier=1.0, sample_rate=0.05, steps=20)

@@ -196,6 +196,8 @@ def has_open_start(observation: Observation[Any]) -> bool:
     release = observation.release
     if not isinstance(release, Adapter) or release.gradient or release.unmerged or release.origin != "unknown":
         return False
+    if release.frozen_a and not observation.defenses:
+        return False
     drawn = release.init in ("", "False", *GAUSSIAN)
     return drawn and not any(t.any() for name, t in release.start.items() if name.endswith("lora_B"))
 

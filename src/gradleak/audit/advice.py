@@ -16,7 +16,7 @@ class Tried:
     unaware   the same of the best attack that does not know it, or None
     chance    the share that somebody recovers who saw nothing
     accuracy  of a model trained behind it, in [0, 1], or None
-    epsilon   what is proven for one sample of that training at delta, or None where nothing is
+    epsilon   what is proven for one sample of that training at delta, added or removed, or None where nothing is
     """
 
     name: str

@@ -111,7 +111,7 @@ def replay(
             sentence = f"The model reproduces the release from the truth once the samples are shuffled: {said}. Say so with --shuffle."
             return [flag("replay", "info", sentence)]
     doubts = [observation.release.inexact()] if observation.release.inexact() else []
-    if observation.defenses is None or any(defense.random for defense in observation.defenses):
+    if observation.defenses is None or any(defense.blurs for defense in observation.defenses):
         doubts.append("a defense stands between")
     if doubts and error <= (UNRELATED if not observation.release.guessed() else AGAINST):
         sentence = (
@@ -152,7 +152,7 @@ def replay_error(observation: Observation[Any], inputs: Any, labels: Tensor | No
 
 
 def _relative_error(observation: Observation[Any], inputs: Any, labels: Tensor | None) -> float:
-    certain = observation.defenses and not any(defense.random for defense in observation.defenses)
+    certain = observation.defenses and not any(defense.blurs for defense in observation.defenses)
     simulated = observation.of_others(inputs, labels).released if certain else observation.undefended(inputs, labels)
     return float(relative_residual(simulated, observation.released))
 

@@ -2,7 +2,7 @@
 
 An audit of pictures asks whether the true sample is the nearest of n candidates. Without the sample in the training that happens with
 probability 1 / n, whatever the attack, for then the candidates are alike; with it at most with 1 - f(1 / n). Neighbours differ by one sample
-that is added or removed. Clipping alone, noise alone, and noise without an accountant have no epsilon; that is said.
+that is added or removed; epsilon is told for one in the place of another, too. Clipping alone, noise alone, and noise without an accountant have no epsilon; that is said.
 """
 
 from dataclasses import replace
@@ -55,9 +55,9 @@ def of_observation(observation: Observation[Any], mechanism: Privacy, secret: Se
         return [flag("no_epsilon", "info", mechanism)]
     count = 100 if decoys is None else len(decoys.labels) + 1
     said = (
-        f"Epsilon is {epsilon(mechanism):.3g} at delta {mechanism.delta:g} ({mechanism}; neighbours differ by one sample that is added or "
-        f"removed): no attack names a true sample among {count} candidates with a probability above {most(mechanism, 1 / count):.1%}, where "
-        f"blind guessing has {1 / count:.1%}."
+        f"Epsilon is {epsilon(mechanism):.3g} at delta {mechanism.delta:g} where neighbours differ by one sample that is added or removed, "
+        f"and {epsilon(mechanism, replacing=True):.3g} where one stands in the place of another ({mechanism}). By the first, no attack names a "
+        f"true sample among {count} candidates with a probability above {most(mechanism, 1 / count):.1%}, where blind guessing has {1 / count:.1%}."
     )
     return [flag("privacy_bound", "info", said), *line_up(observation, mechanism, secret, decoys)]
 

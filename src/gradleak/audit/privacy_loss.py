@@ -24,6 +24,7 @@ from gradleak.observations.mechanism import Mechanism
 
 POINTS = 2**18  # of the grid
 TAIL = 1e-14  # probability of a sum beyond the grid
+SPLITS = 4_096  # of an epsilon between a sample that goes and one that comes
 LOWEST = -30.0  # losses below that change nothing: e^-30
 ORDERS = np.logspace(-3, 2, 60)  # of the moments that say how far the grid reaches
 Array = Any
@@ -45,25 +46,45 @@ class Losses:
         return found
 
 
-def epsilon(mechanism: Mechanism, delta: float | None = None) -> float:
-    """At the mechanism's delta or this one, of adding as of removing a sample; infinite where no grid reaches it."""
+def epsilon(mechanism: Mechanism, delta: float | None = None, *, replacing: bool = False) -> float:
+    """At the mechanism's delta or this one; infinite where no grid reaches it.
+
+    Neighbours differ by one sample that is added or removed, whichever is worse; replacing: by one in the place of another.
+    """
     delta = mechanism.delta if delta is None else delta
     if (mu := gaussian(mechanism)) is not None:
-        return epsilon_of(mu, delta)
+        return epsilon_of((1 + replacing) * mu, delta)
+    both = composed(mechanism, True), composed(mechanism, False)
+    if replacing:
+        return replaced(*both, delta)
     found = 0.0
-    for adding in (True, False):
-        losses = composed(mechanism, adding)
+    for losses in both:
         below = (losses.deltas() <= delta) & (losses.values >= 0)
         found = max(found, float(losses.values[below][0]) if below.any() else math.inf)
     return found
 
 
-def most(mechanism: Mechanism, blind: float) -> float:
-    """What any attack has at most that is right with probability `blind` where the sample was not used."""
+def replaced(added: Losses, removed: Losses, delta: float) -> float:
+    """Epsilon where one sample stands in the place of another: it is removed, then the other is added.
+
+    P(S) <= e^a Q(S) + delta_1(a) and Q(S) <= e^b P'(S) + delta_2(b) make P(S) <= e^(a + b) P'(S) + delta_1(a) + e^a delta_2(b): the least
+    a + b for which that is delta, a sum of trade-off functions as for groups (Dong, Roth and Su 2019, theorem 2.14).
+    """
+    first = np.linspace(0, min(float(added.values[-1]), 700.0), SPLITS)
+    room = (delta - np.interp(first, added.values, added.deltas())) * np.exp(-first)
+    second = np.interp(room, removed.deltas()[::-1], removed.values[::-1], left=math.inf)
+    return max(0.0, float((first + second).min()))
+
+
+def most(mechanism: Mechanism, blind: float, *, replacing: bool = False) -> float:
+    """What any attack has at most that is right with probability `blind` where the sample was not used; replacing: where another was used in
+    its place."""
     if (mu := gaussian(mechanism)) is not None:
-        return success_at_most(mu, blind)
-    losses = composed(mechanism, True)
-    return min(1.0, float((np.exp(np.minimum(losses.values, 700)) * blind + losses.deltas()).min()))
+        return success_at_most((1 + replacing) * mu, blind)
+    for adding in (False, True) if replacing else (True,):
+        losses = composed(mechanism, adding)
+        blind = min(1.0, float((np.exp(np.minimum(losses.values, 700)) * blind + losses.deltas()).min()))
+    return blind
 
 
 def gaussian(mechanism: Mechanism) -> float | None:

@@ -2,31 +2,32 @@
 the number of samples, the factor of a release."""
 
 import sys
-from dataclasses import replace
 from typing import Any
 
 from gradleak.attacks.adam_step import with_step_undone
 from gradleak.attacks.factor import with_factor_found
 from gradleak.attacks.merged import unmerged, with_merged_recovered
 from gradleak.attacks.seed import has_open_start, with_start_recovered
+from gradleak.attacks.truncated import with_truncation_undone
 from gradleak.attacks.unmixing.span import with_samples_counted
+from gradleak.audit.progress import OnStep, progress
 from gradleak.cli import flags
 from gradleak.cli.inputs import is_of_adapter, observed, seed_range
-from gradleak.cli.progress import OnStep, progress
 from gradleak.errors import BadInput
 from gradleak.observations.defense_names import Chosen
 from gradleak.observations.merged import was_merged
 from gradleak.observations.observation import Observation
-from gradleak.victims.gradient import trained_with
+from gradleak.victims.gradient import behind
 
 
-def informed(args: flags.Observed) -> Observation[Any]:
+def informed(args: flags.Seen) -> Observation[Any]:
     """What was observed, and what everybody can know besides: where training began, where a usual seed or one of --seeds draws that."""
     more = seed_range(args.seeds)
     with progress() as start:
         observation = observed(args)
         if isinstance(args, flags.Attacked):
             observation = told(observation, args)
+        observation = with_truncation_undone(observation, seeds=more, on_step=start("seed"))
         recover = with_start_recovered if has_open_start(observation) else with_merged_recovered
         if more is not None and recover is with_merged_recovered and unmerged(observation)[0] is None:
             raise BadInput(
@@ -45,11 +46,7 @@ def told(observation: Observation[Any], args: flags.Attacked) -> Observation[Any
     """The observation behind the defenses of flags, in place of those that it says; BadInput for defenses of another release."""
     if not args.defense:
         return observation
-    known = Chosen.of(args.defense).known
-    if known is None:
-        return replace(observation, defenses=None)
-    release, defenses = trained_with(observation.release, known, observation.batch_size or 1)
-    return replace(observation, release=release, defenses=defenses)
+    return behind(observation, Chosen.of(args.defense).known)
 
 
 def searched(observation: Observation[Any], more: range, on_step: OnStep) -> Observation[Any]:

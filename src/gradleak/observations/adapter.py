@@ -12,6 +12,7 @@ from torch.func import grad
 from gradleak.errors import BadInput, NotObserved
 from gradleak.modalities.modality import Fact, by, fact
 from gradleak.observations.layers import oriented
+from gradleak.observations.mixed import Mixed
 from gradleak.observations.model import Model
 from gradleak.observations.release import (
     NOTHING,
@@ -29,6 +30,7 @@ from gradleak.observations.tensors import Tensors, flatten
 from gradleak.observations.training import Recipe, Undone, shuffled_recipes, train
 
 SMALLEST, LARGEST = 1e-6, 1e6  # the scaling of an adapter
+STILL = 1e-6  # of a factor's largest number: less than that is the rounding of float32, and no training
 MERGED = 1e-6  # of the largest singular value of a B that was read off weights: the others are rounding of float32
 UNKNOWN = Recipe(learning_rate=1.0, steps=1)  # what is assumed of an adapter that comes without its recipe
 
@@ -37,7 +39,7 @@ Origin = Literal["given", "recovered", "unknown"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adapter(Release):
+class Adapter(Mixed):
     """A LoRA adapter beside its base model (Hu et al. 2021, arXiv:2106.09685): a layer computes (W + s B A) x.
 
     What is released is {MODULE.lora_A (r, in) or MODULE.lora_B (out, r): its change during training}, of a convolution
@@ -52,7 +54,9 @@ class Adapter(Release):
     init      what PEFT's config says of the start (init_lora_weights), or ""
     scaling   {module: s}, alpha / r, or alpha / sqrt(r) (rslora)
     recipe    how it was trained, or None: one SGD step is then assumed, and only directions can be told
-    dropout   probability with which inputs of the adapter may have been dropped in training; the masks are not known
+    dropout   probability with which inputs of the adapter may have been dropped in training; the masks are not known, and `simulate`
+              takes their mean
+    frozen_a  whether B alone was trained: A is where it began
     gradient  whether what was released is the gradient of the factors, and not their change in training
     undone    the step of an optimizer that this gradient was read from, or None
     unmerged  {module: deviation of one number of s B A} of an adapter that was read off the weights that it was merged into
@@ -69,6 +73,7 @@ class Adapter(Release):
     scaling: dict[str, float] = field(repr=False)
     recipe: Recipe | None = None
     dropout: float = 0.0
+    frozen_a: bool = False
     gradient: bool = False
     undone: Undone | None = None
     origin: Origin = "unknown"
@@ -89,6 +94,7 @@ class Adapter(Release):
 
     def check(self, model: Model[Any], released: Tensors) -> None:
         """BadInput naming the first module whose factors do not fit the model, or factor whose change does not fit it."""
+        self.check_mixed()
         if not self.scaling:
             raise BadInput("The adapter changes no module.")
         if not 0 <= self.dropout < 1:
@@ -110,6 +116,8 @@ class Adapter(Release):
         for name, tensor in released.items():
             if name not in self.start or tensor.shape != self.start[name].shape:
                 raise BadInput(f"The change of {name} does not have the shape of its start.")
+            if self.frozen_a and name.endswith("lora_A") and bool(tensor.any()):
+                raise BadInput(f"{name} is said not to have been trained, and has changed.")
         if missing := [name for name in self.beside if name not in model.parameters]:
             raise BadInput(f"{missing[0]} is said to be trained beside the adapter, and is no parameter of the model.")
         for name, tensor in self.changed.items():
@@ -125,24 +133,34 @@ class Adapter(Release):
         recipe = self.recipe or UNKNOWN
         # In one step no factor meets the other's change: those that are not released need no gradient, but for the norm that is cut.
         alone = recipe.clip is None and (recipe.steps == 1 or self.gradient)
-        before = {name: self.start[name] for name in (released if alone else self.start)}
+        before = {name: self.start[name] for name in (released if alone else self.start) if self.moves(name)}
         before |= {} if alone else {name: model.parameters[name] for name in self.beside}
 
         def loss(factors: Tensors, inputs: Any, labels: Tensor | None) -> Tensor:
             return self.loss(model, factors, inputs, labels)
 
+        def of_client(inputs: Any, labels: Tensor | None) -> Tensors:
+            if self.gradient:
+                gradient: Tensors = grad(self.objective(loss))(before, inputs, labels)
+                return gradient
+            after = train(self.objective(loss), before, inputs, labels, recipe)
+            return {name: after[name] - before[name] for name in before}
+
+        moved = self.over_clients(of_client, inputs, labels)
+        moved = moved if self.undone is None else self.undone.of(moved)
+        change = {n: moved[n] if n in moved else torch.zeros_like(self.start[n]) for n in released}
         if self.gradient:
-            gradient: Tensors = grad(loss)(before, inputs, labels)
-            gradient = gradient if self.undone is None else self.undone.of(gradient)
-            return {name: gradient[name] for name in released}
-        after = train(loss, before, inputs, labels, recipe)
-        change = {name: after[name] - before[name] for name in released}
+            return change
         if self.recipe is not None:
             return change
         size, wanted = (flatten(tensors).square().sum() for tensors in (change, released))
         ratio = wanted / size.clamp_min(torch.finfo(size.dtype).tiny)
         scale = torch.where((size > 0) & (wanted > 0), ratio, 1.0).sqrt()
         return {name: scale * tensor for name, tensor in change.items()}
+
+    def moves(self, factor: str) -> bool:
+        """Whether training changes this factor."""
+        return not (self.frozen_a and factor.endswith("lora_A"))
 
     def merged(self, model: Model[Any], tensors: Tensors) -> Tensors:
         """{module.weight: W + s B A}, with these factors in place of those at the start."""
@@ -193,13 +211,21 @@ class Adapter(Release):
         """{factor: its value after training}, of every factor; by way of float64, so that it is what was saved to the last bit."""
         left = decay(self.recipe)  # of a factor whose start is unknown
         start = {name: tensor.double() for name, tensor in self.start.items()}
-        ended = {name: t + released[name] if name in released else left * t for name, t in start.items()}
+        ended = {
+            name: t + released[name] if name in released else left * t if self.moves(name) else t
+            for name, t in start.items()
+        }
         return {name: tensor.to(self.start[name]) for name, tensor in ended.items()}
 
     def begun(self, released: Tensors, start: Tensors, origin: Origin, seed: int | None = None) -> tuple[Self, Tensors]:
-        """The same release with another start of all factors, and the changes of all of them from there."""
+        """The same release with another start of all factors, and the changes of all of them from there. An A that several steps have
+        left where it began was not trained."""
         changes = {name: tensor - start[name] for name, tensor in self.ended(released).items()}
-        return replace(self, start=start, origin=origin, seed=seed), changes
+        As = [name for name in changes if name.endswith("lora_A")]
+        still = all(float(changes[name].abs().max()) <= STILL * float(start[name].abs().max()) for name in As)
+        frozen = self.frozen_a or (still and self.recipe is not None and self.recipe.steps > 1)
+        changes |= {name: torch.zeros_like(changes[name]) for name in As if frozen}
+        return replace(self, start=start, origin=origin, seed=seed, frozen_a=frozen), changes
 
     def after(self, model: Model[Any], released: Tensors) -> Tensors | None:
         """W + s B A of the adapted layers, where training changed the factors."""
@@ -241,7 +267,8 @@ class Adapter(Release):
 
     def shuffled(self, samples: int) -> list[Release]:
         """Of a training in several batches, with these shuffled."""
-        recipes = [] if self.recipe is None or self.gradient else shuffled_recipes(self.recipe, samples)
+        own = samples // self.clients
+        recipes = [] if self.recipe is None or self.gradient else shuffled_recipes(self.recipe, own)
         return [replace(self, recipe=recipe) for recipe in recipes]
 
     def guessed(self) -> bool:
@@ -261,6 +288,7 @@ class Adapter(Release):
             told.append(("no_seed", "info", f"Where training began is not known: {reason}."))
         if self.undone is not None:
             told.append(("step_undone", "warning", self.undone.sentence()))
+        told += self.alike(self.steps(), linear=self.gradient or "adam" not in (self.recipe or UNKNOWN).optimizer)
         if reason := self.inexact():
             told.append(("not_exact", "warning", f"The adapter is no exact linear sketch of one gradient: {reason}."))
         return told
@@ -275,11 +303,13 @@ class Adapter(Release):
             recipe = f"{self.undone.recipe}; undone" if self.undone else "none: gradients of the factors"
         facts = [fact("adapter", True, rank), fact("recipe", self.recipe is not None or self.gradient, recipe)]
         if not self.gradient:
-            facts.append(fact("initial adapter", self.origin != "unknown", self.beginning()))
-        return facts
+            facts.append(fact("initial adapter", self.origin != "unknown" or self.frozen_a, self.beginning()))
+        return [*facts, *self.mixed_facts()]
 
     def beginning(self) -> str:
         """How the start is known, in words."""
+        if self.frozen_a:
+            return "A is as it began: B alone was trained"
         if self.origin == "recovered":
             source = "the base model's weights give it" if self.seed is None else f"seed {self.seed} draws it"
             return f"recovered: {source}"

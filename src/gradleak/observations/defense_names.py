@@ -13,10 +13,11 @@ from gradleak.observations.defenses import (
     Sign,
     StochasticallyQuantised,
     TopK,
-    TruncatedRank,
 )
 from gradleak.observations.private_step import ClippedNoise
 from gradleak.observations.soteria import Soteria
+from gradleak.observations.training_defenses import Clients, FrozenA, LoraDropout, MixUp
+from gradleak.observations.truncation import TruncatedRank
 
 DEFENSES: dict[str, type[Defense]] = {
     "gaussian-noise": GaussianNoise,
@@ -28,6 +29,10 @@ DEFENSES: dict[str, type[Defense]] = {
     "soteria": Soteria,
     "dp-sgd": ClippedNoise,
     "svd": TruncatedRank,
+    "clients": Clients,
+    "mix-up": MixUp,
+    "frozen-a": FrozenA,
+    "lora-dropout": LoraDropout,
 }
 ALIASES = {"noise": "gaussian-noise", "topk": "top-k"}
 UNKNOWN = "unknown"

@@ -28,10 +28,12 @@ class Defense:
     """What every defense answers; where nothing stands here, it has to say it.
 
     random  whether it gives something else each time
+    exact   whether `apply` to what the truth gives is what was released; never of what is random
     reads   whether `seen` depends on what was released
     """
 
     random: ClassVar[bool] = False
+    exact: ClassVar[bool] = True
     reads: ClassVar[bool] = False
 
     def apply(self, released: Tensors, generator: torch.Generator) -> Tensors:
@@ -45,6 +47,11 @@ class Defense:
     def deviation(self, released: Tensors) -> Tensors:
         """{name: standard deviation (a number) of what the defense has added to each entry}, where that is known."""
         return {}
+
+    @property
+    def blurs(self) -> bool:
+        """Whether the truth gives something else than what was released."""
+        return self.random or not self.exact
 
     def bound(self, model: Model[Any], inputs: Any) -> "Defense":
         """The defense of this private batch, where it depends on it."""
@@ -224,34 +231,6 @@ class StochasticallyQuantised(Quantised):
 
     def __str__(self) -> str:
         return f"{self.bits} bits of each entry, at random up or down"
-
-
-@dataclass(frozen=True)
-class TruncatedRank(Defense):
-    """Keep so many directions of each product B A of an adapter's factors, those of the largest singular values; by `gradleak defend`."""
-
-    rank: int
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise BadInput(f"An adapter keeps a rank of 1 or more, not {self.rank}.")
-
-    def apply(self, released: Tensors, generator: torch.Generator) -> Tensors:
-        """Of changes of B from zero beside an A of orthonormal rows, as the truncated factors are: truncating B A is truncating B."""
-        if not any(name.endswith("lora_B") for name in released):
-            raise BadInput(
-                "svd truncates the product of an adapter's factors: `gradleak defend` does it to an adapter's folder."
-            )
-        return {n: self.truncated(t) if n.endswith("lora_B") else t for n, t in released.items()}
-
-    def truncated(self, B: Tensor) -> Tensor:
-        """The nearest of that rank to each of n matrices (n, out, r, ...) (Eckart and Young 1936)."""
-        U, s, V = torch.linalg.svd(B.flatten(2).double(), full_matrices=False)
-        nearest: Tensor = U[..., : self.rank] * s[:, None, : self.rank] @ V[:, : self.rank]
-        return nearest.to(B).view_as(B)
-
-    def __str__(self) -> str:
-        return f"products of the factors truncated to rank {self.rank}"
 
 
 def rms(released: Tensors) -> Tensor:

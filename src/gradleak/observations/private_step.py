@@ -116,25 +116,3 @@ class ClippedNoise(Defense):
 
     def __str__(self) -> str:
         return f"each sample cut to norm {self.clip:g}, noise multiplier {self.noise_multiplier:g}"
-
-
-def gaussian_epsilon(mu: float, delta: float) -> float:
-    """The epsilon of a Gaussian mechanism whose output moves by `mu` deviations with one sample (Balle and Wang, ICML 2018,
-    arXiv:1805.06530, theorem 5): delta = Phi(mu / 2 - eps / mu) - e^eps Phi(-mu / 2 - eps / mu), solved by bisection.
-
-    Steps that each see the sample add up to sqrt(steps) / noise multiplier, where one sample is added or removed.
-    """
-    if not (mu > 0 and 0 < delta < 1):
-        raise BadInput(f"A Gaussian mechanism has mu above 0 and delta between 0 and 1, not {mu:g} and {delta:g}.")
-    low, high = 0.0, mu**2 / 2 + mu * math.sqrt(2 * math.log(1 / delta)) + 1  # from Gaussian tails: an upper bound
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if gaussian_delta(mu, middle) > delta else (low, middle)
-    return high
-
-
-def gaussian_delta(mu: float, epsilon: float) -> float:
-    """The delta that belongs to it."""
-    first = math.erfc((epsilon / mu - mu / 2) / math.sqrt(2)) / 2
-    second = math.erfc((epsilon / mu + mu / 2) / math.sqrt(2)) / 2
-    return first - (math.exp(min(epsilon, 700.0)) * second if second else 0.0)

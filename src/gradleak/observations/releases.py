@@ -7,6 +7,7 @@ released, had the secret been this (`simulate`); which gradient that is (`as_gra
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -18,19 +19,19 @@ from gradleak.modalities.modality import Fact, fact
 from gradleak.observations.adapter import Adapter
 from gradleak.observations.layers import is_linear, oriented
 from gradleak.observations.mechanism import Mechanism
+from gradleak.observations.mixed import Mixed
 from gradleak.observations.model import Model
-from gradleak.observations.orders import taken
 from gradleak.observations.private_step import PrivateStep
 from gradleak.observations.release import NOTHING, Release, Reservation, Sketch, inexact, inexactly_undone, noisier
 from gradleak.observations.tensors import Tensors, rounding
 from gradleak.observations.trained_weights import Weights
-from gradleak.observations.training import MOST, Recipe, Undone, other_recipes, shuffled_recipes, train
+from gradleak.observations.training import Recipe, Undone, other_recipes, shuffled_recipes, train
 
 UNEVEN = 2.0  # the rounding of a gradient follows its columns: such noise ends later than white noise
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gradient(Release):
+class Gradient(Mixed):
     """The gradient of the loss over one private batch (federated SGD, gradient accumulation, a debug dump).
 
     What is released is {parameter name: gradient}; parameters may be missing (frozen, or not shared).
@@ -45,12 +46,20 @@ class Gradient(Release):
     undone: Undone | None = None
     private: PrivateStep | None = None
 
+    def check(self, model: Model[Any], released: Tensors) -> None:
+        """As every release; BadInput for a private step on samples that stand together, which it takes one by one."""
+        self.check_mixed()
+        if self.private is not None and (self.clients > 1 or self.mixup < 1):
+            raise BadInput("DP-SGD takes samples one by one: it goes with neither mix-up nor a mean over clients here.")
+        super().check(model, released)
+
     def simulate(self, model: Model[Any], released: Tensors, inputs: Any, labels: Tensor | None) -> Tensors:
         """dL/dtheta of this batch; of a private step, the sum of what is left of each sample's."""
         parameters = {name: model.parameters[name] for name in released}
         if self.private is not None:
             return self.private.gradient(model, parameters, inputs, labels)
-        gradient: Tensors = grad(model.loss)(parameters, inputs, labels)
+        of_client = partial(grad(self.objective(model.loss)), parameters)
+        gradient: Tensors = self.over_clients(of_client, inputs, labels)
         return gradient if self.undone is None else self.undone.of(gradient)
 
     def as_gradient(self, model: Model[Any], released: Tensors) -> Tensors:
@@ -83,48 +92,42 @@ class Gradient(Release):
         return None if self.private is None else self.private.mechanism()
 
     def reservations(self, model: Model[Any], released: Tensors) -> list[Reservation]:
-        """That a step was undone."""
-        return [] if self.undone is None else [("step_undone", "warning", self.undone.sentence())]
+        """That a step was undone; that clients are taken to be alike."""
+        undone: list[Reservation] = [("step_undone", "warning", self.undone.sentence())] if self.undone else []
+        return [*undone, *self.alike(1, linear=True)]
 
     def facts(self) -> list[Fact]:
-        """The step that was undone, or what made it private."""
+        """The step that was undone, or what made it private; who stands together in it."""
         undone = [] if self.undone is None else [fact("step", True, f"{self.undone.recipe}; undone")]
-        return [*undone, *(self.private.facts() if self.private is not None else [])]
+        return [*undone, *(self.private.facts() if self.private is not None else []), *self.mixed_facts()]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Update(Release):
+class Update(Mixed):
     """What a client of federated averaging sends: parameters after local training minus parameters before.
 
     recipe  of the local training, over the private inputs in their order, in chunks of its batch size, starting over at the
             end (McMahan et al. 2017, ClientUpdate), shuffled where the recipe says so
-    clients  what is released is the mean over so many clients, each with as many of the private inputs: the first ones those of the
-             first client (secure aggregation shows no more; Bonawitz et al., CCS 2017)
     """
 
     name: ClassVar[str] = "update"
 
     recipe: Recipe
-    clients: int = 1
 
     def check(self, model: Model[Any], released: Tensors) -> None:
         """BadInput for no client, and as for every release."""
-        if not 1 <= self.clients <= MOST:
-            raise BadInput(f"An update is that of 1 to {MOST:,} clients, not of {self.clients}.")
+        self.check_mixed()
         super().check(model, released)
 
     def simulate(self, model: Model[Any], released: Tensors, inputs: Any, labels: Tensor | None) -> Tensors:
         """theta_k - theta_0 after the local steps, unrolled, differentiable."""
         before = {name: model.parameters[name] for name in released}
-        each, left = divmod(len(inputs), self.clients)
-        if left:
-            raise BadInput(f"{len(inputs)} samples are not as many for each of {self.clients} clients.")
-        ends = []
-        for first in range(0, len(inputs), each) if each else (0,):
-            rows = range(first, first + each)
-            own = taken(inputs, rows), None if labels is None else taken(labels, rows)
-            ends.append(train(model.loss, before, *own, self.recipe))
-        return {k: torch.stack([after[k] - before[k] for after in ends]).mean(0) for k in before}
+
+        def of_client(inputs: Any, labels: Tensor | None) -> Tensors:
+            after = train(self.objective(model.loss), before, inputs, labels, self.recipe)
+            return {name: after[name] - before[name] for name in before}
+
+        return self.over_clients(of_client, inputs, labels)
 
     @property
     def unit(self) -> float:
@@ -169,16 +172,8 @@ class Update(Release):
 
     def reservations(self, model: Model[Any], released: Tensors) -> list[Reservation]:
         """That clients of an average are taken to be alike."""
-        if self.clients == 1:
-            return []
-        one = self.recipe.steps == 1 and self.recipe.optimizer in ("sgd", "momentum") and self.recipe.clip is None
-        meant = (
-            "so it is the gradient of all their samples together"
-            if one
-            else "each of which trained on its own part of the samples"
-        )
-        sentence = f"This is the mean over {self.clients} clients, {meant}; as many samples of each are assumed."
-        return [("clients", "warning", sentence)]
+        linear = self.recipe.optimizer in ("sgd", "momentum") and self.recipe.clip is None
+        return self.alike(self.recipe.steps, linear)
 
     def ends(self, model: Model[Any], released: Tensors) -> tuple[Tensors | None, Tensors | None]:
         """theta_0, and theta_0 + released."""
@@ -201,9 +196,8 @@ class Update(Release):
         return inexact(self.recipe)
 
     def facts(self) -> list[Fact]:
-        """The recipe of the local training."""
-        shared = [fact("clients", True, f"the mean of {self.clients}")] if self.clients > 1 else []
-        return [fact("local training", True, str(self.recipe)), *shared]
+        """The recipe of the local training, and who stands together."""
+        return [fact("local training", True, str(self.recipe)), *self.mixed_facts()]
 
 
 GRADIENT = Gradient()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gradleak.errors import BadInput
+from gradleak.formats.defended_adapter import Told, defend_folder
 from gradleak.formats.model_folder import write_base
 from gradleak.formats.peft import SUBTRACTED, read_adapter
 from gradleak.formats.secret_file import Secret
@@ -22,13 +23,16 @@ from gradleak.modalities.modality import Blueprint
 from gradleak.modalities.networks import ImageTransformer
 from gradleak.modalities.transformers_networks import quiet_transformers
 from gradleak.observations.adapter import Adapter
+from gradleak.observations.defense_names import Chosen
+from gradleak.observations.defenses import Defense
 from gradleak.observations.layers import is_adaptable, is_transposed, oriented
+from gradleak.observations.mixed import mixed_loss, parts
 from gradleak.observations.model import Model
 from gradleak.observations.observation import Observation
 from gradleak.observations.orders import batches, taken
 from gradleak.observations.tensors import Tensors
 from gradleak.observations.training import OPTIMISERS, Recipe
-from gradleak.victims.gradient import keep_secret, revealable
+from gradleak.victims.gradient import behind, keep_secret, revealable, trained_with
 
 Init = bool | Literal["gaussian", "pissa", "olora", "lora_ga"]  # of PEFT's init_lora_weights; True is its default
 A = TypeVar("A", bound=Blueprint)
@@ -47,18 +51,20 @@ def fine_tune(
     init: Init = True,
     rslora: bool = False,
     precision: torch.dtype = torch.float32,
+    defenses: Sequence[str] = (),
     reveal_labels: bool = False,
     reveal_batch_size: bool = True,
 ) -> tuple[Observation[A], Secret]:
     """Train an adapter with PEFT and torch.optim on `private` (Pictures or Texts); what is returned is what is found on disk.
 
     Writes out/adapter, out/base and, where training does not begin at B = 0, out/initial. BatchNorm uses its running
-    statistics, nothing is dropped out.
+    statistics; nothing is dropped out but what `lora-dropout` says.
 
     alpha           scaling is alpha / rank; default: the rank, so that it is 1, as with PEFT's defaults
     target_modules  "all-linear" (of transformers: as PEFT means it), "all" for convolutions too, or ends of names
     rslora          scaling is alpha / sqrt(rank)
     precision       number format of the saved adapter
+    defenses        as flags name them, "unknown" included: those that are a part of the training, then those of the factors
 
     Raises BadInput when the model cannot take these data, has no such modules, or the training diverges.
     """
@@ -70,7 +76,10 @@ def fine_tune(
     as_peft = target_modules == "all-linear" and hasattr(network, "config") and init != "lora_ga"
     targets = "all-linear" if as_peft else module_names(network, target_modules)
     check_rank(network, targets, rank, init)
-    order = list(itertools.islice(batches(len(secret), recipe.batch_size, recipe.shuffle), recipe.steps))
+    chosen = Chosen.of(defenses)
+    course, left = course_of(chosen.defenses, recipe, len(secret))
+    each = parts(len(secret), course.clients)
+    order = list(itertools.islice(batches(len(each[0]), recipe.batch_size, recipe.shuffle), recipe.steps))
 
     def batch(rows: Sequence[int]) -> tuple[Any, Tensor | None]:
         return taken(secret.inputs, rows), None if secret.labels is None else taken(secret.labels, rows)
@@ -80,29 +89,50 @@ def fine_tune(
         logits = model.architecture.logits(module(*positional, **named))
         return model.criterion(*model.architecture.compared(logits, inputs, labels))
 
+    def trained(factors: list[nn.Parameter], own: range) -> list[Tensor]:
+        """The factors after training on a client's samples."""
+        optimiser = OPTIMISERS[recipe.optimizer](factors, recipe.learning_rate)
+        for step, rows in enumerate(order):
+            optimiser.param_groups[0]["lr"] = recipe.rate(step)
+            optimiser.zero_grad()
+            mixed_loss(course.mixup, loss, *batch([own[row] for row in rows])).backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+        return [factor.detach().clone() for factor in factors]
+
     with warnings.catch_warnings(), quiet_transformers(), torch.random.fork_rng(devices=[]):
         # transformers deprecates a property that PEFT reads
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         torch.manual_seed(seed)
         settings = {"r": rank, "lora_alpha": rank if alpha is None else alpha, "use_rslora": rslora}
-        settings |= {"fan_in_fan_out": any(map(is_transposed, network.modules()))}
+        settings |= {"fan_in_fan_out": any(map(is_transposed, network.modules())), "lora_dropout": course.dropout}
         adapted = _adapted(
             network, {**settings, "init_lora_weights": init, "target_modules": targets}, module, loss, batch(order[0])
         )
         module = adapted if module is network else module
         module.eval()
+        for name, layer in adapted.named_modules():
+            layer.train("lora_dropout" in name)
         factors = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-        initial = [factor.detach().clone() for factor in factors] if init in SUBTRACTED else None
-        optimiser = OPTIMISERS[recipe.optimizer](factors, recipe.learning_rate)
-        for step, rows in enumerate(order):
-            optimiser.param_groups[0]["lr"] = recipe.rate(step)
-            optimiser.zero_grad()
-            loss(*batch(rows)).backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
+        initial = [factor.detach().clone() for factor in factors]
+        if course.frozen_a:
+            for name, parameter in adapted.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad and "lora_A" not in name)
+        moving = [factor for factor in factors if factor.requires_grad]
+        ends = []
+        for own in each:
+            for factor, value in zip(factors, initial, strict=True):
+                factor.data = value.clone()
+            ends.append(trained(moving, own))
+        for factor, values in zip(moving, zip(*ends, strict=True), strict=True):
+            factor.data = torch.stack(values).mean(0) if len(values) > 1 else values[0]
         check_converged(factors, recipe)
         write_base(model, out / "base")
         save_adapter(adapted, factors, [factor.data for factor in factors], precision, out / "adapter")
-        if initial:
+        if left:
+            defend_folder(out / "adapter", left, torch.Generator().manual_seed(seed), out / "adapter")
+        if defenses:
+            Told(with_=tuple(defenses), seed=seed).write(out / "adapter")
+        if init in SUBTRACTED:
             save_adapter(adapted, factors, initial, precision, out / "initial")
     adapter = read_adapter(
         out / "adapter",
@@ -110,9 +140,17 @@ def fine_tune(
         recipe=recipe,
         batch_size=len(secret) if reveal_batch_size else None,
         labels=labels,
-        initial=out / "initial" if initial else None,
+        initial=out / "initial" if init in SUBTRACTED else None,
     )
-    return adapter, secret
+    return behind(adapter, chosen.known), secret
+
+
+def course_of(defenses: Sequence[Defense], recipe: Recipe, samples: int) -> tuple[Adapter, tuple[Defense, ...]]:
+    """A release without factors that says how they are trained behind these defenses, and the defenses that are left."""
+    release, left = trained_with(Adapter(start={}, scaling={}, recipe=recipe), defenses, samples)
+    assert isinstance(release, Adapter)  # of the same kind
+    release.check_mixed()
+    return release, left
 
 
 def lora_start(

@@ -10,7 +10,6 @@ from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures
 from gradleak.observations.defenses import Defense, defended
 from gradleak.observations.model import Model
-from gradleak.observations.private_step import ClippedNoise, gaussian_epsilon
 from gradleak.observations.releases import Gradient
 from gradleak.victims.gradient import trained_with
 
@@ -40,10 +39,3 @@ def accuracy(model: Model[Architecture], pictures: Pictures) -> float:
     """The share of pictures whose label the model tells."""
     outputs = functional_call(model.module, model.parameters | (model.buffers or {}), (pictures.images,))
     return float((outputs.argmax(1) == pictures.labels).float().mean())
-
-
-def epsilon_of(defenses: Sequence[Defense], epochs: int, delta: float) -> float | None:
-    """What `train_behind` proves for each sample, added or removed: it is in one batch of every epoch, without chance. None without noise
-    on cut samples."""
-    steps = [defense for defense in defenses if isinstance(defense, ClippedNoise) and defense.noise_multiplier]
-    return gaussian_epsilon(epochs**0.5 / steps[0].noise_multiplier, delta) if steps else None

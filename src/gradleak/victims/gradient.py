@@ -38,7 +38,7 @@ def capture_gradient(
 
     The model is a snapshot from before the forward pass, so that train mode's update of BatchNorm's buffers is not in it.
     precision: the number format of the release. defenses: applied before that, with noise from the seed, which also chooses
-    what is masked. told: whether the attacker knows them; of clipping, which is a part of the training, an attacker always knows.
+    what is masked. told: whether the attacker knows them, those included that are a part of the training.
     Raises BadInput when the model cannot take these data.
     """
     secret = keep_secret(model, private, seed=seed)
@@ -47,7 +47,7 @@ def capture_gradient(
     names = model.trained if reveal_last_layer else without_last_layer(model, secret)
     seen = Observation(
         model=revealed,
-        release=release,
+        release=release if told else Gradient(),
         released=share(model, release, names, secret, precision, left, seed),
         batch_size=len(secret) if reveal_batch_size else None,
         labels=revealable(secret) if reveal_labels else None,
@@ -72,13 +72,14 @@ def share_update(
     defenses: those that were applied, where `gradient` does not tell them.
     Raises BadInput when the training diverges.
     """
-    precision, release = getattr(torch, gradient.precision), Update(recipe=recipe)
+    precision, plain, seen = getattr(torch, gradient.precision), Update(recipe=recipe), gradient.expect(Gradient)
     whole = model or gradient.model
-    _, left = trained_with(release, gradient.defenses or () if defenses is None else defenses, len(secret))
+    release = replace(plain, clients=seen.clients, mixup=seen.mixup)
+    release, left = trained_with(release, gradient.defenses or () if defenses is None else defenses, len(secret))
     released = share(whole, release, gradient.released, secret, precision, left, seed)
     if not all(bool(tensor.isfinite().all()) for tensor in released.values()):
         raise BadInput(f"Local training diverged at learning rate {recipe.learning_rate:g}: choose a smaller one.")
-    return replace(gradient, release=release, released=released)
+    return replace(gradient, release=plain if gradient.defenses is None else release, released=released)
 
 
 def without_last_layer(model: Model[Any], secret: Secret) -> Tensors:
@@ -111,17 +112,27 @@ def trained_with(release: Release, defenses: Sequence[Defense], samples: int) ->
     left = list[Defense]()
     for defense in defenses:
         before, (release, rest) = release, defense.training(release, samples)
-        if release != before and left:
+        if release is not before and left:
             raise BadInput("What is a part of the training comes before every other defense: give it first.")
         left += rest
     return release, tuple(left)
+
+
+def behind(observation: Observation[A], known: Sequence[Defense] | None) -> Observation[A]:
+    """The observation to somebody who knows that these defenses stand before it; None: that some may. BadInput for those of another
+    release."""
+    if known is None:
+        return replace(observation, defenses=None)
+    release, left = trained_with(observation.release, known, observation.batch_size or 1)
+    return replace(observation, release=release, defenses=left)
 
 
 def keep_secret(model: Model[Any], private: Any, *, seed: int = 0) -> Secret:
     """Private data as the model is fed with them; BadInput for data or labels that it cannot take."""
     inputs, labels = model.architecture.feed(private, seed=seed)
     model.check_takes(inputs)
-    return Secret(inputs, labels, f"{private.source} {private.split}")
+    names = private.names if len(private.names) == model.architecture.classes else ()
+    return Secret(inputs, labels, f"{private.source} {private.split}", names)
 
 
 def revealable(secret: Secret) -> torch.Tensor:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from gradleak.errors import BadInput
-from gradleak.priors.files import Shape, by, folder_of, part_of, parts_of, read_object
 from gradleak.priors.denoisers.own import GAUSSIAN, TrainedDenoiser
 from gradleak.priors.denoisers.schedules import Clean, Network, schedule
+from gradleak.priors.files import Shape, by, folder_of, part_of, parts_of, read_object
 from gradleak.priors.provenance import Provenance
 
 NETWORKS = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel")

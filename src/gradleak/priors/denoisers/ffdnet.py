@@ -66,4 +66,5 @@ class FFDNet(nn.Module):
         level = sigma.to(self.model[0].weight).expand(len(images))  # type: ignore[arg-type]
         contrast = (HIGHEST / level).clamp(max=1)[:, None, None, None]
         seen = 0.5 + contrast * (images.to(level) - 0.5)
-        return (0.5 + (self(seen, level.clamp(max=HIGHEST)) - 0.5) / contrast).to(images)
+        found: Tensor = 0.5 + (self(seen, level.clamp(max=HIGHEST)) - 0.5) / contrast
+        return found.to(images)
