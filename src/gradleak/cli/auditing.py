@@ -26,6 +26,7 @@ from gradleak.cli.commands import new_record
 from gradleak.cli.folders import folder_for, fresh_folder, same_command
 from gradleak.cli.informed import informed
 from gradleak.cli.inputs import check_device, observed_files
+from gradleak.cli.priors import REFINING, UNDER_PRIOR, with_prior
 from gradleak.errors import BadInput, shortened
 from gradleak.formats.observation_file import load_observation, usable_labels
 from gradleak.formats.reconstruction_file import load_reconstruction, save_reconstruction
