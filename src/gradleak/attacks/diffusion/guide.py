@@ -37,12 +37,12 @@ ABREAST = 25  # reconstructions side by side
 
 
 class Cleaner(nn.Module):
-    """D(noisy, result, sigma): the result, and a correction in units of the attack's error."""
+    """D(noisy, result, sigma): the result, and a correction in units of the attack's error. contrast: the deviation of pixels of results."""
 
-    def __init__(self, shape: tuple[int, int, int], error: float) -> None:
+    def __init__(self, shape: tuple[int, int, int], error: float, contrast: float) -> None:
         super().__init__()
         folds = 2 if shape[1] % 2 == shape[2] % 2 == 0 else 1
-        self.folds, self.error = folds, error
+        self.folds, self.error, self.contrast = folds, error, max(contrast, 1e-3)
         widths = [2 * shape[0] * folds**2 + 1, *[WIDTH] * (LAYERS - 1), shape[0] * folds**2]
         layers = [nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths)]
         nn.init.zeros_(layers[-1].weight)
@@ -51,7 +51,9 @@ class Cleaner(nn.Module):
     def forward(self, noisy: Tensor, result: Tensor, sigma: Tensor) -> Tensor:
         """Pictures (n, channel, height, width), sigma (n,)."""
         level = sigma.view(-1, 1, 1, 1)
-        seen = torch.cat([(noisy - result) / (level.square() + self.error**2).sqrt(), 2 * result - 1], 1)
+        seen = torch.cat(
+            [(noisy - result) / (level.square() + self.error**2).sqrt(), (result - 0.5) / self.contrast], 1
+        )
         folded = F.pixel_unshuffle(seen, self.folds)
         beside = (level.log() / 4).expand(-1, 1, *folded.shape[2:])
         correction: Tensor = F.pixel_shuffle(self.net(torch.cat([folded, beside], 1)), self.folds)
@@ -163,7 +165,7 @@ def trained(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
         channel, height, width = pictures.shape[1:]
-        network = Cleaner((channel, height, width), error)
+        network = Cleaner((channel, height, width), error, float(results.std()))
     optimizer = torch.optim.Adam(network.parameters(), RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
     for step in range(1, steps + 1):
