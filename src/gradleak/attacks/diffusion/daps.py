@@ -29,6 +29,7 @@ from gradleak.attacks.search.start import Start
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures
 from gradleak.observations.adapter import Adapter
+from gradleak.observations.defenses import spread
 from gradleak.observations.observation import PictureObservation
 from gradleak.observations.release import Release
 from gradleak.observations.releases import Gradient, Update
@@ -98,20 +99,14 @@ class DAPS:
         def objective(u: Tensor, drawn: Tensor, mean: Tensor, deviation: Tensor, *given: Tensor) -> Tensor:
             return problem.unlikely(coloured(u, mean, deviation), *given) + (u - drawn).square().sum() / 2
 
-        def coloured(
-            u: Tensor, mean: Tensor, sigma: Tensor
-        ) -> Tensor:  # (batch * pixels,) -> (batch, channel, height, width)
+        def coloured(u: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:  # u (batch * pixels,), mean a batch of pictures
             return mean + gaussian.filtered(u.view_as(mean), lambda variance: 1 / whitening(sigma, variance))
 
-        evaluate = None
+        released, deviation, evaluate = problem.released, (problem.size * problem.variance).sqrt(), None
         for level, sigma in enumerate(geometric(self.noisiest, self.cleanest, self.levels)):
             mean = problem.denoised(x + sigma * opposite(x), sigma)
             u = problem.filtered(x - mean, partial(whitening, sigma)).flatten(1)
-            told = {
-                name: t
-                + (problem.size[:, i] * problem.variance[:, i]).sqrt().view(-1, *[1] * (t.dim() - 1)) * opposite(t)
-                for i, (name, t) in enumerate(problem.released.items())
-            }
+            told = {name: t + spread(deviation[:, i], t) * opposite(t) for i, (name, t) in enumerate(released.items())}
             sigmas = torch.full((len(x),), sigma).to(x)
             given = (opposite(u), mean, sigmas, problem.y, told, problem.size, problem.variance)
             evaluate = evaluate or rowwise(objective, u, given)
