@@ -66,6 +66,7 @@ DEEP = {
     "attacks/sparse_words.py": (3, 690),  # the same
     "attacks/jigsaw/jigsaw.py": (5, 1_080),  # its arrangement, and the search that it begins with
     "attacks/recursion/recursive.py": (12, 2_380),  # a layer backwards, of each kind
+    "attacks/diffusion/guide.py": (4, 980),  # the attack that it cleans up after
     "attacks/exact_git/exact_git.py": (11, 1_860),  # the weights first, then the pictures
     "attacks/decoders/attacks.py": (12, 1_610),  # four decoders, and the inversion behind them
     "attacks/learned/git.py": (6, 1_260),  # a generator, how it is trained and kept
