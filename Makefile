@@ -9,19 +9,41 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint bench
+.PHONY: demo test lint docs package lowest bench
 
 demo: $(READY)
 	@if [ -e demo ]; then echo "Removing the demo folder of an earlier run."; rm -rf demo; fi
 	$(BIN)/gradleak demo --out demo
 
+# Two tests at a time; `make test WORKERS=0` runs them in one process.
+WORKERS ?= 2
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS)
 
 lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# The documentation as a site, in site/; warnings are errors. GRADLEAK_EXECUTE=true shows what the notebooks print.
+docs: $(READY)
+	$(BIN)/mkdocs build
+
+# The wheel and the sdist, checked in an environment that holds nothing else.
+package: $(READY)
+	rm -rf dist build .venv-package
+	$(BIN)/python -m build
+	$(PYTHON) -m venv .venv-package
+	.venv-package/bin/pip install --quiet -c constraints.txt dist/*.whl
+	cd dist && ../.venv-package/bin/gradleak --version && ../.venv-package/bin/gradleak demo
+
+# The unit tests with the lowest versions that pyproject.toml allows.
+lowest:
+	rm -rf .venv-lowest && $(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/pip install --quiet uv
+	.venv-lowest/bin/uv pip compile --quiet --resolution lowest-direct pyproject.toml -o .venv-lowest/lowest.txt
+	.venv-lowest/bin/pip install --quiet -r .venv-lowest/lowest.txt -e . 'pytest>=8' 'pytest-xdist>=3.6'
+	.venv-lowest/bin/pytest -n $(WORKERS) tests/unit -W default
 
 # Side by side with another library. DATA: CIFAR-10, a name on the Hugging Face hub or a folder. PEER: a Python that has
 # breaching; without it gradleak is measured alone.

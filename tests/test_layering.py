@@ -47,13 +47,12 @@ LONG = {
     "attacks/learned/git.py": 360,  # one network, layer by layer
     "attacks/jigsaw/jigsaw.py": 320,  # patches, places and whiteners of one search
     "attacks/dataset_size.py": 370,  # the estimate, its interval, and its zoo
-    "attacks/label_counts.py": 380,  # what samples add, the paper's fit, and the reader
     "observations/adapter.py": 350,  # every question that is asked of a release
     "modalities/networks.py": 380,  # the list of architectures
     "modalities/pictures.py": 400,  # every source of pictures
     "observations/fully_connected.py": 310,  # a derivative by hand
     "studies/sweep.py": 350,  # what a file may say, checked
-    "report/record.py": 315,  # the schema, field by field
+    "report/record.py": 350,  # the schema, field by field
 }
 # Attacks that open more than BUDGET: (files, lines), and why.
 DEEP = {
@@ -254,10 +253,30 @@ def test_importing_costs_nothing() -> None:
     assert run("import gradleak, sys; print([n for n in ('torch', 'numpy', 'tyro') if n in sys.modules])") == "[]"
 
 
-def test_help_and_typing_errors_need_no_torch() -> None:
-    code = "import sys; from gradleak.cli.app import main; main({argv}); print('torch' in sys.modules)"
-    for argv in ([], ["--help"], ["--version"], ["capture"], ["nonsense"]):
-        assert run(code.format(argv=argv)).splitlines()[-1] == "False"
+def test_help_lists_and_errors_need_no_torch() -> None:
+    code = """
+import sys
+from gradleak.cli.app import main
+for line in {lines}:
+    try:
+        main(line.split())
+    except SystemExit:
+        pass
+    assert "torch" not in sys.modules, line
+"""
+    lines = [
+        "",
+        "--help",
+        "--version",
+        "capture",
+        "nonsense",
+        "list",
+        "list --json",
+        "audit --help",
+        "audit nothing --out x",
+    ]
+    lines += ["attack x --attack DLG --out x", "attack --attack dlg --help", "study --help", "audit --config none"]
+    run(code.format(lines=lines))
 
 
 def test_using_the_package_is_light() -> None:

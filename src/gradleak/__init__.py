@@ -2,7 +2,8 @@
 
 observation, secret = capture_gradient(model, pictures)                         # the victim
 found = InvertingGradients()(observation, generator=torch.Generator())          # the attacker: no secret
-for row in audit(observation, attacks, public, secret=secret): ...              # from gradleak.audit: scored against controls
+report = run_audit(observation, ["dlg", "map-inversion"], secret=secret)        # scored against controls
+report.show(), report.to_dataframe(), report.save("audited")
 
 Names are imported when they are first used: `import gradleak` costs nothing.
 """
@@ -19,7 +20,7 @@ if TYPE_CHECKING:  # the one list of public names: `__getattr__` reads it too
     from gradleak.attacks.dlg import DLG as DLG
     from gradleak.attacks.dlg import IDLG as IDLG
     from gradleak.attacks.inverting_gradients import InvertingGradients as InvertingGradients
-    from gradleak.attacks.label_counts import label_counts as label_counts
+    from gradleak.attacks.label_counts.label_counts import label_counts as label_counts
     from gradleak.attacks.labels import recover_labels as recover_labels
     from gradleak.attacks.map_inversion import MapInversion as MapInversion
     from gradleak.attacks.reconstruction import Outcome as Outcome
@@ -28,6 +29,7 @@ if TYPE_CHECKING:  # the one list of public names: `__getattr__` reads it too
     from gradleak.attacks.weights.kkt import KKT as KKT
     from gradleak.audit.checks import check_observation as check_observation
     from gradleak.audit.checks import replay as replay
+    from gradleak.audit.run import run_audit as run_audit
     from gradleak.audit.scoring import SCORING as SCORING
     from gradleak.errors import BadInput as BadInput
     from gradleak.errors import NotObserved as NotObserved
@@ -59,6 +61,8 @@ if TYPE_CHECKING:  # the one list of public names: `__getattr__` reads it too
     from gradleak.observations.releases import Update as Update
     from gradleak.observations.trained_weights import Weights as Weights
     from gradleak.observations.training import Recipe as Recipe
+    from gradleak.report.record import Record as Record
+    from gradleak.report.report import Report as Report
     from gradleak.victims.adapter import fine_tune as fine_tune
     from gradleak.victims.gradient import capture_gradient as capture_gradient
     from gradleak.victims.gradient import share_update as share_update

@@ -506,7 +506,7 @@ def test_the_demo_keeps_observations_apart(tmp_path: Path, ok: Run, monkeypatch:
     verdicts = {one["observation"]: one for one in made["verdicts"]}
     assert list(verdicts) == ["adapter", "fine-tuning", "gradient"]
     assert "activation-patterns" in verdicts["adapter"]["sentence"]
-    assert "by analytic" in verdicts["gradient"]["sentence"]
+    assert "The best attack is analytic" in verdicts["gradient"]["sentence"]
     assert made["verdict"]["level"] == "recovered"
     for one in verdicts.values():
         assert one["sentence"] in made["verdict"]["sentence"]
@@ -529,7 +529,11 @@ def test_what_was_not_tried_on_one_observation_stays_said(
     ok("demo", "--out", tmp_path / "demo")
     first, second = record.read(tmp_path / "demo" / "record.json")["verdicts"]
     assert (first["level"], second["level"]) == ("nothing", "recovered")
-    assert "Not tried: analytic," in first["sentence"]
+    assert first["untried"][0] == "analytic"
+    assert (
+        "Not asked for, although they read such a release: <strong>analytic,"
+        in (tmp_path / "demo" / "report.html").read_text()
+    )
 
 
 def test_every_attack_of_the_demo_reads_its_observation() -> None:
@@ -548,7 +552,7 @@ def test_eight_pictures_come_back_from_an_adapter_by_its_seed(tmp_path: Path, ok
     ok("capture", "adapter", "--model", "mlp1000", *DIGITS, *tuned, "--out", out)
     audit = ["audit", out / "adapter", "--base", out / "base", "--secret", out / "secret.safetensors", *DIGITS]
     said = ok(*audit, "--attacks", "unmixing", "--out", tmp_path / "audit")
-    assert "8 of 8 private samples recovered by unmixing" in said
+    assert "8 of 8 private images came back" in said
     made = record.read(tmp_path / "audit" / "record.json")
     facts = {fact["item"]: fact["detail"] for fact in made["threat_model"]}
     assert facts["initial adapter"] == "recovered: seed 42 draws it"
@@ -826,7 +830,7 @@ def test_an_audit_in_which_nothing_can_run_says_why(
     said = capsys.readouterr().out
     made = record.read(tmp_path / "out" / "record.json")
     assert made["verdict"]["level"] == "unscored"
-    assert "No attack could run on this observation. dager: Not run: It recovers texts" in said
+    assert "No attack could run on this observation.\ndager: Not run: It recovers texts" in said
     assert "Not tried: analytic," in said
 
 
@@ -842,7 +846,7 @@ def test_an_audit_is_a_gate(
     short = json.loads(printed.out)
     assert short["verdict"]["level"] == "recovered"
     assert [(row["attack"], row["recovered"], row["samples"]) for row in short["attacks"]] == [("analytic", 1, 1)]
-    assert "1 of 1 private samples recovered by analytic" in printed.err
+    assert "1 of 1 private images came back" in printed.err
 
 
 def test_what_an_audit_writes_is_its_owners_alone(tmp_path: Path, captured: Path, ok: Run) -> None:
@@ -890,7 +894,7 @@ def test_an_attack_that_lacks_what_it_needs(tmp_path: Path, captured: Path, refu
 # --- Every flag says something ---
 
 
-SETTINGS = ("cli/flags.py", "victims/play.py")
+SETTINGS = ("cli/seen_flags.py", "cli/flags.py", "victims/play.py")
 READERS = ("cli", "victims")
 
 
@@ -898,13 +902,13 @@ def test_every_flag_is_read_by_its_command() -> None:
     sources = {
         str(path.relative_to(PACKAGE)): path.read_text() for part in READERS for path in (PACKAGE / part).glob("*.py")
     }
-    assert not unread(sources)
+    assert unread(sources) == {"Common.config"}  # which is read before the others: test_cli_conventions.py
     forgotten = sources["cli/flags.py"].replace(
         "    record: Positional[Path]", "    unused: int = 0\n    record: Positional[Path]", 1
     )
-    assert unread({**sources, "cli/flags.py": forgotten}) == {"Report.unused"}
+    assert unread({**sources, "cli/flags.py": forgotten}) == {"Common.config", "Report.unused"}
     ignored = sources["victims/play.py"].replace("self.rslora", "False")
-    assert unread({**sources, "victims/play.py": ignored}) == {"CaptureAdapter.rslora"}
+    assert unread({**sources, "victims/play.py": ignored}) == {"Common.config", "CaptureAdapter.rslora"}
 
 
 def unread(sources: dict[str, str]) -> set[str]:
@@ -930,7 +934,7 @@ def unread(sources: dict[str, str]) -> set[str]:
         (kind.name, line.target.id)
         for kind in classes.values()
         for line in kind.body
-        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.target.id != "GROUP"
     }
     return {
         f"{kind}.{field}"

@@ -133,7 +133,8 @@ def test_an_audit_scores_texts_beside_controls(
     assert row["recovered"] == row["proven"] == [True, True]
     assert {flag["name"]: flag["level"] for flag in row["flags"]} == {"replay": "info"}
     assert made["verdict"]["level"] == "recovered"
-    assert "2 of 2 private samples recovered by dager" in made["verdict"]["sentence"]
+    assert made["verdict"]["headline"].startswith("2 of 2 private texts came back")
+    assert "The best attack is dager" in made["verdict"]["sentence"]
     assert {"item": "texts", "revealed": False, "detail": "the secret", "observation": "gradient"} in made[
         "threat_model"
     ]

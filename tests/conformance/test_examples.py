@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -242,11 +243,15 @@ def test_the_attack_of_the_page_refuses_what_it_cannot_do(attack: Any) -> None:
 # --- The README ---
 
 
-def test_the_python_of_the_readme_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_python_of_the_readme_runs(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     (block,) = blocks(README, "python")
     (tmp_path / "readme.py").write_text(block, encoding="utf-8")
     runpy.run_path(str(tmp_path / "readme.py"), run_name="__main__")
-    assert "identification_rank': [1]" in capsys.readouterr().out
+    assert "1 of 1 private samples recovered by dlg" in " ".join(capsys.readouterr().out.split())
+    assert {"record.json", "report.html", "samples.csv"} <= {path.name for path in (tmp_path / "digit").iterdir()}
 
 
 def commands(page: str) -> list[list[str]]:
@@ -276,9 +281,28 @@ def test_the_readme_shows_every_attack() -> None:
     assert named == set(ATTACKS)
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
+def links(page: str) -> list[str]:
+    return re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "page", ["CONTRIBUTING.md", "SECURITY.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]
+)
 def test_links_between_pages_lead_somewhere(page: str) -> None:
-    targets = re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text(encoding="utf-8"))
-    for target in targets:
+    for target in links(page):
         if not target.startswith("https://"):
             assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def test_links_of_the_readme_lead_somewhere_from_the_package_index_too() -> None:
+    """PyPI shows the page away from the repository: its links and its picture are whole addresses, of files that are here."""
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]
+    places = (
+        f"{urls['Homepage']}/blob/main/",
+        urls["Homepage"].replace("github.com", "raw.githubusercontent.com") + "/main/",
+    )
+    own = [target for target in links("README.md") if target.startswith(places)]
+    assert len(own) > 10
+    assert all(target.startswith("https://") for target in links("README.md"))
+    for target in own:
+        assert ROOT.joinpath(re.split("/main/", target, maxsplit=1)[1]).exists(), target

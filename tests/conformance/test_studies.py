@@ -52,6 +52,7 @@ def test_the_smallest_size_runs(name: str, tmp_path: Path) -> None:
     assert "smoke size" in made["verdict"]["sentence"]
     assert made["verdict"]["sentence"][:40] in page
     assert all(plot["image"].startswith("data:image/png;base64,") for plot in made["plots"])
+    assert all(plot["words"].endswith("The numbers stand in the table.") for plot in made["plots"])
     assert len(list((tmp_path / "out").glob("plot-*.pdf"))) == len(made["plots"])
     assert all(map(finite, (value for row in table.rows for value in row.values())))
     if name in SHOWN:

@@ -90,3 +90,18 @@ def test_the_energy_is_the_mahalanobis_distance() -> None:
     plainly = sum(float(row @ torch.linalg.inv(prior.covariance()) @ row) for row in apart) / 2 / apart.numel()
     assert float(prior.energy(images)) == pytest.approx(plainly, rel=1e-9)
     assert float(prior.energy(prior.mean[None])) == pytest.approx(0, abs=1e-12)
+
+
+def test_denoised_is_the_posterior_mean() -> None:
+    """Against the textbook's formula with the whole covariance; noise of its own for each picture, and one for all."""
+    generator = torch.Generator().manual_seed(0)
+    prior = GaussianPrior.fit(torch.rand(40, 2, 4, 3, generator=generator, dtype=torch.float64), components=10)
+    noisy, sigma = torch.rand(3, 2, 4, 3, generator=generator, dtype=torch.float64), torch.tensor([0.01, 0.3, 2.0])
+    covariance = prior.covariance()
+    for image, s, denoised in zip(noisy, sigma, prior.denoise(noisy, sigma), strict=True):
+        seen = covariance + s.double() ** 2 * torch.eye(24, dtype=torch.float64)
+        expected = prior.mean.flatten() + covariance @ torch.linalg.solve(seen, (image - prior.mean).flatten())
+        assert torch.allclose(denoised.flatten(), expected, atol=1e-9)
+        assert torch.allclose(prior.denoise(image[None], s)[0], denoised, atol=1e-12)
+    assert prior.denoise(noisy.float(), sigma).dtype == torch.float32
+    assert prior.shape == (2, 4, 3)

@@ -185,15 +185,29 @@ def test_the_parts_come_in_the_promised_order() -> None:
     record = make_record(make_result("dlg"), make_result("git"), missing_result("kkt", "It reads weights."))
     record["table"] = [{"std": 0.1, "verdict": "partial"}, {"std": None, "extra": "yes"}]
     record["plots"] = [{"title": "PSNR against noise", "image": PICTURES[8]}]
+    record["verdict"] |= {"headline": "One image came back.", "untried": ["ntk"]}  # type: ignore[typeddict-item]
+    record["metrics"]["psnr_db"]["meaning"] = "in decibels (dB)."  # type: ignore[index]
+    record["remedies"] = {
+        "gradient": [
+            {"change": "Train with differential privacy", "effect": "Much.", "cost": "Some.", "source": "x.md"}
+        ]
+    }
     parts = [
+        "One image came back.",
         "One of two images was recovered.",
         "What came back: dlg",
         "Truth Reconstruction Mean image Nearest public",
-        "All attacks at a glance",
+        "PSNR: in decibels (dB).",
+        "Identified among 100:",
+        "What to do",
+        "Train with differential privacy",
+        "What was not tried, and why",
+        "ntk",
         "Not run: kkt : It reads weights.",
         "What the attacker saw",
         "62 tensors",
-        "The attacks",
+        "All attacks at a glance",
+        "Gap: by how much",
         "1. dlg",
         "dlg stopped where",
         "Scores",
@@ -216,14 +230,14 @@ def test_the_parts_come_in_the_promised_order() -> None:
 def test_every_observation_has_a_part_of_its_own() -> None:
     """Verdict, results at a glance, threat model, attacks; and nothing of the one stands in the part of the other."""
     record = two_observations()
-    summary, adapter, gradient = (Page(part).text for part in render(record).split("<section>"))
+    summary, adapter, gradient = (Page(part).text for part in render(record).split("<section "))
     in_order(
-        summary, ["Private data partly recovered", "adapter", "Nothing recovered", "gradient", "One of two by dlg."]
+        summary, ["Private data partly recovered", "adapter", "No sample recovered", "gradient", "One of two by dlg."]
     )
     in_order(
         adapter, ["None, by map-inversion.", "The closest attack: map-inversion", "rank 2", "The attack", "Scores"]
     )
-    in_order(gradient, ["One of two by dlg.", "What came back: dlg", "at a glance", "62 tensors", "2. dlg", "3. idlg"])
+    in_order(gradient, ["One of two by dlg.", "What came back: dlg", "62 tensors", "at a glance", "2. dlg", "3. idlg"])
     assert "dlg" not in adapter
     assert "62 tensors" not in adapter
     assert "map-inversion" not in gradient
@@ -285,7 +299,7 @@ def test_pictures_stand_in_columns_with_their_scores() -> None:
     assert second == ["Image 2", lost, "PSNR 16.00 dB SSIM 0.300", "PSNR 28.00 dB SSIM 0.700"]
     assert "image-rendering: pixelated" in html
     alts = [image["alt"] for image in Page(html).attributes("img")]
-    assert alts[:2] == ["Truth, image 1", "Reconstruction, image 1"]
+    assert alts[:2] == ["Truth, image 1", "Reconstruction, image 1, recovered, PSNR 30.00 dB, SSIM 0.900"]
 
 
 def test_pictures_without_a_truth_are_numbered_too() -> None:
@@ -474,7 +488,7 @@ def test_an_attack_that_returned_nothing_is_not_said_to_lack_a_secret() -> None:
     result["shown"] = {"reconstruction": []}
     text = text_of(of_level("unscored", result))
     assert "There is nothing to score." in text
-    assert "secret" not in text
+    assert "that takes the secret" not in text
     assert "returned" not in text
     assert "There is nothing to score." not in text_of(make_record(make_result()))
 
@@ -541,7 +555,7 @@ def test_the_strongest_evidence_is_that_of_the_attack_the_verdict_speaks_of() ->
     weak["leads"] = [100.0, 100.0]  # a lead is less than a recovery
     record = make_record(weak, strong)
     assert "What came back: strong" in text_of(record)
-    assert " by strong" in verdict(record["results"], record["metrics"])["sentence"]
+    assert "The best attack is strong" in verdict(record["results"], record["metrics"])["sentence"]
     strong["recovered"] = strong["partly"] = [False, False]
     assert "closest attack: weak" in text_of(of_level("nothing", strong, weak))
     for row, residual in ((weak, 0.5), (strong, 0.1)):
@@ -807,7 +821,7 @@ def test_a_proof_stands_where_all_else_is_void() -> None:
 def test_a_void_observation_leaves_the_other_one_alone() -> None:
     record = two_observations()
     record["verdicts"] = [{**record["verdicts"][0], "level": "void"}, record["verdicts"][1]]
-    _, adapter, gradient = (Page(part).text for part in render(record).split("<section>"))
+    _, adapter, gradient = (Page(part).text for part in render(record).split("<section "))
     assert "means nothing" in adapter
     assert "means nothing" not in gradient
 
@@ -914,7 +928,7 @@ WORDS = {
     "recovered": ("Private data recovered", "red", "What came back: dlg"),
     "partial": ("Private data partly recovered", "amber", "What came back: dlg"),
     "members": ("Who was in the training data can be told", "amber", "The closest attack: dlg"),
-    "nothing": ("Nothing recovered: no proof of safety", "grey", "The closest attack: dlg"),
+    "nothing": ("No sample recovered: no proof of safety", "grey", "The closest attack: dlg"),
     "absent": ("Not in the release: nothing to recover", "green", "The closest attack: dlg"),
     "unscored": ("Not scored", "grey", "What dlg returned"),
     "void": ("Void: these numbers mean nothing", None, None),
@@ -944,14 +958,14 @@ def test_every_level_has_its_words_and_its_colour(level: str) -> None:
 def test_every_level_says_what_to_do(level: str) -> None:
     """Nothing that was found, or not found, is called safe; only what is not in the release needs nothing."""
     text = Page(render(of_level(level, make_result("dlg")))).text
-    said = text.partition("What to do:")[2][:300]
+    said = text.partition("What to do")[2][:300]
     assert {
         "recovered": "Do not share it as it is",
         "partial": "Do not share it as it is",
         "members": "Do not share it with anybody who may hold such samples",
         "nothing": "Do not take it for safe",
         "absent": "Nothing, as long as",
-        "unscored": "Nothing yet",
+        "unscored": "Share nothing on the strength of this page",
         "void": "Mend what the checks name",
     }[level] in said
     assert ("differentially private" in said) == (level in ("recovered", "partial", "members"))
@@ -1069,3 +1083,50 @@ def test_intervals_of_a_study_stand_beside_their_means() -> None:
     html = render(study)
     assert "In brackets" not in html
     assert "CPU seconds of a cell" not in html
+
+
+def test_what_may_scroll_is_reached_by_the_keyboard_and_has_a_name() -> None:
+    """WCAG 2.2, 2.1.1 and 4.1.2."""
+    record = two_observations()
+    record["table"] = [{"std": 0.1}]
+    html = render(record)
+    boxes = [part for part in Page(html).attributes("div") if part.get("class") == "scroll"]
+    assert len(boxes) > 10
+    assert all(part["tabindex"] == "0" and part["role"] == "group" and part["aria-label"] for part in boxes)
+    assert ":focus-visible" in html
+
+
+def test_seeds_have_a_table_and_means_their_intervals() -> None:
+    result = make_result("dlg")
+    result["intervals"] = {"psnr_db": (18.25, 31.75), "leads": (-2.0, 22.0)}
+    result["repeats"] = [
+        {"seed": k, "residual": 0.5, "scores": {"psnr_db": 20.0 + k}, "recovered": k, "partly": 2} for k in range(2)
+    ]
+    html = render(make_record(result))
+    assert ["Seed", "Recovered", "In part or whole", "PSNR (dB)", "Residual"] in rows(html)
+    assert ["1", "1", "2", "21.00", "0.5"] in rows(html)
+    mean = next(row for row in rows(html) if row[0] == "Mean")
+    assert (mean[1], mean[-1]) == ("25.00 [18.2, 31.8]", "+10.00 [−2.0, 22.0]")  # noqa: RUF001
+    assert "with 95 % confidence" in Page(html).text
+    assert "with 95 % confidence" not in text_of(make_record(make_result("dlg")))
+
+
+def test_a_class_goes_by_its_name() -> None:
+    result = make_result()
+    result["labels"] = {"recovered": ["cat", "dog"], "true": ["cat", "cat"]}
+    text = text_of(make_record(result))
+    assert "Image 1, class cat" in text
+    assert "Recovered classes cat, dog; true classes cat, cat: 1 of 2 right" in text
+
+
+def test_a_picture_that_came_back_in_part_is_called_recognisable() -> None:
+    result = make_result()
+    result["recovered"], result["partly"] = [False, False], [True, False]
+    assert "Recognisable PSNR 30.00 dB" in text_of(make_record(result))
+
+
+def test_of_two_samples_or_fewer_truth_and_reconstruction_are_large() -> None:
+    assert 'class="gallery big"' in render(make_record(make_result()))
+    many = make_result()
+    many["shown"] = {name: [*pictures, pictures[0]] for name, pictures in many["shown"].items()}
+    assert 'class="gallery big"' not in render(make_record(many))

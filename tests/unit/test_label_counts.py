@@ -9,18 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad
 
-from gradleak.attacks.label_counts import (
-    LARGEST,
-    Counter,
-    Evidence,
-    LabelCounts,
-    added,
-    counts_by_means,
-    evidence,
-    label_counts,
-)
+from gradleak.attacks.inverting_gradients import InvertingGradients
+from gradleak.attacks.label_counts.counter import Counter
+from gradleak.attacks.label_counts.evidence import LARGEST, Evidence, added, evidence
+from gradleak.attacks.label_counts.label_counts import LabelCounts, counts_by_means, label_counts
 from gradleak.attacks.labels import recover_labels
 from gradleak.audit.labels_told import labels_told
+from gradleak.audit.loop import audit
+from gradleak.audit.plan import effort_of
 from gradleak.errors import NotObserved
 from gradleak.modalities.losses import CrossEntropy
 from gradleak.modalities.networks import Architecture, resnet
@@ -201,7 +197,8 @@ def test_audits_say_what_was_read_and_never_that_labels_are_safe(monkeypatch: py
         Model.of(MLP.build(0), MLP), some(TEST, torch.arange(5)), reveal_last_layer=False
     )
     monkeypatch.setattr("gradleak.audit.labels_told.label_counts", partial(label_counts, steps=2))
-    [told] = labels_told(observation, PUBLIC, secret, 0)
+    informed, [told] = labels_told(observation, PUBLIC, secret, 0)
+    assert informed.labels is None  # read, not given
     assert (told["name"], told["level"]) == ("labels_told", "warning")
     assert "are expected to be right. " in told["sentence"]
     assert "of 5 are; the frequencies of classes alone give " in told["sentence"]
@@ -209,11 +206,34 @@ def test_audits_say_what_was_read_and_never_that_labels_are_safe(monkeypatch: py
         labels_told(observation, None, secret, 0),
         labels_told(replace(observation, batch_size=None), PUBLIC, None, 0),
     ):
-        assert [(flag["name"], flag["level"]) for flag in unread] == [("labels_not_read", "warning")]
-        assert unread[0]["sentence"].endswith("That does not show them to be safe.")
+        assert unread[0].read_labels is None
+        assert [(flag["name"], flag["level"]) for flag in unread[1]] == [("labels_not_read", "warning")]
+        assert unread[1][0]["sentence"].endswith("That does not show them to be safe.")
     whole = capture_gradient(Model.of(MLP.build(0), MLP), some(TEST, torch.arange(5)))[0]
-    assert labels_told(whole, PUBLIC, None, 0) == []  # attacks read them themselves, and say so in their rows
-    assert labels_told(replace(observation, labels=TEST.labels[:5]), PUBLIC, None, 0) == []
+    assert labels_told(whole, PUBLIC, None, 0) == (whole, [])  # attacks read them themselves, and say so in their rows
+    given = replace(observation, labels=TEST.labels[:5])
+    assert labels_told(given, PUBLIC, None, 0) == (given, [])
+
+
+def test_a_search_takes_the_labels_that_were_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without them it does not run; the control, another's observation, is searched under labels too."""
+    monkeypatch.setattr("gradleak.audit.labels_told.label_counts", partial(label_counts, steps=2))
+    private = some(TEST, torch.arange(3))
+    observation, secret = capture_gradient(Model.of(MLP.build(0), MLP), private, reveal_last_layer=False)
+    attacks = {"inverting-gradients": InvertingGradients(steps=2)}
+    [blind] = audit(observation, attacks, None, bound=False)
+    assert blind.reconstruction is None
+    assert "last layer" in blind.result["status"]
+    [found] = audit(observation, attacks, PUBLIC, secret=secret, bound=False)
+    assert found.reconstruction is not None
+    told = next(flag["sentence"] for flag in found.result["flags"] if flag["name"] == "labels_told")
+    assert told.endswith("Attacks that need labels are given these.")
+    for label in found.reconstruction.labels.unique():  # type: ignore[union-attr]
+        count = int((found.reconstruction.labels == label).sum())
+        assert f"{count} of class {label}" in told
+    assert (
+        effort_of(attacks["inverting-gradients"], observation) is not None
+    )  # so that the plan knows what it will take
 
 
 def test_what_cannot_be_read_is_named() -> None:

@@ -1,12 +1,15 @@
 """Label recovery: the sign rule, counts for batches, and labels of known images."""
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import grad
 
-from gradleak.attacks.labels import apportion, labels_of_images, recover_labels
+from gradleak.attacks.ilrg import ilrg
+from gradleak.attacks.labels import apportion, labels_of_images, recover_labels, soft_label_sum, soft_labels
 from gradleak.errors import NotObserved
 from gradleak.modalities.losses import CrossEntropy
 from gradleak.modalities.networks import Architecture
@@ -135,3 +138,79 @@ def test_a_frozen_last_layer_is_not_observed(batch: int) -> None:
         module.get_parameter(name).requires_grad_(False)
     with pytest.raises(NotObserved):
         recover_labels(observe(module, MLP, some(torch.arange(batch))))
+
+
+def test_ilrg_counts_classes_of_equal_samples_exactly() -> None:
+    """Where predictions do not hang on the features, the paper's equations are exact, and have one solution."""
+    weight = torch.zeros(10, 30, dtype=torch.float64)
+    counts = torch.tensor([0, 3, 0, 1, 2, 0, 0, 5, 1, 0])
+    features = torch.rand(12, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = torch.arange(10).repeat_interleave(counts)
+    rest = 0.1 - torch.eye(10, dtype=torch.float64)[labels]  # p - e_y
+    found = ilrg(rest.T @ features / 12, rest.mean(0), weight, torch.zeros(10), 12)
+    assert found.tolist() == counts.tolist()
+
+
+def observe_soft(targets: Tensor, images: Tensor, criterion: CrossEntropy, seed: int) -> PictureObservation:
+    """The gradient of a cross entropy against distributions of labels, in float64."""
+    model = Model.of(MLP.build(seed), MLP, criterion=criterion).to(torch.float64)
+    released = grad(model.loss)(model.parameters, images.double(), targets.double())
+    return Observation(model=model, released=released, batch_size=len(images))
+
+
+def mixed(count: int, seed: int = 0) -> Tensor:
+    """Mix-up: lam e_a + (1 - lam) e_b, (count, 10)."""
+    generator = torch.Generator().manual_seed(seed)
+    lam, ends = torch.rand(count, 1, generator=generator), torch.randint(10, (2, count), generator=generator)
+    return lam * torch.eye(10)[ends[0]] + (1 - lam) * torch.eye(10)[ends[1]]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_soft_label_is_read_exactly(reduction: Literal["mean", "sum"]) -> None:
+    """y = p - db, and p is known by the features dW^T db / ||db||^2."""
+    for seed in range(5):
+        target = mixed(1, seed)
+        observation = observe_soft(target, TEST.images[[seed]], CrossEntropy(reduction=reduction), seed)
+        torch.testing.assert_close(
+            soft_labels(observation), target.double(), rtol=0, atol=1e-9
+        )  # float64, 100 products
+        torch.testing.assert_close(soft_label_sum(observation), target[0].double(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_soft_labels_of_known_images_are_exact(reduction: Literal["mean", "sum"]) -> None:
+    targets = mixed(12)
+    observation = observe_soft(targets, TEST.images[:12], CrossEntropy(reduction=reduction), 1)
+    found = soft_labels(observation, TEST.images[:12].double())
+    torch.testing.assert_close(found, targets.double(), rtol=0, atol=1e-6)  # a pseudoinverse of condition 1e3 or so
+    with pytest.raises(NotObserved, match="one picture"):
+        soft_labels(observation)
+
+
+def test_soft_labels_add_up_over_a_batch() -> None:
+    """sum_n y_n = sum_n p_n - B db. The mean's features err by how much predictions differ: here, not at all, as the last layer is 0."""
+    targets = mixed(8)
+    module = MLP.build(2)
+    module.get_parameter("6.weight").data.zero_()
+    model = Model.of(module, MLP).to(torch.float64)
+    released = grad(model.loss)(model.parameters, TEST.images[:8].double(), targets.double())
+    observation = Observation(model=model, released=released, batch_size=8)
+    torch.testing.assert_close(soft_label_sum(observation), targets.double().sum(0), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("batch", [1, 6])
+def test_labels_are_read_through_smoothing(batch: int) -> None:
+    """The same bound as without."""
+    right = 0
+    for seed in range(12):
+        rows = torch.randperm(len(TEST.labels), generator=torch.Generator().manual_seed(seed))[:batch]
+        model = Model.of(MLP.build(seed), MLP, criterion=CrossEntropy(label_smoothing=0.2))
+        found = recover_labels(capture_gradient(model, some(rows))[0])
+        right += shared_labels(found.tolist(), TEST.labels[rows].tolist())
+    assert right >= (1 if batch == 1 else 0.95) * 12 * batch
+
+
+def test_labels_that_are_no_part_of_the_loss_are_not_told() -> None:
+    model = Model.of(MLP.build(0), MLP, criterion=CrossEntropy(label_smoothing=1.0))
+    with pytest.raises(NotObserved, match="no part of the loss"):
+        recover_labels(capture_gradient(model, some(torch.arange(2)))[0])

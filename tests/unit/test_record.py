@@ -35,6 +35,8 @@ def full_result() -> Result:
         "ran": True,
         "outcome": "solved",
         "leads": [19.25, None],
+        "intervals": {"psnr_db": (12.5, 31.5), "leads": (1.5, 20.5)},
+        "repeats": [{"seed": 0, "residual": 0.5, "scores": {"psnr_db": 31.0}, "recovered": 1, "partly": 1}],
         "recovered": [True, False],
         "partly": [True, False],
         "proven": [True, False],
@@ -225,7 +227,7 @@ def test_a_missing_key_of_a_result_is_named(tmp_path: Path, key: str) -> None:
 
 
 OPTIONAL_OF_A_RESULT = ["trace", "ran", "outcome", "leads", "recovered", "partly", "proven"]
-OPTIONAL_OF_A_RESULT += ["media", "shown", "decoys", "labels", "count"]
+OPTIONAL_OF_A_RESULT += ["media", "shown", "decoys", "labels", "count", "intervals", "repeats"]
 
 
 def test_every_key_of_a_result_is_tried() -> None:

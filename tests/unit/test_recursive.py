@@ -107,6 +107,24 @@ NETWORKS: dict[str, tuple[nn.Module, ...]] = {
         nn.Flatten(),
         nn.Linear(1024, 10),
     ),
+    "residual blocks, global pooling": (  # 32 units of the last convolution tell its 16 positions apart
+        conv(3, 32),
+        nn.ReLU(),
+        ResidualBlock(32, 32, 2),
+        ResidualBlock(32, 32, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, 10),
+    ),
+    "ReLU, global pooling": (
+        conv(3, 32),
+        nn.ReLU(),
+        conv(32, 128, stride=2),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(128, 10),
+    ),
     "no activation": (nn.Conv2d(3, 16, (3, 5), (2, 1), (1, 2)), nn.Flatten(), nn.Dropout(), nn.Linear(512, 10)),
 }
 
@@ -158,7 +176,7 @@ STOPS: dict[str, tuple[tuple[nn.Module, ...], int, str]] = {
         "3 (MaxPool2d)",
     ),
     "an unknown layer": ((conv(3, 4), nn.Hardtanh(), nn.Flatten(), nn.Linear(256, 10)), 3, "2 (Hardtanh)"),
-    "a residual block": (
+    "a narrow residual block": (
         (ResidualBlock(3, 4, 1), conv(4, 8), nn.Tanh(), nn.Flatten(), nn.Linear(512, 10)),
         2,
         "1 (ResidualBlock)",

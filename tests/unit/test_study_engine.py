@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 
 import toy_study
+from gradleak.audit.intervals import share as share_interval
 from gradleak.errors import BadInput
 from gradleak.studies import executors
 from gradleak.studies.results import Results
 from gradleak.studies.revision import revision, whole
 from gradleak.studies.run import Plan, estimate, run
-from gradleak.studies.statistics import mean_interval, share_interval, summary
+from gradleak.studies.statistics import mean_interval, summary
 from gradleak.studies.study import OtherVersion, Published, Study, tasks
 from gradleak.studies.table import Table
 from toy_study import Setting, toy

@@ -131,9 +131,14 @@ def test_sarif_has_what_the_standard_requires() -> None:
 
 def test_markdown_says_what_ran_and_what_did_not_and_is_no_html() -> None:
     record = made("partial", FOUND, NOT_RUN)
-    record["verdict"]["sentence"] = "A | <script> [link](x)"
+    record["verdict"] |= {
+        "sentence": "A | <script> [link](x)",
+        "headline": "One of two | came back.",
+        "untried": ["ntk"],
+    }  # type: ignore[typeddict-item]
     page = summary.markdown(summary.summary(record))
-    assert "**Private data partly recovered.** A \\| &lt;script> \\[link](x)" in page
+    assert "**Private data partly recovered.** One of two \\| came back.\n\nA \\| &lt;script> \\[link](x)" in page
+    assert "Not tried, although they read such a release: ntk." in page
     assert "| dlg | 1 of 2 | none |" in page
     assert "Not run: kkt." in page
 
@@ -161,6 +166,6 @@ def test_equal_samples_have_equal_hashes() -> None:
 
 
 def test_a_page_with_private_data_says_so() -> None:
-    assert "This page holds private data" in html.render(made("recovered", PROVEN))
-    assert "This page holds private data" not in html.render(made("nothing", NOTHING))
-    assert "This page holds private data" not in html.render(redacted(made("recovered", PROVEN)))
+    assert "Personal data." in html.render(made("recovered", PROVEN))
+    assert "Personal data." not in html.render(made("nothing", NOTHING))
+    assert "Personal data." not in html.render(redacted(made("recovered", PROVEN)))

@@ -10,6 +10,9 @@ from gradleak.attacks.analytic import Analytic
 from gradleak.attacks.dager.dager import Dager
 from gradleak.attacks.dataset_size import SampleCount
 from gradleak.attacks.decoders.attacks import DecodeMLP, DecodePseudoInverse, DecodeRidge, DecodeUNet
+from gradleak.attacks.diffusion.daps import DAPS
+from gradleak.attacks.diffusion.dps import DPS
+from gradleak.attacks.diffusion.red_diff import SDS, RedDiff
 from gradleak.attacks.dlg import DLG, IDLG
 from gradleak.attacks.embedding_rows import EmbeddingRows
 from gradleak.attacks.exact_git.exact_git import ExactGit
@@ -48,6 +51,10 @@ ATTACKS: dict[str, type] = {
     "dlg": DLG,
     "idlg": IDLG,
     "inverting-gradients": InvertingGradients,
+    "red-diff": RedDiff,
+    "sds": SDS,
+    "dps": DPS,
+    "daps": DAPS,
     "decode-pseudo-inverse": DecodePseudoInverse,
     "decode-ridge": DecodeRidge,
     "decode-mlp": DecodeMLP,

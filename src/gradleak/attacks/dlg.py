@@ -58,8 +58,9 @@ class DLG:
     """The search.
 
     evaluations        of the objective in the plain phase
-    rounds             of whitening after it, each with round_evaluations at most; none for models of which the
-                       Jacobian would take over 2 GiB, which also get one start only
+    rounds             of whitening after it; none for models of which the Jacobian would take over 2 GiB, which
+                       also get one start only
+    round_evaluations  of the objective in each of these rounds, at most
     history            pairs that L-BFGS remembers
     goal               objective at which the search ends
     box                weight of the mean squared distance of the pixels from [0, 1]; 0 switches it off

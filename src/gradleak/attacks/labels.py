@@ -12,16 +12,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from gradleak.attacks.label_equations import MOST, Equations, counts_by_equations
 from gradleak.errors import NotObserved
 from gradleak.modalities.losses import CrossEntropy
 from gradleak.observations.adapter import Adapter
 from gradleak.observations.layers import Call, calls
 from gradleak.observations.observation import PictureObservation
+from gradleak.observations.releases import Gradient
 
 
 def known_or_recovered(observation: PictureObservation) -> Tensor:
-    """The labels of the observation, or the recovered ones: (batch,) int64. Raises NotObserved."""
-    return observation.labels if observation.labels is not None else recover_labels(observation)
+    """The labels of the observation, or those read with public data, or recovered ones: (batch,) int64. Raises NotObserved."""
+    known = observation.read_labels if observation.labels is None else observation.labels
+    return recover_labels(observation) if known is None else known
 
 
 def recover_labels(observation: PictureObservation) -> Tensor:
@@ -34,20 +37,39 @@ def recover_labels(observation: PictureObservation) -> Tensor:
         raise NotObserved("The batch size was withheld, and labels without it: neither can be told from one gradient.")
     model = observation.model
     grey = torch.full((1, *model.architecture.input_shape), 0.5).to(next(iter(observation.released.values())))
-    if not (isinstance(model.criterion, CrossEntropy) and model.criterion.plain):
-        raise NotObserved(
-            f"Labels were not given, and they are read off a plain cross entropy, not off {model.criterion}."
-        )
+    smoothing = smoothing_of(observation)
     if isinstance(observation.release, Adapter):
         return label_of_sketch(observation, grey)
-    gradient, last = observation.as_gradient(), last_layer(observation, grey)
-    share = 1 if model.criterion.reduction == "mean" else batch
-    bias_gradient = gradient[f"{last.name}.bias"] / share
+    last = last_layer(observation, grey)
+    weight_gradient, bias_gradient = gradients_of(observation, last, batch)
     if batch == 1:
-        return bias_gradient.argmin()[None]
+        told = -bias_gradient if smoothing == 0 else soft_labels(observation)[0]
+        return told.argmax()[None]
     weight, bias = (model.parameters[f"{last.name}.{part}"] for part in ("weight", "bias"))
-    counts, _ = label_fit(gradient[f"{last.name}.weight"] / share, bias_gradient, weight, bias, batch)
+    counts, _ = label_fit(weight_gradient, bias_gradient, weight, bias, batch, smoothing=smoothing)
+    if solvable(observation, last, batch):
+        given = (t.cpu().double() for t in (weight_gradient, bias_gradient, weight, bias))
+        eye = torch.eye(len(counts), dtype=torch.float64)
+        equations = Equations.of(*given, batch, nonnegative(observation, last))
+        counts, _ = counts_by_equations(equations, (1 - smoothing) * eye + smoothing / len(eye), counts)
     return torch.arange(len(counts)).repeat_interleave(counts).to(grey.device)
+
+
+def solvable(observation: PictureObservation, last: Call, batch: int) -> bool:
+    """Whether one exact gradient was shared, of few samples of few classes: what label_equations.py asks for."""
+    samples, classes = MOST
+    few = batch <= min(samples, last.input.shape[1]) and batch < observation.model.architecture.classes <= classes
+    exact = observation.defenses == () and observation.precision in ("float32", "float64")
+    private = isinstance(observation.release, Gradient) and observation.release.private is not None
+    moved = bool(observation.as_gradient()[f"{last.name}.bias"].any())
+    return few and exact and moved and not private and not observation.release.inexact()
+
+
+def nonnegative(observation: PictureObservation, last: Call) -> bool:
+    """Whether the last layer's features are never negative, so far as eight random pictures show."""
+    shape = observation.model.architecture.input_shape
+    images = torch.rand((8, *shape), generator=torch.Generator().manual_seed(0)).to(last.input)
+    return bool((last_layer(observation, images).input >= 0).all())
 
 
 def candidate_labels(observation: PictureObservation) -> Tensor:
@@ -107,6 +129,7 @@ def label_fit(
     bias: Tensor,
     batch: int,
     *,
+    smoothing: float = 0.0,
     iterations: int = 20,
     ridge: float = 1e-3,
     relax: float = 0.5,
@@ -116,28 +139,36 @@ def label_fit(
     weight (classes, features) and bias (classes,) of the last layer and their gradients under the mean cross entropy.
 
     Were class k's samples alike, with features mu_k, the counts n would explain both gradients:
-        dW = M mu,  db = M 1,  M[c, k] = n_k / batch * (softmax(weight mu_k + bias)_c - [c = k]).
+        dW = M mu,  db = M 1,  M[c, k] = n_k / batch * (softmax(weight mu_k + bias)_c - t_kc),
+    t_kc what class k is trained on: [c = k], smoothed by s (1 - s) [c = k] + s / classes.
     So alternate a ridge least squares for mu, drawn to the batch's mean feature (which the rank-one fit of dW to db
-    gives), and n = batch * (mean prediction - db); keep the counts that explain the gradients best.
+    gives), and n = batch * (mean prediction - db), unsmoothed; keep the counts that explain the gradients best.
     """
     dW, db, weight, bias = (t.cpu().double() for t in (weight_gradient, bias_gradient, weight, bias))
     eye = torch.eye(len(db), dtype=torch.float64)
+    floor = smoothing / len(db)
+    targets, present = (1 - smoothing) * eye + floor, db < -floor
+
+    def whole(mean: Tensor) -> Tensor:
+        """The counts that this mean prediction leaves."""
+        return apportion(batch * (mean - db - floor) / (1 - smoothing), present, batch)
+
     centre = db @ dW / (db @ db)  # (features,)
-    counts = apportion(batch * ((weight @ centre + bias).softmax(0) - db), db < 0, batch)
+    counts = whole((weight @ centre + bias).softmax(0))
     mu = centre.expand_as(dW)  # (classes, features)
     best, least = counts, torch.inf
     for _ in range(iterations):
-        M = counts / batch * ((mu @ weight.T + bias).softmax(1).T - eye)  # (classes, classes)
+        M = counts / batch * ((mu @ weight.T + bias).softmax(1) - targets).T  # (classes, classes)
         normal = M.T @ M
         target = M.T @ (dW - M @ centre.expand_as(dW))
         step = torch.linalg.solve(normal + ridge * normal.diag().max() * eye, target)
         mu = (1 - relax) * mu + relax * (centre + step)
         prediction = (mu @ weight.T + bias).softmax(1)  # row k: the mean prediction for class k
-        M = counts / batch * (prediction.T - eye)
+        M = counts / batch * (prediction - targets).T
         error = (dW - M @ mu).square().sum() / dW.square().sum() + (db - M.sum(1)).square().sum() / db.square().sum()
         if float(error) < least:
             best, least = counts, float(error)
-        counts = apportion(batch * (counts / batch @ prediction - db), db < 0, batch)
+        counts = whole(counts / batch @ prediction)
     return best.long(), least
 
 
@@ -155,17 +186,61 @@ def apportion(raw: Tensor, present: Tensor, total: int) -> Tensor:
 
 
 def labels_of_images(observation: PictureObservation, images: Tensor) -> Tensor:
-    """The label of each image, once the images themselves are known: (batch,) int64.
+    """The label of each image, once the images themselves are known: (batch,) int64."""
+    return soft_labels(observation, images).argmax(dim=1)
 
-    With features F (batch, features) and logits known, dL/dW = (P - Y)^T F / batch is linear in the one-hot Y, and
-    has one solution while batch <= features.
+
+def soft_labels(observation: PictureObservation, images: Tensor | None = None) -> Tensor:
+    """What the cross entropy compares each prediction with, (batch, classes): smoothed or mixed labels too.
+
+    With features F (batch, features) and predictions P known, dL/dW = (P - Y)^T F / batch is linear in Y, and has one solution
+    while batch <= features. Of one picture nothing need be known: its features are dW^T db / ||db||^2, and y = p - db.
+    Raises NotObserved for several pictures that are not known, and as `recover_labels` does.
     """
     model = observation.model
+    smoothing_of(observation)
+    if images is None:
+        if observation.batch_size != 1:
+            raise NotObserved("Soft labels are read of one picture, or of pictures that are known.")
+        last = last_layer(observation, model.architecture.blank(1).to(next(iter(observation.released.values()))))
+        dW, db = gradients_of(observation, last, 1)
+        if not bool(db.any()):
+            raise NotObserved("The last layer's gradient is zero, which tells no label.")
+        weight, bias = (model.parameters[f"{last.name}.{part}"] for part in ("weight", "bias"))
+        return ((weight @ (db @ dW / db.square().sum()) + bias).softmax(0) - db)[None]
     last = last_layer(observation, images)
-    probabilities = model.logits({}, images).softmax(dim=1)
-    share = len(images) if model.criterion.reduction == "mean" else 1
-    difference = (
-        share * observation.as_gradient()[f"{last.name}.weight"] @ torch.linalg.pinv(last.input)
-    )  # (classes, batch)
-    labels: Tensor = (probabilities - difference.T).argmax(dim=1)
-    return labels
+    dW, _ = gradients_of(observation, last, len(images))
+    difference: Tensor = len(images) * dW @ torch.linalg.pinv(last.input)  # (classes, batch)
+    return model.logits({}, images).softmax(dim=1) - difference.T
+
+
+def soft_label_sum(observation: PictureObservation) -> Tensor:
+    """sum_n y_n over a batch of unknown pictures, (classes,): sum_n p_n - B db, all predictions taken for that of the mean features.
+
+    Exact for one picture, and where all are predicted alike, as by networks before their training nearly; raises as `recover_labels`.
+    """
+    batch = observation.batch_size
+    if batch is None:
+        raise NotObserved("The batch size was withheld, and labels without it: neither can be told from one gradient.")
+    mean = replace(observation, batch_size=1)
+    if observation.model.criterion.reduction == "sum":
+        mean = replace(mean, released={name: tensor / batch for name, tensor in mean.released.items()})
+    return batch * soft_labels(mean)[0]
+
+
+def smoothing_of(observation: PictureObservation) -> float:
+    """By how much labels are smoothed; NotObserved where the loss is not the cross entropy of all classes alike."""
+    criterion = observation.model.criterion
+    if not isinstance(criterion, CrossEntropy) or criterion.class_weights is not None:
+        raise NotObserved(
+            f"Labels were not given, and they are read off a cross entropy of equal weights, not off {criterion}."
+        )
+    if criterion.label_smoothing == 1:
+        raise NotObserved("Labels smoothed by 1 are no part of the loss.")
+    return criterion.label_smoothing
+
+
+def gradients_of(observation: PictureObservation, last: Call, batch: int) -> tuple[Tensor, Tensor]:
+    """(classes, features) and (classes,): of the mean loss over the batch, by the weight and the bias of the last layer."""
+    gradient, share = observation.as_gradient(), 1 if observation.model.criterion.reduction == "mean" else batch
+    return gradient[f"{last.name}.weight"] / share, gradient[f"{last.name}.bias"] / share

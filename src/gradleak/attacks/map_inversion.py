@@ -4,18 +4,20 @@ The objective is the Bayesian one of Balunovic et al. (ICLR 2022, arXiv:2111.047
 Sees      Adapter, Gradient or Update; labels optional: of one picture, every class is tried. A prior made of public
           pictures helps and is not needed
 Recovers  images (batch, channel, height, width) in [0, 1], labels
-Solves    min over z of  mean_l ||s_l(x) - s*_l||^2 / ||s*_l||^2 + w ||z||^2,   x = mean + F z,   F F^T = prior covariance,
-          l over the released tensors, with w = 1e-2, 1e-3, ..., 1e-7 one after the other: coarse structure comes first
+Solves    min over z of  sum_l ||s_l(x) - s*_l||^2 / (tau_l^2 + L w ||s*_l||^2) + ||z||^2,   x = mean + F z,   F F^T = prior
+          covariance, l over the L released tensors, tau_l the deviation of the noise on each number: equation 3 of the paper
+          for Gaussians. With w = 1e-2, 1e-3, ..., 1e-7 one after the other, coarse structure comes first
 Differs   Whitened by the prior, so that L-BFGS needs hundreds of evaluations where pixels need thousands of steps.
           Starts, for one picture, at a kernel ridge regression of public pictures on what they would have released under
-          the same label; the label is part of what the release says, and must not drown the rest.
+          the same label; the label is part of what the release says, and must not drown the rest. Where nobody knows what
+          was done to the release, tau is told by what each stage leaves.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -24,8 +26,9 @@ from torch.func import vmap
 from gradleak.attacks.attack import Effort, check_sees
 from gradleak.attacks.labels import candidate_labels
 from gradleak.attacks.reconstruction import Reconstruction, outcome_of
-from gradleak.attacks.search.descend import OnStep, rowwise, stack
+from gradleak.attacks.search.descend import OnStep, evaluated, rowwise, stack
 from gradleak.attacks.search.lbfgs import lbfgs
+from gradleak.attacks.search.likelihood import errors, estimated_variance, relative_variance
 from gradleak.attacks.search.start import Start, begin
 from gradleak.errors import BadInput, NotObserved
 from gradleak.modalities.networks import Architecture
@@ -39,6 +42,7 @@ from gradleak.observations.work import side_by_side
 from gradleak.priors.gaussian import GaussianPrior
 
 PRIOR_WEIGHTS: tuple[float, ...] = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
+NEGLIGIBLE = 0.03  # of the noise: what is told more precisely than that gives the same pictures
 KERNEL_RIDGE = 0.1  # of the regression; 0.01 to 0.3 make little difference
 FEATURES = 100_000  # released numbers that the regression looks at, at most
 CHUNK = 25  # simulations side by side
@@ -95,13 +99,18 @@ class MapInversion:
         candidates = torch.stack([candidate_labels(o) for o in observations]).to(where.device)
         tries, batch = candidates.shape[1:]  # (observations, tries, batch)
         y, released = candidates.flatten(0, 1), stack(observations, tries)  # K rows = observations * tries
+        told = torch.stack([relative_variance(o) for o in observations]).repeat_interleave(tries, dim=0)  # (K, L)
+        variance, unknown = told, seen.defenses is None
         mean, F = prior.mean.flatten().to(where), prior.factor().to(where)  # (pixels,), (pixels, pixels)
 
         def pictures(z: Tensor) -> Tensor:  # (batch * pixels,) -> (batch, channel, height, width)
             return (mean + z.view(batch, -1) @ F).view(batch, *shape)
 
-        def objective(z: Tensor, y: Tensor, released: Tensors, weight: Tensor) -> Tensor:
-            return misfit(seen.simulate(pictures(z), y), released) + weight * z.square().mean() * len(mean)
+        def objective(z: Tensor, y: Tensor, released: Tensors, variance: Tensor, weight: Tensor) -> Tensor:
+            precision = 1 / (
+                variance + weight * len(variance) / batch
+            )  # (L,); of z = 0 it is the misfit, up to weights
+            return (precision @ errors(seen.simulate(pictures(z), y), released) + z.square().sum()) / precision.sum()
 
         if self.start is None:
             start, weights = self.learned_start(seen, prior, y, released, generator), PRIOR_WEIGHTS
@@ -109,21 +118,30 @@ class MapInversion:
             images = begin(self.start, observations, [rows[0] for rows in candidates], generator).to(where)
             start, weights = images.repeat_interleave(tries, dim=0), PRIOR_WEIGHTS[2:]
         z = torch.linalg.solve(F, (start.flatten(2) - mean).mT).mT.flatten(1)
-        evaluate = rowwise(objective, z, (y, released, torch.zeros(len(y)).to(where)))
+        evaluate = rowwise(objective, z, (y, released, variance, torch.ones(len(y)).to(where)))
         trace, done = list[tuple[int, list[float]]](), 0
         for stage, weight in enumerate(weights):
             w = torch.full((len(y),), weight).to(where)
             report = None if on_step is None else partial(_report, on_step, stage)
-            search = partial(_without_graph, evaluate, (y, released, w))
+            search = partial(evaluated, evaluate, given=(y, released, variance, w))
             minimum = lbfgs(search, z, evaluations=self.evaluations, history=30, on_step=report)
             z, trace = minimum.x, [*trace, *((done + step, values) for step, values in minimum.trace)]
             done += minimum.iterations
             if stage == 1 and tries > 1:  # wrong labels do not fit: go on with the best
                 best = minimum.value.view(-1, tries).argmin(1) + tries * torch.arange(len(observations)).to(z.device)
                 z, y, tries = z[best], y[best], 1
-                released = {name: tensor[best] for name, tensor in released.items()}
+                released, told = {name: tensor[best] for name, tensor in released.items()}, told[best]
                 trace = [(step, [values[int(i)] for i in best]) for step, values in trace]
-                evaluate = rowwise(objective, z, (y, released, w[best]))
+                variance = told
+                evaluate = rowwise(objective, z, (y, released, variance, w[best]))
+            if unknown:
+                left = [
+                    estimated_variance(seen.simulate, pictures(z[k]), y[k], _row(released, k), z[k].square().sum())
+                    for k in range(len(z))
+                ]
+                variance = told + torch.stack(left)
+            elif weight * told.shape[1] / batch < NEGLIGIBLE * float(told.min()):
+                break
         results = []
         for row, o in enumerate(observations):
             images, value = pictures(z[row]).clamp(0, 1).detach(), float(minimum.value[row])
@@ -176,26 +194,18 @@ def _alone(seen: PictureObservation, y: Tensor, image: Tensor) -> Tensors:
     return {name: tensor.detach() for name, tensor in seen.simulate(image[None], y).items()}
 
 
-def _without_graph(
-    evaluate: Callable[..., tuple[Tensor, Tensor]], given: tuple[Any, ...], z: Tensor
-) -> tuple[Tensor, Tensor]:
-    with torch.no_grad():
-        gradient, value = evaluate(z, *given)
-    return gradient, value
-
-
 def _report(on_step: OnStep, stage: int, step: int, steps: int, value: float) -> None:
     on_step(stage * steps + step, len(PRIOR_WEIGHTS) * steps, value)
+
+
+def _row(released: Tensors, k: int) -> Tensors:
+    return {name: tensor[k] for name, tensor in released.items()}
 
 
 def misfit(simulated: Tensors, released: Tensors) -> Tensor:
     """The mean over the tensors of ||simulated - released||^2 / ||released||^2; tensors that are zero throughout count
     by what is simulated in their place, relative to all of the release."""
-    whole = torch.stack([tensor.square().sum() for tensor in released.values()])
-    size = torch.where(whole > 1e-12 * whole.sum(), whole, whole.sum()).clamp_min(torch.finfo(whole.dtype).tiny)
-    errors = torch.stack([(simulated[name] - released[name]).square().sum() for name in released])
-    mean: Tensor = (errors / size).mean()
-    return mean
+    return errors(simulated, released).mean()
 
 
 def features(released: Tensors) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any, get_type_hints
 
 from gradleak.attacks import ATTACKS
 from gradleak.errors import BadInput, checked, near, shortened
+from gradleak.priors.prior import Denoiser, Energy
 
 MOST = 1_000_000  # steps, trials, candidates, ...; no parameter is negative
 FROM_ONE = ("restarts", "trials")  # without one there is no result
@@ -47,6 +48,31 @@ def built(options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         }
         attacks[name] = ATTACKS[name](**converted)
     return attacks
+
+
+def under(attacks: Mapping[str, Any], prior: Any, text: str) -> dict[str, Any]:
+    """The attacks, each that can with this prior, in the place of its own; beside each that samples or searches under a denoiser, as
+    rows of their own, the same under a Gaussian, and with the prior alone. Raises BadInput where none takes such a prior."""
+    placed: dict[str, Any] = {}
+    for name, attack in attacks.items():
+        takes = takes_prior(type(attack), prior)
+        placed[name] = dataclasses.replace(attack, prior=prior) if takes else attack
+        if takes and hasattr(attack, "blind"):
+            placed[f"{name}-gaussian-prior"] = dataclasses.replace(attack, prior=None)
+            placed[f"{name}-prior-alone"] = dataclasses.replace(attack, prior=prior, blind=True)
+    if not any(takes_prior(type(attack), prior) for attack in attacks.values()):
+        able = [name for name, kind in ATTACKS.items() if takes_prior(kind, prior)]
+        raise BadInput(f"None of these attacks takes the prior {shortened(text)}: it goes with {', '.join(able)}.")
+    return placed
+
+
+def takes_prior(kind: type, prior: Any) -> bool:
+    """Whether an attack has a field for such a prior: a price on pictures, a denoiser, or one kind of them."""
+    wanted = get_type_hints(kind).get("prior")
+    for protocol, method in ((Energy, "energy"), (Denoiser, "denoise")):
+        if wanted == protocol | None:
+            return hasattr(prior, method)
+    return wanted == type(prior) | None
 
 
 def typed(value: Any, kind: Any, what: str, least: int) -> Any:

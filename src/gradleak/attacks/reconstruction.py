@@ -35,6 +35,8 @@ class Reconstruction:
     outcome     the same as one of a few values
     proven      for each entry of value whether it passed every check there is, and nothing else could
     bag         token ids that were seen, whether or not they found a sentence
+    spread      deviation of each pixel among samples that explain the release alike, shaped as value: what was not told, and a prior
+                has invented; None where there is one answer
     iterations  evaluations of the objective per restart; 0 for closed forms
     trace       (iteration, objective) pairs, thinned
     """
@@ -48,6 +50,7 @@ class Reconstruction:
     bag: tuple[int, ...] = ()
     iterations: int = 0
     trace: list[tuple[int, float]] = field(default_factory=list)
+    spread: Tensor | None = None
 
 
 def outcome_of(residual: float) -> Outcome:

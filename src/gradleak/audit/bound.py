@@ -81,7 +81,7 @@ class Identifiability:
             f"This {self.release} holds {self.equations:,} equations for {self.unknowns:,} unknowns; "
             f"at noise {level:g} of its size {self.determined[i]:,} directions are determined, "
             f"enough for {self.decibels(level):.1f} dB where a blind guess has {self.blind_psnr_db:.1f} dB: "
-            f"the information {verdict}."
+            f"the information {verdict}. Whoever knows what such pictures look like may come closer."
         )
 
     def _index(self, level: float) -> int:

@@ -22,6 +22,7 @@ from gradleak.observations.distances import relative_residual
 from gradleak.observations.model import Mode, Model
 from gradleak.observations.observation import Observation
 from gradleak.observations.tensors import Tensors, flatten
+from gradleak.priors.provenance import overlap
 from gradleak.report.record import Flag
 
 # Relative rounding error of a release in each format, with room for another summation order.
@@ -213,10 +214,24 @@ def information(observation: Observation[Any], inputs: Any, labels: Tensor | Non
 
 
 def trained_on_secret(attack: Any, secret: Secret) -> list[Flag]:
-    """An error if what the attack was trained on holds private data."""
+    """An error if what the attack, or its prior, was trained on holds private data; a warning where nobody tells."""
     seen = attack.trained_on(secret.inputs) if hasattr(attack, "trained_on") else 0
     sentence = f"{seen} private samples are among those that the attack was trained on: it has seen the secret."
-    return [flag("secret_in_training", "error", sentence)] if seen else []
+    flags = [flag("secret_in_training", "error", sentence)] if seen else []
+    prior = getattr(attack, "prior", None)
+    if not hasattr(prior, "provenance"):
+        return flags
+    if prior.provenance is None:
+        sentence = "Nobody tells what the prior was trained on: it may have seen the secret."
+        return [*flags, flag("prior_unknown", "warning", sentence)]
+    rows = [row for row in overlap(secret.inputs, prior.provenance) if row is not None]
+    if not rows:
+        return flags
+    sentence = (
+        f"A prior trained on the secret: {len(rows)} of {len(secret.inputs)} private pictures, or near-duplicates of them, are among "
+        f"{prior.provenance} (first at row {rows[0]})."
+    )
+    return [*flags, flag("secret_in_prior", "error", sentence)]
 
 
 def _last_bias(observation: Observation[Any], gradient: Tensors) -> Tensor | None:

@@ -5,7 +5,7 @@ compared, and everything else is asked of the observation.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from gradleak.attacks.search.descend import OnStep
 from gradleak.audit import privacy
 from gradleak.audit.checks import check_observation, check_result, information, replay, trained_on_secret, unexplained
 from gradleak.audit.explanations import at_reconstruction
+from gradleak.audit.intervals import mean
 from gradleak.audit.labels_told import labels_told
+from gradleak.audit.repeats import Run, kept, repeated, same
 from gradleak.audit.scoring import SCORING
 from gradleak.audit.scoring.scoring import WRONG_OBSERVATION, Scores, Scoring
 from gradleak.errors import NotObserved
@@ -29,6 +31,7 @@ from gradleak.observations.observation import Observation
 from gradleak.report.record import Flag, Result, new_result
 
 RANK = "identification_rank"
+WHITE = 0.25  # of the range of pixels
 UNABLE = (NotObserved, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 UNEVEN = "The numbers are too uneven for linear algebra."
 
@@ -48,6 +51,7 @@ def audit(
     *,
     secret: Secret | None = None,
     seed: int = 0,
+    repeats: int = 1,
     device: str = "cpu",
     name: str = "",
     on_step: Callable[[str], OnStep] | None = None,
@@ -60,6 +64,8 @@ def audit(
     public: data of the observation's kind that everybody may know (`SCORING[...].public`); for priors, controls and decoys.
     Without them, or without the secret, nothing is scored. name: of the observation, where a record holds several.
     on_step: called with the attack's name before it runs, returns its progress callback; NotObserved out of either ends that attack.
+    repeats: under how many seeds each attack runs, from `seed` on; the one that explains most is kept, as an attacker would, and all are
+    told. An attack that returns the same under two seeds draws nothing, and is not run again.
     bound: whether to ask besides what the release determines at all (bound.py), which may take longer than the attacks.
     told: how private the training was, where the observation does not say so itself.
     skipped: attacks that are not tried, and why (plan.py).
@@ -74,7 +80,8 @@ def audit(
     decoys, rest = (None, None) if public is None else scoring.split(public)
     mechanism = privacy.mechanism_of(observation, told)
     general = [*check_observation(observation), *privacy.of_observation(observation, mechanism, secret, decoys)]
-    general += labels_told(observation, rest, secret, seed)
+    observation, told_labels = labels_told(observation, rest, secret, seed)
+    general += told_labels
     if secret is not None:
         general += replay(observation, secret.inputs, secret.labels)
         general += information(observation, secret.inputs, secret.labels, "at the truth") if bound else []
@@ -86,25 +93,23 @@ def audit(
         if reason := (skipped or {}).get(title, ""):
             yield Audited({**not_run(title, attack, about, general, ""), "status": f"Not tried: {reason}"}, None)
             continue
-        start = time.perf_counter()
         try:
-            report = on_step(title) if on_step is not None else None
-            ready = prepared(attack, observation, rest, seed)
-            reconstruction = ready(
-                placed(attack, observation, where), generator=torch.Generator().manual_seed(seed), on_step=report
-            )
+            runs = under_seeds(attack, observation, rest, range(seed, seed + repeats), where, title, on_step)
         except UNABLE as error:
             reason = str(error) if isinstance(error, NotObserved) else UNEVEN
             yield Audited(not_run(title, attack, about, general, reason), None)
             continue
+        run = kept(runs)
+        ready, reconstruction = run.ready, run.reconstruction
         row = new_result(title, parameters(ready), about, general)
         row["defense"] = about["defense"]
-        row |= evidence(reconstruction, time.perf_counter() - start)
+        row |= evidence(reconstruction, run.seconds)
         if isinstance(reconstruction.value, int):
             row["count"] = {"recovered": reconstruction.value} | ({} if secret is None else {"true": len(secret)})  # type: ignore[typeddict-item]
             yield Audited(row, reconstruction)
             continue
         row |= {"media": scoring.media, "shown": {"reconstruction": model.architecture.show(reconstruction.value)}}  # type: ignore[typeddict-item]
+        row["shown"] = {**row["shown"], **invented(observation, reconstruction, range(len(reconstruction.value)))}
         if secret is None:
             count = observation.batch_size or len(reconstruction.value)
             labels = None if reconstruction.labels is None else reconstruction.labels[:count]
@@ -121,11 +126,13 @@ def audit(
         elif public is not None:
             other = others(observation, scoring, public, max(len(reconstruction.value), len(secret)), seed)
             try:
-                wrong = ready(placed(attack, other, where), generator=torch.Generator().manual_seed(seed)).value
+                wrong = ready(placed(attack, other, where), generator=torch.Generator().manual_seed(run.seed)).value
             except UNABLE:
                 wrong = model.architecture.blank(len(secret))
             score(row, observation, scoring, reconstruction, wrong, secret, public, decoys)
             row["flags"] = [*row["flags"], *trained_on_secret(ready, secret), *privacy.of_result(row, mechanism)]
+        if len(runs) > 1:
+            row["repeats"] = repeated(row, observation, scoring, runs, secret, decoys)
         yield Audited(row, reconstruction)
 
 
@@ -151,6 +158,29 @@ def evidence(found: Reconstruction, seconds: float) -> Any:
     if found.labels is not None:
         row["labels"] = {"recovered": found.labels.tolist()}
     return row
+
+
+def under_seeds(
+    attack: Attack,
+    observation: Observation[Any],
+    public: Any | None,
+    seeds: Iterable[int],
+    where: torch.device,
+    title: str,
+    on_step: Callable[[str], OnStep] | None,
+) -> list[Run]:
+    """The attack under one seed after the other, until two of them return the same."""
+    runs = list[Run]()
+    for seed in seeds:
+        start = time.perf_counter()
+        report = on_step(title) if on_step is not None else None
+        ready = prepared(attack, observation, public, seed)
+        generator = torch.Generator().manual_seed(seed)
+        found = ready(placed(attack, observation, where), generator=generator, on_step=report)
+        runs.append(Run(seed, ready, found, time.perf_counter() - start))
+        if len(runs) == 2 and same(*(run.reconstruction for run in runs)):
+            return runs[:1]
+    return runs
 
 
 def prepared(attack: Any, observation: Observation[Any], public: Any | None, seed: int) -> Any:
@@ -188,6 +218,8 @@ def score(
         scores[RANK] = ranks.tolist()
         row["decoys"] = len(decoys.labels)
     row |= {"scores": scores, "controls": controls, "leads": leads}
+    measured = {key: values for key, values in {**scores, "leads": leads}.items() if key != RANK}
+    row["intervals"] = {key: ends for key, values in measured.items() if (ends := mean(values)) is not None}
     row["recovered"], row["partly"] = scoring.recovered(scores, leads), scoring.partly(scores, leads)
     if found.bag and scoring.in_bag is not None and not all(row["recovered"]):
         told, sentence = scoring.in_bag(model, found.bag, truth, public)
@@ -196,10 +228,27 @@ def score(
     if found.proven:
         row["proven"] = [found.proven[i] if 0 <= i < len(found.proven) else False for i in order]
     show = model.architecture.show
-    row["shown"] = {"truth": show(truth), "reconstruction": show(matched)} | {k: show(v) for k, v in guesses.items()}
+    row["shown"] = {"truth": show(truth), "reconstruction": show(matched), **invented(observation, found, order)}
+    row["shown"] |= {name: show(guess) for name, guess in guesses.items()}
     if secret.labels is not None and found.labels is not None and len(found.labels) == len(secret):
-        row["labels"] = {"recovered": found.labels[order].tolist(), "true": secret.labels.tolist()}
+        row["labels"] = {
+            "recovered": called(found.labels[order], secret.classes),
+            "true": called(secret.labels, secret.classes),
+        }
     row["flags"] = [*row["flags"], *check_result(observation, scoring, found, secret, leads=leads, public=public)]
+
+
+def called(labels: torch.Tensor, names: Sequence[str]) -> list[int | str]:
+    """Labels by their names, where these are known."""
+    return [names[label] if isinstance(label, int) and 0 <= label < len(names) else label for label in labels.tolist()]
+
+
+def invented(observation: Observation[Any], found: Reconstruction, order: Iterable[int]) -> dict[str, list[str]]:
+    """What the prior has added, as a picture of each sample: white where samples are `WHITE` apart. Nothing where there is one answer."""
+    if found.spread is None:
+        return {}
+    apart = torch.cat([found.spread, torch.zeros_like(found.spread[:1])])[list(order)]  # -1: what was not returned
+    return {"invented": observation.model.architecture.show((apart / WHITE).clamp(0, 1))}
 
 
 def parameters(attack: Any) -> dict[str, Any]:
@@ -223,6 +272,7 @@ def describe(observation: Observation[Any], name: str = "") -> dict[str, Any]:
     return {
         "name": name or observation.release.name,
         "kind": observation.release.name,
+        "data": model.architecture.secret,
         "architecture": model.architecture.name,
         "mode": model.mode,
         "batch_size": observation.batch_size,

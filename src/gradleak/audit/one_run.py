@@ -14,7 +14,7 @@ Three bounds, each sharper than the one before and under more assumptions:
     unconditional  Steinke et al.: nothing is assumed of the training
     gaussian       the recursion, of trainings whose trade-off is that of a Gaussian mechanism, as that of DP-SGD is nearly after many
                    steps (Dong, Roth and Su 2019, arXiv:1905.02383, theorem 3.5)
-    independent    the same, of canaries that do not change each other's scores: each guess is right with probability Phi(mu/2) at most
+    independent    Gaussian too, of canaries that do not change each other's scores: all are guessed (`signed_ranks.py`)
 
 The number of guesses has to be fixed before anybody looks; a quarter of the canaries unless it is given.
 """
@@ -23,14 +23,17 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
+from gradleak.audit import signed_ranks
 from gradleak.audit.gaussian_privacy import NORMAL, bisected, check_delta, epsilon_of
 from gradleak.errors import BadInput
 
 LEVEL = 0.05
 LARGEST_EPSILON = 100.0
 LARGEST_MU = 40.0
+HALVINGS = 14  # of that, where each takes draws: mu to .0025, from below
 FEWEST = 8  # canaries: if all of five guesses are right, nothing can be refuted at 95 % yet, for 2^-4 > 5 %
 Inverse = Callable[[float], float]  # of an event's probability in one world: the least that it has in the other
 
@@ -72,7 +75,7 @@ def one_run(scores: Sequence[float], included: Sequence[bool], *, delta: float, 
     if not 1 <= guesses <= m:
         raise BadInput(f"Of {m} canaries 1 to {m} can be guessed, not {guesses}.")
     right, right_of_all = (right_guesses(scores, included, g) for g in (guesses, m))
-    mu, mu_of_all = mu_refuted(m, guesses, right), independent_mu_refuted(m, right_of_all)
+    mu, mu_of_all = mu_refuted(m, guesses, right), independent_mu_refuted(scores, included)
     return Bound(
         m=m,
         guesses=guesses,
@@ -134,11 +137,12 @@ def mu_refuted(m: int, guesses: int, right: int, level: float = LEVEL) -> float:
     return bisected(lambda mu: refutes(gaussian_inverse(mu), m, guesses, right, level), 0.0, LARGEST_MU)
 
 
-def independent_mu_refuted(m: int, right: int, level: float = LEVEL) -> float:
-    """The largest mu that is refuted by independent guesses of all canaries, right ones ~ Binomial(m, Phi(mu/2)) at most."""
-    from scipy.stats import binom
-
-    return bisected(lambda mu: float(binom.sf(right - 1, m, NORMAL.cdf(mu / 2))) < level, 0.0, LARGEST_MU)
+def independent_mu_refuted(scores: Sequence[float], included: Sequence[bool], level: float = LEVEL) -> float:
+    """The largest mu of a Gaussian trade-off that is refuted, where canaries do not change each other's scores."""
+    m = len(scores)
+    first = [0, *(right_guesses(scores, included, g) for g in signed_ranks.ends(m))]
+    right = [more - less for less, more in pairwise(first)]
+    return bisected(lambda mu: signed_ranks.p_value(m, right, mu) < level, 0.0, LARGEST_MU, HALVINGS)
 
 
 def ranked(scores: Sequence[float], guesses: int) -> tuple[list[int], list[int]]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from gradleak.attacks.attack import Attack, Effort, refusal
+from gradleak.attacks.label_counts.label_counts import last_layer_withheld
 from gradleak.audit.scoring import SCORING
 from gradleak.errors import BadInput, NotObserved
 from gradleak.observations.observation import Observation
@@ -132,6 +133,8 @@ def effort_of(attack: Any, observation: Observation[Any]) -> Effort | None:
     """What it says that it is going to take; None where it says nothing, or is going to refuse anyway."""
     if refusal(attack, observation) or not hasattr(attack, "effort"):
         return None
+    if last_layer_withheld(observation) and observation.batch_size:  # labels will be read before attacks begin
+        observation = replace(observation, read_labels=torch.zeros(observation.batch_size, dtype=torch.int64))
     try:
         effort: Effort = attack.effort(observation)
     except (NotObserved, BadInput):

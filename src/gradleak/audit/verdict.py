@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gradleak.audit import headline
 from gradleak.report.record import Level, Record, Result, Verdict
 
 PROVES_NOTHING = " That proves nothing: another attack may find more."
@@ -20,8 +21,11 @@ SERIOUS: tuple[Level, ...] = (
     "absent",
 )  # the worst of several is told
 TOLD = "embeddings"  # a flag that says, as a warning, what a release tells of the private data with no attack at all
+VOID = "No number on this page can be relied on: a check failed."
+PARTS = "Parts of the private data can be read off what was shared, without any attack."
 NO_SECRET = "without the secret, nothing was scored"
 INFORMATION = {
+    "information_absent": " The information is absent from the release.",
     "information_partial": " The release holds part of the information; no attack found it.",
     "information_present": " The information is present in the release: no attack found it, another may.",
     "information_unknown": PROVES_NOTHING,
@@ -35,8 +39,10 @@ def verdict(results: Sequence[Result], metrics: Mapping[str, Any], untried: Sequ
     told = dict.fromkeys(flag["sentence"] for flag in flags if flag["name"] == TOLD and flag["level"] == "warning")
     if not told:
         return judged
-    level = judged["level"] if judged["level"] in ("recovered", "void", "partial") else "partial"
-    return {"level": level, "sentence": " ".join((*told, judged["sentence"]))}
+    if judged["level"] in ("recovered", "void", "partial"):
+        return {**judged, "sentence": " ".join((*told, judged["sentence"]))}
+    parts = " ".join((*told, judged["sentence"]))
+    return {**judged, "level": "partial", "headline": PARTS, "sentence": parts}
 
 
 def of_attacks(results: Sequence[Result], metrics: Mapping[str, Any], untried: Sequence[str] = ()) -> Verdict:
@@ -45,24 +51,31 @@ def of_attacks(results: Sequence[Result], metrics: Mapping[str, Any], untried: S
     metrics: how each is written, `record["metrics"]`; the first is the one that leads are measured by. untried: attacks that
     read such an observation, and were not asked for.
     """
+    found = told(results, metrics)
+    return {**found, "untried": list(untried)} if untried else found
+
+
+def told(results: Sequence[Result], metrics: Mapping[str, Any]) -> Verdict:
+    """The same of the attacks that were asked for."""
     ran = [row for row in results if row.get("ran", row["residual"] is not None)]
     proven = max(ran, key=lambda row: sum(row.get("proven", [])), default=None)
     evidence = "" if proven is None else proof(proven)
     errors = {flag["name"]: flag["sentence"] for row in ran for flag in row["flags"] if flag["level"] == "error"}
     if errors:
         stands = f" What needs no secret stands: {evidence}" if evidence else ""
-        return {"level": "void", "sentence": f"No number here can be relied on. {' '.join(errors.values())}{stands}"}
+        first = headline.of_proof("void", proven) if evidence and proven is not None else VOID
+        return {"level": "void", "headline": first, "sentence": f"{' '.join(errors.values())}{stands}"}
     scored = [row for row in ran if row["scores"]]
     if evidence and proven is not None and not scored:
         level: Level = "recovered" if all(proven["proven"]) else "partial"
-        return {"level": level, "sentence": evidence}
-    rest = f" Not tried: {', '.join(untried)}." if untried else ""
+        return {"level": level, "headline": headline.of_proof(level, proven), "sentence": evidence}
     if not ran:
         reasons = " ".join(f"{row['attack']}: {row['status']}" for row in results[:3])
-        return {"level": "unscored", "sentence": f"No attack could run on this observation. {reasons}{rest}".rstrip()}
+        return {"level": "unscored", "headline": "No attack could run on this observation.", "sentence": reasons}
     if not scored:
-        return {"level": "unscored", "sentence": unscored(ran) + rest}
-    return compared(scored, metrics, evidence, rest)
+        best, sentence = unscored(ran)
+        return {"level": "unscored", "headline": headline.of_unscored(best), "sentence": sentence}
+    return compared(scored, metrics, evidence)
 
 
 def proof(row: Result) -> str:
@@ -73,8 +86,8 @@ def proof(row: Result) -> str:
     return f"{count} of {total} private samples proven by {row['attack']}: nothing else explains what was released."
 
 
-def unscored(ran: Sequence[Result]) -> str:
-    """What can be said without the secret."""
+def unscored(ran: Sequence[Result]) -> tuple[Result | None, str]:
+    """What explains most of the release, if anything does, and what can be said without the secret."""
     explaining = [row for row in ran if row["residual"] is not None and math.isfinite(row["residual"])]
     best = min(explaining, key=lambda row: float(row["residual"] or 0), default=ran[0])
     counts = [row for row in ran if "count" in row]
@@ -86,10 +99,11 @@ def unscored(ran: Sequence[Result]) -> str:
     else:
         sentence = f"{', '.join(row['attack'] for row in ran)} ran; {why}."
     sentence += "".join(f" {row['status']}" for row in counts)
-    return sentence + "".join(" " + f["sentence"] for f in best["flags"] if f["name"].startswith("information_"))
+    sentence += "".join(" " + f["sentence"] for f in best["flags"] if f["name"].startswith("information_"))
+    return best if explaining else None, sentence
 
 
-def compared(scored: Sequence[Result], metrics: Mapping[str, Any], evidence: str, rest: str) -> Verdict:
+def compared(scored: Sequence[Result], metrics: Mapping[str, Any], evidence: str) -> Verdict:
     """What came back, next to what somebody guesses who has seen nothing."""
 
     def worth(row: Result) -> tuple[int, int, float]:
@@ -101,29 +115,48 @@ def compared(scored: Sequence[Result], metrics: Mapping[str, Any], evidence: str
 
     best = max(scored, key=worth)
     name, metric = next((name, metric) for name, metric in metrics.items() if name in best["scores"])
-    leads = [value for value in best.get("leads", []) if value is not None]
     total, count, parts = len(best["scores"][name]), sum(best.get("recovered", [])), sum(best.get("partly", []))
-    unit = f" {metric['unit']}" if metric["unit"] else f" {metric['label']}"
-    lead = f"{sum(leads) / max(len(leads), 1):+.{max(metric['decimals'] - 1, 1)}f}{unit} against the best blind control"
-    present = [value for value in best["scores"][name] if value is not None]
-    mean = f"{metric['label']} {sum(present) / max(len(present), 1):.{max(metric['decimals'] - 1, 1)}f} on average"
+    names, labels = {flag["name"] for flag in best["flags"]}, headline.labels_read(scored)
     words = "".join(f" {flag['sentence']}" for flag in best["flags"] if flag["name"] == "bag")
+    words += under_seeds(best)
     if count or parts:
         level: Level = "recovered" if count == total else "partial"
-        what = (
-            f"{count} of {total} private samples recovered"
-            if count
-            else f"Parts of {parts} of {total} private samples recovered"
-        )
         among = f", identified among {best['decoys'] + 1}" if "decoys" in best else ""
-        sentence = f"{what} by {best['attack']}: {mean}, {lead}{among}.{words}"
-        return {"level": level, "sentence": f"{sentence} {evidence}".rstrip()}
-    names = {flag["name"] for flag in best["flags"]}
-    sentence = f"None of {total} private samples was recovered: the closest attack, {best['attack']}, is {lead}.{words}"
-    if "information_absent" in names:
-        return {"level": "absent", "sentence": f"{sentence} The information is absent from the release."}
-    extra = next((text for key, text in INFORMATION.items() if key in names), PROVES_NOTHING)
-    return {"level": "nothing", "sentence": f"{sentence}{extra}{rest}"}
+        sentence = (
+            f"The best attack is {best['attack']}: {figures(best, name, metric)}{among}.{words} {evidence}".rstrip()
+        )
+    else:
+        level = "absent" if "information_absent" in names else "nothing"
+        extra = next((text for key, text in INFORMATION.items() if key in names), PROVES_NOTHING)
+        sentence = f"The closest attack is {best['attack']}: {figures(best, name, metric)}.{words}{extra}"
+    return {"level": level, "headline": headline.of_scored(level, best, labels), "sentence": sentence}
+
+
+def figures(row: Result, name: str, metric: Mapping[str, Any]) -> str:
+    """The mean of the first metric and of the leads by it, each with its interval."""
+    leads, present = (
+        [value for value in values if value is not None] for values in (row.get("leads", []), row["scores"][name])
+    )
+    unit = f" {metric['unit']}" if metric["unit"] else ""
+    digits, ends = max(metric["decimals"] - 1, 1), row.get("intervals", {})
+    mean, lead = (sum(values) / max(len(values), 1) for values in (present, leads))
+    reach, ahead = (
+        f" ({ends[key][0]:{sign}.{digits}f} to {ends[key][1]:{sign}.{digits}f})" if key in ends else ""
+        for key, sign in ((name, ""), ("leads", "+"))
+    )
+    return (
+        f"{metric['label']} {mean:.{digits}f}{unit}{reach} on average, {lead:+.{digits}f}{unit or ' ' + metric['label']}{ahead} against "
+        "the best blind control"
+    )
+
+
+def under_seeds(row: Result) -> str:
+    """In how many of several seeds the same came back."""
+    repeats = row.get("repeats", [])
+    if len(repeats) < 2:
+        return ""
+    counts = [repeat.get("recovered", 0) for repeat in repeats]
+    return f" The seed that explains most is shown; over {len(repeats)} seeds {min(counts)} to {max(counts)} came back."
 
 
 def overall(verdicts: Sequence[Verdict]) -> Verdict:
@@ -131,8 +164,11 @@ def overall(verdicts: Sequence[Verdict]) -> Verdict:
     if len(verdicts) == 1:
         return verdicts[0]
     worst = min(verdicts, key=lambda one: SERIOUS.index(one["level"]))
-    sentences = " ".join(f"{one.get('observation', '').capitalize()}: {one['sentence']}" for one in verdicts)
-    return {"level": worst["level"], "sentence": sentences}
+    first, rest = (
+        " ".join(f"{one.get('observation', '').capitalize()}: {one[key]}" for one in verdicts if one.get(key))
+        for key in ("headline", "sentence")
+    )
+    return {"level": worst["level"], "headline": first, "sentence": rest}
 
 
 def judged(record: Record, untried: Mapping[str, Sequence[str]]) -> None:

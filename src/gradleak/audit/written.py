@@ -1,8 +1,7 @@
 """An audit written down while it runs: the record and the report, after each attack, so that an interrupt loses one at most."""
 
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,10 @@ from gradleak.formats.secret_file import Secret
 from gradleak.formats.shown_files import save_shown
 from gradleak.observations.mechanism import Mechanism
 from gradleak.observations.observation import Observation
-from gradleak.report import html, record, summary
-from gradleak.report.redaction import redacted
+from gradleak.observations.remedies import remedies
+from gradleak.report import record
+from gradleak.report.files import finish as finish
+from gradleak.report.private import private as private
 from gradleak.report.sheet import save_sheet
 
 
@@ -32,6 +33,7 @@ def written_audit(
     secret: Secret | None = None,
     left: dict[str, list[str]] | None = None,
     seed: int = 0,
+    repeats: int = 1,
     device: str = "cpu",
     name: str = "",
     on_step: Callable[[str], OnStep] | None = None,
@@ -42,15 +44,28 @@ def written_audit(
 ) -> Iterator[Audited]:
     """`audit`, with record.json, report.html and what was recovered written to `out` after each attack.
 
-    written: the record, which may hold other observations. left: {observation: attacks that were not asked for} of those before it,
+    written: the record, which may hold other observations, and rows of this one, whose attacks are not run again. left: {observation: attacks that were not asked for} of those before it,
     which are judged again with it. redact: hashes stand in the files in place of private data, and nothing that was recovered is kept.
     skipped: attacks that are not tried, and why; verdicts name them.
     """
     left = {} if left is None else left
     describe(written, observation, name)
     left[name or observation.release.name] = untried(observation, set(attacks) - set(skipped or {}))
-    about: Any = {"secret": secret, "seed": seed, "device": device, "name": name, "on_step": on_step, "bound": bound}
-    for done in audit(observation, attacks, public, **about, told=told, skipped=skipped):
+    about: Any = {
+        "secret": secret,
+        "seed": seed,
+        "repeats": repeats,
+        "device": device,
+        "name": name,
+        "on_step": on_step,
+        "bound": bound,
+    }
+    finished = finished_in(written, name or observation.release.name)
+    missing = {title: attack for title, attack in attacks.items() if title not in finished}
+    if finished:
+        judged(written, left)
+        finish(written, out, redact)
+    for done in audit(observation, missing, public, **about, told=told, skipped=skipped) if missing else ():
         written["results"].append(done.result)
         judged(written, left)
         finish(written, out, redact)
@@ -61,40 +76,28 @@ def written_audit(
         yield done
 
 
+def finished_in(written: record.Record, name: str) -> set[str]:
+    """The attacks on an observation that a record has rows of."""
+    return {row["attack"] for row in written["results"] if row["observation"]["name"] == name}
+
+
 def untried(observation: Observation[Any], attacks: Collection[str]) -> list[str]:
     """The attacks that read such an observation and were not asked for."""
     return [name for name, kind in ATTACKS.items() if name not in attacks and not refusal(kind, observation)]
 
 
 def describe(written: record.Record, observation: Observation[Any], name: str) -> None:
-    """Put an observation's threat model into the record, and how its metrics and controls are called."""
+    """Put an observation's threat model into the record, which changes would help, and how its metrics and controls are called."""
     title = name or observation.release.name
     rows = [{"observation": title, **row} for row in observation.threat_model()]
-    metrics, controls = legend(SCORING[observation.model.architecture.modality])
+    modality = observation.model.architecture.modality
+    metrics, controls = legend(SCORING[modality])
+    changes: Any = [asdict(remedy) for remedy in remedies(observation.release.name, modality)]
+    written["remedies"] = {**written.get("remedies", {}), title: changes}
     others = [row for row in written["threat_model"] if row.get("observation") != title]
     written["threat_model"] = [*others, *rows]  # type: ignore[list-item]
     written["metrics"] = {**written.get("metrics", {}), **metrics}
     written["controls"] = {**written.get("controls", {}), **controls}
-
-
-def finish(written: record.Record, out: Path, redact: bool = False) -> None:
-    """record.json, report.html from it, and the summaries, which hold no private data in any case."""
-    handed_on = redacted(written)
-    told = handed_on if redact else written
-    with private():
-        record.write(told, out / "record.json")
-        (out / "report.html").write_text(html.render(told), encoding="utf-8")
-        summary.save(handed_on, out)
-
-
-@contextmanager
-def private() -> Iterator[None]:
-    """Files that are made meanwhile are their owner's alone: what was recovered is as private as the data."""
-    before = os.umask(0o077)
-    try:
-        yield
-    finally:
-        os.umask(before)
 
 
 def keep_shown(done: Audited, out: Path) -> None:

@@ -6,50 +6,97 @@ Nothing heavy is imported before a command needs it: help, versions and typing e
 import importlib
 import inspect
 import io
+import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from importlib import metadata
-from typing import Any, get_type_hints
+from typing import Any
 
 from gradleak.errors import BadInput, near, shortened
 from gradleak.victims import VICTIMS
 
-COMMANDS: dict[str, tuple[str, str]] = {
-    "demo": ("gradleak.cli.auditing:demo", "The main job on embedded pictures: capture, attack, write the report."),
-    **{f"capture {name}": ("gradleak.cli.capture:capture", summary) for name, (_, summary) in VICTIMS.items()},
+FLAGS, OWNER = "gradleak.cli.flags", "gradleak.cli.owner_flags"
+# Each command: its arguments, what does it, and what that is in a line.
+COMMANDS: dict[str, tuple[str, str, str]] = {
+    "demo": (
+        f"{FLAGS}:Demo",
+        "gradleak.cli.auditing:demo",
+        "The main job on embedded pictures: capture, attack, write the report.",
+    ),
+    **{
+        f"capture {name}": (place, "gradleak.cli.capture:capture", summary)
+        for name, (place, summary) in VICTIMS.items()
+    },
     "capture pairs": (
+        f"{FLAGS}:CapturePairs",
         "gradleak.cli.capture:capture_pairs",
         "Make pairs of public data and gradients, for learned attacks.",
     ),
-    "train git": ("gradleak.cli.capture:train_by_descent", "Train the generator of git for the observed model."),
+    "train git": (
+        f"{FLAGS}:TrainByDescent",
+        "gradleak.cli.capture:train_by_descent",
+        "Train the generator of git for the observed model.",
+    ),
     "train exact-git": (
+        f"{FLAGS}:Train",
         "gradleak.cli.capture:train_exactly",
         "Recover the weights of the observed model, for exact-git.",
     ),
-    "train lti": ("gradleak.cli.capture:train_by_descent", "Train the generator of lti for the observed model."),
-    "attack": ("gradleak.cli.auditing:attack", "Reconstruct the private data with one attack. Sees no secret."),
+    "train lti": (
+        f"{FLAGS}:TrainByDescent",
+        "gradleak.cli.capture:train_by_descent",
+        "Train the generator of lti for the observed model.",
+    ),
+    "train denoiser": (
+        f"{FLAGS}:TrainDenoiser",
+        "gradleak.cli.denoiser:train_denoiser",
+        "Train a denoiser on public pictures, as a prior.",
+    ),
+    "attack": (
+        f"{FLAGS}:Attack",
+        "gradleak.cli.auditing:attack",
+        "Reconstruct the private data with one attack. Sees no secret.",
+    ),
     "audit": (
+        f"{FLAGS}:Audit",
         "gradleak.cli.auditing:audit",
         "Run every applicable attack, score it if the secret is given, write a report.",
     ),
-    "canaries make": ("gradleak.cli.canaries:make", "Make canaries to train with, half of them by the flip of a coin."),
+    "canaries make": (
+        f"{OWNER}:MakeCanaries",
+        "gradleak.cli.canaries:make",
+        "Make canaries to train with, half of them by the flip of a coin.",
+    ),
     "canaries score": (
+        f"{OWNER}:ScoreCanaries",
         "gradleak.cli.canaries:score",
         "Which canaries were trained on? A lower bound on the epsilon of a training, from one run.",
     ),
     "extract": (
+        f"{OWNER}:Extract",
         "gradleak.cli.extract:extract",
         "Which of your texts does a language model give back? Which of these candidates is in there?",
     ),
-    "defend": ("gradleak.cli.defend:defend", "Defend a release that is at hand, to audit it again."),
+    "defend": (f"{FLAGS}:Defend", "gradleak.cli.defend:defend", "Defend a release that is at hand, to audit it again."),
     "study": (
+        f"{FLAGS}:Study",
         "gradleak.cli.commands:study",
         "Run an experiment, published or your own: resumable, in processes or on Ray.",
     ),
-    "reproduce": ("gradleak.cli.commands:study", "The same, under its old name."),
-    "report": ("gradleak.cli.commands:report", "Render a record again."),
-    "rerun": ("gradleak.cli.commands:rerun", "Run the command of a record again, with the same seed and parameters."),
-    "list": ("gradleak.cli.commands:list_all", "Attacks, what each needs and recovers; studies; models."),
+    "reproduce": (f"{FLAGS}:Study", "gradleak.cli.commands:study", "The same, under its old name."),
+    "report": (f"{FLAGS}:Report", "gradleak.cli.commands:report", "Render a record again."),
+    "rerun": (
+        f"{FLAGS}:Rerun",
+        "gradleak.cli.commands:rerun",
+        "Run the command of a record again, with the same seed and parameters.",
+    ),
+    "list": (f"{FLAGS}:List", "gradleak.cli.listing:listed", "Attacks, what each needs and recovers; studies; models."),
+    "completion": (
+        f"{FLAGS}:Completion",
+        "gradleak.cli.completion:completion",
+        "Complete commands, flags and names in your shell.",
+    ),
 }
 GROUPS = ("capture", "train", "canaries")  # whose commands have two words
 LONGEST = 1_000  # characters of a sentence on the terminal
@@ -111,31 +158,38 @@ def run(argv: list[str]) -> int:
 
 def start(name: str, given: list[str]) -> int:
     """Parse the flags of a command of this name, and do it; returns the exit code."""
-    import tyro
+    from gradleak.cli import arguments, config
 
-    from gradleak.cli import attack_flags
-
-    place, summary = COMMANDS[name]
-    command = located(place)
-    kind = kind_of(name, command)
-    given = attack_flags.with_own_imported(name, given)
-    attacks = attack_flags.selected(name, given)
-    parsed: Any = tyro.cli(
-        attack_flags.extended(kind, attacks), args=given, prog=f"gradleak {name}", description=kind.__doc__ or summary
-    )
-    return perform(name, parsed, attack_flags.options(parsed, attacks))
+    place, _, summary = COMMANDS[name]
+    kind = kind_of(name, place)
+    given = arguments.with_own_imported(name, given)
+    said = config.said(name, kind, given)
+    attacks = arguments.selected(name, given, said)
+    about = {"prog": f"gradleak {name}", "description": kind.__doc__ or summary}
+    values, options = arguments.parsed(kind, attacks, given, said, **about)
+    return perform(name, values, options)
 
 
-def perform(name: str, parsed: Any, options: dict[str, dict[str, Any]]) -> int:
+def perform(name: str, values: Any, options: dict[str, dict[str, Any]]) -> int:
     """Do a command with its arguments, and the parameters of attacks; returns the exit code."""
-    if (threads := getattr(parsed, "threads", None)) is not None:
+    from gradleak.cli.folders import check_paths, replaced
+
+    check_paths(values)
+    if (threads := getattr(values, "threads", None)) is not None:
         set_threads(threads)
-    if not 0 <= getattr(parsed, "seed", 0) <= LARGEST_SEED:
-        raise BadInput(f"A seed lies between 0 and {LARGEST_SEED:,}, not at {parsed.seed}.")
-    command = located(COMMANDS[name][0])
-    takes = inspect.signature(command).parameters
-    more: dict[str, Any] = {"name": name} if "name" in takes else {}
-    return command(parsed, **more, **({"options": options} if "options" in takes else {})) or 0
+    if not 0 <= getattr(values, "seed", 0) <= LARGEST_SEED:
+        raise BadInput(f"A seed lies between 0 and {LARGEST_SEED:,}, not at {values.seed}.")
+    with ExitStack() as around:
+        around.enter_context(replaced(values))
+        if getattr(values, "quiet", False):
+            nothing = around.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            around.enter_context(redirect_stderr(nothing))
+            if not getattr(values, "json", False):
+                around.enter_context(redirect_stdout(nothing))
+        command = located(COMMANDS[name][1])
+        takes = inspect.signature(command).parameters
+        more: dict[str, Any] = {"name": name} if "name" in takes else {}
+        return command(values, **more, **({"options": options} if "options" in takes else {})) or 0
 
 
 def set_threads(count: int) -> None:
@@ -153,21 +207,19 @@ def located(place: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-def kind_of(name: str, command: Callable[..., Any]) -> type:
-    """The dataclass of a command's arguments: a victim's settings, or what its function takes."""
-    group, _, victim = name.partition(" ")
-    if group == "capture" and victim in VICTIMS:
-        from gradleak.cli.capture import with_common
+def kind_of(name: str, place: str) -> type:
+    """The dataclass of a command's arguments: for victims their settings, and what every command takes."""
+    kind: type = located(place)
+    if name.startswith("capture ") and name.removeprefix("capture ") in VICTIMS:
+        from gradleak.cli.seen_flags import with_common
 
-        return with_common(located(VICTIMS[victim][0]))
-    hints = get_type_hints(command)
-    kind: type = hints[next(iter(inspect.signature(command).parameters))]
+        return with_common(kind)
     return kind
 
 
 def usage(names: Iterable[str]) -> str:
     """One line per command."""
-    lines = [f"  {name:17} {COMMANDS[name][1]}" for name in names]
+    lines = [f"  {name:17} {COMMANDS[name][2]}" for name in names]
     return "usage: gradleak COMMAND [--help] ...\n\n" + "\n".join(lines) + "\n\nStart with: gradleak demo"
 
 

@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from gradleak.attacks import ATTACKS
 from gradleak.attacks.attack import refusal
-from gradleak.attacks.parameters import built
+from gradleak.attacks.parameters import built, under
 from gradleak.attacks.search.start import Given
 from gradleak.attacks.seed import with_start_recovered
 from gradleak.audit.loop import Audited
@@ -17,14 +17,15 @@ from gradleak.audit.membership.audited import membership
 from gradleak.audit.membership.words import with_membership
 from gradleak.audit.plan import plan_of
 from gradleak.audit.privacy import mechanism_of
+from gradleak.audit.progress import progress
 from gradleak.audit.scoring import SCORING
 from gradleak.audit.verdict import judged
-from gradleak.audit.written import describe, finish, keep_shown, private, untried, written_audit
+from gradleak.audit.written import describe, finish, finished_in, keep_shown, untried, written_audit
 from gradleak.cli import flags
 from gradleak.cli.commands import new_record
+from gradleak.cli.folders import folder_for, fresh_folder, same_command
 from gradleak.cli.informed import informed
-from gradleak.cli.inputs import check_device, fresh_folder, observed_files
-from gradleak.cli.progress import progress
+from gradleak.cli.inputs import check_device, observed_files
 from gradleak.errors import BadInput, shortened
 from gradleak.formats.observation_file import load_observation, usable_labels
 from gradleak.formats.reconstruction_file import load_reconstruction, save_reconstruction
@@ -32,11 +33,16 @@ from gradleak.formats.secret_file import Secret, load_secret
 from gradleak.observations.mechanism import Mechanism
 from gradleak.observations.observation import Observation
 from gradleak.observations.whole_weights import whole_weights
+from gradleak.priors.named import load_prior
 from gradleak.report import record
 from gradleak.report.gate import check_bar, exit_code
 from gradleak.report.membership import Membership
+from gradleak.report.pdf import browser, printed
+from gradleak.report.private import private
+from gradleak.report.redaction import redacted
 from gradleak.victims.demo import DEMO
 
+UNDER_PRIOR = ("daps",)  # attacks that a bare audit adds where a prior is given
 CLOSED = ("analytic",)  # attacks in closed form, which are tried on what was trained as a whole beside an adapter
 
 
@@ -44,15 +50,19 @@ def attack(args: flags.Attack, options: dict[str, dict[str, Any]]) -> None:
     """Write reconstruction.safetensors, what it shows, and record.json, from the observation alone."""
     check_device(args.device)
     check_named([args.attack], options)
-    out, observation = fresh_folder(args.out), informed(args)
+    out, observation = folder_for(args), informed(args)
     [(name, chosen)] = built(options).items()
     if reason := refusal(chosen, observation):
         raise BadInput(f"{name} cannot run here. {reason} {reading(observation)}")
     public = public_data(args, observation)
     inputs = observed_files(args)
+    chosen = with_prior({name: chosen}, args.prior, observation, public)[name]
     if args.start is not None:
         chosen, inputs = started(name, chosen, args.start, observation), [*inputs, args.start]
     written = new_record("attack", args, options, inputs)
+    if args.resume and went_on(written, out):
+        print(shown(written), f"See {out / 'report.html'}.", sep="\n")
+        return
     describe(written, observation, "")
     with progress() as start:
         for done in run_audit(observation, {name: chosen}, public, seed=args.seed, device=args.device, on_step=start):
@@ -72,9 +82,13 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
     exit code that `gate` gives."""
     check_device(args.device)
     check_bar(args.fail_on, members=args.non_members is not None)
+    if args.pdf:
+        browser()
+    if args.repeats < 1:
+        raise BadInput(f"--repeats {args.repeats} would try nothing: give at least 1.")
     if args.attacks is not None:
         check_named(args.attacks, options)
-    out, observation = fresh_folder(args.out), informed(args)
+    out, observation = folder_for(args), informed(args)
     attacks = built(options)
     if args.members is None and args.non_members is not None:
         raise BadInput("--non-members goes with --members, the samples that it was trained on.")
@@ -82,7 +96,9 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
         attacks = {}
     elif args.attacks is None:
         modality = observation.model.architecture.modality
-        attacks = {n: a for n, a in attacks.items() if a.modality == modality and not getattr(a, "by_name_only", False)}
+        added = UNDER_PRIOR if args.prior is not None else ()
+        usual = [n for n, a in attacks.items() if n in added or not getattr(a, "by_name_only", False)]
+        attacks = {n: attacks[n] for n in usual if attacks[n].modality == modality}
     secret = load_secret(args.secret) if args.secret else None
     if secret is not None and args.secret is not None:
         SCORING[observation.model.architecture.modality].check(secret.inputs, observation.model)
@@ -91,6 +107,8 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
     inputs = [*observed_files(args), *([args.secret] if args.secret else []), *samples]
     written = new_record("audit", args, {name: options[name] for name in attacks}, inputs)
     stream = sys.stderr if args.json else sys.stdout
+    if args.resume and went_on(written, out):
+        print(f"{len(written['results'])} attacks are finished in {out}.", file=stream)
     mechanism_of(
         observation, private := private_training(args)
     )  # what contradicts the observation is told before anything runs
@@ -99,12 +117,16 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
         "seed": args.seed,
         "device": args.device,
         "redact": args.redact,
+        "repeats": args.repeats,
     }
-    found = None if args.members is None else told_members(args, observation, written, out)
+    found = None if args.members is None else written.get("membership") or told_members(args, observation, written, out)
     if attacks:
         left, public = dict[str, list[str]](), public_data(args, observation)
+        attacks = with_prior(attacks, args.prior, observation, public)
+        finished = finished_in(written, observation.release.name)
+        missing = {title: one for title, one in attacks.items() if title not in finished}
         plan = plan_of(
-            observation, attacks, public, named=args.attacks is not None, scored=secret is not None, device=args.device
+            observation, missing, public, named=args.attacks is not None, scored=secret is not None, device=args.device
         )
         out.mkdir(parents=True, exist_ok=True)  # where that fails, nothing was said yet
         print(plan.sentence(), flush=True, file=stream)
@@ -115,7 +137,11 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
     if attacks and found is not None:
         with_membership(written, found)
         finish(written, out, args.redact)
-    print(written["verdict"]["sentence"], f"See {out / 'report.html'}.", sep="\n", file=stream)
+    if args.pdf:
+        printed((out / "report.html").read_text(encoding="utf-8"), out / "report.pdf")
+    if args.verbose:
+        print(*details(redacted(written) if args.redact else written), sep="\n", file=stream)
+    print(shown(written, args.redact), f"See {out / 'report.html'}.", sep="\n", file=stream)
     if args.json:
         print((out / "summary.json").read_text(encoding="utf-8"), end="")
     return exit_code(written, args.fail_on)
@@ -149,7 +175,7 @@ def demo(args: flags.Demo) -> None:
         attacks = {attack: ATTACKS[attack]() for attack in names}
         about: dict[str, Any] = {"seed": args.seed, "device": args.device, "name": name}
         audit_one(observation, attacks, public, secret, written, left, out, sys.stdout, **about)
-    print(written["verdict"]["sentence"], f"Open {out / 'report.html'} in a browser.", sep="\n")
+    print(shown(written), f"Open {out / 'report.html'} in a browser.", sep="\n")
 
 
 def audit_one(
@@ -170,7 +196,39 @@ def audit_one(
             observation, attacks, public, written, out, secret=secret, left=left, on_step=start, **about
         ):
             if done.reconstruction is not None:
-                print(said(done), file=stream)
+                print(said(done, about.get("redact", False)), file=stream)
+
+
+def went_on(written: record.Record, out: Path) -> bool:
+    """Put what was finished in a folder into the record of the same command; whether there was anything. What was left out for want of time or
+    memory is asked again."""
+    path = out / "record.json"
+    if not path.is_file():
+        return False
+    before = record.read(path)
+    now = redacted(written) if before.get("redacted") else written
+    same_command(out, before["command"], now["command"])
+    written["results"] = [row for row in before["results"] if not row["status"].startswith("Not tried: ")]
+    written["threat_model"] = before["threat_model"]
+    if "membership" in before:
+        written["membership"] = before["membership"]
+    written["metrics"], written["controls"] = before.get("metrics", {}), before.get("controls", {})
+    written["verdict"], written["verdicts"] = before["verdict"], before.get("verdicts", [])
+    return bool(written["results"])
+
+
+def shown(written: record.Record, redact: bool = False) -> str:
+    """The table of the attacks and the verdict, for the terminal."""
+    from gradleak.report.terminal import text
+
+    return text(redacted(written) if redact else written)
+
+
+def details(written: record.Record) -> list[str]:
+    """What did not run and why, and what the checks say."""
+    rows = [f"{row['attack']}: {row['status']}" for row in written["results"] if not row.get("ran")]
+    flags = dict.fromkeys((flag["level"], flag["sentence"]) for row in written["results"] for flag in row["flags"])
+    return [*rows, *(f"{level}: {sentence}" for level, sentence in flags)]
 
 
 def private_training(args: flags.Audit) -> Mechanism | None:
@@ -215,15 +273,27 @@ def started(name: str, attack: Any, path: Path, observation: Observation[Any]) -
     return replace(attack, start=Given(reconstruction))
 
 
-def public_data(args: flags.Observed, observation: Observation[Any]) -> Any:
+def with_prior(attacks: dict[str, Any], text: str | None, observation: Observation[Any], public: Any) -> dict[str, Any]:
+    """The attacks under the prior of --prior, and what is to be seen beside them."""
+    shape = getattr(observation.model.architecture, "input_shape", None)
+    if text is None:
+        return attacks
+    if shape is None:
+        raise BadInput("--prior says what is known of pictures, and the observed model takes none.")
+    return under(attacks, load_prior(text, shape, public.images), text)
+
+
+def public_data(args: flags.Seen, observation: Observation[Any]) -> Any:
     """What everybody may know, as the model takes it."""
     model = observation.model
     return SCORING[model.architecture.modality].public(args.data, args.public_split, model)
 
 
-def said(done: Audited) -> str:
-    """An attack's status for the terminal, and the texts that came out."""
+def said(done: Audited, redact: bool = False) -> str:
+    """An attack's status for the terminal, and the texts that came out, unless they are to be kept to themselves."""
     row = done.result
-    texts = row["shown"]["reconstruction"] if row.get("media") == "text/plain" and "shown" in row else []
+    texts = (
+        [] if redact else row["shown"]["reconstruction"] if row.get("media") == "text/plain" and "shown" in row else []
+    )
     lines = [f"{row['attack']}: {row['status']}", *(f"  {shortened(text)}" for text in texts)]
     return "\n".join(lines)

@@ -9,11 +9,12 @@ import torch
 
 from gradleak.audit import canaries as audited
 from gradleak.audit.one_run import one_run
+from gradleak.audit.progress import progress
 from gradleak.audit.written import finish
 from gradleak.cli import owner_flags
 from gradleak.cli.commands import new_record
-from gradleak.cli.inputs import check_device, fresh_folder
-from gradleak.cli.progress import progress
+from gradleak.cli.folders import fresh_folder
+from gradleak.cli.inputs import check_device
 from gradleak.cli.tables import keep_table
 from gradleak.errors import BadInput
 from gradleak.formats.canary_folder import About, Coins, read_canaries, read_coins, write_canaries

@@ -11,10 +11,11 @@ from gradleak.attacks.exact_git.exact_git import Recovered
 from gradleak.attacks.learned import generator, pairs
 from gradleak.attacks.learned.git import Transcript
 from gradleak.attacks.learned.lti import Perceptron
+from gradleak.audit.progress import progress
 from gradleak.audit.scoring import SCORING
 from gradleak.cli import flags
-from gradleak.cli.inputs import fresh_folder, observed
-from gradleak.cli.progress import progress
+from gradleak.cli.folders import folder_for, is_finished, tell
+from gradleak.cli.inputs import observed
 from gradleak.errors import BadInput
 from gradleak.formats.observation_file import save_observation
 from gradleak.formats.secret_file import Secret, save_secret
@@ -26,20 +27,17 @@ from gradleak.victims.play import UNFINISHED
 GENERATORS: dict[str, Any] = {"train git": Transcript, "train exact-git": Recovered, "train lti": Perceptron}
 
 
-def with_common(victim: type) -> type:
-    """A victim's settings, as the arguments of a command."""
-    command = dataclasses.make_dataclass(victim.__name__, [], bases=(victim, flags.Common), kw_only=True, frozen=True)
-    command.__doc__ = victim.__doc__
-    return command
-
-
-def capture(args: Any) -> None:
+def capture(args: Any, name: str) -> None:
     """Play a victim: observation.safetensors, secret.safetensors, and what else it shares."""
-    out = args.out if (args.out / UNFINISHED).is_file() else fresh_folder(args.out)
-    with progress() as start:
-        observation, secret = args(out, args.seed, start)
-    kept(observation, secret, out)
-    (out / UNFINISHED).unlink(missing_ok=True)
+    out = args.out if (args.out / UNFINISHED).is_file() else folder_for(args)
+    if is_finished(name, args):
+        print(f"{out} is finished already.")
+    else:
+        with progress() as start:
+            observation, secret = args(out, args.seed, start)
+        kept(observation, secret, out)
+        (out / UNFINISHED).unlink(missing_ok=True)
+        tell(name, args)
     seen, hidden = out / "observation.safetensors", out / "secret.safetensors"
     print(f"Now: gradleak audit {seen} --secret {hidden} --out ...")
 
@@ -81,7 +79,7 @@ def train_exactly(args: flags.Train, name: str) -> None:
 
 def train(args: flags.Train, name: str, epochs: int) -> None:
     """Write generator.safetensors. name: of the command, which says of which attack."""
-    out, attack = fresh_folder(args.out), name.removeprefix("train ")
+    out, attack = folder_for(args), name.removeprefix("train ")
     if args.pairs is not None and (args.defense, args.pair_batch) != ((), 1):
         raise BadInput(f"The pairs in {args.pairs} are made: --defense and --pair-batch go with `capture pairs`.")
     observation, public = pairs_of(args)
@@ -92,6 +90,10 @@ def train(args: flags.Train, name: str, epochs: int) -> None:
             return pairs.read(folder, model)
         return pairs.stream(model, public, count=args.count, batch=args.pair_batch, defenses=defenses, seed=args.seed)
 
+    path = out / "generator.safetensors"
+    if is_finished(name, args):
+        print(f"{path} is finished already.")
+        return
     batch = next(iter(shards())).labels.shape[1]
     with progress() as start:
         trained = generator.train(
@@ -104,8 +106,8 @@ def train(args: flags.Train, name: str, epochs: int) -> None:
             generator=torch.Generator().manual_seed(args.seed),
             on_step=start(f"training {attack}"),
         )
-    path = out / "generator.safetensors"
     trained.save(path)
+    tell(name, args)
     error = f": training error {trained.trace[-1][1]:.4f} (mean squared, per pixel)" if trained.trace else ""
     print(
         f"{path}{error}, of {len(trained.pictures):,} public samples\nNow: gradleak attack {args.observation} --attack {attack} --{attack}.generator {path} --out ..."

@@ -1,9 +1,5 @@
 """What the other commands do: studies, reports, running again, lists. Results go to a folder of their own, the record first."""
 
-import inspect
-import re
-import sys
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import partial
@@ -12,14 +8,14 @@ from typing import Any
 
 import msgspec
 
-from gradleak.attacks import ATTACKS
+from gradleak.audit.progress import progress
 from gradleak.cli import flags, owner_flags
+from gradleak.cli.folders import arguments_of, plain
 from gradleak.cli.inputs import check_device, file_hash
-from gradleak.cli.progress import progress
 from gradleak.errors import BadInput, near, shortened
-from gradleak.modalities.networks import MODELS
-from gradleak.observations.defense_names import DEFENSES
 from gradleak.report import html, record
+from gradleak.report.pdf import printed
+from gradleak.report.private import private
 
 
 def study(args: flags.Study) -> None:
@@ -70,9 +66,13 @@ def planned(args: flags.Study) -> tuple[Any, list[Path]]:
 
 def report(args: flags.Report) -> None:
     """Render record.json again."""
-    page = html.render(record.read(args.record))
+    written = record.read(args.record)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(page, encoding="utf-8")
+    if args.out.suffix.lower() == ".pdf":
+        printed(html.render(written), args.out)
+    else:
+        with private():
+            args.out.write_text(html.render(written), encoding="utf-8")
     print(args.out)
 
 
@@ -125,39 +125,12 @@ RERUNNABLE: dict[str, type] = {
 }
 
 
-def list_all(args: flags.List) -> None:
-    """Attacks with what their files say they see and recover; defenses; studies; models."""
-    from gradleak.studies.catalogue import STUDIES
-
-    print("Attacks")
-    for name, kind in ATTACKS.items():
-        print(f"  {name}")
-        header = inspect.getdoc(sys.modules[kind.__module__]) or ""
-        for section in re.findall(r"^(?:Sees|Recovers) .*(?:\n +.*)*", header, re.MULTILINE):
-            print(textwrap.indent(section, "      "))
-    print("Defenses", *map(defense_line, DEFENSES), sep="\n")
-    print("Studies", *(f"  {name:32} {study.question}" for name, study in STUDIES.items()), sep="\n")
-    print(f"Models\n  {', '.join(MODELS)}, or package.module:factory of your own")
-
-
-def defense_line(name: str) -> str:
-    """A defense as `--defense` takes it, and its first sentence."""
-    form = ":".join([name, *(field.name.upper() for field in fields(DEFENSES[name]))])  # type: ignore[arg-type]
-    return f"  {form:32} {(inspect.getdoc(DEFENSES[name]) or '').splitlines()[0]}"
-
-
 def new_record(
     name: str, args: flags.Common, options: Mapping[str, Mapping[str, Any]], inputs: Sequence[Path]
 ) -> record.Record:
     """A record that knows its command, with the value of every argument, and its input files by hash."""
-    given = {field.name: getattr(args, field.name) for field in fields(RERUNNABLE[name])}
     attacks = plain({attack: dict(values) for attack, values in options.items()})
     files = [*inputs, *(v for o in options.values() for v in o.values() if isinstance(v, Path) and v.is_file())]
     hashes = {str(path): file_hash(path) for path in files if not path.is_dir()}
-    command: record.Command = {"name": name, "arguments": plain(given), "attacks": attacks, "inputs": hashes}
+    command: record.Command = {"name": name, "arguments": arguments_of(args), "attacks": attacks, "inputs": hashes}
     return record.new_record(command, args.seed, [])
-
-
-def plain(value: Any) -> Any:
-    """Arguments as JSON has them: paths are text."""
-    return msgspec.to_builtins(value, enc_hook=str)

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from gradleak.cli import flags
-from gradleak.cli.inputs import file_hash, fresh_folder, is_of_adapter
+from gradleak.cli.folders import fresh_folder
+from gradleak.cli.inputs import file_hash, is_of_adapter
 from gradleak.errors import BadInput
 from gradleak.formats.adapter_files import located_adapter
 from gradleak.formats.defended_adapter import Told, defend_folder

@@ -6,12 +6,13 @@ from typing import Any
 import torch
 
 from gradleak.audit import extraction
+from gradleak.audit.progress import progress
 from gradleak.audit.sample_losses import losses
 from gradleak.audit.written import finish
 from gradleak.cli import owner_flags
 from gradleak.cli.commands import new_record
-from gradleak.cli.inputs import check_device, fresh_folder
-from gradleak.cli.progress import progress
+from gradleak.cli.folders import fresh_folder
+from gradleak.cli.inputs import check_device
 from gradleak.cli.tables import keep_table
 from gradleak.errors import BadInput
 from gradleak.formats.canary_folder import read_lines

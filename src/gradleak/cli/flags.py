@@ -1,139 +1,55 @@
 """The arguments of every command that is no victim's, as frozen dataclasses: the strings under the fields are the command line's
-help."""
+help, `GROUP` is the heading that a class has in it. Importing this costs nothing."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from gradleak.modalities.language_models import Task
-from gradleak.observations.training import Optimizer
-
-
-@dataclass(frozen=True, kw_only=True)
-class Common:
-    """What every command takes that makes results."""
-
-    out: Path
-    """Folder for the results; must not hold other results."""
-    seed: int = 0
-    """Seed of all randomness."""
-    threads: int = 1
-    """CPU threads. More pay for wide convolutions only, and cost small models a factor of ten on a busy machine."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Observed(Common):
-    """What `attack` and `audit` take to understand the observation."""
-
-    observation: Positional[Path | None] = None
-    """observation.safetensors of `gradleak capture`; a file of yours, as safetensors, .npz, .npy, parquet, JSON or fobs ({name: gradient} with
-    --weights, a change of weights with --lr too, a trained model's weights without both); or a LoRA adapter: the folder that PEFT
-    saves, a Trainer's checkpoint, a file of kohya or diffusers; or the folder of a model that one was merged into, with --base. Left out
-    with --after."""
-    before: Path | None = None
-    """The parameters before training, the same as --weights."""
-    after: Path | None = None
-    """The parameters after training, in place of a file with their change: needs --before, and --lr unless a LoRA adapter was merged into
-    them."""
-    base: str | None = None
-    """For an adapter, or a model that one was merged into: the base model, as a folder of `save_pretrained` or `gradleak capture adapter`, or a name on the Hugging Face
-    hub; unless this is given, the one that its config names."""
-    lr: float | None = None
-    """For an adapter or a change of weights: the learning rate; of an adapter without it what a checkpoint tells counts, else one step is
-    assumed, and directions are compared."""
-    schedule: Literal["linear", "cosine"] | None = None
-    """For an adapter or a change of weights: how the learning rate falls from --lr to 0, as in transformers; unless this is given, what a
-    checkpoint tells, else it stays."""
-    warmup: int | None = None
-    """With --schedule: steps in which the learning rate rises from 0; none unless this is given."""
-    planned_steps: int | None = None
-    """With --schedule: steps after which the learning rate is 0; those that were taken unless this is given."""
-    shuffle: tuple[Literal["loader", "global", "accelerate"], int] | None = None
-    """For an adapter or a change of weights: how its samples were shuffled in each epoch, and the seed: by a DataLoader with a generator, by
-    one after torch.manual_seed, or by accelerate (the Trainer: accelerate 42)."""
-    steps: int | None = None
-    """For an adapter or a change of weights: optimiser steps; unless this is given, what a checkpoint tells, else 1."""
-    optimizer: Optimizer | None = None
-    """For an adapter or a change of weights: sgd (the default), momentum, adam or adamw."""
-    weight_decay: float | None = None
-    """For an adapter or a change of weights: unless this is given, 0.01 of adamw and 0 of the others."""
-    local_batch_size: int | None = None
-    """For a change of weights: samples per step; all unless this is given."""
-    proximal: float | None = None
-    """For a change of weights: mu of FedProx; 0 unless this is given."""
-    clip: float | None = None
-    """For a change of weights: norm to which the gradient of each step was cut; not cut unless this is given."""
-    clients: int | None = None
-    """For a change of weights: over how many clients it is the mean, each with as many samples; one unless this is given."""
-    initial: Path | None = None
-    """For an adapter: the folder of the adapter before training, where its start is not zero."""
-    model: str | None = None
-    """package.module:factory, when the architecture is none of ours; for plain files also a name of `gradleak list`, or the
-    folder of a language model."""
-    weights: Path | None = None
-    """The parameters it was taken at: checked against the provenance; needed for plain files of gradients."""
-    task: Task | None = None
-    """Where the model is a language model: what it was trained for, classification (the default, where an adapter's config says nothing
-    else), causal-lm or masked-lm."""
-    mode: Literal["eval", "train"] | None = None
-    """The mode it was taken in: checked against the provenance; eval if nothing says so."""
-    input_shape: tuple[int, int, int] | None = None
-    """For plain files: channel, height and width of a picture; 3 32 32 unless this is given."""
-    classes: int | None = None
-    """For plain files: number of classes; 10 unless this is given."""
-    loss: tuple[Literal["cross-entropy", "binary-cross-entropy", "focal"], ...] | None = None
-    """For plain files: the loss, or several that are added up; cross-entropy unless this is given. Others are values in Python."""
-    loss_weights: tuple[float, ...] | None = None
-    """With several losses: the factor of each; 1 unless this is given."""
-    class_weights: tuple[float, ...] | None = None
-    """For plain files: of the cross entropy, a factor for each class."""
-    reduction: Literal["mean", "sum"] | None = None
-    """For plain files: of the loss over the batch; mean unless this is given."""
-    label_smoothing: float | None = None
-    """For plain files: of the cross entropy; 0 unless this is given."""
-    batch_size: int | None = None
-    """For plain files and adapters: number of private samples; unless this is given, what the ranks of a gradient or the adapter of a
-    fully connected network tell, else 1."""
-    seeds: str | None = None
-    """For adapters, merged or not: which seeds may have drawn it, besides the usual ones: N for 0 to N - 1, or START:END; of 4294967296. Ctrl-C
-    ends the search, says where to go on, and goes on with what is known."""
-    data: str = "embedded"
-    """Public data of the same kind, for priors; in audits also for controls and decoys."""
-    public_split: str = "train"
-    """Split of the public data."""
+from gradleak.cli.seen_flags import Common as Common
+from gradleak.cli.seen_flags import Kept as Kept
+from gradleak.cli.seen_flags import Observed as Observed
+from gradleak.cli.seen_flags import Seen as Seen
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attacked(Observed):
     """What `attack` and `audit` may be told besides."""
 
+    GROUP: ClassVar[str] = "attack"
+
     defense: UseAppendAction[tuple[str, ...]] = ()
     """What was done to the release before it was shared, in this order, each as NAME:NUMBER, in place of what the file says: top-k:0.1,
     noise:0.01, ... (see `gradleak list`); unknown, for an attacker who does not know."""
+    prior: str | None = None
+    """What is known of pictures, in place of --data, for attacks that take it: gaussian, tv, ffdnet, or diffusion:FOLDER for a model of diffusers,
+    which may be a name on the hub, or of `gradleak train denoiser`. An audit shows the same attack under a Gaussian, and the prior alone, beside it."""
+    device: str = "cpu"
+    """Where attacks run: cpu, cuda, cuda:1, ..."""
+    verbose: Annotated[bool, arg(aliases=["-v"])] = False
+    """Print besides which attacks did not run, and what the checks say."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attack(Attacked):
     """Reconstruct the private data with one attack. Sees no secret."""
 
+    GROUP: ClassVar[str] = "attack"
+
     attack: str
     """A name of `gradleak list`, or package.module:Class of your own; its parameters are flags with its name before them (try
     --attack dlg --help)."""
     start: Path | None = None
     """reconstruction.safetensors of another attack on the same observation: where the search begins."""
-    device: str = "cpu"
-    """Where it runs: cpu, cuda, cuda:1, ..."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Audit(Attacked):
-    """Run every applicable attack, score it against controls if the secret is given, and write a report. With --members: tell which of
-    your samples an attacker tells from fresh ones, and run only the attacks that --attacks names."""
+class Private:
+    """A differentially private training (DP-SGD), where what was shared does not say itself how private it was."""
 
-    secret: Path | None = None
-    """secret.safetensors of `gradleak capture`: only this command opens it."""
+    GROUP: ClassVar[str] = "private training"
+
     noise_multiplier: float | None = None
     """Of a differentially private training (DP-SGD), where what was shared does not say so itself; with --sample-rate and --dp-steps."""
     sample_rate: float | None = None
@@ -142,31 +58,62 @@ class Audit(Attacked):
     """Of a private training: how many steps were taken."""
     delta: float | None = None
     """Of a private training: at which epsilon is told; 1e-5 unless this is given."""
-    attacks: tuple[str, ...] | None = None
-    """Names of `gradleak list`, or package.module:Class; all that recover such data unless this or --members is given. Parameters are
-    flags with the attack's name
-    before them: --dlg.restarts 5."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Members:
+    """Whose membership is asked for."""
+
+    GROUP: ClassVar[str] = "membership"
+
     members: str | None = None
     """The samples that it was trained on: data as for --data, DATA:SPLIT (train unless the split is given), or a file .txt, .jsonl or .csv
     of texts."""
     non_members: str | None = None
     """With --members: samples of the same kind that took no part (test or validation unless the split is given). Without them only the
     certificate says something."""
-    device: str = "cpu"
-    """Where attacks run: cpu, cuda, cuda:1, ..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """How an audit is told."""
+
+    GROUP: ClassVar[str] = "output"
+
     fail_on: str | None = None
     """For jobs: exit code 1 where a private sample came back whole (recovered), or also in part (partly), or where more than a share of
     the members is told from others at 1 % false alarms (TPR>0.05); 3 where nothing could run or nothing can be said; else 0."""
     json: bool = False
     """Print summary.json in place of sentences, which go to stderr."""
+    pdf: bool = False
+    """Print the report to report.pdf, by the Chromium or Chrome of this machine."""
     redact: bool = False
     """Hashes stand in record and report in place of private data, the most exposed samples are named by their rows, and nothing that was
     recovered is kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
+class Audit(Attacked, Private, Members, Gate):
+    """Run every applicable attack, score it against controls if the secret is given, and write a report. With --members: tell which of
+    your samples an attacker tells from fresh ones, and run only the attacks that --attacks names."""
+
+    GROUP: ClassVar[str] = "attack"
+
+    secret: Path | None = None
+    """secret.safetensors of `gradleak capture`: only this command opens it."""
+    attacks: tuple[str, ...] | None = None
+    """Names of `gradleak list`, or package.module:Class; all that recover such data unless this or --members is given. Parameters are
+    flags with the attack's name
+    before them: --dlg.restarts 5."""
+    repeats: int = 1
+    """Under how many seeds each attack runs, from --seed on: the run that explains most is shown, as an attacker would keep it, and all are told."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CapturePairs(Observed):
     """Make pairs (public pictures, the gradient of the observed model) for learned attacks; an interrupted run goes on."""
+
+    GROUP: ClassVar[str] = "pairs"
 
     count: int = 10_000
     """Number of pairs."""
@@ -180,6 +127,8 @@ class CapturePairs(Observed):
 class Train(CapturePairs):
     """Train a generator for the observed model on pairs: generator.safetensors, for `gradleak attack`."""
 
+    GROUP: ClassVar[str] = "pairs"
+
     pairs: Path | None = None
     """Folder of `gradleak capture pairs`; without it pairs are made while training and not kept."""
 
@@ -188,8 +137,28 @@ class Train(CapturePairs):
 class TrainByDescent(Train):
     """Train a generator for the observed model on pairs: generator.safetensors, for `gradleak attack`."""
 
+    GROUP: ClassVar[str] = "pairs"
+
     training_epochs: int = 8
     """How often each pair is seen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainDenoiser(Common):
+    """Train a denoiser on public pictures, a prior for `diffusion:FOLDER`; an interrupted training goes on."""
+
+    GROUP: ClassVar[str] = "denoiser"
+
+    data: str
+    """Public pictures: embedded, digits, or a folder or name of Hugging Face."""
+    split: str = "train"
+    """The split to train on."""
+    shape: tuple[int, int, int] | None = None
+    """Channels (1 or 3), height and width that the pictures are brought to; their own where it is not given."""
+    limit: int | None = None
+    """At most so many pictures, the first."""
+    minutes: float = 40.0
+    """CPU time; the rate falls to its end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +183,7 @@ class Report:
     record: Positional[Path]
     """record.json"""
     out: Path
-    """The HTML file to write."""
+    """The file to write: HTML, or a .pdf, which the Chromium or Chrome of this machine prints."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +199,7 @@ class Rerun:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study(Common):
+class Study(Kept):
     """Run a study of `gradleak list`, or one of your own from a TOML file. Started again, it goes on where it was interrupted."""
 
     name: Positional[str]
@@ -268,6 +237,24 @@ class Demo(Common):
     """Where attacks run: cpu, cuda, cuda:1, ..."""
 
 
-@dataclass(frozen=True)
-class List:
-    """Attacks, what each needs and recovers; studies; models."""
+@dataclass(frozen=True, kw_only=True)
+class List(Seen):
+    """Attacks, what each needs and recovers; defenses; studies; models. With --for: which attacks read a file, why others do not, and what
+    they cost."""
+
+    GROUP: ClassVar[str] = "list"
+
+    what: Positional[Literal["everything", "attacks", "defenses", "studies", "models"]] = "everything"
+    """What to list."""
+    observation: Annotated[Path | None, arg(name="for")] = None
+    """What was shared, as `audit` takes it; which attacks apply is told of it."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """Print a script that completes commands, flags and names: source it, or put it where your shell looks for such scripts."""
+
+    shell: Positional[Literal["bash", "zsh", "fish"]]
+    """Which shell."""

@@ -10,9 +10,9 @@ from gradleak.attacks.merged import unmerged, with_merged_recovered
 from gradleak.attacks.seed import has_open_start, with_start_recovered
 from gradleak.attacks.truncated import with_truncation_undone
 from gradleak.attacks.unmixing.span import with_samples_counted
+from gradleak.audit.progress import OnStep, progress
 from gradleak.cli import flags
 from gradleak.cli.inputs import is_of_adapter, observed, seed_range
-from gradleak.cli.progress import OnStep, progress
 from gradleak.errors import BadInput
 from gradleak.observations.defense_names import Chosen
 from gradleak.observations.merged import was_merged
@@ -20,7 +20,7 @@ from gradleak.observations.observation import Observation
 from gradleak.victims.gradient import behind
 
 
-def informed(args: flags.Observed) -> Observation[Any]:
+def informed(args: flags.Seen) -> Observation[Any]:
     """What was observed, and what everybody can know besides: where training began, where a usual seed or one of --seeds draws that."""
     more = seed_range(args.seeds)
     with progress() as start:

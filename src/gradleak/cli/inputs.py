@@ -13,14 +13,14 @@ from gradleak.errors import BadInput, shortened
 from gradleak.formats.adapter_files import is_adapter_file, located_adapter
 from gradleak.formats.defended_adapter import chosen_of
 from gradleak.formats.merged_weights import is_model, read_model_and_base
-from gradleak.formats.model_folder import located
+from gradleak.formats.model_folder import folder_of, located
 from gradleak.formats.observation_file import check_provenance, has_provenance, load_observation
 from gradleak.formats.own_arrays import kind_of
 from gradleak.formats.peft import base_of, read_adapter_and_base
 from gradleak.formats.plain_file import (
-    has_folder,
     known_language_model,
     known_network,
+    language_folder_of,
     read_change,
     read_release,
     read_weights,
@@ -41,7 +41,7 @@ OF_PLAIN_FILES = ("input_shape", "classes", "loss", "loss_weights", "class_weigh
 EVERY = (*dict.fromkeys((*OF_ADAPTERS, *OF_UPDATES, *OF_FILES, *OF_PLAIN_FILES)), "model", "task", "batch_size")
 
 
-def observed(args: flags.Observed) -> Observation[Any]:
+def observed(args: flags.Seen) -> Observation[Any]:
     """The observation of a file, with provenance checked, of an adapter's folder or file, of a model's folder beside --base, or of a plain
     file of tensors.
 
@@ -77,7 +77,7 @@ def observed(args: flags.Observed) -> Observation[Any]:
     return observed_plain(args, path)
 
 
-def observed_plain(args: flags.Observed, path: Path | None) -> Observation[Any]:
+def observed_plain(args: flags.Seen, path: Path | None) -> Observation[Any]:
     """What a plain file says of the model --model."""
     name, before, batch = str(args.model), args.before or args.weights, args.batch_size
     shared = path or args.after
@@ -85,11 +85,11 @@ def observed_plain(args: flags.Observed, path: Path | None) -> Observation[Any]:
     of_update = ("after",) if args.lr is None and update else OF_UPDATES if update else ()
     if args.before is not None and args.weights is not None:
         raise BadInput("--before and --weights say the same: the parameters before training. Give one of them.")
-    if has_folder(name):
+    if (folder := language_folder_of(name)) is not None:
         refuse_others(
             args, "a plain file of a language model", ("model", "task", "batch_size", "weights", "before", *of_update)
         )
-        model = known_language_model(Path(name), args.task or "classification", before)
+        model = known_language_model(folder, args.task or "classification", before)
         batch = batch or 1
     else:
         files = OF_FILES if before or update else ()
@@ -114,7 +114,7 @@ def observed_plain(args: flags.Observed, path: Path | None) -> Observation[Any]:
     return replace(seen, release=replace(averaged, clients=args.clients))
 
 
-def loss_of(args: flags.Observed) -> Any:
+def loss_of(args: flags.Seen) -> Any:
     """The loss that the flags say."""
     names = args.loss or ("cross-entropy",)
     given: dict[str, Any] = {"reduction": args.reduction, "label_smoothing": args.label_smoothing}
@@ -134,12 +134,12 @@ def loss_of(args: flags.Observed) -> Any:
     return kind(**settings)
 
 
-def told(args: flags.Observed) -> Recipe | None:
+def told(args: flags.Seen) -> Recipe | None:
     """The training that the flags say, where they say its learning rate."""
     return None if args.lr is None else trained_by(args)
 
 
-def trained_by(args: flags.Observed, steps: int | None = None) -> Recipe:
+def trained_by(args: flags.Seen, steps: int | None = None) -> Recipe:
     """The training that the flags say; steps: where they do not."""
     count, rates = args.steps or steps or 1, tuple[float, ...]()
     if args.schedule is not None:
@@ -167,7 +167,7 @@ def is_of_adapter(path: Path) -> bool:
     return kind_of(path) == "safetensors" and not has_provenance(path) and is_adapter_file(path)
 
 
-def observed_adapter(args: flags.Observed, given: Path) -> Observation[Any]:
+def observed_adapter(args: flags.Seen, given: Path) -> Observation[Any]:
     """The adapter in a folder or file, on its base model; with the recipe of the flags, else what a checkpoint tells of it."""
     path = located_adapter(given)
     told = read_trainer(path)
@@ -186,7 +186,7 @@ def observed_adapter(args: flags.Observed, given: Path) -> Observation[Any]:
     return behind(adapter, chosen_of(path).known)
 
 
-def recipe_of(args: flags.Observed, told: Trainer | None) -> Recipe | None:
+def recipe_of(args: flags.Seen, told: Trainer | None) -> Recipe | None:
     """How an adapter was trained: as flags say; where they do not, as its checkpoint says, by AdamW without decay, the Trainer's default."""
     if args.lr is not None:
         return trained_by(args, None if told is None else told.global_step)
@@ -218,18 +218,19 @@ def seed_range(text: str | None) -> range | None:
     return range(int(start or 0), int(end))
 
 
-def refuse_others(args: flags.Observed, what: str, read: tuple[str, ...]) -> None:
+def refuse_others(args: flags.Seen, what: str, read: tuple[str, ...]) -> None:
     """BadInput for the first flag that was given and says nothing about such an observation."""
     for name in EVERY:
         if name not in read and getattr(args, name) is not None:
             raise BadInput(f"--{name.replace('_', '-')} says nothing about {what}: leave it out.")
 
 
-def observed_files(args: flags.Observed) -> list[Path]:
+def observed_files(args: flags.Seen) -> list[Path]:
     """The files that the observation was read from, of a folder those in it, and what it needed beside: weights, a base model, the
     adapter before training."""
     given = (args.observation, args.after, args.before, args.weights)
-    beside = [Path(path).expanduser() for path in (*given, args.base, args.initial, args.model) if path is not None]
+    beside = [Path(path).expanduser() for path in (*given, args.base, args.initial) if path is not None]
+    beside += [] if args.model is None or (folder := folder_of(args.model)) is None else [folder]
     if args.observation is not None and is_of_adapter(args.observation):
         seen = located_adapter(args.observation)
         beside += [seen, located(base_of(seen, args.base))]
@@ -240,13 +241,6 @@ def observed_files(args: flags.Observed) -> list[Path]:
     for folder in folders:
         files += sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
     return files
-
-
-def fresh_folder(path: Path) -> Path:
-    """BadInput if the folder holds anything: results are never overwritten."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise BadInput(f"{path} holds other results already: choose another --out.")
-    return path
 
 
 def check_device(name: str) -> None:

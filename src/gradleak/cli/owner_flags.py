@@ -8,8 +8,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from gradleak.cli.flags import Common
-from gradleak.modalities.language_models import Task
-from gradleak.victims.canaries import Kind
+from gradleak.modalities.words import Canary, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +17,7 @@ class MakeCanaries(Common):
 
     count: int = 1_000
     """Number of canaries; a coin includes about half of them."""
-    kind: Kind = "text"
+    kind: Canary = "text"
     """text: the template, filled at random; mislabelled: pictures of the data with wrong labels; pattern: random blocks of colour."""
     template: str | None = None
     """For texts: with blanks {digits:N} or {words:N}, as in "My PIN is {digits:8}"; {words:12} unless this is given."""

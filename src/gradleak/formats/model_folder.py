@@ -10,6 +10,7 @@ An adapter may bring what the base lacks: a head with its number of classes, row
 
 import json
 import os
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from gradleak.errors import BadInput, checked, read_json, shortened
+from gradleak.errors import BadInput, checked, near, read_json, shortened
 from gradleak.formats.blueprints import PictureBlueprint, check_state, outline
 from gradleak.formats.language_folder import (
     PATTERNS,
@@ -31,6 +32,7 @@ from gradleak.formats.language_folder import (
 from gradleak.formats.language_folder import is_language_model as is_language_model
 from gradleak.formats.language_folder import read_language_model as read_language_model
 from gradleak.formats.observation_file import load_state, load_tensors
+from gradleak.modalities.hub import without_waiting
 from gradleak.modalities.language_models import LanguageArchitecture, Task
 from gradleak.modalities.networks import MODELS, Architecture, ImageTransformer
 from gradleak.modalities.transformers_networks import (
@@ -44,6 +46,7 @@ from gradleak.observations.model import Model
 from gradleak.observations.tensors import Tensors
 
 SCHEMA = "gradleak/base/1"
+HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 SECONDS = 2  # that the hub has to answer
 
 
@@ -93,6 +96,22 @@ def located(base: str | Path) -> Path:
     except OSError:  # a name that is too long
         here = False
     return folder if here else _download(str(base))
+
+
+def folder_of(model: str) -> Path | None:
+    """The folder of a model that is none of ours and no package.module:factory: here, or the local copy of one of the Hugging Face hub; None
+    for the others, and for what is no name. Raises BadInput for a name that leads nowhere."""
+    if model in MODELS or ":" in model:
+        return None
+    if (folder := Path(model).expanduser()).is_dir():
+        return folder
+    if not HUB_NAME.fullmatch(model):
+        return None
+    try:
+        return _download(model)
+    except BadInput as error:
+        known = ", ".join(MODELS)
+        raise BadInput(f"Unknown model {model!r}{near(model, MODELS)} (known: {known}). {error}") from error
 
 
 def write_base(model: Model[Any], folder: Path) -> None:
@@ -246,10 +265,12 @@ def _download(name: str) -> Path:
                 return folder
         except (OSError, ValueError):
             pass  # not here yet
+        silent = ""
         try:
-            return Path(snapshot_download(name, allow_patterns=wanted, etag_timeout=SECONDS))
+            with without_waiting() as silent:
+                return Path(snapshot_download(name, allow_patterns=wanted, etag_timeout=SECONDS))
         except (OSError, ValueError) as error:
             raise BadInput(
-                f"{name!r} is no folder here, and it cannot be had from the Hugging Face hub: {one_line(error)}. "
+                f"{name!r} is no folder here, and it cannot be had from the Hugging Face hub: {silent or one_line(error)}. "
                 "Give the folder of the base model."
             ) from error

@@ -12,7 +12,7 @@ from gradleak.attacks.batch_size import with_batch_counted
 from gradleak.attacks.merged import with_merged_recovered
 from gradleak.errors import BadInput
 from gradleak.formats.blueprints import check_state, outline
-from gradleak.formats.model_folder import is_language_model, read_language_model
+from gradleak.formats.model_folder import folder_of, is_language_model, read_language_model
 from gradleak.formats.observation_file import load_state
 from gradleak.formats.own_arrays import kind_of, load_arrays
 from gradleak.modalities.language_models import Task
@@ -32,9 +32,10 @@ from gradleak.observations.training import Recipe
 NEAR = 0.5  # of the weights' length: weights after training lie within, and a gradient has no reason to point along the weights
 
 
-def has_folder(model: str) -> bool:
-    """Whether the model is the folder of a language model, which comes with its parameters."""
-    return is_language_model(Path(model))
+def language_folder_of(model: str) -> Path | None:
+    """The folder of a language model, here or by its name on the hub, which comes with its parameters; None where the model is another."""
+    folder = folder_of(model)
+    return folder if folder is not None and is_language_model(folder) else None
 
 
 def known_language_model(folder: Path, task: Task, weights: Path | None) -> Model[Any]:

@@ -26,11 +26,13 @@ class Secret:
     labels  (batch,) int64; (batch, longest) of a masked language model: the tokens under the masks, else -100; or None where
             the task has none
     source  where they came from, e.g. "embedded test 0 1 2"; printed in reports that are scored
+    classes what the labels are called, where that is known; as many as there are, or none
     """
 
     inputs: Any
     labels: Tensor | None
     source: str = ""
+    classes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -42,12 +44,14 @@ class About(msgspec.Struct, frozen=True):
     source: str = ""
     tokens: Annotated[list[Sentence], Meta(min_length=1)] | None = None
     labelled: bool = True
+    classes: tuple[str, ...] = ()
 
 
 def save_secret(secret: Secret, path: Path) -> None:
     """Write what only the audit may open; nobody else on this machine may read it."""
     tensors = {} if secret.labels is None else {"labels": secret.labels}
     about: dict[str, Any] = {"source": secret.source, "labelled": secret.labels is not None}
+    about |= {"classes": secret.classes} if secret.classes else {}
     if isinstance(secret.inputs, Tensor):
         tensors["inputs"] = secret.inputs
     else:
@@ -75,4 +79,4 @@ def load_secret(path: Path) -> Secret:
         raise BadInput(f"{path} is damaged: its labels are no class indices.")
     if labels is not None and len(labels) != len(inputs):
         raise BadInput(f"{path} is damaged: it holds {len(labels)} labels for {len(inputs)} inputs.")
-    return Secret(inputs, labels, about.source)
+    return Secret(inputs, labels, about.source, about.classes)

@@ -6,7 +6,7 @@ repeated here.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 import torch
@@ -17,8 +17,8 @@ from gradleak.errors import BadInput, checked
 from gradleak.modalities.modality import Fact, Tokens, fact
 from gradleak.modalities.texts import Texts
 from gradleak.modalities.transformers_networks import refusing
+from gradleak.modalities.words import Task as Task
 
-Task = Literal["classification", "causal-lm", "masked-lm"]
 NO_TARGET = -100  # the label of a position that is not trained on, as torch and transformers have it
 Size = Annotated[int, Meta(ge=1)]
 ENDLESS = (
@@ -108,8 +108,10 @@ class LanguageArchitecture:
         special = set(self.tokenizer.all_special_ids)
         return tuple(token for token in tokens if token not in special)
 
-    def padded(self, tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Token ids and attention mask, both (batch, longest), padded on the right."""
+    def padded(self, tokens: Sequence[Sequence[int]] | Tensor) -> tuple[Tensor, Tensor]:
+        """Token ids and attention mask, both (batch, longest), padded on the right; of equal lengths they may be a tensor."""
+        if isinstance(tokens, Tensor):
+            return tokens, torch.ones(tokens.shape, dtype=torch.int64)
         if not tokens or not all(tokens):
             raise BadInput("A batch needs sentences, and a sentence needs tokens.")
         longest, pad = max(map(len, tokens)), self.config.pad_token_id or 0

@@ -5,7 +5,7 @@ A *source* is one of
     "embedded"     32x32 colour crops of ten photographs that the scikit-image wheel carries; needs no download
     "digits"       scikit-learn's 8x8 grey digits: the first 1,297 rows are "train", the last 500 "test"
     a folder       with Hugging Face parquet files, or with pictures (one sub-folder per class, or flat)
-    another name   of a data set on the Hugging Face hub, such as "cifar10"
+    another name   of such a folder in the folder GRADLEAK_DATA, else of a data set on the Hugging Face hub, such as "cifar10"
 
 `load` reads the private pictures of an experiment, `public_pool` what the attacker is assumed to have.
 """
@@ -19,7 +19,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from gradleak.errors import BadInput, shortened
+from gradleak.modalities.hub import kept, without_waiting
 
 LONGEST_SIDE = 4_096  # of a picture that a model sees
 MOST_CLASSES = 1_000_000
@@ -58,6 +59,11 @@ class Pictures:
     classes: tuple[str, ...]
     source: str
     split: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the classes, where the source has them."""
+        return () if self.classes == UNLABELLED else self.classes
 
 
 @dataclass(frozen=True)
@@ -314,6 +320,8 @@ def hugging_face_splits(source: str | Path) -> Mapping[str, Any]:
     import datasets
 
     path = Path(os.path.expanduser(source))
+    if not path.exists() and isinstance(source, str):
+        path = kept(source) or path
     if path.is_dir():
         if path.resolve() == Path(path.resolve().anchor):
             raise BadInput(f"{source} is everything on this machine: give a folder that holds data.")
@@ -324,16 +332,17 @@ def hugging_face_splits(source: str | Path) -> Mapping[str, Any]:
         raise BadInput(f"{source} {what}: give a folder that holds parquet files or pictures.")
     else:
         arguments = {"path": source}
+    silent = ""
     try:
-        with _quiet():
+        with _quiet(), nullcontext("") if path.is_dir() else without_waiting() as silent:
             splits: Mapping[str, Any] = datasets.load_dataset(**arguments)
     except (*BROKEN, datasets.exceptions.DatasetsError) as error:
-        reason = shortened(str(error.__cause__ or error)).rstrip(".")
+        reason = silent or shortened(str(error.__cause__ or error)).rstrip(".")
         if path.is_dir():
             raise BadInput(f"{source} cannot be read as a folder of parquet files or pictures: {reason}.") from error
         raise BadInput(
             f"{source!r} is no folder here, and it cannot be had from the Hugging Face hub: {reason}. "
-            'Give a local folder, or "embedded" or "digits", which need no network.'
+            'Give a local folder (or a name of one in the folder GRADLEAK_DATA), or "embedded" or "digits", which need no network.'
         ) from error
     return splits
 

@@ -35,6 +35,7 @@ class Texts:
     source: str
     split: str
     labelled: bool = True  # whether the source says the labels, which are zeros otherwise
+    names: tuple[str, ...] = ()  # of the classes, where the source has them
 
 
 def load_texts(
@@ -45,12 +46,14 @@ def load_texts(
 
     Raises BadInput when the source, the split or a row does not exist, or when there is no column of text.
     """
+    names: tuple[str, ...] = ()
     if is_text_file(source):
         texts, labels, classes, labelled = read_text_file(Path(source))
     elif source == "embedded":
         (texts, labels, classes), labelled = _embedded(split), True
     else:
-        texts, labels, classes, labelled = _hugging_face(source, split)
+        texts, labels, names, labelled = _hugging_face(source, split)
+        classes = max(len(names), 2)
     chosen = list(range(len(texts))) if indices is None else list(indices)
     if outside := [i for i in chosen if not 0 <= i < len(texts)]:
         raise BadInput(f"Row {outside[0]} does not exist: split {split!r} of {source} has rows 0 to {len(texts) - 1}.")
@@ -62,7 +65,7 @@ def load_texts(
     for i, line in zip(chosen, lines, strict=True):
         if not isinstance(line, str):
             raise BadInput(f"Row {i} of {source} holds a {type(line).__name__}, and no text.")
-    return Texts(tuple(lines), taken, classes, str(source), split, labelled)
+    return Texts(tuple(lines), taken, classes, str(source), split, labelled, names if labelled else ())
 
 
 def test_split(source: str | Path) -> str:
@@ -92,7 +95,7 @@ def _embedded(split: str) -> tuple[list[str], list[int], int]:
     return [text for text, _ in part], [label for _, label in part], 2
 
 
-def _hugging_face(source: str | Path, split: str) -> tuple[Any, Any, int, bool]:
+def _hugging_face(source: str | Path, split: str) -> tuple[Any, Any, tuple[str, ...], bool]:
     splits = hugging_face_splits(source)
     if split not in splits:
         raise BadInput(f"{source} has no split {split!r}; it has {', '.join(map(repr, splits))}.")
@@ -101,4 +104,4 @@ def _hugging_face(source: str | Path, split: str) -> tuple[Any, Any, int, bool]:
     if column is None:
         raise BadInput(f"{source} holds no texts: its columns are {', '.join(table.column_names)}.")
     labels, classes = hugging_face_labels(table, source)
-    return table[column], labels, max(len(classes), 2), classes != UNLABELLED
+    return table[column], labels, classes, classes != UNLABELLED

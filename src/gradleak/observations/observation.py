@@ -23,7 +23,7 @@ from gradleak.observations.given import fitted
 from gradleak.observations.model import A, Model
 from gradleak.observations.release import Release, Reservation, Sketch, check_finite
 from gradleak.observations.releases import GRADIENT
-from gradleak.observations.tensors import Tensors
+from gradleak.observations.tensors import Tensors, rounding
 
 R = TypeVar("R", bound=Release)
 
@@ -37,6 +37,7 @@ class Observation(Generic[A]):
     released    the tensors that were shared, by name
     batch_size  number of private inputs, or None
     labels      (batch,) int64 class indices; of a masked language model (batch, longest); or None
+    read_labels (batch,) labels that were read with the help of public data, for attacks that know no better; or None
     precision   the number format in which it was released, e.g. "float32", "float16"
     defenses    what the victim did to the tensors before sharing them; None where that is not known
     factor      what was released is so many times what the release says: of a sum in place of a mean, a loss scale, clipping, or
@@ -52,6 +53,7 @@ class Observation(Generic[A]):
     released: Tensors = field(repr=False)
     batch_size: int | None = None
     labels: Tensor | None = None
+    read_labels: Tensor | None = None
     precision: str = "float32"
     defenses: tuple[Defense, ...] | None = ()
     factor: float = 1.0
@@ -97,6 +99,16 @@ class Observation(Generic[A]):
         """What would have been released, had the secret been these; before any defense."""
         return scaled(self.release.simulate(self.model, self.released, inputs, labels), self.factor)
 
+    def noise(self) -> Tensors:
+        """{name: the deviation of each number of `released` from `simulate` of the secret}: what known defenses have added, where `seen` does
+        not take it away already, and rounding to the number format. White within each tensor. Where nobody knows the defenses, the
+        rounding alone."""
+        added = deviations(self.released, [defense for defense in self.defenses or () if not defense.reads])
+        kept = {
+            n: rounding(t.reshape(1, -1), getattr(torch, self.precision))[0].to(t) for n, t in self.released.items()
+        }
+        return {name: torch.hypot(left, added[name].to(left)) if name in added else left for name, left in kept.items()}
+
     def residual(self, inputs: Any, labels: Tensor | None) -> float:
         """||simulate(inputs, labels) - released|| / ||released||, Euclidean over all released tensors."""
         return float(relative_residual(self.simulate(inputs, labels), self.released))
@@ -134,7 +146,8 @@ class Observation(Generic[A]):
         released = {name: tensor.detach() for name, tensor in self.undefended(inputs, labels).items()}
         defenses = [defense.bound(self.model, inputs) for defense in self.defenses or ()]
         released = defended(released, defenses, torch.Generator().manual_seed(0))
-        return replace(self, released=released, labels=None if self.labels is None else labels)
+        known = {k: None if getattr(self, k) is None else labels for k in ("labels", "read_labels")}
+        return replace(self, released=released, **known)
 
     def withheld(self) -> list[str]:
         """The trained parameters of which nothing was shared."""
@@ -166,11 +179,11 @@ class Observation(Generic[A]):
 
     def to(self, where: torch.device | torch.dtype) -> Self:
         """The same observation on another device, or in another floating-point precision."""
-        labels = self.labels.to(where) if self.labels is not None and isinstance(where, torch.device) else self.labels
+        known = {name: getattr(self, name) for name in ("labels", "read_labels")}
+        if isinstance(where, torch.device):
+            known = {name: None if labels is None else labels.to(where) for name, labels in known.items()}
         released = {name: tensor.to(where) for name, tensor in self.released.items()}
-        return replace(
-            self, model=self.model.to(where), release=self.release.to(where), released=released, labels=labels
-        )
+        return replace(self, model=self.model.to(where), release=self.release.to(where), released=released, **known)
 
 
 PictureObservation = Observation[Architecture]

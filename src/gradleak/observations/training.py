@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -11,10 +11,10 @@ from torch.func import grad
 
 from gradleak.errors import BadInput
 from gradleak.modalities.modality import Inputs
+from gradleak.modalities.words import Optimizer as Optimizer
 from gradleak.observations.orders import SEEDS, SHUFFLERS, Schedule, Shuffler, batches, scheduled, taken
 from gradleak.observations.tensors import Tensors, flatten
 
-Optimizer = Literal["sgd", "momentum", "adam", "adamw"]
 MOMENTUM, BETAS, EPSILON, WEIGHT_DECAY = 0.9, (0.9, 0.999), 1e-8, 0.01  # torch.optim's defaults; momentum as is usual
 
 SMALLEST_RATE, LARGEST_RATE, MOST = 1e-30, 1e30, 1_000_000

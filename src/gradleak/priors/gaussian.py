@@ -3,7 +3,8 @@ natural pictures share (Field 1987, "Relations between the statistics of natural
 """
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
@@ -80,7 +81,7 @@ class GaussianPrior:
         the same for all channels, which correlate; `std` is the mean standard deviation of a pixel.
         """
         channel, height, width = shape
-        down, across = _cosines(height), _cosines(width)
+        down, across = cosines(height), cosines(width)
         waves = torch.einsum("iy,jx->ijyx", down, across).reshape(-1, height, width)  # (h w, h, w), orthonormal
         # Frequencies in cycles per picture; the constant wave gets the power of the lowest frequency.
         y, x = torch.arange(height).double() / 2, torch.arange(width).double() / 2
@@ -107,6 +108,11 @@ class GaussianPrior:
         mixed = (1 - shrinkage) * torch.cov(rows[closest].T) + shrinkage * self.covariance()
         return self._of(self.pictures, rows[closest].mean(0), mixed, None, self.remainder)
 
+    def to(self, where: torch.device | torch.dtype) -> Self:
+        """The same on another device, or in another precision."""
+        moved = {name: getattr(self, name).to(where) for name in ("mean", "components", "std")}
+        return replace(self, **moved, pictures=None)
+
     def pixels(self, coefficients: Tensor) -> Tensor:
         """(..., k) in units of the components' standard deviations -> (..., channel, height, width), not clamped."""
         change: Tensor = torch.einsum("...k,kcyx->...cyx", coefficients.double() * self.std, self.components)
@@ -131,13 +137,32 @@ class GaussianPrior:
         precision = self._spectral(1 / (self.std.square() + self.remainder**2) - self.remainder**-2, self.remainder**-2)
         return ((apart @ precision.to(images)) * apart).mean() / 2
 
+    def denoise(self, images: Tensor, sigma: Tensor) -> Tensor:
+        """`Denoiser.denoise`: the posterior mean, exact (the Wiener filter): mean + C (C + sigma^2 I)^-1 (images - mean)."""
+        mean, noise = self.mean.to(images), sigma.to(images).reshape(-1, 1).square()  # noise (batch or 1, 1)
+        return mean + self.filtered(images - mean, lambda variance: variance / (variance + noise))
+
+    def filtered(self, images: Tensor, gain: Callable[[Tensor], Tensor]) -> Tensor:
+        """gain(C) images, of the covariance C: each principal component times the gain of its variance.
+
+        images (batch, channel, height, width), in whose precision it is computed; gain: variances (1, k), above zero -> (1 or batch, k)."""
+        rows, V = images.flatten(1), self.components.flatten(1).to(images)  # (batch, pixels), (k, pixels)
+        rest = torch.full((1, 1), self.remainder**2).to(images)
+        own, left = gain(self.std.square().to(images)[None] + rest), gain(rest)
+        return (left * rows + (rows @ V.T * (own - left)) @ V).view_as(images)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        channel, height, width = self.mean.shape
+        return channel, height, width
+
     def _spectral(self, values: Tensor, rest: float) -> Tensor:
         """sum_i values_i v_i v_i^T + rest I, with the components v."""
         V = self.components.flatten(1)  # (k, pixels)
         return (V.T * values) @ V + rest * torch.eye(V.shape[1], dtype=V.dtype)
 
 
-def _cosines(n: int) -> Tensor:
+def cosines(n: int) -> Tensor:
     """The orthonormal discrete cosine transform of type II: rows are waves of 0, 1/2, 1, ... cycles, (n, n)."""
     k, i = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
     waves = torch.cos(math.pi * k * (i + 0.5) / n)

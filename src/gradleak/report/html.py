@@ -11,63 +11,24 @@ verdict, its threat model and its attacks.
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined, Template
 
 from gradleak.report.curve import curve
 from gradleak.report.membership import drawn
-from gradleak.report.numbers import (
-    DASH,
-    LEVELS,
-    OUTCOMES,
-    RANK,
-    SHOWN,
-    WHAT_TO_DO,
-    Legend,
-    at,
-    beside,
-    glance,
-    heads,
-    number,
-    present,
-)
+from gradleak.report.numbers import DASH, RANK, Legend, at, beside, glance, heads, number, present
 from gradleak.report.record import Record, Result, Verdict
 from gradleak.report.redaction import is_private
+from gradleak.report.samples import Sample, labels, safe, sample
+from gradleak.report.words import CHANGING, EVIDENCE, LEVELS, OUTCOMES, SHOWN, WHAT_TO_DO
 
-PICTURE = re.compile(r"data:image/png;base64,[A-Za-z0-9+/=]+")
-MOST_SAMPLES = 8  # that are seen at the top without a click
-NOT_RUN = "Not run: "
-EVIDENCE = {  # the heading over the strongest evidence; what the numbers are void for is no evidence, unless it is proven
-    "recovered": "What came back: {}",
-    "partial": "What came back: {}",
-    "members": "The closest attack: {}",
-    "nothing": "The closest attack: {}",
-    "absent": "The closest attack: {}",
-    "unscored": "What {} returned",
-    "void": "What stands: {}",
-}
-
-
-class Cell(NamedTuple):
-    """A picture (a safe URI, or None with a note in its place) or a text, and the scores beneath it."""
-
-    uri: str | None
-    text: str
-    captions: list[str]
-
-
-class Sample(NamedTuple):
-    """One private sample: truth, reconstruction and controls, and (level, words) for each thing to be said of it."""
-
-    number: int
-    cells: list[Cell]
-    marks: list[tuple[str, str]]
+MOST_SAMPLES, FEW = 8, 2  # that are seen at the top without a click; that are shown large
+NOT_RUN = re.compile("Not (run|tried): ")
 
 
 def render(record: Record) -> str:
@@ -86,8 +47,10 @@ def render(record: Record) -> str:
         is_private=is_private(record),
         costs=record.get("costs", []),
         has_intervals=any(key.endswith("_low") for row in record.get("table", []) for key in row),
-        membership=None if (found := record.get("membership")) is None else drawn(found, _safe),
-        plots=[(plot["title"], _safe(plot["image"])) for plot in record.get("plots", [])],
+        membership=None if (found := record.get("membership")) is None else drawn(found, safe),
+        plots=[
+            (plot["title"], safe(plot["image"]), plot.get("words", plot["title"])) for plot in record.get("plots", [])
+        ],
     )
     return page.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate in a recovered text cannot be saved
 
@@ -153,7 +116,7 @@ def _part(record: Record, name: str, is_one_of_several: bool, numbers: Iterator[
     reasons: dict[str, list[str]] = {}
     for row in rows:
         if not _did_run(row):
-            reasons.setdefault(row["status"].removeprefix(NOT_RUN), []).append(row["attack"])
+            reasons.setdefault(NOT_RUN.sub("", row["status"], count=1), []).append(row["attack"])
     best = _strongest(ran, legend, level)
     sections = [_section(row, next(numbers), legend, level) for row in ran]
     about = {
@@ -172,13 +135,20 @@ def _part(record: Record, name: str, is_one_of_several: bool, numbers: Iterator[
         "glance": glance(ran, legend, level) if len(rows) > 1 and ran else None,
         "not_run": [(", ".join(names), reason) for reason, names in reasons.items()],
         "not_run_count": len(rows) - len(ran),
+        "untried": [
+            name
+            for name in ([] if verdict is None else verdict.get("untried", []))
+            if name not in {row["attack"] for row in rows}
+        ],
+        "remedies": [] if level not in CHANGING else record.get("remedies", {}).get(name, []),
+        "has_intervals": any(row.get("intervals") for row in ran),
         "empty": "membership" not in record,
         "flags": [] if ran else list({flag["name"]: flag for row in rows for flag in row["flags"]}.values()),
     }
 
 
 def _did_run(row: Result) -> bool:
-    return row.get("ran", not row["status"].startswith(NOT_RUN))
+    return row.get("ran", not NOT_RUN.match(row["status"]))
 
 
 def _strongest(ran: Sequence[Result], legend: Legend, level: str) -> int | None:
@@ -210,17 +180,21 @@ def _evidence(section: dict[str, Any], level: str, legend: Legend) -> dict[str, 
 
     best = samples if len(samples) <= MOST_SAMPLES else sorted(samples, key=worth, reverse=True)[:MOST_SAMPLES]
     rest = [sample for sample in samples if sample not in best]
-    return {"title": EVIDENCE[level].format(row["attack"]), "section": section, "best": best, "rest": rest}
+    return {
+        "title": EVIDENCE[level].format(row["attack"]),
+        "section": section,
+        "best": best,
+        "rest": rest,
+        "big": len(best) <= FEW,
+        "terms": legend.terms(row),
+    }
 
 
 def _section(row: Result, place: int, legend: Legend, level: str) -> dict[str, Any]:
     """What the template needs to draw one attack."""
     shown, is_text = row.get("shown", {}), row.get("media") != "image/png"
     series = legend.series(shown)
-    samples = [
-        Sample(i + 1, [_cell(row, name, i, legend) for name in series], _marks(row, i, level))
-        for i in range(max(map(len, shown.values()), default=0))
-    ]
+    samples = [sample(row, i, series, level, legend) for i in range(max(map(len, shown.values()), default=0))]
     given = "labels" in row["observation"].get("revealed", [])
     oracles = [key for key in legend.series(row["controls"]) if key in legend.controls and not legend.is_blind(key)]
     return {
@@ -234,8 +208,9 @@ def _section(row: Result, place: int, legend: Legend, level: str) -> dict[str, A
         "own": [k for k, name in enumerate(series) if name in SHOWN],
         "guessed": [k for k, name in enumerate(series) if name not in SHOWN],
         "samples": samples,
-        "labels": _labels(row, given),
+        "labels": labels(row, given),
         "scores": [legend.group(name, row) for name in legend.measured(row)],
+        "repeats": legend.repeats(row),
         "oracles": [legend.label(key) for key in oracles],
         "has_rank": bool(row["scores"].get(RANK)),
         "curve": curve(row.get("trace", [])),
@@ -247,54 +222,3 @@ def _section(row: Result, place: int, legend: Legend, level: str) -> dict[str, A
             "Defense": describe(row["defense"]),
         },
     }
-
-
-def _cell(row: Result, name: str, index: int, legend: Legend) -> Cell:
-    value = at(row.get("shown", {})[name], index)
-    scores = row["scores"] if name == "reconstruction" else row["controls"].get(name, {})
-    captions = [legend.caption(key, at(scores[key], index)) for key in legend.measured(row) if key in scores]
-    if row.get("media") != "image/png":
-        return Cell(None, value or "", captions[:1])
-    uri = _safe(value)
-    note = "" if uri else "no picture" if value is None else "left out: not an embedded PNG"
-    return Cell(uri, note, captions)
-
-
-def _marks(row: Result, index: int, level: str) -> list[tuple[str, str]]:
-    """(level, words): whether a sample is proven, and what the truth says of it. Where all is void, only a proof stands."""
-    proven, recovered = at(row.get("proven", []), index), at(row.get("recovered", []), index)
-    proof = [("recovered", "Proven")] if proven else []
-    if recovered is None:
-        return proof or ([("unscored", "Not proven")] if proven is False else [])
-    if level == "void":
-        return proof or [("void", "Void")]
-    if recovered:
-        return [*proof, ("recovered", "Recovered" if row.get("media") == "image/png" else "Recovered word for word")]
-    return [
-        *proof,
-        ("partial", "Recovered in part") if at(row.get("partly", []), index) else ("unscored", "Not recovered"),
-    ]
-
-
-def _labels(row: Result, given: bool) -> str:
-    """A sentence on the class labels, or nothing. "Class 0", since "recovered 0" would say that none was."""
-    labels = row.get("labels")
-    if not labels or not labels["recovered"]:
-        return ""
-    recovered = _classes(labels["recovered"])
-    if given:
-        return f"The attacker was given {recovered}."
-    if "true" not in labels:
-        return f"Recovered {recovered}."
-    right, total = (Counter(labels["recovered"]) & Counter(labels["true"])).total(), len(labels["true"])
-    order = ", in whatever order" if total > 1 else ""
-    return f"Recovered {recovered}; true {_classes(labels['true'])}: {right} of {total} right{order}."
-
-
-def _classes(labels: Sequence[int | str]) -> str:
-    return f"class{'es' if len(labels) > 1 else ''} {', '.join(map(str, labels))}"
-
-
-def _safe(uri: str | None) -> str | None:
-    """The URI of an embedded PNG, or None: nothing else may stand in an image's source."""
-    return uri if uri is not None and PICTURE.fullmatch(uri) else None

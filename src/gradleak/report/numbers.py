@@ -10,41 +10,12 @@ from itertools import zip_longest
 from typing import Any, NamedTuple, TypeVar
 
 from gradleak.report.record import Control, Metric, Numbers, Result
+from gradleak.report.words import IDENTIFIED, OUTCOMES, SHOWN, TERMS
 
 T = TypeVar("T")
 DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 SIGNS = {"higher": +1, "lower": -1, "unknown": 0}
 RANK = "identification_rank"
-LEVELS = {
-    "recovered": "Private data recovered",
-    "partial": "Private data partly recovered",
-    "members": "Who was in the training data can be told",
-    "nothing": "Nothing recovered: no proof of safety",
-    "absent": "Not in the release: nothing to recover",
-    "unscored": "Not scored",
-    "void": "Void: these numbers mean nothing",
-}
-PRIVATELY = (
-    "Rounding, pruning and merging hide little; differentially private training bounds every attack. Then audit again."
-)
-WHAT_TO_DO = {
-    "recovered": f"Do not share it as it is. {PRIVATELY}",
-    "partial": f"Do not share it as it is. {PRIVATELY}",
-    "members": f"Do not share it with anybody who may hold such samples, and learn from it whose they are. {PRIVATELY}",
-    "nothing": "Do not take it for safe. Try what was not tried; if you hold the training data, ask with --members which samples it tells.",
-    "absent": "Nothing, as long as nobody sees more than is said below.",
-    "unscored": "Nothing yet: with the truth at hand, or with --members and --non-members, it can be said what leaked.",
-    "void": "Mend what the checks name, and run again. Share nothing on the strength of these numbers.",
-}
-OUTCOMES = {  # of what was observed
-    "solved": "explains all",
-    "close": "explains most",
-    "guessed": "a guess",
-    "stuck": "explains little",
-    "nothing": "nothing came out",
-    "diverged": "diverged",
-}
-SHOWN = {"truth": "Truth", "reconstruction": "Reconstruction"}  # beside the controls
 
 
 class ScoreGroup(NamedTuple):
@@ -57,11 +28,12 @@ class ScoreGroup(NamedTuple):
 
 
 class Glance(NamedTuple):
-    """A table of all attacks: heads, and whether what stands beneath is a number; one row per attack."""
+    """A table of all attacks: heads, and whether what stands beneath is a number; one row per attack; (word, meaning) of its heads."""
 
     heads: list[tuple[str, bool]]
     rows: list[list[str]]
     has_scores: bool
+    terms: list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -93,6 +65,37 @@ class Legend:
         """Truth and reconstruction first, then the controls as the record describes them, then the others."""
         return ordered(names, [*SHOWN, *self.controls])
 
+    def terms(self, row: Result) -> list[tuple[str, str]]:
+        """(word, what it means) of all that stands under this row's samples."""
+        scored, controls = self.measured(row), self.series(row["controls"])
+        told = [(self.metric(name)["label"], self.metric(name).get("meaning", "")) for name in scored]
+        told += [
+            (self.label(name), self.controls[name].get("meaning", "")) for name in controls if name in self.controls
+        ]
+        if any(row.get("proven", [])):
+            told.append(("Proven", TERMS["Proven"]))
+        if "decoys" in row:
+            told.append((f"Identified among {row['decoys'] + 1}", IDENTIFIED))
+        return [(word, meaning) for word, meaning in told if meaning]
+
+    def repeats(self, row: Result) -> tuple[list[str], list[list[str]]]:
+        """(heads, a row for each seed) of an attack that ran under several; nothing of others."""
+        repeats, names = row.get("repeats", []), self.measured(row)
+        if not repeats:
+            return [], []
+        counts = any("recovered" in one for one in repeats)
+        names = [name for name in names if name in repeats[0]["scores"]]
+        heads = ["Seed", *(["Recovered", "In part or whole"] if counts else []), *map(self.title, names), "Residual"]
+        return heads, [
+            [
+                str(one["seed"]),
+                *([str(one.get("recovered", DASH)), str(one.get("partly", DASH))] if counts else []),
+                *(self.score(name, one["scores"].get(name)) for name in names),
+                number(one["residual"], ".3g"),
+            ]
+            for one in repeats
+        ]
+
     def measured(self, row: Result) -> list[str]:
         """The metrics of a row, the most important first: that is the one that its `leads` are measured by."""
         return ordered((name for name, values in row["scores"].items() if values), self.metrics)
@@ -111,6 +114,15 @@ class Legend:
         there = present(values)
         share = "" if len(there) in (0, len(values)) else f" ({len(there)} of {len(values)})"
         return number(mean(there), f".{max(1, self.metric(name)['decimals'])}f") + share
+
+    def reach(self, name: str, row: Result) -> str:
+        """The interval of a mean, to stand behind it; nothing where the row has none."""
+        if name not in row.get("intervals", {}):
+            return ""
+        first = self.measured(row)[0]
+        form = f".{max(1, self.metric(first if name == 'leads' else name)['decimals'] - 1)}f"
+        low, high = (number(end, form) for end in row["intervals"][name])
+        return f"\N{NO-BREAK SPACE}[{low}, {high}]"
 
     def gap(self, name: str, value: float | None, least: int = 0) -> str:
         """A difference, with its sign."""
@@ -150,7 +162,9 @@ class Legend:
             for i in range(max(map(len, columns)))
         ]
         means = [self.mean(name, column) for column in columns]
-        rows.append([*means, self.gap(name, whole_mean(gaps), 1)] if gaps else means)
+        means[0] += self.reach(name, row)
+        gap = self.gap(name, whole_mean(gaps), 1) + (self.reach("leads", row) if gaps == row.get("leads") else "")
+        rows.append([*means, gap] if gaps else means)
         heads = ["Attack", *map(self.label, controls), *(["Gap"] if gaps else [])]
         return ScoreGroup(self.title(name), heads, rows, bool(gaps))
 
@@ -165,10 +179,14 @@ def glance(ran: Sequence[Result], legend: Legend, level: str) -> Glance:
         words["Number of samples"] = [_count(row) for row in ran]
     numbers: dict[str, list[str]] = {}
     for name in names:
-        numbers[legend.title(name)] = [legend.mean(name, row["scores"].get(name, [])) for row in ran]
+        numbers[legend.title(name)] = [
+            legend.mean(name, row["scores"].get(name, [])) + legend.reach(name, row) for row in ran
+        ]
         if name == names[0] and any(legend.gaps(name, row) for row in ran):
             numbers["Best blind control"] = [legend.score(name, legend.best_blind(name, row)) for row in ran]
-            numbers["Gap"] = [legend.gap(name, whole_mean(legend.gaps(name, row)), 1) for row in ran]
+            numbers["Gap"] = [
+                legend.gap(name, whole_mean(legend.gaps(name, row)), 1) + legend.reach("leads", row) for row in ran
+            ]
     if any(row["scores"].get(RANK) for row in ran):
         ranks = [row["scores"].get(RANK, []) for row in ran]
         numbers["Identified"] = [f"{sum(r == 1 for r in own)} of {len(own)}" if own else DASH for own in ranks]
@@ -177,7 +195,8 @@ def glance(ran: Sequence[Result], legend: Legend, level: str) -> Glance:
     flags = {"Flags": [_flag_count(row) for row in ran]}
     columns = [(head, kind is numbers, cells) for kind in (words, numbers, flags) for head, cells in kind.items()]
     rows = [list(row) for row in zip(*(cells for _, _, cells in columns), strict=True)]
-    return Glance([(head, is_number) for head, is_number, _ in columns], rows, bool(names))
+    terms = [(head, TERMS[head]) for head, _, _ in columns if head in TERMS]
+    return Glance([(head, is_number) for head, is_number, _ in columns], rows, bool(names), terms)
 
 
 def _recovered(row: Result, level: str) -> str:

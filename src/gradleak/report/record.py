@@ -65,11 +65,24 @@ class Verdict(TypedDict):
     absent     none did, and the release does not hold the information
     unscored   there was no secret to compare with, and nothing is proven
     void       a check says that the numbers mean nothing
+
+    headline: the same in one sentence for everybody; untried: attacks that read such a release and were not asked for.
     """
 
     level: Level
     sentence: str
+    headline: NotRequired[str]
+    untried: NotRequired[Sequence[str]]
     observation: NotRequired[str]
+
+
+class Remedy(TypedDict):
+    """A change to what is shared, what it does to attackers who know of it and what it costs, both as measured, and where."""
+
+    change: str
+    effect: str
+    cost: str
+    source: str
 
 
 class Flag(TypedDict):
@@ -95,26 +108,29 @@ class Count(TypedDict):
 
 
 class Metric(TypedDict):
-    """How a metric is written; better says whether more or less of it is."""
+    """How a metric is written; better says whether more or less of it is; meaning: what a reader has to know of it."""
 
     label: str
     unit: str
     better: Literal["higher", "lower", "unknown"]
     decimals: Annotated[int, Meta(ge=0, le=12)]
+    meaning: NotRequired[str]
 
 
 class Control(TypedDict):
-    """How a control is called; blind: it has seen neither observation nor truth."""
+    """How a control is called; blind: it has seen neither observation nor truth; meaning: what it is."""
 
     label: str
     blind: bool
+    meaning: NotRequired[str]
 
 
 class Plot(TypedDict):
-    """A finished figure, as a `data:image/png;base64,` URI."""
+    """A finished figure, as a `data:image/png;base64,` URI; words: what it shows, for those who do not see it."""
 
     title: str
     image: str
+    words: NotRequired[str]
 
 
 class Seen(TypedDict, total=False):
@@ -124,12 +140,23 @@ class Seen(TypedDict, total=False):
     revealed: Sequence[str]
 
 
+class Repeat(TypedDict):
+    """The same attack under another seed: means of its scores, and how many samples came back whole, and in part or whole."""
+
+    seed: int
+    residual: float | None
+    scores: Mapping[str, float | None]
+    recovered: NotRequired[int]
+    partly: NotRequired[int]
+
+
 class Result(TypedDict):
-    """One attack run. Every list that is "per sample" is in matched order: entry i is about true sample i.
+    """One attack run, or of several seeds the one that explains most. Every list that is "per sample" is in matched order: entry i is about true sample i.
 
     `identification_rank` counts from 1: 1 says that the true sample was the nearest of all candidates. `controls` and `shown`
     use the same names; `shown` has truth and reconstruction besides, each a list of `data:image/png;base64,` URIs or of
     texts, as `media` says. `leads`: by how much the attack is ahead of the best blind control, by the first metric.
+    `intervals`: of 95 %, of the mean of a metric, and of the leads.
     """
 
     attack: str
@@ -148,6 +175,8 @@ class Result(TypedDict):
     leads: NotRequired[Numbers]
     recovered: NotRequired[Sequence[bool]]
     partly: NotRequired[Sequence[bool]]
+    intervals: NotRequired[Mapping[str, tuple[float, float]]]
+    repeats: NotRequired[Sequence[Repeat]]
     proven: NotRequired[Sequence[bool]]
     trace: NotRequired[Sequence[tuple[int, float | None]]]  # (iteration, objective)
     media: NotRequired[Literal["image/png", "text/plain"]]
@@ -174,6 +203,7 @@ class Record(TypedDict):
     verdict: Verdict
     results: list[Result]
     verdicts: NotRequired[Sequence[Verdict]]
+    remedies: NotRequired[Mapping[str, Sequence[Remedy]]]  # of each observation
     redacted: NotRequired[bool]  # hashes stand where pictures and texts stood
     metrics: NotRequired[Mapping[str, Metric]]
     controls: NotRequired[Mapping[str, Control]]

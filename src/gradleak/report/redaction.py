@@ -1,6 +1,7 @@
 """A record without private data: scores, counts and hashes stay; pictures, texts, labels and the places of files do not."""
 
 import hashlib
+import re
 from pathlib import PurePath
 from typing import Any
 
@@ -56,15 +57,17 @@ def without_data(row: Result) -> Result:
 
 def hashed(value: str) -> str:
     """A short SHA-256, which tells only whoever has the data which of them it was."""
+    if re.fullmatch(r"SHA-256 [0-9a-f]{16}", value):  # of a record that is redacted already
+        return value
     return f"SHA-256 {hashlib.sha256(value.encode('utf-8', 'replace')).hexdigest()[:16]}"
 
 
 def unsaid(verdict: Any, said: set[str]) -> Any:
     """The verdict without the sentences that name private words."""
-    sentence = verdict["sentence"]
+    sentences = {key: verdict[key] for key in ("headline", "sentence") if key in verdict}
     for one in said:
-        sentence = sentence.replace(one, REMOVED)
-    return {**verdict, "sentence": sentence}
+        sentences = {key: text.replace(one, REMOVED) for key, text in sentences.items()}
+    return {**verdict, **sentences}
 
 
 def without_place(value: Any) -> Any:

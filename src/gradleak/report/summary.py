@@ -7,20 +7,23 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from gradleak.report.numbers import LEVELS, Legend, mean, present
-from gradleak.report.record import Record, Result
+from gradleak.report.numbers import Legend, mean, present
+from gradleak.report.record import Record, Result, Verdict
+from gradleak.report.scores import as_csv
+from gradleak.report.words import LEVELS
 
-FILES = ("summary.json", "summary.md", "junit.xml", "results.sarif")
+FILES = ("summary.json", "summary.md", "junit.xml", "results.sarif", "samples.csv")
 MEMBERSHIP = ("members", "fresh", "best", "scores", "certificate", "verdict", "sentence")
 SARIF = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 
 
 def save(record: Record, folder: Path) -> None:
-    """Write all four forms beside the record."""
+    """Write all forms beside the record."""
     short = summary(record)
     (folder / "summary.json").write_text(json.dumps(short, indent=1) + "\n", encoding="utf-8")
     (folder / "summary.md").write_text(markdown(short), encoding="utf-8")
     (folder / "junit.xml").write_bytes(junit(short))
+    (folder / "samples.csv").write_text(as_csv(record), encoding="utf-8")
     (folder / "results.sarif").write_text(json.dumps(sarif(short), indent=1) + "\n", encoding="utf-8")
 
 
@@ -35,6 +38,14 @@ def summary(record: Record) -> dict[str, Any]:
         "membership": {key: value for key, value in (found or {}).items() if key in MEMBERSHIP} or None,
         "attacks": [attack(row, legend) for row in record["results"]],
     }
+
+
+def in_words(verdict: Verdict) -> str:
+    """A verdict for a terminal: its sentences, and what was not tried."""
+    lines = [verdict.get("headline", ""), verdict["sentence"]]
+    if untried := verdict.get("untried"):
+        lines.append(f"Not tried: {', '.join(untried)}.")
+    return "\n".join(line for line in lines if line)
 
 
 def attack(row: Result, legend: Legend) -> dict[str, Any]:
@@ -71,7 +82,13 @@ def leaked(row: Mapping[str, Any]) -> str:
 def markdown(short: Mapping[str, Any]) -> str:
     """A section for a job's page or a model card."""
     verdict = short["verdict"]
-    lines = ["## Privacy audit by gradleak", "", f"**{verdict['title']}.** {one_line(verdict['sentence'])}", ""]
+    lines = [
+        "## Privacy audit by gradleak",
+        "",
+        f"**{verdict['title']}.** {one_line(verdict.get('headline', ''))}".rstrip(),
+        "",
+    ]
+    lines += [one_line(verdict["sentence"]), ""]
     ran = [row for row in short["attacks"] if row["ran"]]
     if ran:
         lines += [
@@ -81,6 +98,8 @@ def markdown(short: Mapping[str, Any]) -> str:
         lines += [f"| {' | '.join(cells(row))} |" for row in ran]
     if rest := [row["attack"] for row in short["attacks"] if not row["ran"]]:
         lines += ["", f"Not run: {', '.join(rest)}."]
+    if untried := verdict.get("untried"):
+        lines += ["", f"Not tried, although they read such a release: {', '.join(untried)}."]
     return "\n".join([*lines, "", f"gradleak {short['gradleak']}", ""])
 
 
@@ -153,7 +172,7 @@ def sarif(short: Mapping[str, Any]) -> dict[str, Any]:
             )
     rules = [{"id": name, "shortDescription": {"text": f"What {name} gets out of the release"}} for name in names]
     driver = {"name": "gradleak", "semanticVersion": short["gradleak"], "rules": rules}
-    notes = [{"level": "note", "message": {"text": short["verdict"]["sentence"]}}]
+    notes = [{"level": "note", "message": {"text": in_words(short["verdict"])}}]
     run = {
         "tool": {"driver": driver},
         "results": results,

@@ -10,7 +10,9 @@ from functools import lru_cache
 
 import torch
 
-from gradleak.attacks.label_counts import Counter, counts_by_means, evidence, frequent_counts
+from gradleak.attacks.label_counts.counter import Counter
+from gradleak.attacks.label_counts.evidence import evidence
+from gradleak.attacks.label_counts.label_counts import counts_by_means, frequent_counts
 from gradleak.attacks.labels import recover_labels
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures, load

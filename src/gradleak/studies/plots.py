@@ -104,6 +104,18 @@ def curve(table: Table, x: str, y: str, by: Sequence[str] = (), control: str | N
     return figure
 
 
+def in_words(title: str, figure: "Figure") -> str:
+    """What a figure shows, for those who do not see it: its title, what stands against what, and the names of its lines or bars."""
+    said = [title]
+    for axes in figure.axes:
+        ends = [text for text in (axes.get_ylabel(), axes.get_xlabel()) if text]
+        legend = axes.get_legend()
+        names = [text.get_text() for text in legend.get_texts()] if legend is not None else []
+        parts = [axes.get_title(), " against ".join(ends), f"for {', '.join(names)}" if names else ""]
+        said.append(" ".join(part for part in parts if part))
+    return f"{'; '.join(dict.fromkeys(part for part in said if part))}. The numbers stand in the table."
+
+
 def png(figure: "Figure") -> bytes:
     """For screens."""
     return saved(figure, "png", dpi=150)

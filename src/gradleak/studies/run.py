@@ -17,7 +17,7 @@ from gradleak.errors import BadInput
 from gradleak.report import html, record
 from gradleak.studies import executors
 from gradleak.studies.findings import Findings, opening
-from gradleak.studies.plots import data_uri, pdf, png
+from gradleak.studies.plots import data_uri, in_words, pdf, png
 from gradleak.studies.results import SCHEMA, Owner, Results, write
 from gradleak.studies.revision import revision, whole
 from gradleak.studies.study import Bench, Cell, Done, OnStep, Row, Size, Study, plan, tasks
@@ -140,7 +140,10 @@ class Writer:
             write(out / f"plot-{number}.png", images[title])
             write(out / f"plot-{number}.pdf", pdf(figure))
         self.record["table"], self.record["costs"] = table.all, table.cost
-        self.record["plots"] = [{"title": title, "image": data_uri(image)} for title, image in images.items()]
+        self.record["plots"] = [
+            {"title": title, "image": data_uri(images[title]), "words": in_words(title, figure)}
+            for title, figure in told.plots.items()
+        ]
         self.record["verdict"] = {"level": "unscored", "sentence": told.sentence}
         record.write(self.record, out / "record.json")
         write(out / "report.html", html.render(self.record).encode())

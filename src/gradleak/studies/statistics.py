@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from gradleak.audit.intervals import share
+
 RESAMPLES = 2_000
 
 
@@ -20,14 +22,6 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
     return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
 
 
-def share_interval(hits: int, trials: int) -> tuple[float, float]:
-    """Clopper and Pearson's exact interval of a share."""
-    from scipy.stats import binomtest
-
-    found = binomtest(hits, trials).proportion_ci()
-    return float(found.low), float(found.high)
-
-
 def summary(name: str, values: Sequence[Any]) -> dict[str, float | None]:
     """{name: mean, name_low, name_high} of one column of samples: shares of true and false, means of numbers."""
     known = [v for v in values if v is not None]
@@ -35,7 +29,7 @@ def summary(name: str, values: Sequence[Any]) -> dict[str, float | None]:
         return {name: None}
     mean = math.fsum(known) / len(known)
     if all(isinstance(v, bool) for v in known):
-        low, high = share_interval(sum(known), len(known))
+        low, high = share(sum(known), len(known))
     elif (interval := mean_interval(known)) is None:
         return {name: mean}
     else:

@@ -9,7 +9,6 @@ import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,8 +16,8 @@ from torch import Tensor
 from gradleak.errors import BadInput, shortened
 from gradleak.modalities.pictures import Pictures, load
 from gradleak.modalities.texts import load_texts
+from gradleak.modalities.words import Canary
 
-Kind = Literal["text", "mislabelled", "pattern"]
 BLANK = re.compile(r"\{(digits|words):([1-9]\d{0,2})\}")
 FEWEST_WORDS = 20  # that random sequences are made of
 MOST_WORDS = 10_000
@@ -91,7 +90,7 @@ def random_texts(template: Template, count: int, seed: int) -> list[str]:
     return [template.filled(number) for number in drawn]
 
 
-def random_pictures(kind: Kind, source: str, split: str, count: int, seed: int) -> Pictures:
+def random_pictures(kind: Canary, source: str, split: str, count: int, seed: int) -> Pictures:
     """So many pictures of the source with a label that is not theirs, or patterns of random blocks with random labels.
 
     Raises BadInput for a source with too few pictures, or with one class only.

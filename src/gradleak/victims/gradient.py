@@ -131,7 +131,8 @@ def keep_secret(model: Model[Any], private: Any, *, seed: int = 0) -> Secret:
     """Private data as the model is fed with them; BadInput for data or labels that it cannot take."""
     inputs, labels = model.architecture.feed(private, seed=seed)
     model.check_takes(inputs)
-    return Secret(inputs, labels, f"{private.source} {private.split}")
+    names = private.names if len(private.names) == model.architecture.classes else ()
+    return Secret(inputs, labels, f"{private.source} {private.split}", names)
 
 
 def revealable(secret: Secret) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from tyro.conf import UseAppendAction
 
 from gradleak.errors import BadInput
-from gradleak.formats.model_folder import is_language_model, read_base, read_language_model
+from gradleak.formats.model_folder import folder_of, is_language_model, read_base, read_language_model
 from gradleak.formats.secret_file import Secret
 from gradleak.modalities.language_models import Task
 from gradleak.modalities.networks import BINARY, Architecture
@@ -35,8 +35,8 @@ class Private:
     """What every victim is asked that holds a batch."""
 
     model: str = "lenet"
-    """A model of `gradleak list`, package.module:factory of your own, or the folder of a transformers language model with its
-    tokenizer; --data are texts then, and "pictures" below means texts."""
+    """A model of `gradleak list`, package.module:factory of your own, or a model of the transformers library, as a folder or a name on the
+    Hugging Face hub; of a language model --data are texts, and "pictures" below means texts."""
     weights: Path | None = None
     """Start from these parameters (safetensors) in place of a random initialisation; of pictures only."""
     epochs: int | None = 0
@@ -58,20 +58,15 @@ class Private:
     hide_batch_size: bool = False
     """Withhold the number of pictures."""
 
-    @property
-    def language(self) -> bool:
-        """Whether --model is the folder of a language model."""
-        return Path(self.model).is_dir() and is_language_model(Path(self.model))
-
     def private(self, mode: Mode, public: int, seed: int, start: Start) -> tuple[Model[Any], Any]:
         """The model, trained on so many `public` pictures if it has to be, and the private data."""
-        if Path(self.model).is_dir() and self.epochs:
+        folder = folder_of(self.model)
+        if folder is not None and self.epochs:
             raise BadInput(f"{self.model} is trained already: leave --epochs out.")
-        if self.language:
-            return self.private_texts(mode, seed)
+        if folder is not None and is_language_model(folder):
+            return self.private_texts(folder, mode, seed)
         if self.task is not None:
             raise BadInput("--task is for language models: give the folder of one with --model.")
-        folder = Path(self.model) if Path(self.model).is_dir() else None
         resize = self.resize
         if folder is not None:
             module, architecture = read_base(folder)
@@ -93,7 +88,7 @@ class Private:
             raise BadInput(f"{folder} comes with its weights: leave --weights out.")
         return Model.of(module, architecture, mode=mode), data
 
-    def private_texts(self, mode: Mode, seed: int) -> tuple[Model[Any], Any]:
+    def private_texts(self, folder: Path, mode: Mode, seed: int) -> tuple[Model[Any], Any]:
         """The language model of a folder, and the private texts."""
         for name in ("weights", "resize"):
             if getattr(self, name) is not None:
@@ -101,7 +96,7 @@ class Private:
         if mode == "train":
             raise BadInput("Language models are trained without dropout here: --mode eval is all there is.")
         data = load_texts(self.data, self.split, indices=self.indices)
-        model = read_language_model(Path(self.model), self.task or "classification", classes=data.classes, seed=seed)
+        model = read_language_model(folder, self.task or "classification", classes=data.classes, seed=seed)
         return model, data
 
     def shown(self) -> dict[str, Any]:
@@ -175,8 +170,8 @@ class CaptureAdapter(Private):
     """Fine-tune a LoRA adapter on private pictures with the PEFT library, keep the folder that it saves."""
 
     model: str = "vit"
-    """A model of `gradleak list`, package.module:factory of your own, or the folder of a trained transformers model: of
-    pictures, or with its tokenizer of texts."""
+    """A model of `gradleak list`, package.module:factory of your own, or a trained model of the transformers library, of pictures or of
+    texts, as a folder or a name on the Hugging Face hub."""
     epochs: int | None = None
     """Before that, train the base model for so many epochs on 5,000 pictures of the training split; cached. 5 unless this is
     given; of a model of `gradleak list` only."""
@@ -204,7 +199,11 @@ class CaptureAdapter(Private):
 
     def __call__(self, out: Path, seed: int, start: Start) -> tuple[Observation[Any], Secret]:
         """The observation and the secret; out/adapter, out/base and perhaps out/initial are written."""
-        trained = self if Path(self.model).is_dir() else replace(self, epochs=5 if self.epochs is None else self.epochs)
+        trained = (
+            self
+            if folder_of(self.model) is not None
+            else replace(self, epochs=5 if self.epochs is None else self.epochs)
+        )
         model, data = trained.private("eval", PUBLIC_ADAPTED, seed, start)
         init: Init = True if self.init == "default" else self.init
         observation, secret = fine_tune(

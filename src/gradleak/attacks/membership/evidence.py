@@ -1,6 +1,5 @@
 """What scores of membership are made of: each candidate's loss before and after training, and its gradient between."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.func import grad
 
+from gradleak.attacks.membership.one_by_one import Function, one_by_one
 from gradleak.attacks.search.descend import OnStep
 from gradleak.errors import NotObserved
 from gradleak.observations.model import Model
@@ -40,18 +40,15 @@ class Evidence:
         model = self.observation.model
         return model if model.mode == "eval" else model.assume(mode="eval")
 
-    def one_by_one(self) -> Iterator[tuple[Any, Tensor | None]]:
-        """Each candidate as a batch of one."""
-        for i in range(len(self.inputs)):
-            yield self.inputs[i : i + 1], None if self.labels is None else self.labels[i : i + 1]
-            if self.on_step is not None:
-                self.on_step(i + 1, len(self.inputs), 0.0)
-
     def losses(self, tensors: Tensors) -> Tensor:
         """(n,) loss of each candidate with these tensors in place of what was trained."""
-        model, release = self.model, self.observation.release
+        model, merged = self.model, self.observation.release.merged(self.observation.model, tensors)
         with torch.no_grad():
-            return torch.stack([release.loss(model, tensors, x, y) for x, y in self.one_by_one()]).double()
+            return self.of_each(lambda x, y: model.loss(merged, x, y)).double()
+
+    def of_each(self, function: Function) -> Tensor:
+        """What it says of each candidate."""
+        return one_by_one(function, self.inputs, self.labels, self.on_step)
 
     @cached_property
     def before(self) -> Tensor:
@@ -96,13 +93,10 @@ class Evidence:
         moved = {name: half[name] for name in self.drawn}
         rest = {name: tensor for name, tensor in half.items() if name not in moved}
 
-        def loss(moved: Tensors, x: Any, y: Tensor | None) -> Tensor:
-            return release.loss(model, {**rest, **moved}, x, y)
+        def own(x: Any, y: Tensor | None) -> Tensor:
+            return self.of_drawn(grad(lambda moved: release.loss(model, {**rest, **moved}, x, y))(moved))
 
-        rows = torch.empty(len(self.inputs), len(self.descent))
-        for i, (x, y) in enumerate(self.one_by_one()):
-            rows[i] = self.of_drawn(grad(loss)(moved, x, y))
-        return rows
+        return self.of_each(own)
 
     @property
     def layers(self) -> list[int]:
@@ -111,4 +105,4 @@ class Evidence:
 
     def of_drawn(self, tensors: Tensors) -> Tensor:
         """(d,) the numbers that were drawn, tensor after tensor."""
-        return torch.cat([tensors[name].detach().flatten()[rows] for name, rows in self.drawn.items()])
+        return torch.cat([tensors[name].flatten()[rows] for name, rows in self.drawn.items()])

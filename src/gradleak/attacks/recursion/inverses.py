@@ -22,6 +22,7 @@ class Signal:
     value     what flows there: averages over pool x pool cells, or maxima of choice x choice cells
     delta     the gradient of the loss there; where the value is a maximum, of the loss by that
     doubtful  whether `value` was chosen between two that are possible: a guess can improve the choice
+    gated     whether a ReLU behind is not undone: nothing is known of the value, and delta is what it is if all units are on
     """
 
     value: Belief
@@ -29,6 +30,12 @@ class Signal:
     pool: int = 1
     choice: int = 1
     doubtful: bool = False
+    gated: bool = False
+
+
+def unknown(like: Tensor) -> Belief:
+    """Nothing."""
+    return Belief(torch.zeros_like(like), torch.full_like(like, torch.inf))
 
 
 def before(layer: nn.Module, typical: Tensor, after: Signal, guess: Tensor | None = None) -> Signal | None:
@@ -45,7 +52,12 @@ def before(layer: nn.Module, typical: Tensor, after: Signal, guess: Tensor | Non
             return replace(after, value=value, delta=delta) if bool((scale > 0).all()) else None
         value = value if after.pool > 1 else value.reshape(*shape)
         return replace(after, value=value, delta=delta.reshape(*shape))
-    if type(layer) in ACTIVATIONS and after.pool == 1 and (type(layer) is not nn.GELU or after.choice == 1):
+    if (
+        type(layer) in ACTIVATIONS
+        and after.pool == 1
+        and not after.gated
+        and (type(layer) is not nn.GELU or after.choice == 1)
+    ):
         z, slope = ACTIVATIONS[type(layer)](layer, after.value, typical, guess)
         d = after.delta
         spread = d.variance * slope.value.square() + (d.value.square() + d.variance) * slope.variance
@@ -56,7 +68,9 @@ def before(layer: nn.Module, typical: Tensor, after: Signal, guess: Tensor | Non
             and bool((near | (after.value.value < 0)).any())
         )
         return Signal(z, Belief(d.value * slope.value, spread), choice=after.choice, doubtful=doubtful)
-    if after.pool > 1 or after.choice > 1:
+    if type(layer) is nn.ReLU and after.pool > 1:
+        return Signal(unknown(after.delta.value), after.delta, gated=True)
+    if after.pool > 1 or after.choice > 1 or after.gated:
         return None
     if size := _mean_pool(layer, shape):
         return Signal(after.value, _unpool(after.delta, size, shape), pool=size)
@@ -139,7 +153,8 @@ def _rectified(layer: nn.Module, a: Belief, _: Tensor, guess: Tensor | None) -> 
     common = a.value.square().mean().sqrt() + TINY  # so many are as close as that by chance
     near = a.value.abs() < 6 * std
     surely = bool((a.variance <= EXACT).any())  # units that were off are known to be, so that all others were on
-    active = a.value > torch.where(near & (a.variance > EXACT), 0 if low or surely else 4 * std, 1e-12 * common)
+    least = 0 if low or surely else torch.minimum(4 * std, -2 * a.value.min())  # what is below zero is an error
+    active = a.value > torch.where(near & (a.variance > EXACT), least, 1e-12 * common)
     if guess is not None:
         active, near = torch.where(near, guess > 0, active), near & (guess.abs() < std)
     slope = torch.where(active, 1.0, low).to(a.value)

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 DENSE = 4096  # unknowns up to which all of the normal matrix is factorised
+ROUNDS = 6  # in which rows of the gradient may be left out
+OUTLIER = 30  # times the median of the squared misfit
 SAMPLES = 64  # of the posterior, for its variance where the exact one would cost more than the solution
 
 
@@ -117,17 +119,43 @@ class Equations:
     def solve(self, precision: Tensor | None = None) -> tuple[Belief, Tensor | None]:
         """The posterior of the input, and the lower factor L of its inverse covariance L L^T where a precision was given.
 
-        precision: the prior's inverse covariance (size, size), if it is not the diagonal one of `prior`.
+        precision: the prior's inverse covariance (size, size), if it is not the diagonal one of `prior`. One unit that is
+        taken for active and was not spoils its output's row of the gradient: rows that fit far worse than the others are left out.
         """
-        n, taps, (out, positions) = self.layer.size, self.layer.taps, self.delta.value.shape
+        weight, D, G = self._of_gradient()
+        out, taps, channels = len(self.delta.value), self.layer.taps, G.shape[1]
+        for _ in range(ROUNDS):
+            found = self._weighted(weight, D, G, precision)
+            left = G - D @ found[0].value.view(channels, -1).T
+            misfit = (weight * left.square()).view(out, -1).mean(1)
+            used = weight.view(out, taps).amax(1) > 0
+            wrong = used & (misfit > OUTLIER * misfit[used].median())
+            if not bool(wrong.any()) or int((used & ~wrong).sum()) < 0.75 * out:
+                break
+            weight = weight.masked_fill(wrong.repeat_interleave(taps)[:, None], 0)
+        return found
+
+    def left(self) -> float:
+        """The share of the prior's variance that the gradient alone leaves, on average."""
+        weight, D, _ = self._of_gradient()
+        told = torch.linalg.eigvalsh(D.T @ (weight * D))
+        told = torch.where(told > 1e-12 * told[-1], told, 0)  # the rest is rounding
+        return float((1 / (1 + told * self.prior.variance.mean())).mean())
+
+    def _of_gradient(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The equations G = D input^T: weight (out * taps, 1), D (out * taps, spatial), G (out * taps, channels)."""
+        taps, (out, positions) = self.layer.taps, self.delta.value.shape
         channels = self.layer.weight.shape[1] // taps
-        spatial = n // channels
         second = self.layer.patches(self.prior.variance + self.prior.value.square())
         second = second.view(channels, taps, positions).mean(0)  # (taps, positions), E[u^2]
         blurred = self.delta.variance @ second.T  # (out, taps): an error of delta is one of the equation
         weight = 1 / (self.gradient.variance.view(out, channels, taps).mean(1) + blurred).view(-1, 1)
-        D = self.layer.correlations(self.delta.value)
         G = self.gradient.value.view(out, channels, taps).transpose(1, 2).reshape(out * taps, channels)
+        return weight, self.layer.correlations(self.delta.value), G
+
+    def _weighted(self, weight: Tensor, D: Tensor, G: Tensor, precision: Tensor | None) -> tuple[Belief, Tensor | None]:
+        """`solve` for the equations G = D input^T, each of that weight (out * taps, 1)."""
+        n, (spatial, channels) = self.layer.size, (D.shape[1], G.shape[1])
         block = D.T @ (weight * D)  # (spatial, spatial), the same for every channel
         sure = None if self.values is None else 1 / self.values.variance  # (out, positions')
 

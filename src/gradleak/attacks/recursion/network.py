@@ -2,7 +2,7 @@
 
 import copy
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from gradleak.attacks.inverting_gradients import smooth_pictures
 from gradleak.attacks.recursion.inverses import affine, is_affine
 from gradleak.attacks.recursion.linear_systems import DENSE, Belief
+from gradleak.attacks.recursion.residual import Residual
 from gradleak.errors import NotObserved
 from gradleak.observations.observation import PictureObservation
-from gradleak.observations.sequence import layers_of
+from gradleak.observations.sequence import joined, layers_of
 from gradleak.observations.tensors import Tensors
 
 RELATIVE = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11}  # half a last place; others: 2^-9
@@ -51,7 +52,7 @@ class Network:
         observation = observation.to(torch.device("cpu")).to(torch.float64)
         model = observation.model
         module = model.solid().requires_grad_(False)
-        layers = layers_of(module)
+        layers = [(name, Residual.of(layer) or layer) for name, layer in layers_of(module)]
         name, last = layers[-1]
         if not isinstance(last, nn.Linear):
             where = f"ends in {name}, a" if name else "is a"
@@ -61,12 +62,21 @@ class Network:
         if f"{name}.bias" not in observation.released or f"{name}.weight" not in observation.released:
             raise NotObserved(f"No gradient of weight and bias of the last layer {name} was released: it is the start.")
         unit, smallest = RELATIVE.get(observation.precision, 2.0**-9), ABSOLUTE.get(observation.precision, 0.0)
-        typical = _inputs(layers, model.architecture.input_shape)
+        typical = _inputs(layers, smooth_pictures((PICTURES, *model.architecture.input_shape), _seeded()))
         return cls(layers, typical, observation.as_gradient(), unit, smallest)
 
+    def inside(self, where: int) -> Self:
+        """The branch of a residual block, as a network."""
+        name, block = self.layers[where]
+        layers = [(joined(name, part), layer) for part, layer in block.branch]  # type: ignore[union-attr]
+        return replace(self, layers=layers, typical=_inputs(layers, self.typical[where]))
+
     def has_matrix(self, where: int) -> bool:
-        """Whether the layer is a linear one or a convolution, plain and small enough to be solved for its input."""
+        """Whether the layer is a linear one or a convolution, plain and small enough to be solved for its input, or a
+        residual block."""
         layer, shape = self.layers[where][1], self.typical[where].shape[1:]
+        if isinstance(layer, Residual):
+            return True
         if isinstance(layer, nn.Conv2d):
             plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
             return plain and not isinstance(layer.padding, str) and len(shape) == 3 and math.prod(shape[1:]) <= DENSE
@@ -109,8 +119,13 @@ class Network:
         return scale.flatten()
 
 
-def _inputs(layers: list[tuple[str, nn.Module]], shape: tuple[int, int, int]) -> list[Tensor]:
-    x, inputs = smooth_pictures((PICTURES, *shape), torch.Generator().manual_seed(0)), list[Tensor]()
+def _seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _inputs(layers: list[tuple[str, nn.Module]], x: Tensor) -> list[Tensor]:
+    """What goes into each layer after the other when x goes into the first."""
+    x, inputs = x.float(), list[Tensor]()
     with torch.no_grad():
         for _, layer in layers:
             inputs.append(x.double())

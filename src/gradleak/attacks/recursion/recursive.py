@@ -21,14 +21,16 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import vjp
 
 from gradleak.attacks.attack import check_sees
 from gradleak.attacks.reconstruction import Reconstruction, outcome_of
 from gradleak.attacks.recursion.feature_search import Found, invert_features, refine, smooth
-from gradleak.attacks.recursion.inverses import EXACT, Signal, before
+from gradleak.attacks.recursion.inverses import EXACT, Signal, before, unknown
 from gradleak.attacks.recursion.linear_systems import DENSE, Belief, Equations, linear_map
 from gradleak.attacks.recursion.max_pooling import find_winners
 from gradleak.attacks.recursion.network import Network
+from gradleak.attacks.recursion.residual import Residual, active
 from gradleak.attacks.search.descend import OnStep
 from gradleak.errors import NotObserved
 from gradleak.modalities.networks import Architecture
@@ -36,6 +38,7 @@ from gradleak.observations.observation import PictureObservation
 from gradleak.observations.release import Release
 from gradleak.observations.releases import Gradient, Update
 
+TOLD = 0.01  # of the prior's variance: what is less uncertain is determined
 GUESSES = 4  # how often a layer is solved at most, to choose between two inputs of an activation
 
 
@@ -114,7 +117,11 @@ def features(observation: PictureObservation) -> Features:
 
 def recurse(network: Network) -> Features:
     """From the last layer down as far as it goes."""
-    estimate = last_layer(network)
+    return descend(network, last_layer(network))
+
+
+def descend(network: Network, estimate: Features, *, surely: bool = False) -> Features:
+    """From the input of a layer down as far as it goes; surely: no further than inputs are determined by the release."""
     while estimate.layer:
         below = max(filter(network.has_matrix, range(estimate.layer)), default=-1)
         signals = back(network, estimate, below)
@@ -123,13 +130,26 @@ def recurse(network: Network) -> Features:
             return _stopped(network, estimate, signals)
         if below < 0:
             return replace(estimate, layer=0, input=signal.value, delta=signal.delta)
+        if isinstance(network.layers[below][1], Residual):
+            through = cross(network, below, signal, estimate)
+            if through is None:
+                return _stopped(network, estimate, signals)
+            estimate = through
+            continue
+        if signal.gated:
+            opened = open_gate(network, below, signal, estimate.noise)
+            if opened is None:
+                return _stopped(network, estimate, signals)
+            signals.append(opened)
         if signal.choice > 1:
             winners = unpool(network, below, signal, estimate.noise)
             if winners is None:
                 return _stopped(network, estimate, signals)
             signals.append(winners)
         for _ in range(GUESSES):
-            solved = solve(network, below, signals[-1], estimate)
+            solved = solve(network, below, signals[-1], estimate, surely=surely)
+            if solved is None:
+                return _stopped(network, estimate, signals)
             if not any(s.doubtful for s in signals):
                 break
             again = back(network, estimate, below, network.layers[below][1](solved.input.value[None])[0])
@@ -175,8 +195,11 @@ def back(network: Network, found: Features, below: int, guess: Tensor | None = N
     return signals
 
 
-def solve(network: Network, where: int, output: Signal, above: Features) -> Features:
-    """The input of a layer with a matrix, from what is known of its output and from the gradients of its parameters."""
+def solve(network: Network, where: int, output: Signal, above: Features, *, surely: bool = False) -> Features | None:
+    """The input of a layer with a matrix, from what is known of its output and from the gradients of its parameters.
+
+    surely: None where its weight's gradient alone does not determine it.
+    """
     (name, layer), shape = network.layers[where], network.typical[where].shape[1:]
     plain, gradient = linear_map(layer, shape), network.released(f"{name}.weight", above.noise)
     delta = output.delta.reshape(len(gradient.value), -1)
@@ -190,12 +213,49 @@ def solve(network: Network, where: int, output: Signal, above: Features) -> Feat
         values=output.value.reshape(len(gradient.value), -1),
         prior=network.prior(where),
     )
+    if surely and equations.left() > TOLD:
+        return None
     precision, scale = None, network.scale(where)
-    if scale is not None and len(scale) <= DENSE and network.coarse(above.noise):
+    if not surely and scale is not None and len(scale) <= DENSE and network.coarse(above.noise):
         c, h, w = network.typical[0].shape[1:]
         precision = smooth((c, h, w))[1] / scale[:, None] / scale
     u, factor = equations.solve(precision)
     return replace(above, layer=where, input=u.reshape(*shape), delta=plain.back(delta).reshape(*shape), factor=factor)
+
+
+def cross(network: Network, where: int, output: Signal, above: Features) -> Features | None:
+    """The input of a residual block, from what is known of its output; None where it is not determined."""
+    _, block = network.layers[where]
+    assert isinstance(block, Residual)
+    total, inner = before(block.after, network.typical[where + 1], output), network.inside(where)
+    if total is None or total.choice > 1:
+        return None
+    top = replace(above, layer=len(inner.layers), input=unknown(total.delta.value), delta=total.delta)
+    if total.gated:
+        below = max(filter(inner.has_matrix, range(top.layer)), default=-1)
+        signals = back(inner, top, below)
+        opened = None if len(signals) < top.layer - below else open_gate(inner, below, signals[-1], above.noise)
+        if opened is None:
+            return None
+        on = opened.delta.value != 0
+        top = replace(top, delta=Belief(total.delta.value * on.view_as(total.delta.value), total.delta.variance))
+    found = descend(inner, top, surely=True)
+    if found.layer:
+        return None
+    _, pull = vjp(block, found.input.value[None])
+    delta = pull(output.delta.value.view(1, *network.typical[where + 1].shape[1:]))[0][0]
+    return replace(above, layer=where, input=found.input, delta=Belief(delta, found.delta.variance))
+
+
+def open_gate(network: Network, where: int, gated: Signal, noise: float) -> Signal | None:
+    """The signal at the output of a convolution whose units' activity only its weight's gradient tells; None where not."""
+    (name, layer), shape = network.layers[where], network.typical[where].shape[1:]
+    delta = gated.delta.reshape(gated.delta.value.shape[0], -1)
+    gradient = network.released(f"{name}.weight", noise).value
+    slope = active(linear_map(layer, shape), gradient, delta.value) if isinstance(layer, nn.Conv2d) else None
+    if slope is None:
+        return None
+    return Signal(gated.value, Belief(delta.value * slope, delta.variance).reshape(*gated.delta.value.shape))
 
 
 def unpool(network: Network, where: int, pooled: Signal, noise: float) -> Signal | None:
@@ -213,8 +273,9 @@ def _with_sums(delta: Belief, sums: Belief) -> Belief:
 
 
 def _stopped(network: Network, found: Features, signals: list[Signal]) -> Features:
-    known = max(k for k, signal in enumerate(signals) if signal.pool == signal.choice == 1)
+    known = max(k for k, signal in enumerate(signals) if signal.pool == signal.choice == 1 and not signal.gated)
     name, layer = network.layers[found.layer - known - 1]
-    reason = f"layer {name} ({type(layer).__name__}), whose output does not tell its input"
+    kind = type(layer.whole if isinstance(layer, Residual) else layer).__name__
+    reason = f"layer {name} ({kind}), whose output does not tell its input"
     at, signal = found.layer - known, signals[known]
     return replace(found, layer=at, input=signal.value, delta=signal.delta, factor=None, reason=reason)

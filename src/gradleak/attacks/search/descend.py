@@ -97,6 +97,13 @@ def rowwise(objective: Objective, x: Tensor, given: tuple[Any, ...], *, compiled
     return record(single, x, *given, compiled=compiled)
 
 
+def evaluated(evaluate: Callable[..., Any], x: Tensor, given: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """(gradient, objective) of what `rowwise` has made, without a graph."""
+    with torch.no_grad():
+        gradient, value = evaluate(x, *given)
+    return gradient, value
+
+
 def _first_row(rows: Any) -> Any:
     return {name: tensor[0] for name, tensor in rows.items()} if isinstance(rows, dict) else rows[0]
 

@@ -41,6 +41,25 @@ def compared(found: Membership, void: bool) -> str:
     )
 
 
+def headline(found: Membership) -> str:
+    """The same in one sentence for everybody."""
+    proof, best = found["certificate"], found["scores"].get(found["best"])
+    if proof is not None and proof["proven"]:
+        return f"{proof['proven']} of your {found['members']} samples are proven to have been trained on, by what was shared alone."
+    if found["verdict"] == "members" and best is not None:
+        true, low, high = (100 * best["rates"][0][key] for key in ("true", "low", "high"))
+        false = 100 * (best["rates"][0]["false"] if best["rates"][0]["resolved"] else best["rates"][0]["false_high"])
+        return (
+            f"Of 100 of your samples, whoever has them on a list picks out {true:.0f} ({low:.0f} to {high:.0f}, 95 % interval) as trained on, "
+            f"and accuses at most {max(false, 1):.0f} of 100 others wrongly."
+        )
+    if found["verdict"] == "nothing":
+        return f"None of your {found['members']} samples can be told from fresh ones for certain by the scores that were tried."
+    if found["verdict"] == "void":
+        return "No number on this page can be relied on: a check failed."
+    return "Which of your samples were trained on cannot be said: there was nothing to compare them with."
+
+
 def at(rate: Rate) -> str:
     """The true positives at a rate of false alarms."""
     true, low, high, false = (percent(rate[key]) for key in ("true", "low", "high", "false"))
@@ -72,11 +91,12 @@ def certified(found: Membership) -> str:
 def with_membership(record: Record, found: Membership) -> None:
     """Put what was found into a record, beside the verdict of its attacks, if any ran."""
     record["membership"] = found
-    said: Verdict = {"level": found["verdict"], "sentence": found["sentence"]}
+    said: Verdict = {"level": found["verdict"], "headline": headline(found), "sentence": found["sentence"]}
     if not record["results"]:
         record["verdict"] = said
         return
     order: tuple[Level, ...] = ("recovered", "void", "partial", "members", "nothing", "unscored", "absent")
     attacks = record["verdict"]
     level = min((attacks["level"], said["level"]), key=order.index)
-    record["verdict"] = {"level": level, "sentence": f"{said['sentence']} {attacks['sentence']}"}
+    both = {key: f"{said.get(key, '')} {attacks.get(key, '')}".strip() for key in ("headline", "sentence")}
+    record["verdict"] = {**attacks, "level": level, **both}  # type: ignore[typeddict-item]

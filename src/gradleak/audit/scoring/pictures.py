@@ -14,7 +14,8 @@ from gradleak.modalities.pictures import UNLABELLED, Pictures, public_pool, samp
 from gradleak.observations.model import PictureModel
 
 DECOYS = 99  # identification among 100: the truth and 99 public pictures
-CLEAR_LEAD_DB = 3.0  # an image counts as recovered when it is identified, with half the error of any blind control
+CLEAR_LEAD_DB = 3.0  # an image is recognisable when it is identified, with half the squared error of any blind control,
+WHOLE_DB = 20.0  # and recovered when besides the root of its mean squared error is at most a tenth of a pixel's range
 SAME = 1e-3  # distance of two pictures, over all pixels, below which they are one
 SMALL = 16  # pixels of the copies by which two sources are told apart
 LIMIT = 2_000  # public pictures that priors, controls and decoys are made of
@@ -62,14 +63,14 @@ def rank(matched: Tensor, truth: Tensor, decoys: Pictures) -> Tensor:
 
 
 def recovered(scores: Scores, leads: list[float]) -> list[bool]:
-    """Identified, and clearly ahead of every blind control."""
-    ranks = scores["identification_rank"]
-    return [rank == 1 and lead >= CLEAR_LEAD_DB for rank, lead in zip(ranks, leads, strict=True)]
+    """Recognisable, and close to the truth."""
+    return [part and psnr >= WHOLE_DB for part, psnr in zip(partly(scores, leads), scores["psnr_db"], strict=True)]
 
 
 def partly(scores: Scores, leads: list[float]) -> list[bool]:
-    """A picture is recognised or it is not."""
-    return recovered(scores, leads)
+    """Recognisable: identified, and clearly ahead of every blind control."""
+    ranks = scores["identification_rank"]
+    return [rank == 1 and lead >= CLEAR_LEAD_DB for rank, lead in zip(ranks, leads, strict=True)]
 
 
 def is_public(images: Tensor, pool: Pictures, model: PictureModel) -> list[bool]:
@@ -97,22 +98,30 @@ def features(images: Tensor, model: PictureModel) -> Any:
 PICTURES = Scoring(
     media="image/png",
     metrics=(
-        Metric("psnr_db", "PSNR", "dB", "higher", 2, lambda model, images, truth: metrics.psnr_db(images, truth)),
-        Metric("ssim", "SSIM", "", "higher", 3, lambda model, images, truth: metrics.ssim(images, truth)),
-        Metric("lpips", "LPIPS", "", "lower", 3, lambda model, images, truth: metrics.lpips(images, truth)),
+        Metric(
+            *("psnr_db", "PSNR", "dB", "higher", 2, lambda model, images, truth: metrics.psnr_db(images, truth)),
+            "peak signal-to-noise ratio, in decibels (dB): how small the error of the pixels is. 10 dB more is a tenth of the squared "
+            "error. At 20 dB pixels are off by a tenth of their range, at 40 dB by a hundredth.",
+        ),
+        Metric(
+            *("ssim", "SSIM", "", "higher", 3, lambda model, images, truth: metrics.ssim(images, truth)),
+            "structural similarity: how alike brightness, contrast and structure of small windows are. 1 is the same image, 0 is unrelated.",
+        ),
+        Metric(
+            *("lpips", "LPIPS", "", "lower", 3, lambda model, images, truth: metrics.lpips(images, truth)),
+            "distance of two images as a trained network sees them. 0 is the same image.",
+        ),
     ),
     controls=(
         Control(
-            "mean_image",
-            "Mean image",
-            True,
+            *("mean_image", "Mean image", True),
             lambda model, truth, pool: metrics.mean_image(pool.images).expand_as(truth),
+            "the average of public images: what somebody returns who has seen nothing.",
         ),
         Control(
-            "nearest_public",
-            "Nearest public",
-            False,
+            *("nearest_public", "Nearest public", False),
             lambda model, truth, pool: metrics.nearest_public(truth, pool.images),
+            "the public image that is most like the truth.",
         ),
     ),
     public=public,

@@ -12,13 +12,17 @@ from gradleak.report.record import Control as ControlLabel
 from gradleak.report.record import Metric as MetricLabel
 
 Scores = dict[str, list[float]]  # metric -> one number per true sample
+RANKED = (
+    "the place of the true sample when all candidates are ordered by how near they are to the reconstruction. 1: the "
+    "reconstruction tells the true one from all others."
+)
 
 
 @dataclass(frozen=True)
 class Metric:
     """One number per sample. each: (model, matched reconstructions, truth) -> (n,), or None where it cannot be measured here.
 
-    better: whether more or less of it is better. label, unit and decimals are for the report.
+    better: whether more or less of it is better. label, unit, decimals and meaning are for the report.
     """
 
     name: str
@@ -27,6 +31,7 @@ class Metric:
     better: Literal["higher", "lower"]
     decimals: int
     each: Callable[[Model[Any], Any, Any], Sequence[float] | Tensor | None]
+    meaning: str
 
     @property
     def sign(self) -> int:
@@ -45,9 +50,13 @@ class Control:
     label: str
     blind: bool
     guess: Callable[[Model[Any], Any, Any], Any]
+    meaning: str
 
 
-WRONG_OBSERVATION = Control("wrong_observation", "Wrong observation", True, lambda model, truth, public: None)
+WRONG_OBSERVATION = Control(
+    *("wrong_observation", "Wrong observation", True, lambda model, truth, public: None),
+    "the same attack on a release that was made of somebody else's data: what it returns without having seen yours.",
+)
 
 
 @dataclass(frozen=True)
@@ -143,12 +152,15 @@ def legend(scoring: Scoring) -> tuple[dict[str, MetricLabel], dict[str, ControlL
             "unit": metric.unit,
             "better": metric.better,
             "decimals": metric.decimals,
+            "meaning": metric.meaning,
         }
         for metric in scoring.metrics
     }
-    metrics["identification_rank"] = {"label": "Rank", "unit": "", "better": "lower", "decimals": 0}
+    metrics["identification_rank"] = {"label": "Rank", "unit": "", "better": "lower", "decimals": 0, "meaning": RANKED}
     every = (*scoring.controls, WRONG_OBSERVATION)
-    return metrics, {control.name: {"label": control.label, "blind": control.blind} for control in every}
+    return metrics, {
+        control.name: {"label": control.label, "blind": control.blind, "meaning": control.meaning} for control in every
+    }
 
 
 def check_labels(labels: Tensor, classes: int, source: str) -> None:

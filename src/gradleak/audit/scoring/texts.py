@@ -17,12 +17,20 @@ from gradleak.observations.model import LanguageModel
 LIMIT = 500  # public texts for controls
 CLEAR_LEAD = 0.3  # of ROUGE-1, over every blind control: the published bags of frequent words differ by less
 HALF = 0.5  # ROUGE-1 above which half of a text's words are right
-LABELS = {
-    "rouge1": ("ROUGE-1", 3),
-    "rouge2": ("ROUGE-2", 3),
-    "rouge_l": ("ROUGE-L", 3),
-    "exact_match": ("Word for word", 0),
-    "position_accuracy": ("Right places", 3),
+LABELS = {  # label, decimals, meaning
+    "rouge1": (
+        "ROUGE-1",
+        3,
+        "the share of words that truth and reconstruction have in common, whatever their order. 1 is all of them.",
+    ),
+    "rouge2": ("ROUGE-2", 3, "the same of pairs of neighbouring words."),
+    "rouge_l": (
+        "ROUGE-L",
+        3,
+        "the longest run of words that stand in the same order in both, gaps allowed, as a share. 1 is the same text.",
+    ),
+    "exact_match": ("Word for word", 0, "1 where every word came back in its place, else 0."),
+    "position_accuracy": ("Right places", 3, "the share of words that stand in their places."),
 }
 
 
@@ -109,13 +117,13 @@ def is_public(tokens: Tokens, pool: Texts, model: LanguageModel) -> list[bool]:
 
 
 def _metric(name: str) -> Metric:
-    measure, (label, decimals) = TEXT_METRICS[name], LABELS[name]
+    measure, (label, decimals, meaning) = TEXT_METRICS[name], LABELS[name]
 
     def each(model: LanguageModel, tokens: Tokens, truth: Tokens) -> list[float]:
         plain = model.architecture.plain
         return [measure(plain(a), plain(b)) for a, b in zip(tokens, truth, strict=True)]
 
-    return Metric(name, label, "", "higher", decimals, each)
+    return Metric(name, label, "", "higher", decimals, each, meaning)
 
 
 def candidates(source: str, split: str, model: LanguageModel, limit: int, seed: int) -> Candidates:
@@ -155,7 +163,12 @@ def features(tokens: Tokens, model: LanguageModel) -> Any:
 TEXTS = Scoring(
     media="text/plain",
     metrics=tuple(map(_metric, TEXT_METRICS)),
-    controls=(Control("frequent_words", "Frequent words", True, words),),
+    controls=(
+        Control(
+            *("frequent_words", "Frequent words", True, words),
+            "the commonest words of public texts, as many as the truth has: what somebody returns who has seen nothing.",
+        ),
+    ),
     public=public,
     split=lambda pool: (pool, pool),
     sample=sample,

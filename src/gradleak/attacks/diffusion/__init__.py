@@ -1,0 +1,1 @@
+"""Searches under a denoiser: what pictures look like, beside what was released."""

@@ -1,0 +1,1 @@
+"""How often each class occurs in a batch, read off the last layers whose gradient is shared."""

@@ -1,0 +1,169 @@
+"""Labels of a small batch out of the equations of the last layer, whatever the training; an attack of our own.
+
+Sees      the gradients of the last layer's weight and bias, dW (classes, features) and db (classes,), for batches below the classes
+Recovers  the number of samples of each class
+Solves    batch [dW, db] = D^T H with D = softmax(H [W, b]^T) - Y, H (batch, features + 1) the features with a 1 behind, Y the labels.
+          The rank of [dW, db] is the batch: with its singular value decomposition U S V^T, H = K V^T. So K (batch, batch) is all that is
+          unknown, in (classes - 1) batch + batch equations: too many by batch (classes - batch), but for the right labels. Features
+          that left a ReLU are not negative, which is as many inequalities again. K by Levenberg and Marquardt, of many labels side by
+          side, first weighed by the root of the singular values and drawn to the mean features; labels by changing one at a time, of
+          the best few
+Misses    batches of as many samples as classes; samples so sure that rounding hides them; most of what a defense changes
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+MOST = (
+    9,
+    16,
+)  # samples and classes: a step costs the inverse of a matrix of batch^2 rows, for each label and each other class
+ROUNDING = 2e-7  # of float32, in units of the largest singular value
+SOLVED = 1e-6  # squared error, in units of the singular values, that labels which are right come below, and others hardly ever
+STARTS, DRAWN, NEGATIVE = 8, 1e-2, 1e-2  # K side by side; weights of the mean features and of negative ones
+BEAM, TRIED, ROUNDS = 4, 12, 8  # labels that are kept; of all that differ by one, solved to the end; how often
+
+
+@dataclass(frozen=True)
+class Equations:
+    """U (classes, r), S (r,), V^T (r, features + 1), and head = V^T [W, b]^T (r, classes); r the batch. mean (r,): K of the mean features.
+    nonnegative: whether features are known to be so."""
+
+    U: Tensor
+    S: Tensor
+    Vt: Tensor
+    head: Tensor
+    mean: Tensor
+    nonnegative: bool
+
+    @classmethod
+    def of(cls, dW: Tensor, db: Tensor, W: Tensor, b: Tensor, batch: int, nonnegative: bool) -> Self:
+        """In float64; of the gradients of the mean over the batch."""
+        U, S, Vt = torch.linalg.svd(batch * torch.cat([dW, db[:, None]], 1), full_matrices=False)
+        U, S, Vt = U[:, :batch], S[:batch], Vt[:batch]
+        features = torch.cat([db @ dW / db.square().sum(), db.new_ones(1)])  # of all alike
+        return cls(U, S, Vt, Vt @ torch.cat([W, b[:, None]], 1).T, Vt @ features, nonnegative)
+
+    def begin(self, count: int, generator: torch.Generator) -> Tensor:
+        """K (count, r, r): near the mean features."""
+        r = len(self.S)
+        noise = torch.randn(count, r, r, generator=generator, dtype=torch.float64)
+        return self.mean + 0.1 * float(self.mean.norm()) / r**0.5 * noise
+
+    def solve(
+        self, targets: Tensor, K: Tensor, *, steps: int, power: float = 1.0, drawn: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """Least squares in K for each of these labels (n, r, classes), from K (n, r, r): the error (n,), and K.
+
+        Residuals are weighed by the singular values to minus this power, and `drawn` weighs the distance from the mean features.
+        """
+        n, r, _ = K.shape
+        weights = (self.S.square() + (ROUNDING * self.S[0]) ** 2) ** (-power / 2)
+        last, wanted, each = self.Vt[:, -1], self.U * (self.S * weights), torch.arange(r)
+        outer = (self.Vt[:, None] * self.Vt[None]).reshape(r * r, -1).T  # (features + 1, r r)
+        always = torch.outer(last, last) + drawn * torch.eye(r, dtype=K.dtype)
+
+        def residuals(K: Tensor) -> tuple[Tensor, ...]:
+            P = (K @ self.head).softmax(-1)
+            D, scaled = P - targets, K * weights
+            equations, ones = D.transpose(1, 2) @ scaled - wanted, K @ last - 1
+            below = (K @ self.Vt).clamp_max(0) if self.nonnegative else K.new_zeros(n, 1, 1)
+            penalty = NEGATIVE * below.square().sum((1, 2)) + drawn * (K - self.mean).square().sum((1, 2))
+            error = equations.square().sum((1, 2)) + ones.square().sum(1) + penalty
+            return error, P, D, scaled, equations, ones, below
+
+        damping, now = K.new_full((n,), 1e-2), residuals(K)
+        for _ in range(steps):
+            _, P, D, scaled, equations, ones, below = now
+            slope = P[..., None] * (self.head.T - (P @ self.head.T)[:, :, None])  # (n, r, classes, r): of P by K
+            J = slope.transpose(1, 2)[:, :, None] * scaled.transpose(1, 2)[:, None, :, :, None]  # (n, classes, r, r, r)
+            J[:, :, each, :, each] += D.transpose(1, 2) * weights[:, None, None, None]
+            J = J.reshape(n, -1, r * r)
+            gradient = (J.transpose(1, 2) @ equations.reshape(n, -1, 1)).reshape(n, r, r)
+            gradient += ones[..., None] * last + drawn * (K - self.mean)
+            normal = J.transpose(1, 2) @ J
+            blocks = normal.view(n, r, r, r, r)[:, each, :, each]  # (r, n, r, r): of each sample with itself
+            blocks = blocks + always
+            if self.nonnegative:
+                gradient += NEGATIVE * below @ self.Vt.T
+                blocks = blocks + NEGATIVE * ((below < 0).to(K) @ outer).reshape(n, r, r, r).transpose(0, 1)
+            normal.view(n, r, r, r, r)[:, each, :, each] = blocks
+            normal += torch.diag_embed(damping[:, None] * normal.diagonal(dim1=1, dim2=2) + 1e-12)
+            moved = K - torch.linalg.solve(normal, gradient.reshape(n, -1)).reshape(n, r, r)
+            new = residuals(moved)
+            better = new[0] < now[0]
+            K = torch.where(better[:, None, None], moved, K)
+            now = tuple(torch.where(better.view(-1, *[1] * (t.ndim - 1)), t, u) for t, u in zip(new, now, strict=True))
+            damping = torch.where(better, damping / 5, 4 * damping).clamp(1e-10, 1e8)
+        return now[0], K
+
+
+@dataclass(frozen=True)
+class Tried:
+    """Labels (n, r), each with its K (n, r, r) and error (n,), in ascending order of the error; no labels twice, in whatever order."""
+
+    labels: Tensor
+    K: Tensor
+    error: Tensor
+
+    @classmethod
+    def best(cls, tried: Sequence[Self], count: int) -> Self:
+        """The `count` least errors of all."""
+        labels, K, error = (torch.cat([getattr(t, part) for t in tried]) for part in ("labels", "K", "error"))
+        first = dict[tuple[int, ...], int]()
+        for i in error.argsort().tolist():
+            first.setdefault(key(labels[i]), i)
+        rows = torch.tensor(list(first.values())[:count])
+        return cls(labels[rows], K[rows], error[rows])
+
+
+def key(labels: Tensor) -> tuple[int, ...]:
+    """Labels, in whatever order."""
+    return tuple(sorted(labels.tolist()))
+
+
+def counts_by_equations(equations: Equations, targets: Tensor, start: Tensor) -> tuple[Tensor, float]:
+    """The counts (classes,) int64 under which the equations are solved best, and the error that is left: right below `SOLVED`.
+
+    targets (classes, classes): row k is what class k is trained on. start: counts to begin with.
+    """
+    generator, classes = torch.Generator().manual_seed(0), len(targets)
+
+    def fresh(labels: Tensor) -> Tried:
+        """Labels (n, r) from the mean features."""
+        rows = labels.repeat_interleave(STARTS, 0)
+        K = equations.begin(len(rows), generator)
+        for k in range(3):
+            K = equations.solve(targets[rows], K, steps=8, power=0.5, drawn=DRAWN / 10**k)[1]
+        error, K = equations.solve(targets[rows], K, steps=25)
+        return Tried.best([Tried(rows, K, error)], len(labels))
+
+    def changed(found: Tried, seen: set[tuple[int, ...]]) -> Tried | None:
+        """What differs by one label, of what was not seen before, from the K that was found."""
+        r = found.labels.shape[1]
+        labels = found.labels[:, None, None].repeat(1, r, classes, 1)  # (n, r, classes, r)
+        for i in range(r):
+            labels[:, i, :, i] = torch.arange(classes)
+        labels = labels.reshape(-1, r)
+        keys = [key(row) for row in labels]
+        new = torch.tensor([i for i, k in enumerate(keys) if k not in seen], dtype=torch.int64)
+        seen |= set(keys)
+        if not len(new):
+            return None
+        labels, K = labels[new], found.K.repeat_interleave(r * classes, 0)[new]
+        error, K = equations.solve(targets[labels], K, steps=10, power=0.5, drawn=DRAWN / 100)
+        close = Tried.best([Tried(labels, K, error)], TRIED)
+        error, K = equations.solve(targets[close.labels], close.K, steps=20)
+        return Tried(close.labels, K, error)
+
+    found = fresh(torch.arange(classes).repeat_interleave(start)[None])
+    seen = {key(found.labels[0])}
+    for _ in range(ROUNDS):
+        if float(found.error[0]) < SOLVED or (more := changed(found, seen)) is None:
+            break
+        found = Tried.best([found, more], BEAM)
+    return found.labels[0].bincount(minlength=classes), float(found.error[0])

@@ -1,0 +1,1 @@
+"""Learned denoisers: any of diffusers, FFDNet, and one that is trained here."""
