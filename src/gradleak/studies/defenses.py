@@ -227,7 +227,7 @@ def tried_of(table: Table, shared: str, batch: int) -> Iterator[Tried]:
         if aware:
             best = max(aware, key=lambda row: row["identified"])
             other = max((row["identified"] for row in unaware), default=None)
-            known = {"unaware": other, "accuracy": cost.get("accuracy"), "epsilon": cost.get("epsilon")}
+            known: dict[str, Any] = {"unaware": other, "accuracy": cost.get("accuracy"), "epsilon": cost.get("epsilon")}
             yield Tried(cost["defense"], best["identified"], best["attack"], 0.01, **known)
 
 
