@@ -45,7 +45,7 @@ EVERY = {  # by what is shared, of how many pictures
         *(NONE, "dp-sgd:1:0.8", "top-k:0.1", "bits:8", "sign", "relative-noise:0.1", "bits:4", "soteria:0.5"),
         *("qsgd:4", "top-k:0.01", "bits:2", "dp-sgd:1:0.1", "relative-noise:1", "bits:16"),
     ),
-    (GRADIENT, 4): (NONE, "clients:4", "mix-up:0.7"),
+    (GRADIENT, 4): (NONE, "clients:2", "mix-up:0.7"),
     (ADAPTER, 1): (NONE, "frozen-a", "lora-dropout:0.3", "svd:2", "relative-noise:0.1", "bits:8"),
 }
 LEFT_OUT = ("dp-sgd:1:0.1", "relative-noise:1", "bits:16")  # but at paper size
