@@ -47,7 +47,7 @@ LONG = {
     "attacks/learned/git.py": 360,  # one network, layer by layer
     "attacks/jigsaw/jigsaw.py": 320,  # patches, places and whiteners of one search
     "attacks/dataset_size.py": 370,  # the estimate, its interval, and its zoo
-    "observations/adapter.py": 345,  # every question that is asked of a release
+    "observations/adapter.py": 350,  # every question that is asked of a release
     "modalities/networks.py": 380,  # the list of architectures
     "modalities/pictures.py": 400,  # every source of pictures
     "observations/fully_connected.py": 310,  # a derivative by hand
