@@ -82,7 +82,9 @@ def test_only_a_release_without_the_information_is_absent() -> None:
 
 
 @pytest.mark.parametrize("recovered", [(True, True), (False, False)])
-@pytest.mark.parametrize("name", ["replay", "secret_is_public", "better_than_truth", "secret_in_training", "secret_in_prior"])
+@pytest.mark.parametrize(
+    "name", ["replay", "secret_is_public", "better_than_truth", "secret_in_training", "secret_in_prior"]
+)
 def test_an_error_voids_the_verdict_and_says_why(name: str, recovered: tuple[bool, ...]) -> None:
     found = judged(scored(recovered, flags=(flag(name, "error"),)))
     assert found["level"] == "void"
