@@ -209,6 +209,11 @@ def test_what_is_not_opened(tmp_path: Path) -> None:
     (classes / "scheduler" / "scheduler_config.json").unlink()
     with pytest.raises(BadInput, match="holds no scheduler: a pipeline that diffusers saved has one"):
         diffusion.load(str(classes))
+    (tmp_path / "model.ckpt").touch()
+    with pytest.raises(
+        BadInput, match=r"model\.ckpt is a pickle, .*from_single_file\(FILE\)\.save_pretrained\(FOLDER\)"
+    ):
+        diffusion.load(str(tmp_path / "model.ckpt"))
     with pytest.raises(BadInput, match="neither a folder of diffusers nor a name on the hub"):
         diffusion.load(str(tmp_path / "nowhere"))
 
