@@ -32,7 +32,7 @@ FREE = (
     "threads",
     "json",
     "fail_on",
-    "verbose",
+    "pdf",
 )  # arguments that may be others when results are gone on with
 
 
