@@ -65,10 +65,10 @@ DEEP = {
     "attacks/embedding_rows.py": (4, 830),  # likely-text's replay
     "attacks/sparse_words.py": (3, 690),  # the same
     "attacks/jigsaw/jigsaw.py": (4, 830),  # its arrangement, and the search that it begins with
-    "attacks/diffusion/daps.py": (4, 770),  # what solvers share, and the search that they begin with
-    "attacks/diffusion/red_diff.py": (4, 830),  # the same; RED-diff and SDS are one search
-    "attacks/diffusion/dps.py": (4, 750),  # the same
-    "attacks/diffusion/guide.py": (3, 690),  # the attack that it cleans up after
+    "attacks/diffusion/daps.py": (5, 950),  # what solvers share, and the search that they begin with
+    "attacks/diffusion/red_diff.py": (5, 1_010),  # the same; RED-diff and SDS are one search
+    "attacks/diffusion/dps.py": (5, 930),  # the same
+    "attacks/diffusion/guide.py": (4, 860),  # the attack that it cleans up after
     "attacks/recursion/recursive.py": (9, 1_600),  # a layer backwards, of each kind
     "attacks/exact_git/exact_git.py": (11, 1_860),  # the weights first, then the pictures
     "attacks/decoders/attacks.py": (11, 1_340),  # four decoders, and the inversion behind them
