@@ -1,6 +1,7 @@
 """The site is built without a warning, and its notebooks run as they stand: each in less than a minute on a machine that does nothing else."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ def executed(path: Path, folder: Path) -> list[dict[str, Any]]:
 
 # What each has to show; the recovered text is the first of the embedded test split.
 SAID = {
-    "adapter": ("4 of 4", "No attack could run"),
+    "adapter": ("4 of 4", "the number of samples has to be told"),
     "federated_round": ("1 of 1", "mean image"),
     "own_attack": ("early-layers", "dlg"),
     "text": ("a quiet song surprised the whole crowd from start to end",),
@@ -53,7 +54,8 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     for name in ("mkdocs.yml", "SECURITY.md", "CHANGELOG.md", "CONTRIBUTING.md"):
         shutil.copy(ROOT / name, tmp_path / name)
     command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path / "site")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600, check=False)
+    quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}  # of a successor of mkdocs, which is not about these pages
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=quiet, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "WARNING" not in done.stderr
     page = (tmp_path / "site/reference/python/index.html").read_text(encoding="utf-8")

@@ -153,7 +153,7 @@ def replay_error(observation: Observation[Any], inputs: Any, labels: Tensor | No
 
 def _relative_error(observation: Observation[Any], inputs: Any, labels: Tensor | None) -> float:
     certain = observation.defenses and not any(defense.blurs for defense in observation.defenses)
-    simulated = observation.of_others(inputs, labels).released if certain else observation.undefended(inputs, labels)
+    simulated = observation.of_others(inputs, labels).released if certain else observation.simulate(inputs, labels)
     return float(relative_residual(simulated, observation.released))
 
 

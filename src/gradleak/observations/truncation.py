@@ -76,4 +76,5 @@ def within(B: Tensor, kept: Tensor) -> Tensor:
     """The part of a matrix B (out, r, ...) in the columns of another."""
     U, s, _ = torch.linalg.svd(kept.detach().flatten(1), full_matrices=False)
     U = U[:, s > SILENT * s.max()]
-    return (U @ (U.T @ B.flatten(1))).view_as(B)
+    part: Tensor = U @ (U.T @ B.flatten(1))
+    return part.view_as(B)

@@ -1,7 +1,6 @@
 """What do defenses leave to attackers who know them, and to attackers who do not, and what do they cost?"""
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -46,7 +45,7 @@ EVERY = {  # by what is shared, of how many pictures
         *(NONE, "dp-sgd:1:0.8", "top-k:0.1", "bits:8", "sign", "relative-noise:0.1", "bits:4", "soteria:0.5"),
         *("qsgd:4", "top-k:0.01", "bits:2", "dp-sgd:1:0.1", "relative-noise:1", "bits:16"),
     ),
-    (GRADIENT, 4): (NONE, "clients:4", "mix-up:0.7"),
+    (GRADIENT, 4): (NONE, "clients:2", "mix-up:0.7"),
     (ADAPTER, 1): (NONE, "frozen-a", "lora-dropout:0.3", "svd:2", "relative-noise:0.1", "bits:8"),
 }
 LEFT_OUT = ("dp-sgd:1:0.1", "relative-noise:1", "bits:16")  # but at paper size
@@ -107,7 +106,8 @@ def cell(setting: Setting, bench: Bench) -> Result:
     seen = [shared_of(model, each, setting, names, bench.seed + number) for number, each in enumerate(private)]
     recovered = list[Tensor]()
     for found, true in zip(attacked(setting.attack, seen, public, bench), private, strict=True):
-        filled = torch.cat([found.nan_to_num().clamp(0, 1), blind.expand(setting.batch, *shape)])
+        missing = max(setting.batch - len(found), 0)  # what cannot be read is answered with the mean picture
+        filled = torch.cat([found.nan_to_num().clamp(0, 1), blind.expand(missing, *shape)])
         recovered.append(filled[metrics.match(filled, true.images)])
     rows = compared(torch.cat(recovered), pictures.images, blind, public.images[:99])
     return Result(samples=rows, notes=(shrunk(shape, "smoke"),))
@@ -119,16 +119,18 @@ def attacked(name: str, seen: Sequence[PictureObservation], public: Pictures, be
     attack, generator = ATTACKS[name](**({} if bench.size == "paper" else SMALLER.get(name, {}))), torch.Generator()
     attack = attack.prepared(seen[0], public, generator=generator) if hasattr(attack, "prepared") else attack
     alike = isinstance(seen[0].release, Gradient) and not any(d.reads for o in seen for d in o.defenses or ())
-    nothing = public.images[:0]
-    with suppress(NotObserved):
-        if alike and hasattr(attack, "many"):
-            return [found.value for found in attack.many(seen, generator=generator.manual_seed(bench.seed))]
     results = list[Tensor]()
-    for one in seen:
+    for together in [seen] if alike and hasattr(attack, "many") else [[one] for one in seen]:
+        generator.manual_seed(bench.seed)
         try:
-            results.append(attack(one, generator=generator.manual_seed(bench.seed)).value)
+            found = (
+                attack.many(together, generator=generator)
+                if together is seen
+                else [attack(*together, generator=generator)]
+            )
+            results += [each.value for each in found]
         except NotObserved:
-            results.append(nothing)
+            results += [public.images[:0] for _ in together]
     return results
 
 
@@ -225,7 +227,7 @@ def tried_of(table: Table, shared: str, batch: int) -> Iterator[Tried]:
         if aware:
             best = max(aware, key=lambda row: row["identified"])
             other = max((row["identified"] for row in unaware), default=None)
-            known = {"unaware": other, "accuracy": cost.get("accuracy"), "epsilon": cost.get("epsilon")}
+            known: dict[str, Any] = {"unaware": other, "accuracy": cost.get("accuracy"), "epsilon": cost.get("epsilon")}
             yield Tried(cost["defense"], best["identified"], best["attack"], 0.01, **known)
 
 

@@ -74,8 +74,8 @@ def share_update(
     """
     precision, plain, seen = getattr(torch, gradient.precision), Update(recipe=recipe), gradient.expect(Gradient)
     whole = model or gradient.model
-    release = replace(plain, clients=seen.clients, mixup=seen.mixup)
-    release, left = trained_with(release, gradient.defenses or () if defenses is None else defenses, len(secret))
+    mixed = replace(plain, clients=seen.clients, mixup=seen.mixup)
+    release, left = trained_with(mixed, gradient.defenses or () if defenses is None else defenses, len(secret))
     released = share(whole, release, gradient.released, secret, precision, left, seed)
     if not all(bool(tensor.isfinite().all()) for tensor in released.values()):
         raise BadInput(f"Local training diverged at learning rate {recipe.learning_rate:g}: choose a smaller one.")
