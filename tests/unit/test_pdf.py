@@ -1,6 +1,7 @@
 """The report as a PDF: printed where there is a browser, one sentence where there is none."""
 
 import re
+import shutil
 import stat
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def test_a_browser_that_fails_is_one_sentence(tmp_path: Path, monkeypatch: pytes
     assert not (tmp_path / "report.pdf").exists()
 
 
-@pytest.mark.skipif(not any(map(pdf.shutil.which, pdf.BROWSERS)), reason="no chromium or google-chrome on the PATH")
+@pytest.mark.skipif(not any(map(shutil.which, pdf.BROWSERS)), reason="no chromium or google-chrome on the PATH")
 def test_a_page_is_printed_for_its_owner_alone(tmp_path: Path) -> None:
     pdf.printed("<title>So</title><p>So.</p>", tmp_path / "report.pdf")
     made = tmp_path / "report.pdf"

@@ -117,13 +117,13 @@ NETWORKS: dict[str, tuple[nn.Module, ...]] = {
         nn.Linear(32, 10),
     ),
     "ReLU, global pooling": (
-        conv(3, 32),
+        conv(3, 32, stride=2),
         nn.ReLU(),
-        conv(32, 128, stride=2),
+        conv(32, 64),
         nn.ReLU(),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
-        nn.Linear(128, 10),
+        nn.Linear(64, 10),
     ),
     "no activation": (nn.Conv2d(3, 16, (3, 5), (2, 1), (1, 2)), nn.Flatten(), nn.Dropout(), nn.Linear(512, 10)),
 }

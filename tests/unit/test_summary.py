@@ -135,7 +135,7 @@ def test_markdown_says_what_ran_and_what_did_not_and_is_no_html() -> None:
         "sentence": "A | <script> [link](x)",
         "headline": "One of two | came back.",
         "untried": ["ntk"],
-    }  # type: ignore[typeddict-item]
+    }
     page = summary.markdown(summary.summary(record))
     assert "**Private data partly recovered.** One of two \\| came back.\n\nA \\| &lt;script> \\[link](x)" in page
     assert "Not tried, although they read such a release: ntk." in page

@@ -82,7 +82,9 @@ def test_only_a_release_without_the_information_is_absent() -> None:
 
 
 @pytest.mark.parametrize("recovered", [(True, True), (False, False)])
-@pytest.mark.parametrize("name", ["replay", "secret_is_public", "better_than_truth", "secret_in_training"])
+@pytest.mark.parametrize(
+    "name", ["replay", "secret_is_public", "better_than_truth", "secret_in_training", "secret_in_prior"]
+)
 def test_an_error_voids_the_verdict_and_says_why(name: str, recovered: tuple[bool, ...]) -> None:
     found = judged(scored(recovered, flags=(flag(name, "error"),)))
     assert found["level"] == "void"
@@ -162,7 +164,7 @@ def test_the_most_serious_of_several_observations_is_told_first() -> None:
     assert overall(several[:3])["level"] == "void"
     assert overall(several[:2])["level"] == "nothing"
     assert overall(several[:1]) == several[0]
-    told: list[Verdict] = [{**one, "headline": f"So {one['level']}."} for one in several]  # type: ignore[typeddict-item]
+    told: list[Verdict] = [{**one, "headline": f"So {one['level']}."} for one in several]
     assert (
         overall(told)["headline"] == "Absent: So absent. Nothing: So nothing. Void: So void. Recovered: So recovered."
     )
@@ -228,7 +230,8 @@ def test_a_level_without_a_secret_asks_to_look_at_what_came_out() -> None:
 
 def test_seeds_are_counted() -> None:
     repeats: Any = [{"seed": k, "residual": 0.1, "scores": {}, "recovered": k} for k in range(3)]
-    assert "over 3 seeds 0 to 2 came back" in judged(scored((True, True), repeats=repeats))["sentence"]
+    assert "Under 3 seeds 0 to 2 came back" in judged(scored((True, True), repeats=repeats))["sentence"]
+    assert "Under each of 2 seeds 1 came back." in judged(scored((True, False), repeats=repeats[1:2] * 2))["sentence"]
 
 
 def test_a_mean_has_its_interval() -> None:

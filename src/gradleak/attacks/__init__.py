@@ -12,6 +12,7 @@ from gradleak.attacks.dataset_size import SampleCount
 from gradleak.attacks.decoders.attacks import DecodeMLP, DecodePseudoInverse, DecodeRidge, DecodeUNet
 from gradleak.attacks.diffusion.daps import DAPS
 from gradleak.attacks.diffusion.dps import DPS
+from gradleak.attacks.diffusion.guide import Guide
 from gradleak.attacks.diffusion.red_diff import SDS, RedDiff
 from gradleak.attacks.dlg import DLG, IDLG
 from gradleak.attacks.embedding_rows import EmbeddingRows
@@ -55,6 +56,7 @@ ATTACKS: dict[str, type] = {
     "sds": SDS,
     "dps": DPS,
     "daps": DAPS,
+    "guide": Guide,
     "decode-pseudo-inverse": DecodePseudoInverse,
     "decode-ridge": DecodeRidge,
     "decode-mlp": DecodeMLP,

@@ -6,8 +6,9 @@ Solves    batch [dW, db] = D^T H with D = softmax(H [W, b]^T) - Y, H (batch, fea
           The rank of [dW, db] is the batch: with its singular value decomposition U S V^T, H = K V^T. So K (batch, batch) is all that is
           unknown, in (classes - 1) batch + batch equations: too many by batch (classes - batch), but for the right labels. Features
           that left a ReLU are not negative, which is as many inequalities again. K by Levenberg and Marquardt, of many labels side by
-          side, first weighed by the root of the singular values and drawn to the mean features; labels by changing one at a time, of
-          the best few
+          side, from the mean features moved along the head's own direction of each label until it is predicted as surely as trained
+          networks predict, first weighed by the root of the singular values and drawn there; labels by changing one at a time, of the
+          best few
 Misses    batches of as many samples as classes; samples so sure that rounding hides them; most of what a defense changes
 """
 
@@ -24,7 +25,9 @@ MOST = (
 )  # samples and classes: a step costs the inverse of a matrix of batch^2 rows, for each label and each other class
 ROUNDING = 2e-7  # of float32, in units of the largest singular value
 SOLVED = 1e-6  # squared error, in units of the singular values, that labels which are right come below, and others hardly ever
-STARTS, DRAWN, NEGATIVE = 8, 1e-2, 1e-2  # K side by side; weights of the mean features and of negative ones
+SURE = 0.0, 0.5, 0.8, 0.95, 0.99, 0.998  # predictions of its label that a sample begins with; 0: the mean features
+STARTS = 12  # K side by side: one with each of these for all samples, then others at random
+DRAWN, NEGATIVE = 1e-2, 1e-2  # weights of the distance from there, and of negative features
 BEAM, TRIED, ROUNDS = 4, 12, 8  # labels that are kept; of all that differ by one, solved to the end; how often
 
 
@@ -48,20 +51,45 @@ class Equations:
         features = torch.cat([db @ dW / db.square().sum(), db.new_ones(1)])  # of all alike
         return cls(U, S, Vt, Vt @ torch.cat([W, b[:, None]], 1).T, Vt @ features, nonnegative)
 
-    def begin(self, count: int, generator: torch.Generator) -> Tensor:
-        """K (count, r, r): near the mean features."""
-        r = len(self.S)
-        noise = torch.randn(count, r, r, generator=generator, dtype=torch.float64)
-        return self.mean + 0.1 * float(self.mean.norm()) / r**0.5 * noise
+    def typical(self, sure: float) -> Tensor:
+        """(classes, r): the mean features, moved towards each class until it is predicted with this probability."""
+        last = self.Vt[:, -1]
+        along = (self.head - self.head.mean(1, keepdim=True)).T  # (classes, r)
+        along = along - torch.outer(along @ last, last) / last.square().sum()  # the 1 behind the features stays
+        low, high = torch.zeros(len(along), 1, dtype=torch.float64), torch.ones(len(along), 1, dtype=torch.float64)
+        high = high * 20 / along.square().sum(1, keepdim=True).mean()
+        for _ in range(30):
+            middle = (low + high) / 2
+            reached = ((self.mean + middle * along) @ self.head).softmax(1).diagonal()[:, None] >= sure
+            low, high = torch.where(reached, low, middle), torch.where(reached, middle, high)
+        moved: Tensor = self.mean + low * along
+        return moved
+
+    def begin(self, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """K (n, r, r) for labels (n, r): near what is typical of them, in turns as surely as `SURE` says."""
+        typical = torch.stack([self.typical(sure) for sure in SURE])  # (sure, classes, r)
+        sure = torch.randint(len(SURE), labels.shape, generator=generator)
+        turn = (torch.arange(len(labels)) % STARTS)[:, None].expand_as(sure)
+        K = typical[torch.where(turn < len(SURE), turn, sure), labels]
+        noise = torch.randn(K.shape, generator=generator, dtype=torch.float64)
+        return K + 0.1 * float(self.mean.norm()) / len(self.S) ** 0.5 * noise
 
     def solve(
-        self, targets: Tensor, K: Tensor, *, steps: int, power: float = 1.0, drawn: float = 0.0
+        self,
+        targets: Tensor,
+        K: Tensor,
+        *,
+        steps: int,
+        power: float = 1.0,
+        drawn: float = 0.0,
+        towards: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Least squares in K for each of these labels (n, r, classes), from K (n, r, r): the error (n,), and K.
 
-        Residuals are weighed by the singular values to minus this power, and `drawn` weighs the distance from the mean features.
+        Residuals are weighed by the singular values to minus this power, and `drawn` weighs the distance from the K to begin with, or from `towards`.
         """
         n, r, _ = K.shape
+        middle = K if towards is None else towards
         weights = (self.S.square() + (ROUNDING * self.S[0]) ** 2) ** (-power / 2)
         last, wanted, each = self.Vt[:, -1], self.U * (self.S * weights), torch.arange(r)
         outer = (self.Vt[:, None] * self.Vt[None]).reshape(r * r, -1).T  # (features + 1, r r)
@@ -72,7 +100,7 @@ class Equations:
             D, scaled = P - targets, K * weights
             equations, ones = D.transpose(1, 2) @ scaled - wanted, K @ last - 1
             below = (K @ self.Vt).clamp_max(0) if self.nonnegative else K.new_zeros(n, 1, 1)
-            penalty = NEGATIVE * below.square().sum((1, 2)) + drawn * (K - self.mean).square().sum((1, 2))
+            penalty = NEGATIVE * below.square().sum((1, 2)) + drawn * (K - middle).square().sum((1, 2))
             error = equations.square().sum((1, 2)) + ones.square().sum(1) + penalty
             return error, P, D, scaled, equations, ones, below
 
@@ -84,7 +112,7 @@ class Equations:
             J[:, :, each, :, each] += D.transpose(1, 2) * weights[:, None, None, None]
             J = J.reshape(n, -1, r * r)
             gradient = (J.transpose(1, 2) @ equations.reshape(n, -1, 1)).reshape(n, r, r)
-            gradient += ones[..., None] * last + drawn * (K - self.mean)
+            gradient += ones[..., None] * last + drawn * (K - middle)
             normal = J.transpose(1, 2) @ J
             blocks = normal.view(n, r, r, r, r)[:, each, :, each]  # (r, n, r, r): of each sample with itself
             blocks = blocks + always
@@ -132,18 +160,19 @@ def counts_by_equations(equations: Equations, targets: Tensor, start: Tensor) ->
     targets (classes, classes): row k is what class k is trained on. start: counts to begin with.
     """
     generator, classes = torch.Generator().manual_seed(0), len(targets)
+    typical = equations.typical(0.8)
 
     def fresh(labels: Tensor) -> Tried:
-        """Labels (n, r) from the mean features."""
+        """Labels (n, r) from what is typical of them."""
         rows = labels.repeat_interleave(STARTS, 0)
-        K = equations.begin(len(rows), generator)
+        K = first = equations.begin(rows, generator)
         for k in range(3):
-            K = equations.solve(targets[rows], K, steps=8, power=0.5, drawn=DRAWN / 10**k)[1]
+            K = equations.solve(targets[rows], K, steps=8, power=0.5, drawn=DRAWN / 10**k, towards=first)[1]
         error, K = equations.solve(targets[rows], K, steps=25)
         return Tried.best([Tried(rows, K, error)], len(labels))
 
     def changed(found: Tried, seen: set[tuple[int, ...]]) -> Tried | None:
-        """What differs by one label, of what was not seen before, from the K that was found."""
+        """What differs by one label, of what was not seen before: from the K that was found, that sample's from what is typical."""
         r = found.labels.shape[1]
         labels = found.labels[:, None, None].repeat(1, r, classes, 1)  # (n, r, classes, r)
         for i in range(r):
@@ -154,7 +183,10 @@ def counts_by_equations(equations: Equations, targets: Tensor, start: Tensor) ->
         seen |= set(keys)
         if not len(new):
             return None
-        labels, K = labels[new], found.K.repeat_interleave(r * classes, 0)[new]
+        K = found.K[:, None, None].repeat(1, r, classes, 1, 1)
+        for i in range(r):
+            K[:, i, :, i] = typical
+        labels, K = labels[new], K.reshape(-1, r, r)[new]
         error, K = equations.solve(targets[labels], K, steps=10, power=0.5, drawn=DRAWN / 100)
         close = Tried.best([Tried(labels, K, error)], TRIED)
         error, K = equations.solve(targets[close.labels], close.K, steps=20)
@@ -166,4 +198,6 @@ def counts_by_equations(equations: Equations, targets: Tensor, start: Tensor) ->
         if float(found.error[0]) < SOLVED or (more := changed(found, seen)) is None:
             break
         found = Tried.best([found, more], BEAM)
+        if float(found.error[0]) > SOLVED:
+            found = Tried.best([found, fresh(found.labels)], BEAM)
     return found.labels[0].bincount(minlength=classes), float(found.error[0])

@@ -4,7 +4,8 @@ Sees      Gradient or Update of a classifier that ends in a linear layer and a s
           an Adapter of that layer
 Recovers  labels (batch,) int64 in ascending order
 Solves    dL/db_c = mean_n (p_nc - [y_n = c]): for one image only the true class is negative; for a batch the counts
-          follow once the mean prediction is known, which dL/dW gives
+          follow once the mean prediction is known, which dL/dW gives. Of small batches both gradients are more equations than
+          there are unknowns (label_equations.py), whatever the training
 """
 
 from dataclasses import replace

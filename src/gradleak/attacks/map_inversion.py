@@ -51,7 +51,7 @@ MOST_PIXELS = 3 * 64 * 64  # a matrix of so many takes 1.1 GiB, and five are hel
 
 @dataclass(frozen=True, kw_only=True)
 class MapInversion:
-    """The prior and the effort.
+    """The prior and the effort. Weights of the prior far below the noise are left out: they change nothing.
 
     prior        GaussianPrior.fit(public pictures), or None for GaussianPrior.smooth
     pairs        public pictures in the regression that gives the start; 0, or no public pictures: start at the mean
@@ -107,9 +107,7 @@ class MapInversion:
             return (mean + z.view(batch, -1) @ F).view(batch, *shape)
 
         def objective(z: Tensor, y: Tensor, released: Tensors, variance: Tensor, weight: Tensor) -> Tensor:
-            precision = 1 / (
-                variance + weight * len(variance) / batch
-            )  # (L,); of z = 0 it is the misfit, up to weights
+            precision = 1 / (variance + weight * len(variance) / batch)  # (L,); all equal where no noise is told
             return (precision @ errors(seen.simulate(pictures(z), y), released) + z.square().sum()) / precision.sum()
 
         if self.start is None:

@@ -11,6 +11,10 @@ from gradleak.priors.prior import Denoiser, Energy
 
 MOST = 1_000_000  # steps, trials, candidates, ...; no parameter is negative
 FROM_ONE = ("restarts", "trials")  # without one there is no result
+PRIORS: dict[Any, str] = {
+    Energy: "energy",
+    Denoiser: "denoise",
+}  # what an attack may ask for, and what a prior then has
 PLAIN = (str, int, float, bool, Path)
 
 
@@ -69,10 +73,10 @@ def under(attacks: Mapping[str, Any], prior: Any, text: str) -> dict[str, Any]:
 def takes_prior(kind: type, prior: Any) -> bool:
     """Whether an attack has a field for such a prior: a price on pictures, a denoiser, or one kind of them."""
     wanted = get_type_hints(kind).get("prior")
-    for protocol, method in ((Energy, "energy"), (Denoiser, "denoise")):
+    for protocol, method in PRIORS.items():
         if wanted == protocol | None:
             return hasattr(prior, method)
-    return wanted == type(prior) | None
+    return bool(wanted == type(prior) | None)
 
 
 def typed(value: Any, kind: Any, what: str, least: int) -> Any:

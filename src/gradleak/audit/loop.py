@@ -228,8 +228,8 @@ def score(
     if found.proven:
         row["proven"] = [found.proven[i] if 0 <= i < len(found.proven) else False for i in order]
     show = model.architecture.show
-    row["shown"] = {"truth": show(truth), "reconstruction": show(matched), **invented(observation, found, order)}
-    row["shown"] |= {name: show(guess) for name, guess in guesses.items()}
+    own = {"truth": show(truth), "reconstruction": show(matched), **invented(observation, found, order)}
+    row["shown"] = own | {name: show(guess) for name, guess in guesses.items()}
     if secret.labels is not None and found.labels is not None and len(found.labels) == len(secret):
         row["labels"] = {
             "recovered": called(found.labels[order], secret.classes),

@@ -87,13 +87,14 @@ def plan_of(
     *,
     named: bool,
     scored: bool = False,
+    repeats: int = 1,
     device: str = "cpu",
 ) -> Plan:
     """What these attacks are going to take on this observation.
 
     public: data of the observation's kind, by which a simulation is timed. named: whether somebody has asked for these very attacks:
-    those are tried however long they take. scored: whether a control is attacked too. Raises BadInput where the machine has too little
-    memory for the model, or for an attack that was asked for.
+    those are tried however long they take. scored: whether a control is attacked too. repeats: under how many seeds each runs. Raises
+    BadInput where the machine has too little memory for the model, or for an attack that was asked for.
     """
     where = torch.device(device)
     held, free = bytes_of(observation), free_bytes(where)
@@ -105,7 +106,7 @@ def plan_of(
         name: effort for name, attack in attacks.items() if (effort := effort_of(attack, observation)) is not None
     }
     step = step_of(observation.to(where), public, where) if efforts else None
-    runs = 2 if scored else 1
+    runs = repeats + (1 if scored else 0)
     taken = max(resident(), held)
     plan = Plan(efforts if step else {}, step, observation.release.steps(), held, taken, free, runs, {})
     skipped: dict[str, str] = {}

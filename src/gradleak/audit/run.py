@@ -36,6 +36,7 @@ def run_audit(
     public: Any = "embedded",
     split: str = "train",
     seed: int = 0,
+    repeats: int = 1,
     device: str = "cpu",
     progress: bool = True,
 ) -> Report:
@@ -48,6 +49,7 @@ def run_audit(
     base         of an adapter's folder: its base model, a folder or a name on the hub; what its config names unless this is given
     recipe       of an adapter's folder: how it was trained; one step, compared in direction, unless this is given
     public       what everybody may know: embedded, a folder, a name on the hub, or data of the observation's kind; split: of these
+    repeats      under how many seeds each attack runs, from `seed` on; the run that explains most is kept
     progress     show how far it is: bars in a notebook or a terminal, else a line a minute on stderr
 
     Raises BadInput for what cannot be read, for unknown attacks, and for a secret of another kind.
@@ -65,7 +67,7 @@ def run_audit(
     written, found = record.new_record(command, seed, []), {}
     describe(written, seen, "")
     with shown(progress) as start:
-        about: dict[str, Any] = {"secret": hidden, "seed": seed, "device": device, "on_step": start}
+        about: dict[str, Any] = {"secret": hidden, "seed": seed, "repeats": repeats, "device": device, "on_step": start}
         for done in audit(seen, chosen, data, **about, skipped=plan.skipped):
             written["results"].append(done.result)
             if done.reconstruction is not None:

@@ -156,7 +156,9 @@ def under_seeds(row: Result) -> str:
     if len(repeats) < 2:
         return ""
     counts = [repeat.get("recovered", 0) for repeat in repeats]
-    return f" The seed that explains most is shown; over {len(repeats)} seeds {min(counts)} to {max(counts)} came back."
+    if min(counts) == max(counts):
+        return f" Under each of {len(repeats)} seeds {counts[0]} came back."
+    return f" Under {len(repeats)} seeds {min(counts)} to {max(counts)} came back; the one that explains most is shown."
 
 
 def overall(verdicts: Sequence[Verdict]) -> Verdict:

@@ -142,12 +142,17 @@ def optional(kind: Any) -> bool:
     return get_origin(kind) in (Union, types.UnionType) and type(None) in get_args(kind)
 
 
-def metavar(kind: Any) -> str | None:
-    """What stands for a value in the help, without the None that nobody types; None where tyro knows better."""
-    [inner, *others] = [one for one in get_args(kind) if one is not type(None)]
-    if get_origin(inner) is Literal:
-        return "{" + ",".join(map(str, get_args(inner))) + "}"
-    return None if others else WORDS.get(inner)
+def metavar(kind: Any) -> str:
+    """What stands for a value in the help, without the None that nobody types."""
+    if optional(kind):
+        [kind] = [one for one in get_args(kind) if one is not type(None)]
+    if get_origin(kind) is Literal:
+        return "{" + ",".join(map(str, get_args(kind))) + "}"
+    if get_origin(kind) is tuple:
+        first, *others = get_args(kind)
+        word = metavar(first)
+        return f"[{word} [{word} ...]]" if others == [...] else " ".join([word, *map(metavar, others)])
+    return WORDS[kind]
 
 
 def identifier(name: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from gradleak.attacks import ATTACKS
 from gradleak.attacks.attack import refusal
-from gradleak.attacks.parameters import built, under
+from gradleak.attacks.parameters import built
 from gradleak.attacks.search.start import Given
 from gradleak.attacks.seed import with_start_recovered
 from gradleak.audit.loop import Audited
@@ -26,6 +26,7 @@ from gradleak.cli.commands import new_record
 from gradleak.cli.folders import folder_for, fresh_folder, same_command
 from gradleak.cli.informed import informed
 from gradleak.cli.inputs import check_device, observed_files
+from gradleak.cli.priors import REFINING, UNDER_PRIOR, with_prior
 from gradleak.errors import BadInput, shortened
 from gradleak.formats.observation_file import load_observation, usable_labels
 from gradleak.formats.reconstruction_file import load_reconstruction, save_reconstruction
@@ -33,7 +34,6 @@ from gradleak.formats.secret_file import Secret, load_secret
 from gradleak.observations.mechanism import Mechanism
 from gradleak.observations.observation import Observation
 from gradleak.observations.whole_weights import whole_weights
-from gradleak.priors.named import load_prior
 from gradleak.report import record
 from gradleak.report.gate import check_bar, exit_code
 from gradleak.report.membership import Membership
@@ -42,7 +42,6 @@ from gradleak.report.private import private
 from gradleak.report.redaction import redacted
 from gradleak.victims.demo import DEMO
 
-UNDER_PRIOR = ("daps",)  # attacks that a bare audit adds where a prior is given
 CLOSED = ("analytic",)  # attacks in closed form, which are tried on what was trained as a whole beside an adapter
 
 
@@ -56,7 +55,9 @@ def attack(args: flags.Attack, options: dict[str, dict[str, Any]]) -> None:
         raise BadInput(f"{name} cannot run here. {reason} {reading(observation)}")
     public = public_data(args, observation)
     inputs = observed_files(args)
-    chosen = with_prior({name: chosen}, args.prior, observation, public)[name]
+    if args.refine is not None and name != REFINING:
+        raise BadInput(f"--refine goes with --attack {REFINING}.")
+    chosen = with_prior({name: chosen}, args, observation, public)[name]
     if args.start is not None:
         chosen, inputs = started(name, chosen, args.start, observation), [*inputs, args.start]
     written = new_record("attack", args, options, inputs)
@@ -122,12 +123,11 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
     found = None if args.members is None else written.get("membership") or told_members(args, observation, written, out)
     if attacks:
         left, public = dict[str, list[str]](), public_data(args, observation)
-        attacks = with_prior(attacks, args.prior, observation, public)
+        attacks = with_prior(attacks, args, observation, public)
         finished = finished_in(written, observation.release.name)
         missing = {title: one for title, one in attacks.items() if title not in finished}
-        plan = plan_of(
-            observation, missing, public, named=args.attacks is not None, scored=secret is not None, device=args.device
-        )
+        known = {"named": args.attacks is not None, "scored": secret is not None}
+        plan = plan_of(observation, missing, public, **known, repeats=args.repeats, device=args.device)
         out.mkdir(parents=True, exist_ok=True)  # where that fails, nothing was said yet
         print(plan.sentence(), flush=True, file=stream)
         audit_one(observation, attacks, public, secret, written, left, out, stream, **about, skipped=plan.skipped)
@@ -271,16 +271,6 @@ def started(name: str, attack: Any, path: Path, observation: Observation[Any]) -
     reconstruction = load_reconstruction(path)
     usable_labels(reconstruction.labels, observation.model, len(reconstruction.value), path)
     return replace(attack, start=Given(reconstruction))
-
-
-def with_prior(attacks: dict[str, Any], text: str | None, observation: Observation[Any], public: Any) -> dict[str, Any]:
-    """The attacks under the prior of --prior, and what is to be seen beside them."""
-    shape = getattr(observation.model.architecture, "input_shape", None)
-    if text is None:
-        return attacks
-    if shape is None:
-        raise BadInput("--prior says what is known of pictures, and the observed model takes none.")
-    return under(attacks, load_prior(text, shape, public.images), text)
 
 
 def public_data(args: flags.Seen, observation: Observation[Any]) -> Any:

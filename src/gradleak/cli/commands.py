@@ -12,6 +12,7 @@ from gradleak.audit.progress import progress
 from gradleak.cli import flags, owner_flags
 from gradleak.cli.folders import arguments_of, plain
 from gradleak.cli.inputs import check_device, file_hash
+from gradleak.cli.seen_flags import PRESENTED
 from gradleak.errors import BadInput, near, shortened
 from gradleak.report import html, record
 from gradleak.report.pdf import printed
@@ -105,7 +106,7 @@ def rerun(args: flags.Rerun) -> int:
             raise BadInput(f"The record would let {shortened(attack)} write to a folder: run it by hand.")
     values = {key: value for key, value in values.items() if value is not None} | {"out": str(args.out)}
     kind = RERUNNABLE[name]
-    if unknown := [key for key in values if key not in {field.name for field in fields(kind)}]:
+    if unknown := [key for key in values if key not in {field.name for field in fields(kind)} - {*PRESENTED}]:
         raise BadInput(f"{args.record} does not say how it was made: {name} has no argument {shortened(unknown[0])!r}.")
     try:
         parsed: Any = msgspec.convert(values, kind, dec_hook=lambda kind, value: kind(value))

@@ -22,6 +22,8 @@ class Attacked(Observed):
     defense: UseAppendAction[tuple[str, ...]] = ()
     """What was done to the release before it was shared, in this order, each as NAME:NUMBER, in place of what the file says: top-k:0.1,
     noise:0.01, ... (see `gradleak list`); unknown, for an attacker who does not know."""
+    refine: str | None = None
+    """Clean up this attack's pictures by a denoiser that is trained on its results for public pictures (the attack guide)."""
     prior: str | None = None
     """What is known of pictures, in place of --data, for attacks that take it: gaussian, tv, ffdnet, or diffusion:FOLDER for a model of diffusers,
     which may be a name on the hub, or of `gradleak train denoiser`. An audit shows the same attack under a Gaussian, and the prior alone, beside it."""
@@ -144,7 +146,7 @@ class TrainByDescent(Train):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainDenoiser(Common):
+class TrainDenoiser(Kept):
     """Train a denoiser on public pictures, a prior for `diffusion:FOLDER`; an interrupted training goes on."""
 
     GROUP: ClassVar[str] = "denoiser"

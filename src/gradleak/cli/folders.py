@@ -16,7 +16,15 @@ from gradleak.cli.seen_flags import PRESENTED, Kept
 from gradleak.errors import BadInput, checked, read_json, shortened
 
 COMMAND = "command.json"  # beside what is captured or trained: which command made it
-MARKS = ("record.json", "study.json", "observation.safetensors", "generator.safetensors", "pairs.json", COMMAND)
+MARKS = (
+    "record.json",
+    "study.json",
+    "observation.safetensors",
+    "generator.safetensors",
+    "pairs.json",
+    "provenance.json",
+    COMMAND,
+)
 INPUTS = ("observation", "secret", "after", "before", "weights", "start")
 FREE = (
     *PRESENTED,
@@ -24,7 +32,7 @@ FREE = (
     "threads",
     "json",
     "fail_on",
-    "verbose",
+    "pdf",
 )  # arguments that may be others when results are gone on with
 
 

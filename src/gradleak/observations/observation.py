@@ -104,9 +104,8 @@ class Observation(Generic[A]):
         not take it away already, and rounding to the number format. White within each tensor. Where nobody knows the defenses, the
         rounding alone."""
         added = deviations(self.released, [defense for defense in self.defenses or () if not defense.reads])
-        kept = {
-            n: rounding(t.reshape(1, -1), getattr(torch, self.precision))[0].to(t) for n, t in self.released.items()
-        }
+        precision = getattr(torch, self.precision)
+        kept = {n: rounding(t.reshape(1, -1).cpu(), precision)[0].to(t) for n, t in self.released.items()}
         return {name: torch.hypot(left, added[name].to(left)) if name in added else left for name, left in kept.items()}
 
     def residual(self, inputs: Any, labels: Tensor | None) -> float:

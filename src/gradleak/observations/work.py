@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOM = 2 * 2**30  # bytes that rows side by side may take; the same on every machine, for the same rounding
-QUICK = 1.0  # seconds below which a computation is timed by a second run, without the counting and with everything warm
+QUICK = 5.0  # seconds below which a computation is timed by a second run, without the counting and with everything warm
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def parts_of(folder: Path) -> dict[str, Path]:
 def part_of(folder: Path, known: Sequence[str]) -> Any:
     """The network in a folder, of one of these classes of diffusers. Raises BadInput for any other, and for pickled weights."""
     kind = read_object(folder / "config.json").get("_class_name")
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         raise BadInput(f"{folder} holds a {shortened(str(kind))}: known are {', '.join(known)}.")
     if not any(folder.glob("*.safetensors")):
         pickled = next((path for path in sorted(folder.iterdir()) if path.suffix in PICKLED), None)

@@ -24,14 +24,11 @@ from gradleak.priors.files import read_tensors
 from gradleak.priors.gaussian import cosines
 
 TOLD, PRINTS = "provenance.json", "provenance.safetensors"
-SIDE, MIDDLE, CELLS = (
-    32,
-    24,
-    16,
-)  # pixels that a picture is brought to, of them those that are looked at, and cells of these
+SIDE, MIDDLE = 32, 24  # pixels that a picture is brought to, and of them those that are looked at
+CELLS = 16  # of these, each way
 FINE, COARSE = 13, 7  # waves of at most so many half-cycles, down and across together
 CLOSEST = 8  # pictures that are compared finely
-SAME = 0.9  # scalar product of fingerprints from which on two pictures are near-duplicates
+SAME = 0.95  # scalar product of fingerprints from which on two pictures are near-duplicates
 SHIFTS, ZOOMS = (-3.0, -1.5, 0.0, 1.5, 3.0), (0.875, 1.0, 1.125)
 
 
@@ -135,5 +132,5 @@ def few() -> Tensor:
 
 def fingerprinted(images: Tensor) -> tuple[str, Tensor]:
     """Pictures (n, channel, height, width) of bytes -> their sha256, and a fingerprint of each as `Provenance` keeps it."""
-    prints = torch.cat([fingerprints(some.float() / 255) for some in images.split(1000)])
+    prints = torch.cat([fingerprints(some.float() / 255) for some in torch.split(images, 1000)])
     return hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest(), (127 * prints).round().to(torch.int8)

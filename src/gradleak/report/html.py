@@ -25,7 +25,7 @@ from gradleak.report.numbers import DASH, RANK, Legend, at, beside, glance, head
 from gradleak.report.record import Record, Result, Verdict
 from gradleak.report.redaction import is_private
 from gradleak.report.samples import Sample, labels, safe, sample
-from gradleak.report.words import CHANGING, EVIDENCE, LEVELS, OUTCOMES, SHOWN, WHAT_TO_DO
+from gradleak.report.words import CHANGING, EVIDENCE, LEVELS, MEMBER_TERMS, OUTCOMES, SHOWN, WHAT_TO_DO
 
 MOST_SAMPLES, FEW = 8, 2  # that are seen at the top without a click; that are shown large
 NOT_RUN = re.compile("Not (run|tried): ")
@@ -47,6 +47,7 @@ def render(record: Record) -> str:
         is_private=is_private(record),
         costs=record.get("costs", []),
         has_intervals=any(key.endswith("_low") for row in record.get("table", []) for key in row),
+        member_terms=list(MEMBER_TERMS.items()),
         membership=None if (found := record.get("membership")) is None else drawn(found, safe),
         plots=[
             (plot["title"], safe(plot["image"]), plot.get("words", plot["title"])) for plot in record.get("plots", [])
@@ -93,7 +94,9 @@ def describe(value: Mapping[str, Any] | None) -> str:
 def _given(record: Record) -> dict[str, Any]:
     """The arguments that were given: what is null or off was not."""
     arguments = dict(record["command"]["arguments"], seed=record["seed"])
-    return {name: value for name, value in arguments.items() if value is not None and value is not False}
+    return {
+        name: value for name, value in arguments.items() if value is not None and value is not False and value != []
+    }
 
 
 def _names(record: Record) -> list[str]:
@@ -132,7 +135,7 @@ def _part(record: Record, name: str, is_one_of_several: bool, numbers: Iterator[
         "threat_model": [row for row in record["threat_model"] if row.get("observation", name) == name],
         "sections": sections,
         "evidence": None if best is None else _evidence(sections[best], level, legend),
-        "glance": glance(ran, legend, level) if len(rows) > 1 and ran else None,
+        "glance": glance(ran, legend, level) if ran else None,
         "not_run": [(", ".join(names), reason) for reason, names in reasons.items()],
         "not_run_count": len(rows) - len(ran),
         "untried": [

@@ -2,6 +2,7 @@
 
 import html as escaping
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class Report:
     def to_dataframe(self) -> Any:
         """A pandas DataFrame, a row for each attack and private sample (`samples.csv`). Raises BadInput without pandas."""
         try:
-            import pandas
+            pandas: Any = import_module("pandas")
         except ImportError as error:
             raise BadInput("to_dataframe needs pandas: install it (pip install pandas).") from error
         return pandas.DataFrame(samples(self.record))

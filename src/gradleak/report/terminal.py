@@ -36,8 +36,11 @@ def tables(record: Record) -> Iterator[RenderableType]:
         ran = [row for row in rows if row.get("ran", row["residual"] is not None)]
         if ran:
             yield table(name if len(names) > 1 else "attack", ran, legend, levels.get(name, record["verdict"]["level"]))
-        if rest := [row["attack"] for row in rows if row not in ran]:
-            yield Text(f"Not run: {', '.join(rest)}.")
+        rest = [row for row in rows if row not in ran]
+        if rest and ran:
+            yield Text(f"Not run: {', '.join(row['attack'] for row in rest)}.")
+        else:
+            yield from (Text(f"{row['attack']}: {row['status']}") for row in rest)
 
 
 def verdict(record: Record) -> str:

@@ -26,6 +26,11 @@ TERMS = {  # words of the page's own, explained where they are first used
     "Residual": "the share of what was shared that the reconstruction leaves unexplained, from 0 (explains all) to 1 (explains nothing).",
 }
 IDENTIFIED = "the true sample is told from so many candidates by the reconstruction alone."
+MEMBER_TERMS = {
+    "AUC": "how often a sample that was trained on scores higher than a fresh one. 0.5 is guessing, 1 is certainty.",
+    "True positives at 1 % false alarms": "the share of your samples that an attacker picks out who accuses one of 100 others wrongly.",
+    "Certificate": "a proof that one sample was trained on; p is how likely a sample that was not would pass it.",
+}
 OUTCOMES = {  # of what was observed
     "solved": "explains all",
     "close": "explains most",

@@ -37,6 +37,7 @@ def settings(data: str, size: Size) -> Iterator[Setting]:
     yield from (Setting("lenet", noise, many) for noise in (0.0, 1e-4, 1e-3, 1e-2))
     yield Setting("mlp", 0.0, many)
     yield from (Setting(name, 0.0, max(many // 4, many - 95)) for name in ("convnet", "convnet64", "resnet20"))
+    yield Setting("resnet20-4", 0.0, 8)
 
 
 def cell(setting: Setting, bench: Bench) -> Result:

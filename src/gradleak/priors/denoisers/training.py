@@ -102,7 +102,8 @@ def step_loss(denoiser: TrainedDenoiser, images: Tensor, generator: torch.Genera
     sigma = (math.log(LEVEL) + WIDTH * torch.randn(BATCH, generator=generator)).exp().clamp(LOWEST, HIGHEST)
     s = sigma[:, None, None, None]
     noisy = clean + s * torch.randn(clean.shape, generator=generator)
-    return ((denoiser(noisy, sigma) - clean) / denoiser.gaussian.spread(s**2)).square().mean()
+    found: Tensor = denoiser(noisy, sigma)
+    return ((found - clean) / denoiser.gaussian.spread(s**2)).square().mean()
 
 
 def descend(weights: dict[str, Tensor], state: dict[str, Tensor], steps: int, rate: float) -> None:
@@ -129,7 +130,7 @@ def orthogonal(matrix: Tensor) -> Tensor:
     for _ in range(5):
         A = X @ X.T
         X = 3.4445 * X + (2.0315 * A @ A - 4.7750 * A) @ X
-    return (X.T if tall else X) * max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5
+    return (X.T if tall else X) * math.sqrt(max(1, matrix.shape[0] / matrix.shape[1]))
 
 
 def resumed(out: Path, key: str, state: dict[str, Tensor], weights: dict[str, Tensor]) -> Progress:
