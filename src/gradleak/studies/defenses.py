@@ -53,7 +53,11 @@ BY = {
     GRADIENT: ("analytic", "recursive", "dlg", "idlg", "inverting-gradients", "map-inversion"),
     ADAPTER: ("inverting-gradients", "activation-patterns"),
 }
-UNAWARE = ("analytic", "inverting-gradients")  # of the attacks, those that are tried without the knowledge
+UNAWARE = (
+    "analytic",
+    "inverting-gradients",
+    "activation-patterns",
+)  # of the attacks, those that are tried without the knowledge
 BATCHES = {"smoke": 2, "small": 3, "paper": 100}  # private ones
 TRAINING = {"smoke": (200, 2), "small": (1_000, 5), "paper": (10_000, 10)}  # pictures, epochs
 DLG: dict[str, Any] = {"evaluations": 60, "rounds": 0, "restarts": 1}
@@ -87,7 +91,7 @@ def settings(data: str, size: Size) -> Iterator[Setting]:
             if size == "small" and defense in LEFT_OUT:
                 continue
             yield Setting(defense, shared, batch, UTILITY)
-            for attack in UNAWARE if size == "smoke" else BY[shared]:
+            for attack in UNAWARE[:2] if size == "smoke" else BY[shared]:
                 yield Setting(defense, shared, batch, attack)
                 if defense != NONE and size != "smoke" and (attack in UNAWARE or size == "paper"):
                     yield Setting(defense, shared, batch, attack, knows=False)

@@ -250,7 +250,10 @@ def given_equations(prior: GaussianPrior, seen: Evidence) -> Gaussian:
     joint = Gaussian(torch.cat([mean, mean.new_zeros(1)]), nn.functional.pad(factor, (0, 1, 0, 1)))
     joint.factor[-1, -1] = 10.0
     noise = seen.noise * (seen.rows @ factor).norm(dim=1)
-    return joint.given(torch.cat([seen.rows, -seen.row_scales[:, None]], dim=1), -seen.row_offsets, noise)
+    told = noise > 0  # a row of zeros, as truncation leaves them, is no equation
+    return joint.given(
+        torch.cat([seen.rows, -seen.row_scales[:, None]], dim=1)[told], -seen.row_offsets[told], noise[told]
+    )
 
 
 def loss_equations(seen: Evidence, t: Tensor, units_known: bool) -> tuple[Tensor, Tensor, Tensor]:
