@@ -21,9 +21,8 @@ from gradleak.observations.layers import Call, calls
 from gradleak.observations.observation import PictureObservation
 from gradleak.observations.releases import Gradient
 
-EXPLAINED = (
-    1e-2  # of both gradients, squared: of untrained networks counts leave 2e-4 at most, of trained ones 2e-2 or more
-)
+# Of both gradients, squared: what counts of samples that are alike may leave. Untrained networks left 2e-4 at most, trained ones 2e-2.
+EXPLAINED = 1e-2
 
 
 def known_or_recovered(observation: PictureObservation) -> Tensor:
