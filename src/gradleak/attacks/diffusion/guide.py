@@ -178,7 +178,7 @@ def trained(
         with torch.enable_grad():
             loss = ((network(noisy, a, sigma) - x) / error).square().mean()
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         optimizer.step()
         schedule.step()
         if on_step is not None:
