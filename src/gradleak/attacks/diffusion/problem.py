@@ -75,8 +75,8 @@ class Problem:
             if o.defenses is None:
                 taken_up = 2 * found.value.numel() * gaussian.energy(found.value)
                 assert found.labels is not None
-                where = found.value.to(told)
-                told = told + estimated_variance(o.simulate, where, found.labels, o.released, taken_up.to(told))
+                x = found.value.to(told)
+                told = told + estimated_variance(o.simulate, x, found.labels, o.released, taken_up.to(told))
             variance.append(told + (UNHEARD if blind else PRIOR_WEIGHTS[-1] * len(told) / batch))
         where = variance[0]
         released, near = stack(observations, copies), gaussian.to(where.dtype).to(where.device)
