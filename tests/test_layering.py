@@ -64,25 +64,25 @@ DEEP = {
     "attacks/likely_text.py": (4, 730),  # the same
     "attacks/embedding_rows.py": (4, 830),  # likely-text's replay
     "attacks/sparse_words.py": (3, 690),  # the same
-    "attacks/jigsaw/jigsaw.py": (5, 1_080),  # its arrangement, and the search that it begins with
-    "attacks/recursion/recursive.py": (12, 2_380),  # a layer backwards, of each kind
-    "attacks/diffusion/guide.py": (4, 980),  # the attack that it cleans up after
+    "attacks/jigsaw/jigsaw.py": (5, 1_100),  # its arrangement, and the search that it begins with
+    "attacks/recursion/recursive.py": (12, 2_400),  # a layer backwards, of each kind
+    "attacks/diffusion/guide.py": (4, 1_000),  # the attack that it cleans up after
     "attacks/exact_git/exact_git.py": (11, 1_860),  # the weights first, then the pictures
-    "attacks/decoders/attacks.py": (12, 1_610),  # four decoders, and the inversion behind them
-    "attacks/learned/git.py": (6, 1_260),  # a generator, how it is trained and kept
-    "attacks/learned/lti.py": (6, 1_010),  # the same
-    "attacks/activation_patterns/activation_patterns.py": (5, 950),  # half-spaces, the first layer, labels
+    "attacks/decoders/attacks.py": (12, 1_630),  # four decoders, and the inversion behind them
+    "attacks/learned/git.py": (6, 1_280),  # a generator, how it is trained and kept
+    "attacks/learned/lti.py": (6, 1_030),  # the same
+    "attacks/activation_patterns/activation_patterns.py": (5, 970),  # half-spaces, the first layer, labels
     "attacks/weights/ntk.py": (3, 550),  # KKT's search
     "attacks/weights/kkt_search.py": (3, 520),  # KKT's own, many times
-    "attacks/analytic.py": (3, 570),  # labels, whose equations are solved
-    "attacks/inverting_gradients.py": (3, 610),  # the same
-    "attacks/map_inversion.py": (3, 680),  # the same
-    "attacks/patch_embedding.py": (3, 540),  # the same
-    "attacks/diffusion/daps.py": (5, 950),  # the problem that the three share, and labels
-    "attacks/diffusion/dps.py": (5, 930),  # the same
-    "attacks/diffusion/red_diff.py": (5, 1_010),  # the same
-    "attacks/token_span.py": (3, 560),  # the same
-    "attacks/dlg.py": (3, 810),  # and labels
+    "attacks/analytic.py": (3, 590),  # labels, whose equations are solved
+    "attacks/inverting_gradients.py": (3, 620),  # the same
+    "attacks/map_inversion.py": (3, 700),  # the same
+    "attacks/patch_embedding.py": (3, 560),  # the same
+    "attacks/diffusion/daps.py": (5, 970),  # the problem that the three share, and labels
+    "attacks/diffusion/dps.py": (5, 950),  # the same
+    "attacks/diffusion/red_diff.py": (5, 1_030),  # the same
+    "attacks/token_span.py": (3, 570),  # the same
+    "attacks/dlg.py": (3, 830),  # and labels
     "attacks/adam_unmixing/adam_unmixing.py": (5, 1_040),  # a step undone, and unmixing's spans and pixels
     "attacks/unmixing/unmixing.py": (3, 720),  # the span, two layers, two ways to tell samples apart, and the replay
 }
@@ -236,6 +236,10 @@ def test_nothing_unpickles_or_evaluates() -> None:
         for node in ast.walk(tree(name)):
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
+                # One file, known by its hash.
+                if called == "torch.load" and place(name) == "priors/denoisers/ffdnet.py":
+                    assert "weights_only=True" in ast.unparse(node)
+                    continue
                 assert called not in ("eval", "exec", "compile", "__import__", "torch.load"), f"{name}:{node.lineno}"
 
 

@@ -830,8 +830,7 @@ def test_an_audit_in_which_nothing_can_run_says_why(
     said = capsys.readouterr().out
     made = record.read(tmp_path / "out" / "record.json")
     assert made["verdict"]["level"] == "unscored"
-    assert "dager: Not run: It recovers texts" in said
-    assert "No attack could run on this observation." in said
+    assert "No attack could run on this observation. dager: Not run: It recovers texts" in said
     assert "Not tried: analytic," in said
 
 

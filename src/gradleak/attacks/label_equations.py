@@ -12,6 +12,7 @@ Solves    batch [dW, db] = D^T H with D = softmax(H [W, b]^T) - Y, H (batch, fea
 Misses    batches of as many samples as classes; samples so sure that rounding hides them; most of what a defense changes
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -72,7 +73,7 @@ class Equations:
         turn = (torch.arange(len(labels)) % STARTS)[:, None].expand_as(sure)
         K = typical[torch.where(turn < len(SURE), turn, sure), labels]
         noise = torch.randn(K.shape, generator=generator, dtype=torch.float64)
-        return K + 0.1 * float(self.mean.norm()) / len(self.S) ** 0.5 * noise
+        return K + 0.1 * float(self.mean.norm()) / math.sqrt(len(self.S)) * noise
 
     def solve(
         self,

@@ -218,8 +218,8 @@ def trained_on_secret(attack: Any, secret: Secret) -> list[Flag]:
     seen = attack.trained_on(secret.inputs) if hasattr(attack, "trained_on") else 0
     sentence = f"{seen} private samples are among those that the attack was trained on: it has seen the secret."
     flags = [flag("secret_in_training", "error", sentence)] if seen else []
-    prior = getattr(attack, "prior", None)
-    if not hasattr(prior, "provenance"):
+    prior: Any = getattr(attack, "prior", None)
+    if prior is None or not hasattr(prior, "provenance"):
         return flags
     if prior.provenance is None:
         sentence = "Nobody tells what the prior was trained on: it may have seen the secret."

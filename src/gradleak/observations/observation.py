@@ -145,7 +145,7 @@ class Observation(Generic[A]):
         released = {name: tensor.detach() for name, tensor in self.undefended(inputs, labels).items()}
         defenses = [defense.bound(self.model, inputs) for defense in self.defenses or ()]
         released = defended(released, defenses, torch.Generator().manual_seed(0))
-        known = {k: None if getattr(self, k) is None else labels for k in ("labels", "read_labels")}
+        known: dict[str, Any] = {k: None if getattr(self, k) is None else labels for k in ("labels", "read_labels")}
         return replace(self, released=released, **known)
 
     def withheld(self) -> list[str]:

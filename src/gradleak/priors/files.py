@@ -20,6 +20,7 @@ WANTED = (
     "*diffusion_pytorch_model.safetensors",
     "text_encoder/model.safetensors",
     "gaussian.safetensors",
+    "provenance.safetensors",
 )
 
 
@@ -52,6 +53,11 @@ def folder_of(name: str) -> Path:
     folder = Path(name)
     if folder.is_dir():
         return folder
+    if folder.is_file() and folder.suffix in PICKLED:
+        raise BadInput(
+            f"{folder} is a pickle, which can run code when it is opened: convert it where you trust it, with "
+            "diffusers.StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)."
+        )
     if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise BadInput(f"{shortened(name)} is neither a folder of diffusers nor a name on the hub.")
     from huggingface_hub import snapshot_download

@@ -55,7 +55,8 @@ def table(title: str, ran: list[Result], legend: Legend, level: str) -> Table:
     made.add_column(Text(title), overflow="fold")
     kept = [number for number, (head, _) in enumerate(told.heads) if head not in LEFT_OUT]
     for head, is_number in (told.heads[number] for number in kept):
-        made.add_column(Text(head), justify="right" if is_number else "left", overflow="fold")
+        words = max(map(len, head.split()))  # heads break between words alone
+        made.add_column(Text(head), justify="right" if is_number else "left", overflow="fold", min_width=words)
     for row, cells in zip(ran, told.rows, strict=True):
         made.add_row(Text(row["attack"]), *(Text(cells[number]) for number in kept))
     return made

@@ -65,7 +65,7 @@ class Guide:
     """The attack that is cleaned up after, and the training.
 
     after    any attack on pictures, or None for map-inversion
-    pairs    public pictures that it is tried on
+    pairs    public pictures that it is tried on, two at least
     steps    of the training
     samples  whose mean is the answer
     """
@@ -104,7 +104,7 @@ class Guide:
             raise NotObserved(
                 "GUIDE is trained on releases like this one: it needs one picture, known defenses, and public pictures (--data)."
             )
-        pictures, results = made(self.after, observation, self.public, self.pairs, generator)
+        pictures, results = made(self.after, observation, self.public, max(self.pairs, 2), generator)
         held = max(round(HELD_BACK * len(pictures)), 1)
         error = float((results - pictures).square().mean().sqrt().clamp_min(1e-6))
         network = trained(pictures[held:], results[held:], error, self.steps, generator, on_step)
@@ -178,7 +178,7 @@ def trained(
         with torch.enable_grad():
             loss = ((network(noisy, a, sigma) - x) / error).square().mean()
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         optimizer.step()
         schedule.step()
         if on_step is not None:

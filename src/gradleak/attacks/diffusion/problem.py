@@ -74,8 +74,9 @@ class Problem:
             told, batch = relative_variance(o), len(found.value)
             if o.defenses is None:
                 taken_up = 2 * found.value.numel() * gaussian.energy(found.value)
-                given = found.value.to(told), found.labels, o.released, taken_up.to(told)
-                told = told + estimated_variance(o.simulate, *given)
+                assert found.labels is not None
+                x = found.value.to(told)
+                told = told + estimated_variance(o.simulate, x, found.labels, o.released, taken_up.to(told))
             variance.append(told + (UNHEARD if blind else PRIOR_WEIGHTS[-1] * len(told) / batch))
         where = variance[0]
         released, near = stack(observations, copies), gaussian.to(where.dtype).to(where.device)
@@ -84,7 +85,9 @@ class Problem:
             near,
             denoiser or near,
             (gaussian.mean.expand_as(images) if blind else images).to(where).repeat_interleave(copies, dim=0),
-            torch.stack([found.labels for found in begun]).to(where.device).repeat_interleave(copies, dim=0),
+            torch.stack([found.labels for found in begun if found.labels is not None])
+            .to(where.device)
+            .repeat_interleave(copies, dim=0),
             released,
             torch.stack([sizes(o.released) for o in observations]).repeat_interleave(copies, dim=0),
             torch.stack(variance).repeat_interleave(copies, dim=0),

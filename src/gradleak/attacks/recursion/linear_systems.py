@@ -133,7 +133,12 @@ class Equations:
             if not bool(wrong.any()) or int((used & ~wrong).sum()) < 0.75 * out:
                 break
             weight = weight.masked_fill(wrong.repeat_interleave(taps)[:, None], 0)
-        return found
+        belief, factor = found
+        if (
+            scale := float(misfit[used].median())
+        ) > OUTLIER:  # the equations contradict each other: something above is wrong
+            belief = Belief(belief.value, belief.variance * scale)
+        return belief, factor
 
     def left(self) -> float:
         """The share of the prior's variance that the gradient alone leaves, on average."""

@@ -39,7 +39,7 @@ from gradleak.observations.observation import PictureObservation
 from gradleak.observations.release import Release
 from gradleak.observations.releases import Gradient, Update
 
-TOLD = 0.01  # of the prior's variance: what is less uncertain is determined
+TOLD = 0.01  # what a block may leave open: of the prior's variance before it is solved, of its deviation afterwards
 GUESSES = 4  # how often a layer is solved at most, to choose between two inputs of an activation
 
 
@@ -241,7 +241,7 @@ def cross(network: Network, where: int, output: Signal, above: Features) -> Feat
         on = opened.delta.value != 0
         top = replace(top, delta=Belief(total.delta.value * on.view_as(total.delta.value), total.delta.variance))
     found = descend(inner, top, surely=True)
-    if found.layer:
+    if found.layer or float(found.input.variance.mean() / inner.prior(0).variance.mean()) > TOLD**2:
         return None
     _, pull = vjp(block, found.input.value[None])
     delta = pull(output.delta.value.view(1, *network.typical[where + 1].shape[1:]))[0][0]

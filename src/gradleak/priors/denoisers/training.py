@@ -130,7 +130,8 @@ def orthogonal(matrix: Tensor) -> Tensor:
     for _ in range(5):
         A = X @ X.T
         X = 3.4445 * X + (2.0315 * A @ A - 4.7750 * A) @ X
-    return (X.T if tall else X) * math.sqrt(max(1, matrix.shape[0] / matrix.shape[1]))
+    found: Tensor = (X.T if tall else X) * math.sqrt(max(1, matrix.shape[0] / matrix.shape[1]))
+    return found
 
 
 def resumed(out: Path, key: str, state: dict[str, Tensor], weights: dict[str, Tensor]) -> Progress:
