@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gradleak.attacks.activation_patterns.activation_patterns import ActivationPatterns
 from gradleak.attacks.seed import with_start_recovered
 from gradleak.attacks.truncated import with_truncation_undone
 from gradleak.errors import BadInput
@@ -175,6 +176,21 @@ def test_truncation_is_undone_where_the_start_is_known(tmp_path: Path) -> None:
             B, kept = whole.released[name], undone.released[name]
             assert float((B - kept).norm()) < float(B.norm())  # a projection of it
             assert torch.allclose(kept.T @ (B - kept), torch.zeros(4, 4), atol=1e-4 * float(B.norm()) ** 2)
+
+
+def test_who_is_not_told_of_a_truncation_gets_a_picture(tmp_path: Path) -> None:
+    """The rows of zeros that it leaves in A are no equations; they once made NaN of all others."""
+    recipe = Recipe(learning_rate=0.05, steps=2)
+    one, _ = fine_tune(
+        model(),
+        load("digits", indices=(3,)),
+        rank=4,
+        out=tmp_path,
+        recipe=recipe,
+        defenses=("svd:2", "unknown"),
+        seed=3,
+    )
+    assert bool(ActivationPatterns()(one, generator=torch.Generator().manual_seed(0)).value.isfinite().all())
 
 
 def test_untruncated_factors_have_the_same_product() -> None:
