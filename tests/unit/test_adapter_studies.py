@@ -154,7 +154,7 @@ def test_the_pretrained_encoder_gives_two_texts_away() -> None:
 
 def test_an_encoder_that_stands_in_is_named_in_the_first_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No number of a small random encoder passes for one of the pretrained encoder."""
-    monkeypatch.setattr(text_victims, "find_spec", lambda name: None)
+    monkeypatch.setattr(text_victims, "packaged", lambda name: None)
     table = run(Plan(study=text_encoder.STUDY, out=tmp_path, size="smoke"), limit=1)
     assert "not pretrained" in str(table.rows[0]["model"])
     sentence = json.loads((tmp_path / "record.json").read_text())["verdict"]["sentence"]
