@@ -1,6 +1,7 @@
 """For every folder of tests: oracles.py becomes importable (pytest puts the folder of a conftest on the path), and commands are run as their
 users run them."""
 
+import math
 import os
 from collections.abc import Callable
 
@@ -17,8 +18,9 @@ Run = Callable[..., str]
 
 
 @pytest.fixture
-def ok(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command that must succeed; returns what it printed."""
+def ok(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a command that must succeed; returns what it printed. Without progress, which comes by the clock, on slow machines only."""
+    monkeypatch.setattr("gradleak.audit.progress.EVERY", math.inf)
 
     def run(*argv: object) -> str:
         code = main([str(part) for part in argv])

@@ -72,6 +72,8 @@ class Legend:
         told += [
             (self.label(name), self.controls[name].get("meaning", "")) for name in controls if name in self.controls
         ]
+        if "invented" in row.get("shown", {}):
+            told.append((SHOWN["invented"], TERMS[SHOWN["invented"]]))
         if any(row.get("proven", [])):
             told.append(("Proven", TERMS["Proven"]))
         if "decoys" in row:

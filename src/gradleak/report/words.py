@@ -24,6 +24,8 @@ TERMS = {  # words of the page's own, explained where they are first used
     "Proven": "nothing else explains what was released. It takes no secret to know that.",
     "Gap": "by how much the attack is ahead of the best control that saw nothing of this secret. What leaks is the gap, not the score.",
     "Residual": "the share of what was shared that the reconstruction leaves unexplained, from 0 (explains all) to 1 (explains nothing).",
+    "What was invented": "how far apart several answers are that explain what was shared: black where they agree, white where the prior "
+    "alone decides (a quarter of the range of pixels).",
 }
 IDENTIFIED = "the true sample is told from so many candidates by the reconstruction alone."
 MEMBER_TERMS = {

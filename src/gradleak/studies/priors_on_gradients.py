@@ -24,7 +24,7 @@ from gradleak.studies.table import Table
 
 DENOISER = "GRADLEAK_DENOISER"  # names the folder of one that `gradleak train denoiser` has made
 # Pictures of MAP and DAPS, and of the others.
-COUNTS: dict[Size, tuple[int, int]] = {"smoke": (2, 1), "small": (12, 4), "paper": (100, 100)}
+COUNTS: dict[Size, tuple[int, int]] = {"smoke": (2, 1), "small": (6, 4), "paper": (100, 100)}
 # Samples, levels, and evaluations at each: as many gradients in all as the other solvers have, after those of the search under the Gaussian.
 EFFORT: dict[Size, tuple[int, int, int]] = {"smoke": (2, 2, 2), "small": (2, 10, 10), "paper": (4, 16, 16)}
 NAMES = ("noise", "attack", "prior", "knows", "release")
