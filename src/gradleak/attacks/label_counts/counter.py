@@ -11,7 +11,7 @@ DIRECTIONS = 128  # principal ones of what samples add
 # Logarithm of the greatest precision, exp(-12) for a neighbouring count: beyond it small errors make training diverge.
 SUREST = 2.5
 CHUNK = 256  # simulated batches per step
-SHARPEST = 1.0  # power of exponential variables that makes frequencies of classes: 0 all alike, 1 a flat Dirichlet prior
+SHARPEST = 1.0  # power of exponential variables that makes frequencies of classes: 0 all alike, 1 a flat Dirichlet draw
 STEPS = 2000  # of training, a hundredth of a second each
 
 
