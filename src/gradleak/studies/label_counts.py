@@ -32,7 +32,7 @@ MODEL = "resnet18-16"
 # epochs, pictures of training, public pictures of the attacker, steps of the reader's training, private pictures in all
 EFFORT: dict[Size, tuple[tuple[int, ...], int, int, int, int]] = {
     "smoke": ((0,), 100, 300, 20, 16),
-    "small": ((0, 1, 10), 10_000, 3_000, 600, 480),
+    "small": ((0, 1, 10), 10_000, 8_000, 2_000, 960),
     "paper": ((0, 1, 10), 40_000, 8_000, 2_000, 6_400),
 }
 FIRST, LAST = 2_000, 9_000  # test rows

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradleak.attacks.label_counts.counter import Counter
+from gradleak.attacks.label_counts.counter import STEPS, Counter
 from gradleak.attacks.label_counts.evidence import Evidence, evidence
 from gradleak.attacks.labels import apportion
 from gradleak.errors import NotObserved
@@ -54,7 +54,7 @@ class LabelCounts:
 
 
 def label_counts(
-    observation: PictureObservation, public: Pictures, *, generator: torch.Generator, steps: int = 600
+    observation: PictureObservation, public: Pictures, *, generator: torch.Generator, steps: int = STEPS
 ) -> LabelCounts:
     """Read the counts; steps: of the training of the reader, about a hundredth of a second each.
 
