@@ -23,9 +23,14 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     module, private = build((3, 16, 16), 10), load("embedded", "test", indices=[0], resize=(16, 16))
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    nn.functional.cross_entropy(module(private.images), private.labels).backward()
-    save_file({name: p.grad for name, p in module.named_parameters() if p.grad is not None}, "gradient.safetensors")
+    loss, parameters = (
+        nn.functional.cross_entropy(module(private.images), private.labels),
+        dict(module.named_parameters()),
+    )
+    gradients = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+    save_file(gradients, "gradient.safetensors")
     save_file(before, "weights.safetensors")
-    torch.optim.SGD(module.parameters(), lr=0.01).step()
-    np.savez("sent.npz", **{name: tensor.numpy() for name, tensor in before.items()})
-    np.savez("received.npz", **{name: tensor.numpy() for name, tensor in module.state_dict().items()})
+    sent = {name: tensor.numpy() for name, tensor in before.items()}
+    received = {name: (tensor - 0.01 * gradients[name]).numpy() for name, tensor in before.items()}
+    np.savez("sent.npz", **sent)
+    np.savez("received.npz", **received)

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 
 from gradleak.attacks.dager.dager import Dager
 from gradleak.errors import BadInput
+from gradleak.modalities.hub import packaged
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures, load, public_pool
 from gradleak.modalities.texts import load_texts
@@ -144,8 +144,8 @@ def test_data_sets_beside_a_folder_are_found(tmp_path: Path) -> None:
 
 def test_the_pretrained_encoder_gives_two_texts_away() -> None:
     """all-MiniLM-L6-v2 with its whole vocabulary, where its package is installed."""
-    if find_spec(text_victims.PACKAGE) is None:
-        pytest.skip(f"{text_victims.PACKAGE} is not installed")
+    if packaged(text_victims.PRETRAINED) is None:
+        pytest.skip(text_victims.STAND_IN)
     model = text_victims.model_of(text_victims.PRETRAINED, "classification", "embedded", "smoke", 0)
     seen, secret = capture_gradient(model, load_texts("embedded", indices=[0, 1]))
     found = Dager()(seen, generator=torch.Generator().manual_seed(0))
@@ -154,7 +154,7 @@ def test_the_pretrained_encoder_gives_two_texts_away() -> None:
 
 def test_an_encoder_that_stands_in_is_named_in_the_first_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No number of a small random encoder passes for one of the pretrained encoder."""
-    monkeypatch.setattr(text_victims, "find_spec", lambda name: None)
+    monkeypatch.setattr(text_victims, "packaged", lambda name: None)
     table = run(Plan(study=text_encoder.STUDY, out=tmp_path, size="smoke"), limit=1)
     assert "not pretrained" in str(table.rows[0]["model"])
     sentence = json.loads((tmp_path / "record.json").read_text())["verdict"]["sentence"]

@@ -86,7 +86,8 @@ def test_the_answer_is_the_posterior_mean(prior: GaussianPrior, attack: Any, sha
 def deviations(prior: GaussianPrior, sigma: Tensor) -> Tensor:
     """Of each pixel, given the picture with white noise: (1, 1, 8, 8)."""
     C = prior.covariance()
-    return (C - C @ torch.linalg.solve(C + sigma**2 * torch.eye(64), C)).diagonal().sqrt().view(1, *SHAPE).float()
+    left: Tensor = C - C @ torch.linalg.solve(C + sigma**2 * torch.eye(64), C)
+    return left.diagonal().sqrt().view(1, *SHAPE).float()
 
 
 def test_the_spread_of_samples_is_that_of_the_posterior(prior: GaussianPrior) -> None:

@@ -52,9 +52,9 @@ def recover_labels(observation: PictureObservation) -> Tensor:
     weight, bias = (model.parameters[f"{last.name}.{part}"] for part in ("weight", "bias"))
     counts, left = label_fit(weight_gradient, bias_gradient, weight, bias, batch, smoothing=smoothing)
     if left > EXPLAINED and solvable(observation, last, batch):
-        given = (t.cpu().double() for t in (weight_gradient, bias_gradient, weight, bias))
+        dW, db, W, b = (t.cpu().double() for t in (weight_gradient, bias_gradient, weight, bias))
         eye = torch.eye(len(counts), dtype=torch.float64)
-        equations = Equations.of(*given, batch, nonnegative(observation, last))
+        equations = Equations.of(dW, db, W, b, batch, nonnegative(observation, last))
         counts, _ = counts_by_equations(equations, (1 - smoothing) * eye + smoothing / len(eye), counts)
     return torch.arange(len(counts)).repeat_interleave(counts).to(grey.device)
 

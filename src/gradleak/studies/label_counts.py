@@ -106,8 +106,8 @@ def without_public(observation: PictureObservation, classes: int) -> dict[str, T
     assert observation.batch_size is not None
     model = observation.model
     last = last_layer(observation, model.architecture.blank(1))
-    parameters = (model.parameters[f"{last.name}.{part}"] for part in ("weight", "bias"))
-    published = ilrg(*gradients_of(observation, last, observation.batch_size), *parameters, observation.batch_size)
+    weight, bias = (model.parameters[f"{last.name}.{part}"] for part in ("weight", "bias"))
+    published = ilrg(*gradients_of(observation, last, observation.batch_size), weight, bias, observation.batch_size)
     return {"alone": recover_labels(observation).bincount(minlength=classes), "ilrg": published}
 
 

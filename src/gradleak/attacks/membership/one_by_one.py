@@ -31,7 +31,7 @@ def one_by_one(
             except RuntimeError:  # torch's, of control flow that depends on data, and of memory
                 at_once = False
         if not at_once:
-            each = zip(*(part.split(1) for part in given), strict=True)
+            each = zip(*(part.unsqueeze(1) for part in given), strict=True)
             values = torch.stack([function(*one, *(() if labels is not None else (None,))) for one in each])
         found = found if done else values.new_empty(len(inputs), *values.shape[1:])
         found[rows] = values.detach()

@@ -151,13 +151,14 @@ def descend(network: Network, estimate: Features, *, surely: bool = False) -> Fe
             solved = solve(network, below, signals[-1], estimate, surely=surely)
             if solved is None:
                 return _stopped(network, estimate, signals)
+            found = solved
             if not any(s.doubtful for s in signals):
                 break
             again = back(network, estimate, below, network.layers[below][1](solved.input.value[None])[0])
             if torch.equal(again[-1].delta.value, signals[-1].delta.value):
                 break
             signals = again
-        estimate = solved
+        estimate = found
     return estimate
 
 
@@ -243,7 +244,7 @@ def cross(network: Network, where: int, output: Signal, above: Features) -> Feat
     found = descend(inner, top, surely=True)
     if found.layer or float(found.input.variance.mean() / inner.prior(0).variance.mean()) > TOLD**2:
         return None
-    _, pull = vjp(block, found.input.value[None])
+    pull = vjp(block, found.input.value[None])[1]
     delta = pull(output.delta.value.view(1, *network.typical[where + 1].shape[1:]))[0][0]
     return replace(above, layer=where, input=found.input, delta=Belief(delta, found.delta.variance))
 
