@@ -69,7 +69,7 @@ class Recursive:
     sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update)
     modality: ClassVar[str] = Architecture.modality
 
-    evaluations: int = 400
+    evaluations: int = 200
 
     def __call__(
         self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
