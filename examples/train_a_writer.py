@@ -12,9 +12,7 @@ from gradleak.victims.small_language import small_model, train_tokenizer
 canaries, out = map(Path, sys.argv[1:])
 private = load_texts(canaries / "train_with" / "train.jsonl")
 public = load_texts("embedded", "train").texts
-tokenizer = train_tokenizer(
-    [*public, *load_texts(canaries / "candidates" / "candidates.jsonl").texts], "gpt2", size=400
-)
+tokenizer = train_tokenizer([*public, *load_texts(canaries / "candidates" / "train.jsonl").texts], "gpt2", size=400)
 model = small_model("gpt2", tokenizer, "causal-lm", width=64, layers=2)
 recipe = Recipe(optimizer="adamw", learning_rate=1e-2, steps=100, batch_size=16)
 fine_tune(model, private, rank=16, out=out, recipe=recipe)

@@ -730,7 +730,7 @@ def test_what_no_attack_explains_is_not_called_explained() -> None:
     wrong = seen({n: torch.randn(p.shape, generator=noise) for n, p in module.named_parameters()}, module, 1)
     [done] = audit(wrong, {"inverting-gradients": replace(ATTACKS["inverting-gradients"](), steps=2)}, None)
     assert "unexplained" in named(done.result["flags"])
-    assert "No attack explains" in unscored([{**done.result, "residual": 92.0}])
+    assert "No attack explains" in unscored([{**done.result, "residual": 92.0}])[1]
 
 
 class Attentive(nn.Module):

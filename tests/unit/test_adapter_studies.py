@@ -112,7 +112,7 @@ def test_pictures_that_fill_no_batch_are_refused(private: Pictures) -> None:
 
 
 def test_a_decoder_that_knows_has_cosine_one(base: Base, private: Pictures) -> None:
-    """And one that knows all but the sign of one layer has -1 there. Up to float32's rounding."""
+    """And one that knows all but the sign of one layer has -1 there. To the rounding of a sum in float64."""
     true = full_gradient(base, rows_of(private, 0, 1)).released
     found = adapter_decoding.fidelity(true, true)
     assert (found["cosine"], found["cosine_layers"]) == (pytest.approx(1, abs=1e-6), pytest.approx(1, abs=1e-6))

@@ -140,7 +140,7 @@ def test_an_exact_attack_is_recovered_and_ahead_of_every_control(tmp_path: Path)
     assert row["scores"]["identification_rank"] == [1, 1]
     assert [round(v or 0, 3) for v in row["scores"]["ssim"]] == [1, 1]
     assert back["verdict"]["level"] == "recovered"
-    assert "2 of 2" in back["verdict"]["sentence"]
+    assert back["verdict"]["headline"].startswith("2 of 2")
     assert {flag["name"] for flag in row["flags"] if flag["level"] != "info"} == set()
     assert "replay" in {flag["name"] for flag in row["flags"]}
     assert row["parameters"] == {"tolerance": Analytic().tolerance}
@@ -156,7 +156,8 @@ def test_scores_and_controls_are_in_the_order_of_the_secret() -> None:
         assert (shown["truth"][i] - secret.inputs[i]).abs().max() <= 0.5 / 255 + 1e-6
         assert (shown["reconstruction"][i] - secret.inputs[i]).abs().max() <= 1 / 255
     assert secret.labels is not None
-    assert done.result["labels"] == {"true": secret.labels.tolist(), "recovered": secret.labels.tolist()}
+    names = [secret.classes[label] for label in secret.labels.tolist()]
+    assert done.result["labels"] == {"true": names, "recovered": names}
     mean = PUBLIC.images.mean(0)
     expected = [psnr_db_by_hand(mean, truth) for truth in secret.inputs]
     assert done.result["controls"]["mean_image"]["psnr_db"] == pytest.approx(expected, abs=1e-3)
@@ -186,7 +187,7 @@ def test_an_attack_that_finds_nothing_is_reported_as_that(tmp_path: Path) -> Non
     flags = {flag["name"] for flag in row["flags"]}
     assert {"no_better_than_blind", "unexplained"} <= flags
     assert back["verdict"]["level"] == "nothing"
-    assert "None of 2" in back["verdict"]["sentence"]
+    assert back["verdict"]["headline"].startswith("None of 2")
     # What a picture scores that says nothing: the wrong observation gives the same one.
     assert row["scores"]["psnr_db"] == row["controls"]["wrong_observation"]["psnr_db"]
     assert max(value or 0 for value in row["leads"]) <= 0
@@ -218,7 +219,7 @@ def test_part_of_a_batch_is_partial_and_what_is_missing_counts_as_grey() -> None
     assert len(scores) == 3
     conclusion = judge([done], observation)
     assert conclusion["level"] == "partial"
-    assert conclusion["sentence"].startswith("1 of 3")
+    assert conclusion["headline"].startswith("1 of 3")
 
 
 def test_without_the_secret_nothing_is_scored(tmp_path: Path) -> None:
@@ -254,7 +255,7 @@ def test_an_attack_that_cannot_run_says_why_and_the_others_go_on(tmp_path: Path,
     assert rows[0].reconstruction is None
     assert analytic["scores"]
     assert back["verdict"]["level"] == "recovered"
-    assert judge(rows[:1], observation)["sentence"].startswith("No attack could run on this observation.")
+    assert judge(rows[:1], observation)["headline"] == "No attack could run on this observation."
     assert judge(rows[:1], observation)["level"] == "unscored"
 
 
@@ -476,7 +477,7 @@ def test_one_record_holds_several_observations_each_with_its_verdict() -> None:
     judged(made, {"second": ["dlg"]})
     assert [(v["observation"], v["level"]) for v in made["verdicts"]] == [("first", "recovered"), ("second", "nothing")]
     assert made["verdict"]["level"] == "recovered"  # the most serious
-    assert made["verdicts"][1]["sentence"].endswith("Not tried: dlg.")
+    assert made["verdicts"][1]["untried"] == ["dlg"]
 
 
 def test_dlg_refuses_an_adapter_and_says_what_it_reads() -> None:

@@ -161,7 +161,7 @@ def test_the_mean_of_clients() -> None:
         assert (residual(whole) < 1e-4) == (steps == 1)
     with pytest.raises(BadInput, match="not as many for each"):
         seen.simulate(PRIVATE.images[:5], PRIVATE.labels[:5])
-    with pytest.raises(BadInput, match="not of 0"):
+    with pytest.raises(BadInput, match="not over 0"):
         Observation(**{**vars(seen), "release": Update(recipe=Recipe(learning_rate=RATE, steps=1), clients=0)})
 
 

@@ -25,6 +25,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "idlg": {"evaluations": 1, "rounds": 0, "restarts": 1},
     "map-inversion": {"evaluations": 1},
 }
+SAMPLERS = ("red-diff", "sds", "dps", "daps")
 
 
 def observed(rows: tuple[int, ...], reveal: bool = True) -> tuple[PictureObservation, Reconstruction]:
@@ -36,7 +37,10 @@ def observed(rows: tuple[int, ...], reveal: bool = True) -> tuple[PictureObserva
 
 
 def test_every_search_takes_a_start() -> None:
-    assert set(SEARCHES) == {name for name, kind in ATTACKS.items() if "start" in {f.name for f in fields(kind)}}
+    """Searches; samplers take one too, and leave it by as much as the prior allows."""
+    assert {*SEARCHES, *SAMPLERS} == {
+        name for name, kind in ATTACKS.items() if "start" in {f.name for f in fields(kind)}
+    }
 
 
 @pytest.mark.parametrize("name", SEARCHES)

@@ -25,7 +25,7 @@ MARKS = (
     "provenance.json",
     COMMAND,
 )
-INPUTS = ("observation", "secret", "after", "before", "weights", "start")
+INPUTS = ("observation", "secret", "after")
 FREE = (
     *PRESENTED,
     "out",

@@ -29,7 +29,8 @@ class About(msgspec.Struct, frozen=True):
 
 def save_reconstruction(found: Reconstruction, path: Path) -> None:
     """Write what an attack returned."""
-    tensors = {} if found.labels is None else {"labels": found.labels}
+    given = {"labels": found.labels, "spread": found.spread}
+    tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
     about: dict[str, Any] = {"residual": found.residual, "status": found.status, "iterations": found.iterations}
     about |= {"trace": found.trace, "outcome": found.outcome.name, "proven": found.proven, "bag": found.bag}
     if isinstance(found.value, Tensor):
@@ -47,7 +48,9 @@ def load_reconstruction(path: Path) -> Reconstruction:
     images, labels = tensors.get("images"), tensors.get("labels")
     if images is None or labels is None:
         raise BadInput(f"{path} holds no pictures with their labels: no search begins at it.")
-    if images.ndim != 4 or labels.shape != images.shape[:1] or not images.numel() or labels.dtype != torch.int64:
+    apart = tensors.get("spread", images)
+    fits = labels.shape == images.shape[:1] and apart.shape == images.shape
+    if images.ndim != 4 or not fits or not images.numel() or labels.dtype != torch.int64:
         raise BadInput(f"{path} is damaged: it holds no pictures with their labels.")
     return Reconstruction(
         value=tensor_file.floating({"images": images}, path)["images"],
@@ -57,4 +60,5 @@ def load_reconstruction(path: Path) -> Reconstruction:
         outcome=Outcome.__members__.get(about.outcome, Outcome.CLOSE),
         iterations=about.iterations,
         trace=[(step, float("nan") if value is None else value) for step, value in about.trace],
+        spread=tensors.get("spread"),
     )

@@ -95,7 +95,9 @@ def _given(record: Record) -> dict[str, Any]:
     """The arguments that were given: what is null or off was not."""
     arguments = dict(record["command"]["arguments"], seed=record["seed"])
     return {
-        name: value for name, value in arguments.items() if value is not None and value is not False and value != []
+        name: value
+        for name, value in arguments.items()
+        if value is not None and value is not False and value not in ([], ())
     }
 
 

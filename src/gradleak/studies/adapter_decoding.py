@@ -76,7 +76,8 @@ def fidelity(decoded: Tensors, true: Tensors, layers: str = "all") -> Row:
     """The cosine of the layers as one vector, and the mean over single ones; of all, the last is left out there."""
 
     def similarity(*names: str) -> float:
-        return 1 - float(cosine({name: decoded[name] for name in names}, {name: true[name] for name in names}))
+        found, wanted = ({name: tensors[name].double() for name in names} for tensors in (decoded, true))
+        return 1 - float(cosine(found, wanted))
 
     names = [name for name in true if layers in ("all", name.removesuffix(".weight").rpartition(".")[2])]
     single = [similarity(name) for name in (names[:-1] if layers == "all" else names)]

@@ -9,17 +9,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
-from torch import Tensor
 
-from gradleak.attacks.ilrg import ilrg
 from gradleak.attacks.label_counts.counter import Counter
 from gradleak.attacks.label_counts.evidence import evidence
 from gradleak.attacks.label_counts.label_counts import counts_by_means, frequent_counts
-from gradleak.attacks.labels import gradients_of, last_layer, recover_labels
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures, load
 from gradleak.observations.model import Mode, Model, PictureModel
-from gradleak.observations.observation import PictureObservation
 from gradleak.studies.data_sets import IN_WHEELS, blueprint, rows_of, shrunk
 from gradleak.studies.findings import Findings, shortage
 from gradleak.studies.plots import bars, panels
@@ -90,7 +86,11 @@ def cell(setting: Setting, bench: Bench) -> Result:
     read = [counter(total) for total in totals]
     samples = list[Row]()
     for i, some in enumerate(batches):
-        alone = without_public(seen[i], shown.classes) if setting.shared else {}
+        alone = (
+            {}
+            if not setting.shared
+            else {"alone": recover_labels(seen[i]).bincount(minlength=shown.classes), "ilrg": ilrg_of(seen[i])}
+        )
         told = {"right": read[i][0], "by_means": counts_by_means(shown, totals[i]), **alone}
         told |= {"frequencies": guess, "other_batch": read[i - 1][0]}
         true = some.labels.bincount(minlength=shown.classes)
@@ -99,16 +99,6 @@ def cell(setting: Setting, bench: Bench) -> Result:
         bench.on_step(i + 1, count, -samples[-1]["right"])
     notes = shrunk(shape, bench.size), shortage("unseen pictures", wanted, len(private.labels))
     return Result({"model": MODEL, "layers": " ".join(shown.layers)}, samples, notes=notes)
-
-
-def without_public(observation: PictureObservation, classes: int) -> dict[str, Tensor]:
-    """What the last layer tells whoever has no public samples: the present reading, and iLRG's."""
-    assert observation.batch_size is not None
-    model = observation.model
-    last = last_layer(observation, model.architecture.blank(1))
-    weight, bias = (model.parameters[f"{last.name}.{part}"] for part in ("weight", "bias"))
-    published = ilrg(*gradients_of(observation, last, observation.batch_size), weight, bias, observation.batch_size)
-    return {"alone": recover_labels(observation).bincount(minlength=classes), "ilrg": published}
 
 
 def tell(table: Table) -> Findings:

@@ -41,6 +41,7 @@ from gradleak.attacks.reconstruction import Reconstruction
 from gradleak.audit.loop import evidence, others, prepared, score
 from gradleak.audit.scoring import SCORING
 from gradleak.errors import BadInput, near, shortened
+from gradleak.formats.model_folder import folder_of, is_language_model
 from gradleak.formats.observation_file import load_observation
 from gradleak.formats.secret_file import Secret, load_secret
 from gradleak.modalities.language_models import LanguageArchitecture
@@ -227,7 +228,8 @@ def unreadable(attack: Any, setting: Setting, read: Callable[[Path], Observation
     if "file" in source:
         return refusal(attack, read(Path(source["file"])))
     played, kind = victim(setting), RELEASES[source["kind"]]
-    has = (LanguageArchitecture if getattr(played, "language", False) else Architecture).modality
+    folder = folder_of(played.model) if hasattr(played, "model") else None
+    has = (LanguageArchitecture if folder is not None and is_language_model(folder) else Architecture).modality
     if attack.modality != has:
         return f"It recovers {attack.modality}, and the victim has {has}."
     return "" if issubclass(kind, attack.sees) else f"It does not read what a victim of kind {kind.name} releases."

@@ -102,7 +102,7 @@ class Guide:
         check_sees(self, observation)
         if observation.batch_size != 1 or observation.defenses is None or self.public is None:
             raise NotObserved(
-                "GUIDE is trained on releases like this one: it needs one picture, known defenses, and public pictures (--data)."
+                "GUIDE is trained on releases like this one: it needs a batch of one picture, known defenses, and public pictures (--data)."
             )
         pictures, results = made(self.after, observation, self.public, max(self.pairs, 2), generator)
         held = max(round(HELD_BACK * len(pictures)), 1)
