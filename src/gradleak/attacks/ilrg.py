@@ -14,7 +14,8 @@ Misses    classes that no sample has: their e_j is of the samples that are taken
 import torch
 from torch import Tensor
 
-from gradleak.attacks.labels import apportion
+from gradleak.attacks.labels import apportion, gradients_of, last_layer
+from gradleak.observations.observation import PictureObservation
 
 
 def ilrg(weight_gradient: Tensor, bias_gradient: Tensor, weight: Tensor, bias: Tensor, batch: int) -> Tensor:
@@ -28,3 +29,12 @@ def ilrg(weight_gradient: Tensor, bias_gradient: Tensor, weight: Tensor, bias: T
     equations = torch.cat([predictions.T - torch.eye(len(db), dtype=db.dtype), torch.ones_like(db)[None]])
     known = torch.cat([batch * db, db.new_tensor([batch])])
     return apportion(torch.linalg.pinv(equations) @ known, torch.zeros_like(db) > 0, batch).long()
+
+
+def ilrg_of(observation: PictureObservation) -> Tensor:
+    """The same of an observation whose batch size is told."""
+    assert observation.batch_size is not None
+    model = observation.model
+    last = last_layer(observation, model.architecture.blank(1))
+    weight, bias = (model.parameters[f"{last.name}.{part}"] for part in ("weight", "bias"))
+    return ilrg(*gradients_of(observation, last, observation.batch_size), weight, bias, observation.batch_size)

@@ -10,9 +10,11 @@ from functools import lru_cache
 
 import torch
 
+from gradleak.attacks.ilrg import ilrg_of
 from gradleak.attacks.label_counts.counter import Counter
 from gradleak.attacks.label_counts.evidence import evidence
 from gradleak.attacks.label_counts.label_counts import counts_by_means, frequent_counts
+from gradleak.attacks.labels import recover_labels
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures, load
 from gradleak.observations.model import Mode, Model, PictureModel
@@ -86,12 +88,9 @@ def cell(setting: Setting, bench: Bench) -> Result:
     read = [counter(total) for total in totals]
     samples = list[Row]()
     for i, some in enumerate(batches):
-        alone = (
-            {}
-            if not setting.shared
-            else {"alone": recover_labels(seen[i]).bincount(minlength=shown.classes), "ilrg": ilrg_of(seen[i])}
-        )
-        told = {"right": read[i][0], "by_means": counts_by_means(shown, totals[i]), **alone}
+        told = {"right": read[i][0], "by_means": counts_by_means(shown, totals[i])}
+        if setting.shared:
+            told |= {"alone": recover_labels(seen[i]).bincount(minlength=shown.classes), "ilrg": ilrg_of(seen[i])}
         told |= {"frequencies": guess, "other_batch": read[i - 1][0]}
         true = some.labels.bincount(minlength=shown.classes)
         samples.append({name: float(torch.minimum(n, true).sum() / true.sum()) for name, n in told.items()})
