@@ -213,7 +213,7 @@ def test_a_linear_release_has_the_closed_form() -> None:
     assert [found.information(level) for level in (1e-3, 0.5, 10.0)] == ["present", "partial", "absent"]
     assert found.sentence().startswith("This gradient holds 36 equations for 9 unknowns; at noise 0.001 of its size 9 ")
     assert ": the information is there. Whoever knows what such " in found.sentence()
-    assert found.sentence(10.0).endswith("the information is absent.")
+    assert ": the information is absent. Whoever knows what such " in found.sentence(10.0)
 
 
 def test_posterior_under_a_full_prior_is_gaussian_conditioning() -> None:
