@@ -894,7 +894,7 @@ def test_an_attack_that_lacks_what_it_needs(tmp_path: Path, captured: Path, refu
 # --- Every flag says something ---
 
 
-SETTINGS = ("cli/seen_flags.py", "cli/flags.py", "victims/play.py")
+SETTINGS = ("cli/seen_flags.py", "cli/flags.py", "victims/play.py", "victims/publish.py")
 READERS = ("cli", "victims")
 
 
