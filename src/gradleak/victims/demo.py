@@ -23,8 +23,8 @@ Shown = Mapping[str, Mapping[str, Any]]
 DEMO: dict[str, tuple[Callable[[Path, int, Start], tuple[Observation[Any], Secret]], Shown]] = {
     "adapter": (
         CaptureAdapter(model="convnet", target_modules="all", epochs=1, reveal_labels=True),
-        {"map-inversion": {"evaluations": 45}},
+        {"map-inversion": {"evaluations": 30}},
     ),
-    "fine-tuning": (fine_tuning, {"unmixing": {"searches": 12}}),
-    "gradient": (CaptureGradient(), {"recursive": {}, "dlg": {"evaluations": 100, "rounds": 0, "restarts": 1}}),
+    "fine-tuning": (fine_tuning, {"unmixing": {"searches": 12, "polish": 3}}),
+    "gradient": (CaptureGradient(), {"recursive": {}}),
 }
