@@ -116,7 +116,7 @@ class MapInversion:
             images = begin(self.start, observations, [rows[0] for rows in candidates], generator).to(where)
             start, weights = images.repeat_interleave(tries, dim=0), PRIOR_WEIGHTS[2:]
         z = torch.linalg.solve(F, (start.flatten(2) - mean).mT).mT.flatten(1)
-        evaluate = rowwise(objective, z, (y, released, variance, torch.ones(len(y)).to(where)))
+        evaluate = rowwise(objective, len(y))
         trace, done = list[tuple[int, list[float]]](), 0
         for stage, weight in enumerate(weights):
             w = torch.full((len(y),), weight).to(where)
@@ -131,7 +131,7 @@ class MapInversion:
                 released, told = {name: tensor[best] for name, tensor in released.items()}, told[best]
                 trace = [(step, [values[int(i)] for i in best]) for step, values in trace]
                 variance = told
-                evaluate = rowwise(objective, z, (y, released, variance, w[best]))
+                evaluate = rowwise(objective, len(z))
             if unknown:
                 left = [
                     estimated_variance(seen.simulate, pictures(z[k]), y[k], _row(released, k), z[k].square().sum())
