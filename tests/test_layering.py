@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import gradleak
+from gradleak.cli.app import COMMANDS
 
 PACKAGE = Path(gradleak.__file__).parent
 ROOT = PACKAGE.parents[1]
@@ -285,10 +286,10 @@ for line in {lines}:
         "nonsense",
         "list",
         "list --json",
-        "audit --help",
         "audit nothing --out x",
     ]
-    lines += ["attack x --attack DLG --out x", "attack --attack dlg --help", "study --help", "audit --config none"]
+    lines += ["attack x --attack DLG --out x", "attack --attack dlg --help", "audit --config none"]
+    lines += [f"{command} --help" for command in COMMANDS]
     run(code.format(lines=lines))
 
 

@@ -482,9 +482,15 @@ def test_a_model_that_does_not_give_the_release_voids_the_verdict(tmp_path: Path
 
 def test_the_demo_keeps_observations_apart(tmp_path: Path, ok: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny: Any = {
-        "adapter": (CaptureAdapter(model="mlp", data="digits", epochs=0), ("activation-patterns",)),
-        "fine-tuning": (CaptureAdapter(model="mlp", data="digits", epochs=0, indices=(1,)), ("activation-patterns",)),
-        "gradient": (CaptureGradient(model="mlp", data="digits", indices=(3,)), ("analytic", "inverting-gradients")),
+        "adapter": (CaptureAdapter(model="mlp", data="digits", epochs=0), {"activation-patterns": {}}),
+        "fine-tuning": (
+            CaptureAdapter(model="mlp", data="digits", epochs=0, indices=(1,)),
+            {"activation-patterns": {}},
+        ),
+        "gradient": (
+            CaptureGradient(model="mlp", data="digits", indices=(3,)),
+            {"analytic": {}, "inverting-gradients": {}},
+        ),
     }
     assert tiny.keys() == DEMO.keys()
     monkeypatch.setattr(auditing, "DEMO", tiny)
@@ -524,7 +530,7 @@ def test_what_was_not_tried_on_one_observation_stays_said(
 ) -> None:
     """Also after a second observation has been audited into the same record."""
     gradient: Any = CaptureGradient(model="mlp", data="digits")
-    monkeypatch.setattr(auditing, "DEMO", {"first": (gradient, ("dlg",)), "second": (gradient, ("analytic",))})
+    monkeypatch.setattr(auditing, "DEMO", {"first": (gradient, {"dlg": {}}), "second": (gradient, {"analytic": {}})})
     monkeypatch.setitem(ATTACKS, "dlg", Guess)
     ok("demo", "--out", tmp_path / "demo")
     first, second = record.read(tmp_path / "demo" / "record.json")["verdicts"]
@@ -895,7 +901,7 @@ def test_an_attack_that_lacks_what_it_needs(tmp_path: Path, captured: Path, refu
 # --- Every flag says something ---
 
 
-SETTINGS = ("cli/seen_flags.py", "cli/flags.py", "victims/play.py")
+SETTINGS = ("cli/seen_flags.py", "cli/flags.py", "victims/play.py", "victims/publish.py")
 READERS = ("cli", "victims")
 
 
