@@ -21,7 +21,7 @@ from gradleak.victims.gradient import capture_gradient
 
 FIRST = 8_000  # test row
 PUBLIC: dict[Size, int] = {"smoke": 200, "small": 10_000, "paper": 50_000}  # pictures behind the Gaussian
-HELD = 500  # of them that are kept as pictures: for decoys, wrong releases, and what is trained on
+HELD = 500  # of them that are kept as pictures, for decoys, wrong releases and what GUIDE is trained on
 
 
 @cache

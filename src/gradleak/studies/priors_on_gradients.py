@@ -26,18 +26,12 @@ from gradleak.studies.study import Bench, Result, Size, Study
 from gradleak.studies.table import Table
 
 DENOISER = "GRADLEAK_DENOISER"  # names the folder of one that `gradleak train denoiser` has made
-COUNTS: dict[Size, int] = {
-    "smoke": 2,
-    "small": 12,
-    "paper": 100,
-}  # pictures, the same in every row: differences are paired
+# Pictures, the same in every row: differences are paired.
+COUNTS: dict[Size, int] = {"smoke": 2, "small": 8, "paper": 100}
 # Samples, levels, and evaluations at each: as many gradients in all as the other solvers have, after those of the search under the Gaussian.
 EFFORT: dict[Size, tuple[int, int, int]] = {"smoke": (2, 2, 2), "small": (2, 10, 10), "paper": (4, 16, 16)}
-PAIRS: dict[Size, tuple[int, int]] = {
-    "smoke": (4, 2),
-    "small": (200, 500),
-    "paper": (300, 2_000),
-}  # of GUIDE, and steps of its training
+# Pairs that GUIDE is trained on, and steps.
+PAIRS: dict[Size, tuple[int, int]] = {"smoke": (4, 2), "small": (100, 400), "paper": (300, 2_000)}
 DECOYS = 100
 NAMES = ("noise", "attack", "prior", "knows", "release")
 SOLVERS = ("red-diff", "sds", "dps")
