@@ -27,11 +27,11 @@ from gradleak.studies.table import Table
 
 DENOISER = "GRADLEAK_DENOISER"  # names the folder of one that `gradleak train denoiser` has made
 # Pictures, the same in every row: differences are paired.
-COUNTS: dict[Size, int] = {"smoke": 2, "small": 8, "paper": 100}
+COUNTS: dict[Size, int] = {"smoke": 2, "small": 6, "paper": 100}
 # Samples, levels, and evaluations at each: as many gradients in all as the other solvers have, after those of the search under the Gaussian.
 EFFORT: dict[Size, tuple[int, int, int]] = {"smoke": (2, 2, 2), "small": (2, 10, 10), "paper": (4, 16, 16)}
 # Pairs that GUIDE is trained on, and steps.
-PAIRS: dict[Size, tuple[int, int]] = {"smoke": (4, 2), "small": (100, 400), "paper": (300, 2_000)}
+PAIRS: dict[Size, tuple[int, int]] = {"smoke": (4, 2), "small": (40, 300), "paper": (300, 2_000)}
 DECOYS = 100
 NAMES = ("noise", "attack", "prior", "knows", "release")
 SOLVERS = ("red-diff", "sds", "dps")
@@ -61,10 +61,11 @@ def settings(data: str, size: Size) -> Iterator[Setting]:
             yield from (Setting(noise, solver, prior) for prior in dict.fromkeys((first, "gaussian")))
         yield Setting(noise, "guide", "public pairs")
     for noise in () if size == "smoke" else (1.0, 0.1):
-        yield Setting(noise, "map-inversion", "gaussian", "none")
-        yield Setting(noise, "map-inversion", "gaussian", "found")
-        yield Setting(noise, "daps", first, "found")
+        yield from (
+            Setting(noise, attack, prior, "found") for attack, prior in (("map-inversion", "gaussian"), ("daps", first))
+        )
         yield from (Setting(noise, "daps", first, release=release) for release in ("none", "wrong"))
+        yield Setting(noise, "map-inversion", "gaussian", "none")
 
 
 def cell(setting: Setting, bench: Bench) -> Result:
