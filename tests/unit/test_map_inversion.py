@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gradleak.attacks.map_inversion import MapInversion, features, misfit, regress
+from gradleak.attacks.map_inversion import MapInversion, misfit
+from gradleak.attacks.search.starts import features, regress
 from gradleak.audit.metrics import psnr_db
 from gradleak.errors import BadInput, NotObserved
 from gradleak.modalities.networks import Architecture
