@@ -79,7 +79,9 @@ def audit(
     observation = with_factor_found(observation)
     about, where = describe(observation, name), torch.device(device)
     decoys, rest = (None, None) if public is None else scoring.split(public)
-    pool = cache(lambda: None if public is None else scoring.wider(public, model, None if secret is None else secret.inputs))
+    pool = cache(
+        lambda: None if public is None else scoring.wider(public, model, None if secret is None else secret.inputs)
+    )
     mechanism = privacy.mechanism_of(observation, told)
     general = [*check_observation(observation), *privacy.of_observation(observation, mechanism, secret, decoys)]
     observation, told_labels = labels_told(observation, rest, secret, seed)

@@ -29,7 +29,11 @@ FIRST = 304  # test row; those before were looked at
 COUNTS: dict[Size, tuple[int, int]] = {"smoke": (1, 1), "small": (6, 12), "paper": (50, 100)}  # convnet, mlp1000
 PUBLIC: dict[Size, int] = {"smoke": 300, "small": 20_000, "paper": 45_000}  # public pictures where they are many
 # Evaluations at each of the six prior weights of a search, 1e-2 to 1e-7; samples, levels and evaluations at each of the sampler after it.
-EFFORT: dict[Size, tuple[int, int, int, int]] = {"smoke": (2, 2, 2, 2), "small": (60, 2, 10, 12), "paper": (60, 2, 20, 20)}
+EFFORT: dict[Size, tuple[int, int, int, int]] = {
+    "smoke": (2, 2, 2, 2),
+    "small": (60, 2, 10, 12),
+    "paper": (60, 2, 20, 20),
+}
 RANK, LEAST = 8, 1e-9
 
 
@@ -86,7 +90,11 @@ def searched(setting: Setting, bench: Bench) -> Any:
     """The search under the Gaussian with this effort."""
     plain, *sampler = EFFORT[bench.size]
     more = sampler[0] * sampler[1] * sampler[2] / 6 if setting.effort == "long" else 0
-    deep = {"evaluations": plain * 6 // 8, "least": LEAST} if setting.effort == "deep" else {"evaluations": int(plain + more)}
+    deep = (
+        {"evaluations": plain * 6 // 8, "least": LEAST}
+        if setting.effort == "deep"
+        else {"evaluations": int(plain + more)}
+    )
     prior = gaussian(setting.model, bench.data, bench.size, setting.public)
     return ATTACKS["map-inversion"](prior=prior, pairs=victims.PAIRS[bench.size] // 2, **deep)
 
@@ -94,7 +102,9 @@ def searched(setting: Setting, bench: Bench) -> Any:
 def cell(setting: Setting, bench: Bench) -> Result:
     """An attack on adapters of one unseen picture each; a sampler begins where the search ends."""
     base = victims.prepare(setting.model, bench.data, bench.size)
-    private, seen = adapters(setting.model, bench.data, bench.size, bench.seed, setting.release.replace("none", "right"))
+    private, seen = adapters(
+        setting.model, bench.data, bench.size, bench.seed, setting.release.replace("none", "right")
+    )
     truth, wanted = victims.batched(private, 1), COUNTS[bench.size][setting.model == "mlp1000"]
     prior = gaussian(setting.model, bench.data, bench.size, setting.public)
     if setting.attack == "activation-patterns":
@@ -124,10 +134,17 @@ def tell(table: Table) -> Findings:
         best = max(rows, key=lambda row: row["psnr_db"])
         plain = next((row for row in rows if row["public"] == "few" and row["effort"] == "plain"), best)
         about = ", ".join(str(best[name]) for name in ("attack", "prior", "public", "effort"))
-        said.append(f"{model}: {plain['psnr_db']:.1f} dB with few public pictures, {best['psnr_db']:.1f} dB at best ({about})")
+        said.append(
+            f"{model}: {plain['psnr_db']:.1f} dB with few public pictures, {best['psnr_db']:.1f} dB at best ({about})"
+        )
     figure, [axes] = panels(width=7, height=1 + 0.25 * len(table.rows))
     if right:
-        bars(axes, right, lambda row: ", ".join(f"{row[n]}" for n in ("model", "attack", "prior", "public", "effort")), "psnr_db")
+        bars(
+            axes,
+            right,
+            lambda row: ", ".join(f"{row[n]}" for n in ("model", "attack", "prior", "public", "effort")),
+            "psnr_db",
+        )
     axes.set(xlabel="PSNR (dB)")
     return Findings(f"{'; '.join(said) or 'Nothing yet'}.", {"Priors on adapters": figure})
 

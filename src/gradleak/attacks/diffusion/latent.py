@@ -20,7 +20,11 @@ RATE = 0.1  # of Adam, in standard deviations of a latent
 
 
 def distilled_among_latents(
-    problem: Problem, denoiser: LatentDiffusion, sigmas: Sequence[float], generator: torch.Generator, on_step: OnStep | None
+    problem: Problem,
+    denoiser: LatentDiffusion,
+    sigmas: Sequence[float],
+    generator: torch.Generator,
+    on_step: OnStep | None,
 ) -> Tensor:
     """Where Adam ends, decoded: (K, batch, channel, height, width). sigmas: of each step, in units of latents."""
     pictures = problem.start
