@@ -9,7 +9,7 @@ Solves    min over z of  sum_l ||s_l(x) - s*_l||^2 / (tau_l^2 + L w ||s*_l||^2) 
           for Gaussians. With w = 1e-2, 1e-3, ..., 1e-7 one after the other, coarse structure comes first
 Differs   Whitened by the prior, so that L-BFGS needs hundreds of evaluations where pixels need thousands of steps.
           Starts, for one picture, at a kernel ridge regression of public pictures on what they would have released under
-          the same label; the label is part of what the release says, and must not drown the rest. Where nobody knows what
+          the same label; the label is part of what the release says, and must not drown the rest (search/starts.py). Where nobody knows what
           was done to the release, tau is told by what each stage leaves.
 """
 
@@ -25,11 +25,11 @@ from torch import Tensor
 from gradleak.attacks.attack import Effort, check_sees
 from gradleak.attacks.labels import candidate_labels
 from gradleak.attacks.reconstruction import Reconstruction, outcome_of
-from gradleak.attacks.search.descend import OnStep, evaluated, rowwise, stack
+from gradleak.attacks.search.descend import Objective, OnStep, evaluated, rowwise, stack
 from gradleak.attacks.search.lbfgs import lbfgs
 from gradleak.attacks.search.likelihood import errors, estimated_variance, relative_variance
 from gradleak.attacks.search.start import Start, begin
-from gradleak.attacks.search.starts import candidates
+from gradleak.attacks.search.starts import candidates, race
 from gradleak.errors import BadInput, NotObserved
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures
@@ -41,6 +41,7 @@ from gradleak.observations.tensors import Tensors
 from gradleak.priors.gaussian import GaussianPrior
 
 PRIOR_WEIGHTS: tuple[float, ...] = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
+LEADING, RACE = (16, 64, 256), 10  # principal components that a race moves in, and evaluations at each stage
 NEGLIGIBLE = 0.03  # of the noise: what is told more precisely than that gives the same pictures
 MOST_PIXELS = 3 * 64 * 64  # a matrix of so many takes 1.1 GiB, and five are held
 
@@ -50,7 +51,8 @@ class MapInversion:
     """The prior and the effort. Weights of the prior far below the noise are left out: they change nothing.
 
     prior        GaussianPrior.fit(public pictures), or None for GaussianPrior.smooth
-    pairs        public pictures in the regression that gives the start; 0, or no public pictures: start at the mean
+    pairs        public pictures that starts are made of; 0, or no public pictures: start at the mean
+    starts       1: at the regression on the pairs; more: also at the mean and at the nearest pairs, of which a race chooses (starts.py)
     evaluations  of the objective at each prior weight
     least        the last prior weight; each is a tenth of the one before
     start        another attack, whose reconstruction the search begins at, with weights from 1e-4 on; or None
@@ -62,6 +64,7 @@ class MapInversion:
 
     prior: GaussianPrior | None = field(default=None, repr=False)
     pairs: int = 1_000
+    starts: int = 1
     evaluations: int = 75
     least: float = PRIOR_WEIGHTS[-1]
     start: Start | None = field(default=None, repr=False)
@@ -71,11 +74,30 @@ class MapInversion:
         return self if self.prior is not None else replace(self, prior=GaussianPrior.of_public(public.images))
 
     def effort(self, observation: PictureObservation) -> Effort:
-        """A gradient an evaluation, of every label at the first two prior weights; the pairs, of every label."""
+        """A gradient an evaluation, of every label at the first two prior weights; the race and the pairs, of every label."""
         check_size(observation.model.architecture.input_shape)
         tries, later = len(candidate_labels(observation)), len(self.weights()) - 2
-        searched = Effort.of_search(observation, self.evaluations * (2 + later / tries), tries)
-        return Effort(searched.simulations, searched.together, tries * self.pairs)
+        raced = len(LEADING) * RACE * self.starts if self.starts > 1 else 0
+        searched = Effort.of_search(observation, raced + self.evaluations * (2 + later / tries), tries)
+        return Effort(searched.simulations, max(self.starts, 1) * searched.together, tries * self.pairs)
+
+    def ahead(
+        self,
+        objective: Objective,
+        z: Tensor,
+        prior: GaussianPrior,
+        given: tuple[Tensor, Tensors, Tensor],
+        weight: float,
+    ) -> Tensor:
+        """Of the starts (K, starts, n) the one with the least objective after a race of them all, where it came to: (K, 1, n)."""
+        K, count = z.shape[:2]
+        y, variance = (t.repeat_interleave(count, dim=0) for t in (given[0], given[2]))
+        released = {name: t.repeat_interleave(count, dim=0) for name, t in given[1].items()}
+        rows, w = z.flatten(0, 1), torch.full((K * count,), weight).to(z)
+        every = (y, released, variance, w)
+        search = partial(evaluated, rowwise(objective, rows, every), given=every)
+        x, value = race(search, rows, prior.components.flatten(1).to(z), LEADING, RACE)
+        return x.view_as(z)[torch.arange(K), value.view(K, count).argmin(1)][:, None]
 
     def weights(self) -> tuple[float, ...]:
         """Of the prior, from `PRIOR_WEIGHTS[0]` down to `least`."""
@@ -116,12 +138,16 @@ class MapInversion:
             return (precision @ errors(seen.simulate(pictures(z), y), released) + z.square().sum()) / precision.sum()
 
         if self.start is None:
-            start = candidates(seen, prior, y, released, 1, pairs=self.pairs, generator=generator)[:, 0]
+            start = candidates(seen, prior, y, released, self.starts, pairs=self.pairs, generator=generator)
             weights = self.weights()
         else:  # a strong prior would only lead away from it
             images = begin(self.start, observations, [rows[0] for rows in labels], generator).to(where)
-            start, weights = images.repeat_interleave(tries, dim=0), self.weights()[2:]
-        z = torch.linalg.solve(F, (start.flatten(2) - mean).mT).mT.flatten(1)
+            start, weights = images.repeat_interleave(tries, dim=0)[:, None], self.weights()[2:]
+        rows = (start.flatten(3) - mean).flatten(0, 2)  # (K * starts * batch, pixels)
+        z = torch.linalg.solve(F, rows.mT).mT.reshape(*start.shape[:2], -1)  # (K, starts, batch * pixels)
+        if z.shape[1] > 1:  # a strong prior would lead them together
+            z, weights = self.ahead(objective, z, prior, (y, released, variance), weights[2]), weights[2:]
+        z = z.flatten(0, 1)
         evaluate = rowwise(objective, z, (y, released, variance, torch.ones(len(y)).to(where)))
         trace, done = list[tuple[int, list[float]]](), 0
         for stage, weight in enumerate(weights):

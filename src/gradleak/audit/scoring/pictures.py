@@ -21,7 +21,7 @@ SAME = 1e-3  # distance of two pictures, over all pixels, below which they are o
 SMALL = 16  # pixels of the copies by which two sources are told apart
 LIMIT = 2_000  # public pictures that controls and decoys are made of
 # As many as priors are fitted to: seconds to decode, and seconds to multiply (pixels x pixels for each).
-MOST, PRODUCTS = 30_000, 5e10
+MOST, PRODUCTS = 25_000, 5e10
 
 
 def public(source: str, split: str, model: PictureModel, limit: int = LIMIT) -> Pictures:
