@@ -79,9 +79,9 @@ DEEP = {
     "attacks/inverting_gradients.py": (3, 620),  # the same
     "attacks/map_inversion.py": (3, 700),  # the same
     "attacks/patch_embedding.py": (3, 560),  # the same
-    "attacks/diffusion/daps.py": (5, 970),  # the problem that the three share, and labels
-    "attacks/diffusion/dps.py": (5, 950),  # the same
-    "attacks/diffusion/red_diff.py": (5, 1_030),  # the same
+    "attacks/diffusion/daps.py": (5, 990),  # the problem that the three share, and labels
+    "attacks/diffusion/dps.py": (5, 970),  # the same
+    "attacks/diffusion/red_diff.py": (6, 1_090),  # the same
     "attacks/token_span.py": (3, 570),  # the same
     "attacks/dlg.py": (3, 830),  # and labels
     "attacks/adam_unmixing/adam_unmixing.py": (5, 1_040),  # a step undone, and unmixing's spans and pixels

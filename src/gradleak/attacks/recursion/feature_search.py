@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from gradleak.attacks.inverting_gradients import smooth_pictures
-from gradleak.attacks.map_inversion import misfit, regress
+from gradleak.attacks.map_inversion import misfit
 from gradleak.attacks.recursion.linear_systems import Belief
 from gradleak.attacks.search.descend import OnStep, rowwise
 from gradleak.attacks.search.lbfgs import Evaluate, lbfgs, unwhiten, whitened
+from gradleak.attacks.search.starts import regress
 from gradleak.observations.observation import PictureObservation
 from gradleak.observations.tensors import Tensors
 from gradleak.priors.gaussian import GaussianPrior
