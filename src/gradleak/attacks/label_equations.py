@@ -20,6 +20,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from gradleak.attacks.label_corners import Samples, exact_samples, mixtures, sets
+
 MOST = (
     9,
     16,
@@ -30,6 +32,7 @@ SURE = 0.0, 0.5, 0.8, 0.95, 0.99, 0.998  # predictions of its label that a sampl
 STARTS = 12  # K side by side: one with each of these for all samples, then others at random
 DRAWN, NEGATIVE = 1e-2, 1e-2  # weights of the distance from there, and of negative features
 BEAM, TRIED, ROUNDS = 4, 12, 8  # labels that are kept; of all that differ by one, solved to the end; how often
+DRAWS, SIDE, SETS = 12, 6, 6  # rounds from corners, of so many starts from the exact samples, each with so many sets
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,12 @@ class Equations:
             damping = torch.where(better, damping / 5, 4 * damping).clamp(1e-10, 1e8)
         return now[0], K
 
+    def read(self, K: Tensor) -> Tensor:
+        """The labels (n, r) that fit K (n, r, r): D = (U S K^-1)^T, and Y is nearest to what predictions leave of it."""
+        D = torch.linalg.solve_ex(K.mT, (self.U * self.S).T.expand(len(K), -1, -1))[0]
+        labels: Tensor = ((K @ self.head).softmax(-1) - D).nan_to_num().argmax(-1)
+        return labels
+
 
 @dataclass(frozen=True)
 class Tried:
@@ -193,8 +202,11 @@ def counts_by_equations(equations: Equations, targets: Tensor, start: Tensor) ->
         error, K = equations.solve(targets[close.labels], close.K, steps=20)
         return Tried(close.labels, K, error)
 
-    found = fresh(torch.arange(classes).repeat_interleave(start)[None])
-    seen = {key(found.labels[0])}
+    first = [by_corners(equations, targets, generator)] if equations.nonnegative else []
+    if not first or float(first[0].error[0]) > SOLVED:
+        first.append(fresh(torch.arange(classes).repeat_interleave(start)[None]))
+    found = Tried.best(first, BEAM)
+    seen = {key(labels) for labels in found.labels}
     for _ in range(ROUNDS):
         if float(found.error[0]) < SOLVED or (more := changed(found, seen)) is None:
             break
@@ -202,3 +214,36 @@ def counts_by_equations(equations: Equations, targets: Tensor, start: Tensor) ->
         if float(found.error[0]) > SOLVED:
             found = Tried.best([found, fresh(found.labels)], BEAM)
     return found.labels[0].bincount(minlength=classes), float(found.error[0])
+
+
+def by_corners(equations: Equations, targets: Tensor, generator: torch.Generator) -> Tried:
+    """From sets of corners and their mixtures (label_corners.py) that go together: all samples but the exact ones drawn, then up to three
+    of the best drawn anew. Labels are read again once the samples have moved."""
+    exact, listed = exact_samples(equations, targets)
+    r, found = len(equations.S), list[Tried]()
+    if listed is None:
+        listed = equations.typical(0.8)
+    for turn in range(DRAWS):
+        pool, starts = mixtures(equations, targets, listed, generator), list[tuple[Tensor, Tensor]]()
+        pairs = pool.clash(pool)
+        kept = [exact] * (SIDE if turn % 3 == 0 else 0)
+        for best in found:
+            for labels, K in zip(best.labels, best.K, strict=True):
+                for _ in range(SIDE // 3):
+                    stay = torch.randperm(r, generator=generator)[int(torch.randint(1, 4, (), generator=generator)) :]
+                    kept.append(Samples.of(equations, targets, K[stay], labels[stay]))
+        for known in kept:
+            for rows in sets(pool, pairs, known, r - len(known.K), SETS, generator):
+                starts.append((torch.cat([known.labels, pool.labels[rows]]), torch.cat([known.K, pool.K[rows]])))
+        labels, K = (torch.stack(part) for part in zip(*starts, strict=True))
+        K = equations.solve(targets[labels], K, steps=5, power=0.5)[1]
+        labels, K = torch.cat([labels, equations.read(K)]), torch.cat([K, K])
+        error, K = equations.solve(targets[labels], K, steps=6)
+        close = Tried.best([Tried(labels, K, error)], TRIED)
+        error, K = equations.solve(targets[close.labels], close.K, steps=20)
+        best = Tried.best([*found, Tried(close.labels, K, error)], BEAM)
+        error, K = equations.solve(targets[best.labels], best.K, steps=25)
+        found = [Tried.best([Tried(best.labels, K, error)], BEAM)]
+        if float(found[0].error[0]) < SOLVED:
+            break
+    return found[0]
