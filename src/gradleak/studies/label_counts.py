@@ -48,11 +48,11 @@ class Setting:
 
 
 def settings(data: str, size: Size) -> Iterator[Setting]:
-    """Without the classifier, then with it."""
-    epochs = EFFORT[size][0]
-    for batch in (4,) if size == "smoke" else (16, 64):
-        yield from (Setting(n, False, batch) for n in epochs)
-    yield from (Setting(n, True, 4 if size == "smoke" else 8) for n in epochs)
+    """Of the longest training first: with the classifier, then without it; last what BatchNorm's own statistics change."""
+    small, sizes = (4, (4,)) if size == "smoke" else (8, (16, 64))
+    for epochs in reversed(EFFORT[size][0]):
+        yield Setting(epochs, True, small)
+        yield from (Setting(epochs, False, batch) for batch in sizes)
     if size != "smoke":
         yield Setting(1, False, 16, "train")
 
