@@ -50,7 +50,7 @@ class Samples:
         labels = misfit.argmin(1) if labels is None else labels
         return cls(K, labels, left, (P - targets[labels]) @ U, misfit.gather(1, labels[:, None])[:, 0])
 
-    def __getitem__(self, rows: Tensor) -> Self:
+    def __getitem__(self, rows: Tensor | slice) -> Self:
         return type(self)(self.K[rows], self.labels[rows], self.left[rows], self.right[rows], self.misfit[rows])
 
     def clash(self, other: Self) -> Tensor:
