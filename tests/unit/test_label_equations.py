@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from gradleak.attacks.label_corners import Samples, corners, exact_samples, mixtures, sets
-from gradleak.attacks.label_equations import SOLVED, Equations, counts_by_equations
+from gradleak.attacks.label_equations.corners import Samples, corners, exact_samples, mixtures, sets
+from gradleak.attacks.label_equations.equations import Equations
+from gradleak.attacks.label_equations.label_equations import SOLVED, counts_by_equations
 from gradleak.attacks.labels import label_fit
 
 CLASSES, FEATURES = 10, 48
@@ -43,7 +44,7 @@ def test_the_right_labels_solve_the_equations(batch: int) -> None:
     error, again = equations.solve(targets[labels][None], K[None], steps=4)
     assert float(error) < SOLVED
     torch.testing.assert_close((again[0] @ equations.Vt)[:, :-1], H, rtol=0, atol=1e-2)
-    assert bool((equations.read(K[None])[0] == labels).all())
+    assert bool((equations.labels(K[None])[0] == labels).all())
 
 
 def test_samples_with_zeros_are_corners() -> None:

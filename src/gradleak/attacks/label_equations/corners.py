@@ -10,18 +10,17 @@ Misses    samples with few zeros: of these, corners and mixtures of corners that
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from gradleak.attacks.label_equations import Equations
+from gradleak.attacks.label_equations.equations import Equations
 
 EXACT, CLOSE = (
     1e-4,
     1e-3,
-)  # misfit of a corner that is a sample; and of one with two zeros more than a corner needs, which rounding moves
+)  # misfit of a corner that is a sample; of one with two zeros more than it needs, which rounding moves
 APART = 2e-2  # how far the conditions between two samples may be off
 LARGEST = 10.0  # sum of a sample's features, in units of the mean features' sum
 FACETS = 128  # features that bound the polytope: those that come nearest to 0
@@ -40,7 +39,7 @@ class Samples:
     misfit: Tensor
 
     @classmethod
-    def of(cls, equations: "Equations", targets: Tensor, K: Tensor, labels: Tensor | None = None) -> Self:
+    def of(cls, equations: Equations, targets: Tensor, K: Tensor, labels: Tensor | None = None) -> Self:
         """With these labels, or those that fit best."""
         U, left = equations.U, K / equations.S
         P, turned = (K @ equations.head).softmax(1), left @ U.T
@@ -58,7 +57,7 @@ class Samples:
         return (self.left @ other.right.T).square() + (self.right @ other.left.T).square()
 
 
-def corners(equations: "Equations", known: Samples) -> Tensor | None:
+def corners(equations: Equations, known: Samples) -> Tensor | None:
     """K (n, r) of the polytope that the known samples leave; None if nothing is left of it that rounding lets see."""
     from scipy.optimize import linprog
     from scipy.spatial import HalfspaceIntersection, QhullError
@@ -101,7 +100,7 @@ def corners(equations: "Equations", known: Samples) -> Tensor | None:
     return centre + found[found.isfinite().all(1)] @ free.T
 
 
-def exact_samples(equations: "Equations", targets: Tensor) -> tuple[Samples, Tensor | None]:
+def exact_samples(equations: Equations, targets: Tensor) -> tuple[Samples, Tensor | None]:
     """The samples that are corners, and the last corners (n, r) that were listed."""
     r, classes = len(equations.S), len(targets)
     known = Samples.of(equations, targets, equations.mean.new_zeros(0, r))
@@ -121,7 +120,7 @@ def exact_samples(equations: "Equations", targets: Tensor) -> tuple[Samples, Ten
     return known, listed
 
 
-def mixtures(equations: "Equations", targets: Tensor, listed: Tensor, generator: torch.Generator) -> Samples:
+def mixtures(equations: Equations, targets: Tensor, listed: Tensor, generator: torch.Generator) -> Samples:
     """Corners and mixtures of three, drawn anew; those that fit best."""
     some = listed[torch.randint(len(listed), (MIXED, 3), generator=generator)]
     shares = -torch.rand(MIXED, 3, 1, generator=generator, dtype=listed.dtype).log()
