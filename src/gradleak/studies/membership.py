@@ -28,7 +28,11 @@ from gradleak.studies.text_victims import BESIDE, encoder, model_of, sources
 from gradleak.victims.trainer_defaults import trained_by_defaults
 from gradleak.victims.training import prepare_model
 
-PERCEPTRON, DECODER = "perceptron", "small gpt2"
+PERCEPTRON, TRANSFORMER, DECODER = "perceptron", "vision transformer", "small gpt2"
+OF_PICTURES = {
+    PERCEPTRON: ("mlp", 1),
+    TRANSFORMER: ("vit", 3),
+}  # what it is built as, and epochs on public pictures before
 CALIBRATION, ENDS = 0.25, ("", "_low", "_high")  # of the fresh samples; of intervals
 
 
@@ -54,6 +58,8 @@ def settings(data: str, size: Size) -> Iterator[Setting]:
         return
     yield from (replace(usual, data=name) for name in texts[:-1])
     yield replace(usual, model=PERCEPTRON, data="mnist" if beside(data, "mnist") else "digits")
+    transformer = replace(usual, model=TRANSFORMER, data="cifar10" if beside(data, "cifar10") else "embedded")
+    yield from (transformer, replace(transformer, epochs=10), replace(transformer, control="another adapter"))
     yield from (replace(usual, model=DECODER), replace(usual, start="recovered"), replace(usual, epochs=10))
     yield from (replace(usual, control="classes"), replace(usual, candidates="half"))
 
@@ -62,10 +68,11 @@ def settings(data: str, size: Size) -> Iterator[Setting]:
 def victim(setting: Setting, data: str, size: Size, seed: int) -> tuple[Model[Any], Any, Tensor | None]:
     """The base model, and samples of one split at random: members, fresh ones, others."""
     count, place = 3 * setting.samples, str(beside(data, setting.data) or setting.data)
-    if setting.model == PERCEPTRON:
-        architecture = Architecture("mlp", *blueprint(place, size))
+    if setting.model in OF_PICTURES:
+        name, epochs = OF_PICTURES[setting.model]
+        architecture = Architecture(name, *blueprint(place, size))
         pool = public_pool(place, "train", shape=architecture.input_shape, limit=count + 2_000, seed=seed)
-        module = prepare_model(architecture, seed=seed, train_on=rows_of(pool, count, 2_000), epochs=1)
+        module = prepare_model(architecture, seed=seed, train_on=rows_of(pool, count, 2_000), epochs=epochs)
         return Model.of(module, architecture), pool.images[:count], pool.labels[:count]
     place = sources(data)[setting.data]
     language = model_of(setting.model, "causal-lm" if setting.model == DECODER else "classification", place, size, seed)
@@ -121,5 +128,5 @@ STUDY = Study(
     settings=settings,
     cell=cell,
     tell=tell,
-    beside=(*BESIDE, "mnist"),
+    beside=(*BESIDE, "mnist", "cifar10"),
 )
