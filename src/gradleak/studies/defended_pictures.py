@@ -92,6 +92,7 @@ PICTURES = Kind(
     smoke={ONE: (NONE, "top-k:0.1", "dp-sgd:1:0.8")},
     by={ONE: OF_GRADIENTS, FOUR: OF_GRADIENTS, ADAPTED: ("inverting-gradients", "activation-patterns")},
     unaware=("analytic", "inverting-gradients", "activation-patterns"),
+    untold=(),
     smoke_by=("analytic", "inverting-gradients"),
     left_out=("dp-sgd:1:0.1", "relative-noise:1", "bits:16"),
     leaked=lambda row: float(row["identified"]),

@@ -35,7 +35,8 @@ class Kind:
     measure  of what leaks, in words
     every    {(model, what is shared, of how many samples): defenses}; smoke: at that size
     by       {(model, what is shared, of how many samples): attacks}
-    unaware  of the attacks, those that are tried without the knowledge; smoke_by: those that are tried at smoke size
+    unaware  of the attacks, those that are tried without the knowledge, too; untold: those to whom it would change nothing
+    smoke_by attacks that are tried at smoke size
     left_out defenses that are tried at paper size only
     leaked   what a row says that an attack has of its samples, in [0, 1]; chance: what somebody has who saw nothing
     """
@@ -46,6 +47,7 @@ class Kind:
     smoke: Mapping[Case, tuple[str, ...]]
     by: Mapping[Case, tuple[str, ...]]
     unaware: tuple[str, ...]
+    untold: tuple[str, ...]
     smoke_by: tuple[str, ...]
     left_out: tuple[str, ...]
     leaked: Callable[[Row], float]

@@ -67,6 +67,7 @@ def tried_of(table: Table, case: Case) -> Iterator[Tried]:
     for cost in table.where(model=model, shared=shared, batch=batch, attack=UTILITY):
         name = cost["defense"]
         aware, unaware = (attacks_on(table, case, defense=name, knows=knows) for knows in (True, False))
+        unaware += [row for row in aware if row["attack"] in kind.untold and name != NONE]
         if aware:
             best = max(aware, key=kind.leaked)
             yield Tried(
