@@ -9,6 +9,7 @@ import torch
 from pyarrow import parquet
 
 from gradleak.attacks.embedding_rows import EmbeddingRows
+from gradleak.audit.advice import Tried
 from gradleak.errors import BadInput, NotObserved
 from gradleak.modalities.language_models import Task
 from gradleak.modalities.networks import Architecture
@@ -18,6 +19,7 @@ from gradleak.observations.defense_names import Chosen
 from gradleak.observations.model import LanguageModel, Model
 from gradleak.studies import defenses, text_victims
 from gradleak.studies.run import Plan, run
+from gradleak.studies.table import Table
 from gradleak.victims.defended import accuracy, perplexity, train_behind
 from gradleak.victims.gradient import capture_gradient
 from gradleak.victims.small_language import Kind, small_model, train_tokenizer
@@ -135,3 +137,15 @@ def test_texts_have_accuracy_and_perplexity_beside_what_leaks(
     assert "hides nothing: ROUGE-1 stays at 100 % (embedding-rows), and 100 % of the texts come back whole" in sentence
     assert "accuracy goes from" in sentence
     assert "perplexity goes from" in sentence
+
+
+def test_an_attack_that_needs_no_knowledge_is_no_use_of_it() -> None:
+    """Rows of words are read without being told; DAGER, which is not told, reads nothing: nobody is protected by not telling."""
+    case = {"model": "encoder", "shared": "gradient", "batch": 1, "defense": "bits:4"}
+    read = {**case, "attack": "embedding-rows", "knows": True, "rouge1": 94.0, "exact_match": 60.0}
+    blind = {**case, "attack": "dager", "knows": False, "rouge1": 0.0, "exact_match": 0.0}
+    rows = [row | {"frequent_words_rouge1": 26.0} for row in (read, blind)]
+    [tried] = defenses.tried_of(
+        Table([{**case, "attack": "training", "accuracy": 0.7}, *rows]), ("encoder", "gradient", 1)
+    )
+    assert tried == Tried("bits:4", 0.94, "embedding-rows", 0.26, unaware=0.94, whole=0.6, accuracy=0.7)
