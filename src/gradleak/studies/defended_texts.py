@@ -34,7 +34,7 @@ OF_GRADIENTS = ("embedding-rows", "dager", "likely-text")
 BATCHES = {"smoke": 1, "small": 3, "paper": 100}  # private ones
 TRAINING = {"smoke": (16, 1), "small": (200, 2), "paper": (10_000, 3)}  # texts, epochs
 UNSEEN = {"smoke": 16, "small": 200, "paper": 800}  # on which accuracy and perplexity are measured
-STEP = {"batch": 20, "rate": 2e-4}  # of Adam, fit for a pretrained network
+BATCH, RATE = 20, 2e-4  # of Adam, fit for a pretrained network
 TUNING = Recipe(optimizer="adamw", learning_rate=2e-3, steps=30, batch_size=10)
 RANK = 64  # an adapter shows as many tokens
 
@@ -71,7 +71,7 @@ def trained(model: LanguageModel, setting: Setting, bench: Bench) -> Row:
     measure, name = (perplexity, "perplexity") if setting.model == DECODER else (accuracy, "accuracy")
     if setting.shared == ADAPTER:
         return {name: measure(tuned(model, private, setting, RANK, TUNING, bench.seed), test), **NOTHING}
-    model = train_behind(model, private, defenses, epochs=epochs, seed=bench.seed, **STEP)
+    model = train_behind(model, private, defenses, epochs=epochs, seed=bench.seed, batch=BATCH, rate=RATE)
     return {name: measure(model, test), **proven(defenses, epochs)}
 
 
