@@ -66,7 +66,7 @@ class MapInversion:
     pairs: int = 1_000
     starts: int = 1
     evaluations: int = 75
-    least: float = PRIOR_WEIGHTS[-1]
+    least: float = 1e-7
     start: Start | None = field(default=None, repr=False)
 
     def prepared(self, observation: PictureObservation, public: Pictures, *, generator: torch.Generator) -> Self:
