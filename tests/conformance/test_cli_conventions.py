@@ -243,7 +243,7 @@ def test_what_is_captured_goes_on_and_is_replaced(
     tmp_path: Path, ok: Run, refused: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    capture = ["capture", "gradient", "--model", "mlp", *DIGITS, "--out", "out"]
+    capture = ["capture", "gradient", "--model", "lenet", *DIGITS, "--out", "out"]
     ok(*capture, "--resume")  # nothing is there: it begins
     before = Path("out/observation.safetensors").stat().st_mtime_ns
     assert "finished already" in ok(*capture, "--resume")

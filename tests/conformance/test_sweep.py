@@ -92,7 +92,11 @@ def test_from_the_command_line(file: Path, tmp_path: Path, capsys: pytest.Captur
     assert made["command"]["inputs"]
     assert main(["rerun", str(out / "record.json"), "--out", str(tmp_path / "again")]) == 0
     assert (tmp_path / "again" / "table.csv").read_bytes() == (out / "table.csv").read_bytes()
-    file.write_text(FILE.replace("[attacks.analytic]", "[attacks.dlg]\nevaluations = 2\n[attacks.analytic]"))
+    file.write_text(
+        FILE.replace(
+            "[attacks.analytic]", "[attacks.dlg]\nevaluations = 2\nrounds = 0\nrestarts = 1\n[attacks.analytic]"
+        )
+    )
     before = {path.name for path in (out / "cells").iterdir()}
     assert main(["study", str(file), "--out", str(out)]) == 0
     after = {path.name for path in (out / "cells").iterdir()}

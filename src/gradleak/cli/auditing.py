@@ -15,6 +15,7 @@ from gradleak.audit.loop import Audited
 from gradleak.audit.loop import audit as run_audit
 from gradleak.audit.membership.audited import membership
 from gradleak.audit.membership.words import with_membership
+from gradleak.audit.metrics import use_lpips
 from gradleak.audit.plan import plan_of
 from gradleak.audit.privacy import mechanism_of
 from gradleak.audit.progress import progress
@@ -83,6 +84,7 @@ def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
     exit code that `gate` gives."""
     check_device(args.device)
     check_bar(args.fail_on, members=args.non_members is not None)
+    use_lpips(args.lpips)
     if args.pdf:
         browser()
     if args.repeats < 1:

@@ -2,7 +2,7 @@
 
 from gradleak.audit.metrics.controls import mean_image, nearest_public
 from gradleak.audit.metrics.matching import identification, match, pairwise_mse
-from gradleak.audit.metrics.pictures import lpips, mse, psnr_db, ssim
+from gradleak.audit.metrics.pictures import lpips, mse, psnr_db, ssim, use_lpips
 
 __all__ = [
     "identification",
@@ -14,4 +14,5 @@ __all__ = [
     "pairwise_mse",
     "psnr_db",
     "ssim",
+    "use_lpips",
 ]
