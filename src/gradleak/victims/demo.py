@@ -25,6 +25,6 @@ DEMO: dict[str, tuple[Callable[[Path, int, Start], tuple[Observation[Any], Secre
         CaptureAdapter(model="convnet", target_modules="all", epochs=1, reveal_labels=True),
         {"map-inversion": {"evaluations": 30}},
     ),
-    "fine-tuning": (fine_tuning, {"unmixing": {"searches": 12, "polish": 3}}),
+    "fine-tuning": (fine_tuning, {"unmixing": {"searches": 4, "polish": 2}}),
     "gradient": (CaptureGradient(), {"recursive": {}}),
 }
