@@ -22,7 +22,7 @@ def audited(tmp_path: Path) -> Path:
     """The folder of an audit that has one text proven."""
     row: Any = new_result("dager", {}, {"name": "gradient", "kind": "gradient"})
     row |= {"ran": True, "residual": 1e-7, "status": "1 of 1 sentences proven.", "proven": [True]}
-    record = new_record({"name": "audit", "arguments": {}}, 0, [])
+    record: Any = new_record({"name": "audit", "arguments": {}}, 0, [])
     record["results"] = [{**row, "media": "text/plain", "shown": {"reconstruction": [SECRET]}}]
     record["verdict"] = {"level": "recovered", "headline": "1 of 1 came back.", "sentence": "Proven by dager."}
     folder = tmp_path / "audited"
