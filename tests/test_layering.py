@@ -65,7 +65,7 @@ DEEP = {
     "attacks/embedding_rows.py": (4, 830),  # likely-text's replay
     "attacks/sparse_words.py": (3, 690),  # the same
     "attacks/jigsaw/jigsaw.py": (5, 1_100),  # its arrangement, and the search that it begins with
-    "attacks/recursion/recursive.py": (12, 2_400),  # a layer backwards, of each kind
+    "attacks/recursion/recursive.py": (14, 2_900),  # a layer backwards, of each kind; a batch by its labels
     "attacks/diffusion/guide.py": (4, 1_000),  # the attack that it cleans up after
     "attacks/exact_git/exact_git.py": (11, 1_860),  # the weights first, then the pictures
     "attacks/decoders/attacks.py": (12, 1_630),  # four decoders, and the inversion behind them

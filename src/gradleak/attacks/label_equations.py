@@ -130,6 +130,19 @@ class Equations:
             damping = torch.where(better, damping / 5, 4 * damping).clamp(1e-10, 1e8)
         return now[0], K
 
+    def tried(self, labels: Tensor, targets: Tensor, generator: torch.Generator) -> "Tried":
+        """Labels (n, r) from what is typical of them, the best start of each. targets (classes, classes): row k is what class k is trained on."""
+        rows = labels.repeat_interleave(STARTS, 0)
+        K = first = self.begin(rows, generator)
+        for k in range(3):
+            K = self.solve(targets[rows], K, steps=8, power=0.5, drawn=DRAWN / 10**k, towards=first)[1]
+        error, K = self.solve(targets[rows], K, steps=25)
+        return Tried.best([Tried(rows, K, error)], len(labels))
+
+    def features(self, K: Tensor) -> Tensor:
+        """What K (r, r) says of each sample: (r, features)."""
+        return (K @ self.Vt)[:, :-1]
+
 
 @dataclass(frozen=True)
 class Tried:
@@ -163,15 +176,6 @@ def counts_by_equations(equations: Equations, targets: Tensor, start: Tensor) ->
     generator, classes = torch.Generator().manual_seed(0), len(targets)
     typical = equations.typical(0.8)
 
-    def fresh(labels: Tensor) -> Tried:
-        """Labels (n, r) from what is typical of them."""
-        rows = labels.repeat_interleave(STARTS, 0)
-        K = first = equations.begin(rows, generator)
-        for k in range(3):
-            K = equations.solve(targets[rows], K, steps=8, power=0.5, drawn=DRAWN / 10**k, towards=first)[1]
-        error, K = equations.solve(targets[rows], K, steps=25)
-        return Tried.best([Tried(rows, K, error)], len(labels))
-
     def changed(found: Tried, seen: set[tuple[int, ...]]) -> Tried | None:
         """What differs by one label, of what was not seen before: from the K that was found, that sample's from what is typical."""
         r = found.labels.shape[1]
@@ -193,12 +197,12 @@ def counts_by_equations(equations: Equations, targets: Tensor, start: Tensor) ->
         error, K = equations.solve(targets[close.labels], close.K, steps=20)
         return Tried(close.labels, K, error)
 
-    found = fresh(torch.arange(classes).repeat_interleave(start)[None])
+    found = equations.tried(torch.arange(classes).repeat_interleave(start)[None], targets, generator)
     seen = {key(found.labels[0])}
     for _ in range(ROUNDS):
         if float(found.error[0]) < SOLVED or (more := changed(found, seen)) is None:
             break
         found = Tried.best([found, more], BEAM)
         if float(found.error[0]) > SOLVED:
-            found = Tried.best([found, fresh(found.labels)], BEAM)
+            found = Tried.best([found, equations.tried(found.labels, targets, generator)], BEAM)
     return found.labels[0].bincount(minlength=classes), float(found.error[0])

@@ -74,7 +74,7 @@ def invert_features(
     below: the layers from the picture to the features; F F^T the prior's covariance. Where the features are fewer than
     the pixels, the misfit of the gradient (as in MapInversion) is added. variance: of the released entries. The start is
     a kernel ridge regression of random smooth pictures on their features: from grey, a search in a ReLU network
-    may crawl.
+    may crawl. Where the gradient is one of several pictures, it is left out.
     """
     observation, below = observation.to(torch.float32), below.float()
     prior = GaussianPrior.smooth(observation.model.architecture.input_shape)
@@ -82,7 +82,7 @@ def invert_features(
     target, released = features.value.float(), observation.released
     with torch.no_grad():
         whole = (below(mean.view(1, *shape))[0] - target).square().sum().clamp_min(1e-30)
-    enough = target.numel() >= mean.numel()
+    enough = target.numel() >= mean.numel() or observation.batch_size != 1
     noise = features.variance.sum() / whole  # the misfit of the truth
     if not enough:
         shares = [variance[name].sum() / g.square().sum().clamp_min(1e-30) for name, g in released.items()]
