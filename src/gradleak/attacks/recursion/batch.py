@@ -33,19 +33,15 @@ def each_alone(observation: PictureObservation, evaluations: int, on_step: OnSte
             f"From features to several pictures leads a search, in a sequence of layers and of pictures of {DENSE:,} numbers at most."
         )
     below = nn.Sequential(*(layer for _, layer in layers[:-1]))
-    found = [
-        invert_features(
-            observation, labels[k : k + 1], {}, below, Belief(own, torch.full_like(own, EXACT)), evaluations, on_step
-        )
-        for k, own in enumerate(features)
-    ]
-    images, done = torch.cat([image for image, _, _ in found]).clamp(0, 1).float(), sum(count for _, count, _ in found)
+    exact = Belief(features, torch.full_like(features, EXACT))
+    found, done, trace = invert_features(observation, labels, {}, below, exact, evaluations, on_step)
+    images = found.clamp(0, 1).float()
     residual = observation.residual(images.to(next(iter(observation.released.values()))), labels)
     status = (
-        f"{len(images)} images taken apart at the last layer (its equations keep {left:.1g}), {done} evaluations of searches for pictures "
-        f"with these features, relative residual {residual:.2g}."
+        f"{len(images)} images taken apart at the last layer (its equations keep {left:.1g}), {done} evaluations of a search for "
+        f"pictures with these features, relative residual {residual:.2g}."
     )
-    return Reconstruction(images, labels, residual, status, outcome_of(residual), iterations=done)
+    return Reconstruction(images, labels, residual, status, outcome_of(residual), iterations=done, trace=trace)
 
 
 def taken_apart(observation: PictureObservation) -> tuple[Tensor, Tensor, float]:

@@ -108,7 +108,8 @@ class Recursive:
             if idle:
                 return torch.full((1, *shape), 0.5), 0, []
             below = nn.Sequential(*(layer for _, layer in network.layers[: found.layer]))
-            return invert_features(observation, labels, variance, below, found.input, self.evaluations, on_step)
+            there = found.input.reshape(1, *found.input.value.shape)
+            return invert_features(observation, labels, variance, below, there, self.evaluations, on_step)
         picture, first = found.input.value[None], next(i for i in range(len(network.layers)) if network.has_matrix(i))
         scale = network.scale(first)
         if idle or found.factor is None or scale is None:
