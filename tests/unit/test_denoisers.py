@@ -292,6 +292,35 @@ def test_training_beats_the_gaussian(tmp_path: Path) -> None:
     assert float(gain.mean()) > 3 * float(gain.std()) / len(gain) ** 0.5
 
 
+@pytest.mark.usefixtures("clock")
+def test_a_prior_trained_on_the_secret_voids_the_audit(tmp_path: Path, ok: Any) -> None:
+    """The digit that is attacked is among those of its split and not among those of the other (fingerprints are 0.92 alike at most).
+    The closed form beside it, which needs no prior, finds the digit: the page says void all the same, and is one."""
+    out = tmp_path / "seen"
+    ok("capture", "gradient", "--model", "mlp", "--data", "digits", "--indices", 0, "--out", out)
+    known = "--secret", out / "secret.safetensors", "--data", "digits", "--daps.levels", 2, "--daps.evaluations", 2
+    for split in ("test", "train"):
+        prior, audit = tmp_path / split, tmp_path / f"audit-{split}"
+        ok("train", "denoiser", "--data", "digits", "--split", split, "--minutes", "0.1", "--out", prior)
+        asked = "audit", out / "observation.safetensors", *known, "--attacks", "analytic", "daps", "--out", audit
+        ok(*asked, "--prior", f"diffusion:{prior}")  # ends with 0: nothing was to be failed on
+    clean, tainted = (
+        json.loads((tmp_path / f"audit-{name}" / "record.json").read_text()) for name in ("train", "test")
+    )
+    assert clean["verdict"]["level"] == "recovered"
+    assert "secret_in_prior" not in str(clean)
+    assert tainted["results"][0]["recovered"] == [True]
+    assert tainted["verdict"]["level"] == "void"
+    assert tainted["verdict"]["headline"] == "No number on this page can be relied on: a check failed."
+    assert tainted["verdict"]["sentence"].startswith(
+        "A prior trained on the secret: 1 of 1 private pictures, or near-duplicates"
+    )
+    page, short = ((tmp_path / "audit-test" / name).read_text() for name in ("report.html", "summary.md"))
+    assert "Void: these numbers mean nothing" in page
+    assert "came back" not in page
+    assert "1 of 1 |" not in short
+
+
 def test_bad_flags(tmp_path: Path, refused: Any) -> None:
     common = "train", "denoiser", "--data", "digits", "--out", tmp_path / "new"
     assert "more than 0 minutes" in refused(*common, "--minutes", "0")

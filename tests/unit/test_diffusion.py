@@ -173,7 +173,18 @@ QUICK = ("--daps.levels", 2, "--daps.evaluations", 3, "--daps.samples", 2)
 
 
 def test_an_audit_under_a_prior_shows_what_it_is_compared_with(tmp_path: Path, ok: Run, refused: Run) -> None:
-    ok("capture", "gradient", "--model", "mlp", *DIGITS, "--indices", 0, "--out", tmp_path / "seen")
+    ok(
+        "capture",
+        "gradient",
+        "--model",
+        "lenet",
+        *DIGITS,
+        "--indices",
+        0,
+        "--reveal-labels",
+        "--out",
+        tmp_path / "seen",
+    )
     release = tmp_path / "seen" / "observation.safetensors"
     asked = (
         "audit",
@@ -189,7 +200,7 @@ def test_an_audit_under_a_prior_shows_what_it_is_compared_with(tmp_path: Path, o
     rows = json.loads((tmp_path / "out" / "record.json").read_text())["results"]
     assert [row["attack"] for row in rows] == ["daps", "daps-gaussian-prior", "daps-prior-alone"]
     heard, gaussian, alone = (row["scores"]["psnr_db"][0] for row in rows)
-    # The prior is the Gaussian itself here: the same numbers. Without the release the mean digit is left: an mlp's gradient gives
+    # The prior is the Gaussian itself here: the same numbers. Without the release the mean digit is left: a LeNet's gradient gives
     # a digit away, at half the error of that at least.
     assert heard == pytest.approx(gaussian)
     assert heard > alone + 6

@@ -69,7 +69,7 @@ class MapInversion:
     pairs: int = 1_000
     starts: int = 1
     evaluations: int = 75
-    least: float = PRIOR_WEIGHTS[-1]
+    least: float = 1e-7
     start: Start | None = field(default=None, repr=False)
 
     def prepared(self, observation: PictureObservation, public: Pictures, *, generator: torch.Generator) -> Self:
@@ -98,7 +98,7 @@ class MapInversion:
         released = {name: t.repeat_interleave(count, dim=0) for name, t in given[1].items()}
         rows, w = z.flatten(0, 1), torch.full((K * count,), weight).to(z)
         every = (y, released, variance, w)
-        search = partial(evaluated, rowwise(objective, rows, every), given=every)
+        search = partial(evaluated, rowwise(objective, len(rows)), given=every)
         x, value = race(search, rows, prior.components.flatten(1).to(z), LEADING, RACE)
         return x.view_as(z)[torch.arange(K), value.view(K, count).argmin(1)][:, None]
 
@@ -157,7 +157,7 @@ class MapInversion:
         if z.shape[1] > 1:
             z = self.ahead(objective, z, prior, (y, released, variance), weights[0])
         z = z.flatten(0, 1)
-        evaluate = rowwise(objective, z, (y, released, variance, torch.ones(len(y)).to(where)))
+        evaluate = rowwise(objective, len(z))
         trace, done = list[tuple[int, list[float]]](), 0
         for stage, weight in enumerate(weights):
             w = torch.full((len(y),), weight).to(where)
@@ -172,7 +172,7 @@ class MapInversion:
                 released, told = {name: tensor[best] for name, tensor in released.items()}, told[best]
                 trace = [(step, [values[int(i)] for i in best]) for step, values in trace]
                 variance = told
-                evaluate = rowwise(objective, z, (y, released, variance, w[best]))
+                evaluate = rowwise(objective, len(z))
             if unknown:
                 left = [
                     estimated_variance(seen.simulate, pictures(z[k]), y[k], _row(released, k), z[k].square().sum())

@@ -168,14 +168,14 @@ def demo(args: flags.Demo) -> None:
     out = fresh_folder(args.out)
     written = new_record("demo", args, {}, [])
     left: dict[str, list[str]] = {}
-    for name, (victim, names) in DEMO.items():
+    for name, (victim, shown_with) in DEMO.items():
         with progress() as start:
             kept(*victim(out / name, args.seed, start), out / name)
         observation = with_start_recovered(load_observation(out / name / "observation.safetensors"))
         secret = load_secret(out / name / "secret.safetensors")
         public = SCORING[observation.model.architecture.modality].public("embedded", "train", observation.model)
-        attacks = {attack: ATTACKS[attack]() for attack in names}
-        about: dict[str, Any] = {"seed": args.seed, "device": args.device, "name": name}
+        attacks = {attack: ATTACKS[attack](**given) for attack, given in shown_with.items()}
+        about: dict[str, Any] = {"seed": args.seed, "device": args.device, "name": name, "bound": False}
         audit_one(observation, attacks, public, secret, written, left, out, sys.stdout, **about)
     print(shown(written), f"Open {out / 'report.html'} in a browser.", sep="\n")
 

@@ -39,7 +39,7 @@ def distilled_among_latents(
         return problem.unlikely(drawn(one), *given)
 
     first, second = torch.zeros_like(latents), torch.zeros_like(latents)
-    evaluate = rowwise(unlikely, latents, problem.given)
+    evaluate = rowwise(unlikely, len(latents))
     for step, sigma in enumerate(sigmas, 1):
         noisy = latents + sigma * torch.randn(latents.shape, generator=generator).to(latents)
         gradient, value = evaluated(evaluate, latents, problem.given)

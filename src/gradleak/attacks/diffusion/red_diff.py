@@ -179,7 +179,7 @@ def distilled(
     x, mean = problem.start, problem.gaussian.mean
     z = problem.filtered(x - mean, torch.rsqrt)
     first, second = torch.zeros_like(z), torch.zeros_like(z)
-    evaluate = rowwise(distance, x, problem.given)
+    evaluate = rowwise(distance, len(x))
     for step, sigma in enumerate(sigmas, 1):
         noisy = x + sigma * torch.randn(x.shape, generator=generator).to(x)
         gradient, value = evaluated(evaluate, x, problem.given)

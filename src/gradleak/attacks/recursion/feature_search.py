@@ -55,7 +55,7 @@ def refine(
         return (torch.stack(errors).sum() + (x - mean) @ (precision @ (x - mean))) / 2
 
     origin = start.flatten()[None]
-    evaluate = _without_graph(rowwise(objective, origin, (precision[None],)), precision[None])
+    evaluate = _without_graph(rowwise(objective, 1), precision[None])
     done = lbfgs(whitened(evaluate, origin, factor), torch.zeros_like(origin), evaluations=evaluations, on_step=on_step)
     x = (origin + unwhiten(done.x, factor)).view(shape)
     return x, done.iterations, [(step, values[0]) for step, values in done.trace]
@@ -97,7 +97,7 @@ def invert_features(
     z = torch.linalg.solve(F, _regressed(below, target, mean.view(shape)).flatten() - mean)[None]
     done, trace = 0, list[tuple[int, float]]()
     weights = sorted({max(weight, float(noise) / mean.numel()) for weight in PRIOR_WEIGHTS}, reverse=True)
-    recorded = rowwise(objective, z, (torch.zeros(1),))
+    recorded = rowwise(objective, 1)
     for weight in weights:
         evaluate = _without_graph(recorded, torch.tensor([weight]))
         report = None if on_step is None else _shifted(on_step, done, evaluations)
