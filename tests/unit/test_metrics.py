@@ -264,8 +264,11 @@ def test_lpips_reads_the_file_that_the_package_lpips_makes(
 
 
 def test_a_file_that_does_not_fit_is_refused_before_anything_runs(tmp_path: Path, refused: Run) -> None:
-    (tmp_path / "alex.pth").write_bytes(b"a pickle")
-    said = refused("audit", tmp_path / "nothing", "--lpips", tmp_path / "alex.pth", "--out", tmp_path / "out")
+    for name in ("alex.pth", "observation.safetensors"):
+        (tmp_path / name).write_bytes(b"a pickle")
+    said = refused(
+        "audit", tmp_path / "observation.safetensors", "--lpips", tmp_path / "alex.pth", "--out", tmp_path / "out"
+    )
     assert "no readable safetensors file with the weights of LPIPS" in said
 
 

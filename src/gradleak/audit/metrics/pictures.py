@@ -91,10 +91,9 @@ def lpips(reconstruction: Tensor, truth: Tensor) -> Tensor | None:
 def use_lpips(file: Path | None) -> None:
     """From now on `lpips` is measured with the weights in this file, or else in the one that GRADLEAK_LPIPS names: `BadInput` at once where
     that does not fit, and not when something has been found."""
-    if file is not None:
-        os.environ[LPIPS_FILE] = str(file)
-    if os.environ.get(LPIPS_FILE):
-        lpips_weights(Path(os.environ[LPIPS_FILE]))
+    if name := str(file or "") or os.environ.get(LPIPS_FILE):
+        lpips_weights(Path(name))
+        os.environ[LPIPS_FILE] = name
 
 
 def _alexnet(images: Tensor, weights: dict[str, Tensor]) -> list[Tensor]:
