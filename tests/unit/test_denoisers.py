@@ -297,11 +297,11 @@ def test_a_prior_trained_on_the_secret_voids_the_audit(tmp_path: Path, ok: Any) 
     """The digit that is attacked is among those of its split and not among those of the other (fingerprints are 0.92 alike at most).
     The closed form beside it, which needs no prior, finds the digit: the page says void all the same, and is one."""
     out = tmp_path / "seen"
-    ok("capture", "gradient", "--model", "mlp", "--data", "digits", "--indices", 0, "--out", out)
+    ok("capture", "gradient", "--model", "mlp", "--data", "digits", "--indices", 0, "--reveal-labels", "--out", out)
     known = "--secret", out / "secret.safetensors", "--data", "digits", "--daps.levels", 2, "--daps.evaluations", 2
     for split in ("test", "train"):
         prior, audit = tmp_path / split, tmp_path / f"audit-{split}"
-        ok("train", "denoiser", "--data", "digits", "--split", split, "--minutes", "0.1", "--out", prior)
+        ok("train", "denoiser", "--data", "digits", "--split", split, "--minutes", "0.01", "--out", prior)
         asked = "audit", out / "observation.safetensors", *known, "--attacks", "analytic", "daps", "--out", audit
         ok(*asked, "--prior", f"diffusion:{prior}")  # ends with 0: nothing was to be failed on
     clean, tainted = (

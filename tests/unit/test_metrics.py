@@ -17,6 +17,7 @@ from conftest import Run
 from gradleak.audit.metrics import (
     identification,
     lpips,
+    lpips_from,
     match,
     mean_image,
     mse,
@@ -24,7 +25,6 @@ from gradleak.audit.metrics import (
     pairwise_mse,
     psnr_db,
     ssim,
-    use_lpips,
 )
 from gradleak.errors import BadInput
 
@@ -246,11 +246,8 @@ def test_lpips_refuses_a_file_that_does_not_fit(
         lpips(x, x)
 
 
-def test_lpips_reads_the_file_that_the_package_lpips_makes(
-    weights: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lpips_reads_the_file_that_the_package_lpips_makes(weights: dict[str, Tensor], tmp_path: Path) -> None:
     """Its names: net.slice1.0.weight in place of features.0.weight; heads twice, and constants besides."""
-    monkeypatch.setenv("GRADLEAK_LPIPS", os.environ["GRADLEAK_LPIPS"])  # put back at the end
     a, b = pictures(1, 3, 32), pictures(1, 3, 32, seed=1)
     expected = lpips(a, b)
     theirs = {name: value for name, value in weights.items() if name.startswith("lin")}
@@ -258,17 +255,16 @@ def test_lpips_reads_the_file_that_the_package_lpips_makes(
     for k, (n, *_) in enumerate(LAYERS):
         theirs |= {f"net.slice{k + 1}.{n}.{part}": weights[f"features.{n}.{part}"] for part in ("weight", "bias")}
     save_file({**theirs, "scaling_layer.shift": torch.zeros(1, 3, 1, 1)}, tmp_path / "theirs.safetensors")
-    use_lpips(tmp_path / "theirs.safetensors")
+    before = os.environ["GRADLEAK_LPIPS"]
     assert expected is not None
-    torch.testing.assert_close(lpips(a, b), expected)
+    with lpips_from(tmp_path / "theirs.safetensors"):
+        torch.testing.assert_close(lpips(a, b), expected)
+    assert os.environ["GRADLEAK_LPIPS"] == before  # the next audit measures as it says
 
 
 def test_a_file_that_does_not_fit_is_refused_before_anything_runs(tmp_path: Path, refused: Run) -> None:
-    for name in ("alex.pth", "observation.safetensors"):
-        (tmp_path / name).write_bytes(b"a pickle")
-    said = refused(
-        "audit", tmp_path / "observation.safetensors", "--lpips", tmp_path / "alex.pth", "--out", tmp_path / "out"
-    )
+    (tmp_path / "alex.pth").write_bytes(b"a pickle")
+    said = refused("audit", tmp_path / "alex.pth", "--lpips", tmp_path / "alex.pth", "--out", tmp_path / "out")
     assert "no readable safetensors file with the weights of LPIPS" in said
 
 

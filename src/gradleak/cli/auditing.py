@@ -15,7 +15,7 @@ from gradleak.audit.loop import Audited
 from gradleak.audit.loop import audit as run_audit
 from gradleak.audit.membership.audited import membership
 from gradleak.audit.membership.words import with_membership
-from gradleak.audit.metrics import use_lpips
+from gradleak.audit.metrics import lpips_from
 from gradleak.audit.plan import plan_of
 from gradleak.audit.privacy import mechanism_of
 from gradleak.audit.progress import progress
@@ -82,9 +82,14 @@ def attack(args: flags.Attack, options: dict[str, dict[str, Any]]) -> None:
 def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
     """Write record.json, report.html and what was recovered; after each attack, so that an interrupt loses one at most. Returns the
     exit code that `gate` gives."""
+    with lpips_from(args.lpips):
+        return whole_audit(args, options)
+
+
+def whole_audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
+    """`audit`, where what is measured is settled."""
     check_device(args.device)
     check_bar(args.fail_on, members=args.non_members is not None)
-    use_lpips(args.lpips)
     if args.pdf:
         browser()
     if args.repeats < 1:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -88,12 +90,19 @@ def lpips(reconstruction: Tensor, truth: Tensor) -> Tensor | None:
     return torch.stack(layers).sum(0).double()
 
 
-def use_lpips(file: Path | None) -> None:
-    """From now on `lpips` is measured with the weights in this file, or else in the one that GRADLEAK_LPIPS names: `BadInput` at once where
+@contextmanager
+def lpips_from(file: Path | None) -> Iterator[None]:
+    """Inside, `lpips` is measured with the weights in this file, or else in the one that GRADLEAK_LPIPS names: `BadInput` at once where
     that does not fit, and not when something has been found."""
-    if name := str(file or "") or os.environ.get(LPIPS_FILE):
-        lpips_weights(Path(name))
-        os.environ[LPIPS_FILE] = name
+    named = os.environ.get(LPIPS_FILE, "")
+    chosen = named if file is None else str(file)
+    if chosen:
+        lpips_weights(Path(chosen))
+    os.environ[LPIPS_FILE] = chosen
+    try:
+        yield
+    finally:
+        os.environ[LPIPS_FILE] = named
 
 
 def _alexnet(images: Tensor, weights: dict[str, Tensor]) -> list[Tensor]:
