@@ -5,7 +5,7 @@ Sees      Gradient or Update of a classifier that ends in a linear layer and a s
 Recovers  labels (batch,) int64 in ascending order
 Solves    dL/db_c = mean_n (p_nc - [y_n = c]): for one image only the true class is negative; for a batch the counts
           follow once the mean prediction is known, which dL/dW gives. Of small batches both gradients are more equations than
-          there are unknowns (label_equations.py), whatever the training
+          there are unknowns (label_equations), whatever the training
 """
 
 from dataclasses import replace
@@ -13,7 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from gradleak.attacks.label_equations import MOST, Equations, counts_by_equations
+from gradleak.attacks.label_equations.equations import Equations
+from gradleak.attacks.label_equations.label_equations import MOST, counts_by_equations
 from gradleak.errors import NotObserved
 from gradleak.modalities.losses import CrossEntropy
 from gradleak.observations.adapter import Adapter

@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 from gradleak.report.numbers import Legend, mean, present
 from gradleak.report.record import Record, Result, Verdict
+from gradleak.report.risk import risk, risk_of
 from gradleak.report.scores import as_csv
 from gradleak.report.words import LEVELS
 
@@ -30,12 +31,16 @@ def save(record: Record, folder: Path) -> None:
 def summary(record: Record) -> dict[str, Any]:
     """The verdict, membership, and one row per attack with counts and means."""
     legend, found = Legend(record.get("metrics", {}), record.get("controls", {})), record.get("membership")
-    void = voided(record)
+    whole, void = risk(record), voided(record)
     return {
         "gradleak": record["gradleak"],
         "input": str(record["command"]["arguments"].get("observation") or record["command"]["name"]),
         "verdict": {**record["verdict"], "title": LEVELS[record["verdict"]["level"]]},
-        "observations": [dict(verdict) for verdict in record.get("verdicts", [])],
+        "risk": None if whole is None else whole._asdict(),
+        "observations": [
+            {**verdict, "risk": risk_of(record, verdict.get("observation", ""))._asdict()}
+            for verdict in record.get("verdicts", [])
+        ],
         "membership": {key: value for key, value in (found or {}).items() if key in MEMBERSHIP} or None,
         "attacks": [attack(row, legend, void.get(observed(row), ())) for row in record["results"]],
     }
@@ -112,6 +117,8 @@ def markdown(short: Mapping[str, Any]) -> str:
         "",
     ]
     lines += [one_line(verdict["sentence"]), ""]
+    if short["risk"] is not None:
+        lines += [f"Risk of sharing it: **{short['risk']['label']}** ({short['risk']['why']}).", ""]
     ran = [row for row in short["attacks"] if row["ran"]]
     if ran:
         lines += [

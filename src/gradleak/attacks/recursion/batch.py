@@ -1,7 +1,7 @@
 """A few pictures taken apart: what each of them gives the last layer, out of the gradient of all; then each by itself.
 
 The last layer's gradient is batch [dW, db] = D^T [H, 1] with D = softmax([H, 1] [W, b]^T) - Y: of fewer pictures than classes, whose labels Y
-are known or read, these are more equations than H (batch, features) has unknowns in the row space of [dW, db] (label_equations.py).
+are known or read, these are more equations than H (batch, features) has unknowns in the row space of [dW, db] (label_equations/).
 """
 
 import math
@@ -9,7 +9,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from gradleak.attacks.label_equations import MOST, ROUNDING, SOLVED
+from gradleak.attacks.label_equations.equations import ROUNDING
+from gradleak.attacks.label_equations.label_equations import MOST, SOLVED
 from gradleak.attacks.labels import equations_of, known_or_recovered, last_layer, solvable, trained_on
 from gradleak.attacks.reconstruction import Reconstruction, outcome_of
 from gradleak.attacks.recursion.feature_search import invert_features

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from gradleak.attacks.inverting_gradients import smooth_pictures
-from gradleak.attacks.map_inversion import misfit, regress
+from gradleak.attacks.map_inversion import misfit
 from gradleak.attacks.recursion.linear_systems import Belief
 from gradleak.attacks.search.descend import OnStep, rowwise
 from gradleak.attacks.search.lbfgs import Evaluate, lbfgs, unwhiten, whitened
+from gradleak.attacks.search.starts import regress
 from gradleak.observations.observation import PictureObservation
 from gradleak.observations.tensors import Tensors
 from gradleak.priors.gaussian import GaussianPrior
@@ -54,7 +55,7 @@ def refine(
         return (torch.stack(errors).sum() + (x - mean) @ (precision @ (x - mean))) / 2
 
     origin = start.flatten()[None]
-    evaluate = _without_graph(rowwise(objective, origin, (precision[None],)), precision[None])
+    evaluate = _without_graph(rowwise(objective, 1), precision[None])
     done = lbfgs(whitened(evaluate, origin, factor), torch.zeros_like(origin), evaluations=evaluations, on_step=on_step)
     x = (origin + unwhiten(done.x, factor)).view(shape)
     return x, done.iterations, [(step, values[0]) for step, values in done.trace]
@@ -104,7 +105,7 @@ def invert_features(
     z = prior.filtered(start - mean.view(shape), torch.rsqrt).flatten(1)
     done, trace = 0, list[tuple[int, float]]()
     weights = sorted({max(weight, float(noise) / mean.numel()) for weight in PRIOR_WEIGHTS}, reverse=True)
-    recorded = rowwise(objective, z, (target, whole, torch.zeros(len(z))))
+    recorded = rowwise(objective, len(z))
     for weight in weights:
         evaluate = _without_graph(recorded, target, whole, torch.full((len(z),), weight))
         report = None if on_step is None else _shifted(on_step, done, evaluations)
