@@ -6,7 +6,8 @@ Sees      Adapter, Gradient or Update; labels optional: of one picture, every cl
 Recovers  images (batch, channel, height, width) in [0, 1], labels
 Solves    min over z of  sum_l ||s_l(x) - s*_l||^2 / (tau_l^2 + L w ||s*_l||^2) + ||z||^2,   x = mean + F z,   F F^T = prior
           covariance, l over the L released tensors, tau_l the deviation of the noise on each number: equation 3 of the paper
-          for Gaussians. With w = 1e-2, 1e-3, ..., 1e-7 one after the other, coarse structure comes first
+          for Gaussians. With w = 1e-2, 1e-3, ..., 1e-7 one after the other, coarse structure comes first; from a start that is better
+          than the mean, w = 1e-4, ..., 1e-7: a strong prior would only lead away from it
 Differs   Whitened by the prior, so that L-BFGS needs hundreds of evaluations where pixels need thousands of steps.
           Starts, for one picture, at a kernel ridge regression of public pictures on what they would have released under
           the same label; the label is part of what the release says, and must not drown the rest (search/starts.py). Where nobody knows what
@@ -42,6 +43,7 @@ from gradleak.priors.gaussian import GaussianPrior
 
 PRIOR_WEIGHTS: tuple[float, ...] = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
 LEADING, RACE = (16, 64, 256), 10  # principal components that a race moves in, and evaluations at each stage
+TOLD = 1e-3  # the prior weight after which one of several labels is chosen
 NEGLIGIBLE = 0.03  # of the noise: what is told more precisely than that gives the same pictures
 MOST_PIXELS = 3 * 64 * 64  # a matrix of so many takes 1.1 GiB, and five are held
 
@@ -53,7 +55,8 @@ class MapInversion:
     prior        GaussianPrior.fit(public pictures), or None for GaussianPrior.smooth
     pairs        public pictures that starts are made of; 0, or no public pictures: start at the mean
     starts       1: at the regression on the pairs; more: also at the mean and at the nearest pairs, of which a race chooses (starts.py)
-    evaluations  of the objective at each prior weight
+    evaluations  of the objective at each prior weight, 1e-2, 1e-3, ...; from the regression on, which is left by a strong prior, as many in all
+                 at weights from 1e-4 on
     least        the last prior weight; each is a tenth of the one before
     start        another attack, whose reconstruction the search begins at, with weights from 1e-4 on; or None
     """
@@ -139,14 +142,20 @@ class MapInversion:
 
         if self.start is None:
             start = candidates(seen, prior, y, released, self.starts, pairs=self.pairs, generator=generator)
-            weights = self.weights()
-        else:  # a strong prior would only lead away from it
+            learned = batch == 1 and self.pairs > 0 and prior.pictures is not None
+            weights = self.weights()[2:] if learned else self.weights()
+            often = self.evaluations * len(self.weights()) // len(weights)
+        else:
             images = begin(self.start, observations, [rows[0] for rows in labels], generator).to(where)
-            start, weights = images.repeat_interleave(tries, dim=0)[:, None], self.weights()[2:]
+            start, weights, often = (
+                images.repeat_interleave(tries, dim=0)[:, None],
+                self.weights()[2:],
+                self.evaluations,
+            )
         rows = (start.flatten(3) - mean).flatten(0, 2)  # (K * starts * batch, pixels)
         z = torch.linalg.solve(F, rows.mT).mT.reshape(*start.shape[:2], -1)  # (K, starts, batch * pixels)
-        if z.shape[1] > 1:  # a strong prior would lead them together
-            z, weights = self.ahead(objective, z, prior, (y, released, variance), weights[2]), weights[2:]
+        if z.shape[1] > 1:
+            z = self.ahead(objective, z, prior, (y, released, variance), weights[0])
         z = z.flatten(0, 1)
         evaluate = rowwise(objective, len(z))
         trace, done = list[tuple[int, list[float]]](), 0
@@ -154,10 +163,10 @@ class MapInversion:
             w = torch.full((len(y),), weight).to(where)
             report = None if on_step is None else partial(_report, on_step, stage, len(weights))
             search = partial(evaluated, evaluate, given=(y, released, variance, w))
-            minimum = lbfgs(search, z, evaluations=self.evaluations, history=30, on_step=report)
+            minimum = lbfgs(search, z, evaluations=often, history=30, on_step=report)
             z, trace = minimum.x, [*trace, *((done + step, values) for step, values in minimum.trace)]
             done += minimum.iterations
-            if stage == 1 and tries > 1:  # wrong labels do not fit: go on with the best
+            if tries > 1 and weight <= TOLD:  # wrong labels do not fit: go on with the best
                 best = minimum.value.view(-1, tries).argmin(1) + tries * torch.arange(len(observations)).to(z.device)
                 z, y, tries = z[best], y[best], 1
                 released, told = {name: tensor[best] for name, tensor in released.items()}, told[best]

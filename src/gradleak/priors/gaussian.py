@@ -59,7 +59,7 @@ class GaussianPrior:
     def of_public(cls, images: Tensor) -> "GaussianPrior | None":
         """`fit`, or None for fewer pictures than half the pixels of one: their covariance is worse than that of photographs
         in general."""
-        return _fitted(cls, images) if len(images) and len(images) >= images[0].numel() / 2 else None
+        return _fitted(images) if len(images) and len(images) >= images[0].numel() / 2 else None
 
     def __str__(self) -> str:
         return "smooth" if self.pictures is None else f"{len(self.pictures)} public pictures"
@@ -164,9 +164,9 @@ class GaussianPrior:
 
 
 @lru_cache(maxsize=1)
-def _fitted(kind: type[GaussianPrior], images: Tensor) -> GaussianPrior:
+def _fitted(images: Tensor) -> GaussianPrior:
     """`fit`, once where several attacks are given the very same tensor."""
-    return kind.fit(images)
+    return GaussianPrior.fit(images)
 
 
 def cosines(n: int) -> Tensor:

@@ -64,8 +64,8 @@ def of_members(found: Membership) -> Risk:
     if found["certificate"] is not None and found["certificate"]["proven"]:
         return PROVEN_MEMBERS
     if found["verdict"] == "members":
-        strictest = found["scores"][found["best"]]["rates"][:1]
-        if any(rate["resolved"] and rate["low"] >= MANY for rate in strictest):
+        best = found["scores"].get(found["best"])
+        if best is not None and any(rate["resolved"] and rate["low"] >= MANY for rate in best["rates"][:1]):
             return MANY_MEMBERS
     return BY_LEVEL[found["verdict"]]
 

@@ -39,7 +39,6 @@ class Setting:
 def settings(data: str, size: Size) -> Iterator[Setting]:
     """Few and many public pictures, learned priors beside the Gaussian of equal evaluations, and blind controls."""
     if size == "smoke":
-        yield Setting("convnet", "map-inversion", effort="deep")
         yield Setting("convnet", "daps")
         return
     for public in ("few", "many"):

@@ -5,7 +5,7 @@ out of another owner's weights, which must not look like these pictures.
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +81,9 @@ def cell(setting: Setting, bench: Bench) -> Result:
     prior, source = prior_of(setting, bench), two_class_source(bench.data)
     own, other = (extraction(bench.data, bench.size, bench.seed, owner) for owner in (0, 1))
     images = mean_image(source, IMAGES[bench.size]), cleaned(setting, other, prior)
-    found = type(own.found)(**{**vars(own.found), "value": cleaned(setting, own, prior)})
+    found = replace(own.found, value=cleaned(setting, own, prior))
     result = judged(own.private.images, found, dict(zip(CONTROLS, images, strict=True)))
-    return Result(result.facts, result.samples, result.pictures, notes=(stands_in(source, bench.data),))
+    return replace(result, notes=(stands_in(source, bench.data),))
 
 
 def tell(table: Table) -> Findings:
