@@ -1,16 +1,4 @@
-"""Labels of a small batch out of the equations of the last layer, whatever the training; an attack of our own.
-
-Sees      the gradients of the last layer's weight and bias, dW (classes, features) and db (classes,), for batches below the classes
-Recovers  the number of samples of each class
-Solves    batch [dW, db] = D^T H with D = softmax(H [W, b]^T) - Y, H (batch, features + 1) the features with a 1 behind, Y the labels.
-          The rank of [dW, db] is the batch: with its singular value decomposition U S V^T, H = K V^T. So K (batch, batch) is all that is
-          unknown, in (classes - 1) batch + batch equations: too many by batch (classes - batch), but for the right labels. Features
-          that left a ReLU are not negative, which is as many inequalities again. K by Levenberg and Marquardt, of many labels side by
-          side, from the mean features moved along the head's own direction of each label until it is predicted as surely as trained
-          networks predict, first weighed by the root of the singular values and drawn there; labels by changing one at a time, of the
-          best few
-Misses    batches of as many samples as classes; samples so sure that rounding hides them; most of what a defense changes
-"""
+"""The last layer's equations, and least squares for the features of many labels side by side."""
 
 import math
 from collections.abc import Sequence
@@ -20,16 +8,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
-MOST = (
-    9,
-    16,
-)  # samples and classes: a step costs the inverse of a matrix of batch^2 rows, for each label and each other class
 ROUNDING = 2e-7  # of float32, in units of the largest singular value
-SOLVED = 1e-6  # squared error, in units of the singular values, that labels which are right come below, and others hardly ever
 SURE = 0.0, 0.5, 0.8, 0.95, 0.99, 0.998  # predictions of its label that a sample begins with; 0: the mean features
 STARTS = 12  # K side by side: one with each of these for all samples, then others at random
 DRAWN, NEGATIVE = 1e-2, 1e-2  # weights of the distance from there, and of negative features
-BEAM, TRIED, ROUNDS = 4, 12, 8  # labels that are kept; of all that differ by one, solved to the end; how often
 
 
 @dataclass(frozen=True)
@@ -130,6 +112,25 @@ class Equations:
             damping = torch.where(better, damping / 5, 4 * damping).clamp(1e-10, 1e8)
         return now[0], K
 
+    def labels(self, K: Tensor) -> Tensor:
+        """The labels (n, r) that fit K (n, r, r): D = (U S K^-1)^T, and Y is nearest to what predictions leave of it."""
+        D = torch.linalg.solve_ex(K.mT, (self.U * self.S).T.expand(len(K), -1, -1))[0]
+        labels: Tensor = ((K @ self.head).softmax(-1) - D).nan_to_num().argmax(-1)
+        return labels
+
+    def tried(self, labels: Tensor, targets: Tensor, generator: torch.Generator) -> "Tried":
+        """Labels (n, r) from what is typical of them, the best start of each. targets (classes, classes): row k is what class k is trained on."""
+        rows = labels.repeat_interleave(STARTS, 0)
+        K = first = self.begin(rows, generator)
+        for k in range(3):
+            K = self.solve(targets[rows], K, steps=8, power=0.5, drawn=DRAWN / 10**k, towards=first)[1]
+        error, K = self.solve(targets[rows], K, steps=25)
+        return Tried.best([Tried(rows, K, error)], len(labels))
+
+    def features(self, K: Tensor) -> Tensor:
+        """What K (r, r) says of each sample: (r, features)."""
+        return (K @ self.Vt)[:, :-1]
+
 
 @dataclass(frozen=True)
 class Tried:
@@ -153,52 +154,3 @@ class Tried:
 def key(labels: Tensor) -> tuple[int, ...]:
     """Labels, in whatever order."""
     return tuple(sorted(labels.tolist()))
-
-
-def counts_by_equations(equations: Equations, targets: Tensor, start: Tensor) -> tuple[Tensor, float]:
-    """The counts (classes,) int64 under which the equations are solved best, and the error that is left: right below `SOLVED`.
-
-    targets (classes, classes): row k is what class k is trained on. start: counts to begin with.
-    """
-    generator, classes = torch.Generator().manual_seed(0), len(targets)
-    typical = equations.typical(0.8)
-
-    def fresh(labels: Tensor) -> Tried:
-        """Labels (n, r) from what is typical of them."""
-        rows = labels.repeat_interleave(STARTS, 0)
-        K = first = equations.begin(rows, generator)
-        for k in range(3):
-            K = equations.solve(targets[rows], K, steps=8, power=0.5, drawn=DRAWN / 10**k, towards=first)[1]
-        error, K = equations.solve(targets[rows], K, steps=25)
-        return Tried.best([Tried(rows, K, error)], len(labels))
-
-    def changed(found: Tried, seen: set[tuple[int, ...]]) -> Tried | None:
-        """What differs by one label, of what was not seen before: from the K that was found, that sample's from what is typical."""
-        r = found.labels.shape[1]
-        labels = found.labels[:, None, None].repeat(1, r, classes, 1)  # (n, r, classes, r)
-        for i in range(r):
-            labels[:, i, :, i] = torch.arange(classes)
-        labels = labels.reshape(-1, r)
-        keys = [key(row) for row in labels]
-        new = torch.tensor([i for i, k in enumerate(keys) if k not in seen], dtype=torch.int64)
-        seen |= set(keys)
-        if not len(new):
-            return None
-        K = found.K[:, None, None].repeat(1, r, classes, 1, 1)
-        for i in range(r):
-            K[:, i, :, i] = typical
-        labels, K = labels[new], K.reshape(-1, r, r)[new]
-        error, K = equations.solve(targets[labels], K, steps=10, power=0.5, drawn=DRAWN / 100)
-        close = Tried.best([Tried(labels, K, error)], TRIED)
-        error, K = equations.solve(targets[close.labels], close.K, steps=20)
-        return Tried(close.labels, K, error)
-
-    found = fresh(torch.arange(classes).repeat_interleave(start)[None])
-    seen = {key(found.labels[0])}
-    for _ in range(ROUNDS):
-        if float(found.error[0]) < SOLVED or (more := changed(found, seen)) is None:
-            break
-        found = Tried.best([found, more], BEAM)
-        if float(found.error[0]) > SOLVED:
-            found = Tried.best([found, fresh(found.labels)], BEAM)
-    return found.labels[0].bincount(minlength=classes), float(found.error[0])

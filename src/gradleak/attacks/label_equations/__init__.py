@@ -1,0 +1,1 @@
+"""Labels of a small batch out of the equations of the last layer."""
