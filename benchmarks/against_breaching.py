@@ -161,7 +161,7 @@ def dlg(options: argparse.Namespace, sides: dict[str, Worker], case: Worker) -> 
 
 def labels(options: argparse.Namespace, sides: dict[str, Worker], case: Worker) -> Run:
     """Label counts of batches of 4 and 8 from the last layer's gradient, five untrained models; a guess beside: as many of each class."""
-    sizes, models, runs, rows = (4, 8), ("lenet", "convnet64"), Run(), []
+    sizes, models, runs, rows = (4, 8), options.label_models, Run(), []
     each = max(options.batches // 5, 1)
     for model in models:
         runs[model] = {side: [] for side in sides}
@@ -227,6 +227,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--dlg-images", type=int, default=20)
     parser.add_argument("--peer-dlg", type=int, default=2, help="pictures on which the peer runs deepleakage")
     parser.add_argument("--batches", type=int, default=100, help="of each size in the labels section")
+    parser.add_argument("--label-models", nargs="+", choices=list(RATE_STEPS), default=["lenet", "convnet64"])
     parser.add_argument("--json", type=Path, help="write every measurement here, after each section")
     return parser.parse_args()
 

@@ -65,7 +65,7 @@ DEEP = {
     "attacks/likely_text.py": (4, 730),  # the same
     "attacks/sparse_words.py": (3, 690),  # the same
     "attacks/jigsaw/jigsaw.py": (3, 640),  # its arrangement, and the search that it begins with
-    "attacks/recursion/recursive.py": (9, 1_760),  # a layer backwards, of each kind
+    "attacks/recursion/recursive.py": (10, 1_820),  # a layer backwards, of each kind; a batch by its labels
     "attacks/exact_git/exact_git.py": (6, 1_020),  # the weights first, then the pictures
     "attacks/decoders/attacks.py": (10, 1_200),  # four decoders, and the inversion behind them
     "attacks/learned/git.py": (4, 850),  # a generator, how it is trained and kept

@@ -546,7 +546,8 @@ def test_every_attack_of_the_demo_reads_its_observation() -> None:
     assert isinstance(DEMO["adapter"][0], CaptureAdapter)
     assert isinstance(DEMO["gradient"][0], CaptureGradient)
     for name, (_, attacks) in DEMO.items():
-        for attack in attacks:
+        for attack, given in attacks.items():
+            assert not {*given} - {field.name for field in dataclasses.fields(ATTACKS[attack])}  # type: ignore[arg-type]
             assert RELEASES["gradient" if name == "gradient" else "adapter"] in ATTACKS[attack].sees  # type: ignore[attr-defined]
 
 

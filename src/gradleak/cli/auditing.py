@@ -166,7 +166,7 @@ def told_members(args: flags.Audit, observation: Observation[Any], written: reco
 
 
 def demo(args: flags.Demo) -> None:
-    """One embedded photograph, a LoRA adapter and a gradient made of it, an adapter of eight, attacks on all, one report."""
+    """One embedded photograph, a LoRA adapter and a gradient made of it, an adapter of four, attacks on all, one report."""
     from gradleak.cli.capture import kept
 
     check_device(args.device)

@@ -47,7 +47,7 @@ COARSER = Remedy(
 )
 STEPS = Remedy(
     "Share the change after several local steps on more samples, in place of a gradient.",
-    "In fully connected networks eight images were no longer recognisable (SSIM below 0.5) after 5 steps, sixteen after 2; two stayed so "
+    "In fully connected networks eight images were no longer recognisable (SSIM below 0.5) after 5 steps, sixteen after 2; two stayed recognisable "
     "after 1,000 steps. Nothing is proven.",
     "Not measured.",
     "findings/weights.md",

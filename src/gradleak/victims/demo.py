@@ -13,8 +13,8 @@ TYPED = 42  # the seed of most fine-tunings
 
 
 def fine_tuning(out: Path, seed: int, start: Start) -> tuple[Observation[Any], Secret]:
-    """Eight pictures, two hundred steps."""
-    adapted = CaptureAdapter(model="mlp", epochs=0, rank=16, lr=1e-3, steps=200, indices=tuple(range(8)))
+    """Four pictures, two hundred steps."""
+    adapted = CaptureAdapter(model="mlp", epochs=0, rank=16, lr=1e-3, steps=200, indices=tuple(range(4)))
     return adapted(out, TYPED, start)
 
 
@@ -22,9 +22,9 @@ def fine_tuning(out: Path, seed: int, start: Start) -> tuple[Observation[Any], S
 Shown = Mapping[str, Mapping[str, Any]]
 DEMO: dict[str, tuple[Callable[[Path, int, Start], tuple[Observation[Any], Secret]], Shown]] = {
     "adapter": (
-        CaptureAdapter(model="convnet", target_modules="all", reveal_labels=True),
+        CaptureAdapter(model="convnet", target_modules="all", epochs=1, reveal_labels=True),
         {"map-inversion": {"evaluations": 30}},
     ),
-    "fine-tuning": (fine_tuning, {"unmixing": {}}),
-    "gradient": (CaptureGradient(), {"recursive": {}, "dlg": {"evaluations": 200, "rounds": 0, "restarts": 1}}),
+    "fine-tuning": (fine_tuning, {"unmixing": {"searches": 4, "polish": 2}}),
+    "gradient": (CaptureGradient(), {"recursive": {}}),
 }

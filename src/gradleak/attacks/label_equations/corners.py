@@ -85,19 +85,19 @@ def corners(equations: Equations, known: Samples) -> Tensor | None:
     ball = torch.cat([-A, torch.ones(len(A), 1)], 1)  # the largest that fits: its centre is inside
     wanted = [0.0] * A.shape[1] + [-1.0]
     inner = linprog(wanted, A_ub=ball.numpy(), b_ub=b.numpy(), bounds=[(None, None)] * A.shape[1] + [(0, None)])
-    if inner.status != 0 or inner.x[-1] < 1e-9:
+    if inner.x is None or inner.x[-1] < 1e-9:
         return None
     if A.shape[1] == 1:
         ends = -b / A[:, 0]
         found = torch.stack([ends[A[:, 0] > 0].amax(), ends[A[:, 0] < 0].amin()])[:, None]
     else:
+        half_spaces = torch.cat([-A, -b[:, None]], 1)
         try:
-            found = torch.from_numpy(
-                HalfspaceIntersection(torch.cat([-A, -b[:, None]], 1).numpy(), inner.x[:-1]).intersections
-            )
+            found = torch.from_numpy(HalfspaceIntersection(half_spaces.numpy(), inner.x[:-1]).intersections)
         except QhullError:  # too flat
             return None
-    return centre + found[found.isfinite().all(1)] @ free.T
+    listed: Tensor = centre + found[found.isfinite().all(1)] @ free.T
+    return listed
 
 
 def exact_samples(equations: Equations, targets: Tensor) -> tuple[Samples, Tensor | None]:
