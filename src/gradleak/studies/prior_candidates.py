@@ -11,6 +11,7 @@ from gradleak.attacks.weights.kkt import KKT
 from gradleak.attacks.weights.row_space import Span, span_of
 from gradleak.modalities.pictures import Pictures
 from gradleak.observations.fully_connected import FullyConnected
+from gradleak.observations.observation import PictureObservation
 from gradleak.observations.trained_weights import Weights
 from gradleak.priors.prior import Denoiser
 from gradleak.studies.extractions import extracted, owners, two_class_source, untrained
@@ -38,12 +39,19 @@ class Extraction:
 
 
 @cache
-def extraction(data: str, size: Size, seed: int, owner: int) -> Extraction:
-    """Of the model that the first or the second owner has published: test pictures, which no prior was trained on."""
+def published(data: str, size: Size, seed: int, owner: int) -> tuple[Pictures, PictureObservation]:
+    """What the first or the second owner has, and the weights of a network that was trained on it to the end."""
     private = owners(two_class_source(data), IMAGES[size], "test")[owner]
-    epochs, steps = EFFORT[size]
-    seen, _ = publish_weights(untrained(private, seed + owner), private, FullBatch(epochs=epochs, weight_decay=DECAY))
-    found = extracted(KKT(steps=steps, double=False), seen, Bench(data=data, size=size, seed=seed))
+    recipe = FullBatch(epochs=EFFORT[size][0], weight_decay=DECAY)
+    return private, publish_weights(untrained(private, seed + owner), private, recipe)[0]
+
+
+@cache
+def extraction(data: str, size: Size, seed: int, owner: int, candidates: int = 2) -> Extraction:
+    """Of the model that the first or the second owner has published: test pictures, which no prior was trained on. candidates: a picture."""
+    private, seen = published(data, size, seed, owner)
+    attack = KKT(steps=EFFORT[size][1], double=False, candidates=candidates)
+    found = extracted(attack, seen, Bench(data=data, size=size, seed=seed))
     learned = seen.expect(Weights).learned(seen.model, seen.released)
     return Extraction(private, found, learned, span_of(learned))
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -32,7 +32,7 @@ CONTROLS = ("mean_image", "another_model")
 @dataclass(frozen=True)
 class Setting:
     """cleaning: none, denoised (once, at the noise that each candidate shows), in the span (again and again); kept: beside the candidates as
-    they were, or alone."""
+    they were, or alone; twice as many, the control of that without cleaning."""
 
     cleaning: str
     prior: str = "none"
@@ -42,6 +42,7 @@ class Setting:
 def settings(data: str, size: Size) -> Iterator[Setting]:
     """As they are, then cleaned."""
     yield Setting("none")
+    yield Setting("none", kept="twice as many")
     colour = two_class_source(data) == data and size != "smoke"
     there = (("trained here", DENOISER in os.environ), ("ffdnet", colour))
     for prior in ("gaussian", *(prior for prior, is_there in there if is_there)):
@@ -51,7 +52,7 @@ def settings(data: str, size: Size) -> Iterator[Setting]:
 
 def cleaned(setting: Setting, one: Extraction, prior: Denoiser | None) -> torch.Tensor:
     """The candidates after this cleaning."""
-    images = one.found.value
+    images: torch.Tensor = one.found.value
     if prior is None:
         return images
     clean = (
@@ -72,14 +73,14 @@ def prior_of(setting: Setting, bench: Bench) -> Denoiser | None:
         pool = public_pool(source, "train", shape=shape, limit=PUBLIC[bench.size])
         return GaussianPrior.fit(pool.images)
     text = f"diffusion:{os.environ[DENOISER]}" if setting.prior == "trained here" else setting.prior
-    found: Any = load_prior(text, shape)
-    return found
+    return cast(Denoiser, load_prior(text, shape))
 
 
 def cell(setting: Setting, bench: Bench) -> Result:
     """What is nearest to each training picture among the candidates of its model, and among those of another."""
     prior, source = prior_of(setting, bench), two_class_source(bench.data)
-    own, other = (extraction(bench.data, bench.size, bench.seed, owner) for owner in (0, 1))
+    each = 4 if setting.kept == "twice as many" else 2
+    own, other = (extraction(bench.data, bench.size, bench.seed, owner, each) for owner in (0, 1))
     images = mean_image(source, IMAGES[bench.size]), cleaned(setting, other, prior)
     found = replace(own.found, value=cleaned(setting, own, prior))
     result = judged(own.private.images, found, dict(zip(CONTROLS, images, strict=True)))
