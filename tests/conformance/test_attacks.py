@@ -21,6 +21,7 @@ from torch import Tensor
 import trained
 from gradleak.attacks import ATTACKS
 from gradleak.attacks.attack import refusal
+from gradleak.attacks.map_inversion import MapInversion
 from gradleak.attacks.reconstruction import Outcome, Reconstruction, outcome_of
 from gradleak.audit.metrics.texts import frequent_words, rouge1
 from gradleak.errors import NotObserved
@@ -196,7 +197,7 @@ CASES = {
     "adam-unmixing": Case(two_steps_of_adam, explains=False),
     "jigsaw": Case(
         adapter(trained.TRANSFORMER, 8, *trained.LINEAR),
-        {"evaluations": 8},
+        {"evaluations": 3, "swaps": 100},
         {"evaluations": 1, "swaps": 1},
         fitted=True,
     ),
@@ -266,12 +267,14 @@ def attack(name: str, short: bool = False) -> Any:
     """Ready to run: fitted to public pictures where it asks for them."""
     case, kind = CASES[name], ATTACKS[name]
     if not case.fitted:
-        return kind(**settings(name, short))
+        begun = {"start": MapInversion(**CASES["map-inversion"].budget)} if case.ahead else {}
+        return kind(**settings(name, short), **begun)
     if short:
         return replace(attack(name), **(case.short or {}))
     public = trained.public()
     some = replace(public, images=public.images[:300], labels=public.labels[:300])
-    made: Any = kind(**case.budget)
+    after = {"after": MapInversion(**CASES["map-inversion"].budget)} if name == "guide" else {}
+    made: Any = kind(**case.budget, **after)
     return made.prepared(observed(name)[0], some, generator=seed())
 
 

@@ -173,8 +173,9 @@ class VerySlow(Guess):
 
 
 def test_an_audit_that_was_killed_goes_on(
-    audit: list[object], ok: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    audit: list[object], ok: Run, refused: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """And while it runs, nobody else gets its folder."""
     Path("slow_attack.py").write_text(SLOW)
     Path("wait").touch()
     killed = [*(part for part in audit if part != "dlg")]
@@ -187,6 +188,8 @@ def test_an_audit_that_was_killed_goes_on(
     try:
         while not Path("out/record.json").exists() and process.poll() is None:
             time.sleep(0.05)
+        for more in ("--resume", "--overwrite"):
+            assert "Another gradleak is writing to out" in refused(*audit, more)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -201,6 +204,15 @@ def test_an_audit_that_was_killed_goes_on(
     after = rows(Path("out"))
     assert after["analytic"] == before["analytic"]
     assert after["very-slow"]["ran"]
+
+
+def test_a_folder_that_nothing_came_into_is_gone(audit: list[object], refused: Run) -> None:
+    refused(*audit[:-1], "new/out", "--secret", "nothing")
+    refused(*audit[:-1], "new/out", "--lr", 1)
+    assert not Path("new").exists()
+    Path("out").mkdir()
+    refused(*audit, "--lr", 1)
+    assert Path("out").is_dir()  # which was there before
 
 
 def test_results_are_replaced_where_that_is_asked_for(
@@ -231,7 +243,7 @@ def test_what_is_captured_goes_on_and_is_replaced(
     tmp_path: Path, ok: Run, refused: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    capture = ["capture", "gradient", "--model", "mlp", *DIGITS, "--out", "out"]
+    capture = ["capture", "gradient", "--model", "lenet", *DIGITS, "--out", "out"]
     ok(*capture, "--resume")  # nothing is there: it begins
     before = Path("out/observation.safetensors").stat().st_mtime_ns
     assert "finished already" in ok(*capture, "--resume")
@@ -264,12 +276,13 @@ def test_quiet_says_nothing_and_verbose_more(
 
 def test_an_audit_ends_with_a_table_and_the_place_of_the_report(audit: list[object], captured: Path, ok: Run) -> None:
     secret = ["--secret", captured / "secret.safetensors"]
-    last = ok(*audit[:-3], *audit[-2:], *secret).splitlines()[-4:]
+    last = ok(*audit[:-3], *audit[-2:], *secret).splitlines()[-5:]
     assert last[0].split()[:3] == ["attack", "Outcome", "Recovered"]
     assert last[1].startswith("analytic")
     assert "1 of 1" in last[1]
-    assert last[2].startswith("Private data recovered. 1 of 1 private ")
-    assert last[3] == f"See {Path('out/report.html')}."
+    assert last[2].startswith("Risk of sharing it: HIGH (")
+    assert last[3].startswith("Private data recovered. 1 of 1 private ")
+    assert last[4] == f"See {Path('out/report.html')}."
 
 
 def test_progress_without_a_terminal_is_a_line_a_minute(capsys: pytest.CaptureFixture[str]) -> None:
@@ -293,8 +306,10 @@ def test_tables_keep_observations_apart() -> None:
         made["results"].append({**row, "ran": True, "residual": 0.1})
     made["results"].append({**record.new_result("ntk", {}, {"name": "second"}), "ran": False})
     lines = terminal.text(made).splitlines()
-    assert [line.split()[0] for line in lines[:-2]] == ["first", "dlg", "second", "dlg"]
-    assert lines[-2:] == ["Not run: ntk.", "Not scored. No reconstruction has been scored."]
+    assert [line.split()[0] for line in lines[:-3]] == ["first", "dlg", "second", "dlg"]
+    assert lines[-3] == "Not run: ntk."
+    assert lines[-2].startswith("Risk of sharing it: CANNOT SAY (")
+    assert lines[-1:] == ["Not scored. No reconstruction has been scored."]
 
 
 # --- What there is ---

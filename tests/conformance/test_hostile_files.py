@@ -36,7 +36,7 @@ from gradleak.observations import tensor_file
 from gradleak.observations.tensors import fingerprint
 from gradleak.report import record
 from gradleak.victims import weights as training
-from gradleak.victims.play import UNFINISHED
+from gradleak.victims.publish import UNFINISHED
 from gradleak.victims.small_language import small_model, train_tokenizer
 
 SLICE = 6  # changes of each sort that a kind is tried with

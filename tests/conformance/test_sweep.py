@@ -1,6 +1,8 @@
 """Studies of one's own: a file or a few lines of Python, checked before the first cell, scored as an audit scores."""
 
+import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +92,35 @@ def test_from_the_command_line(file: Path, tmp_path: Path, capsys: pytest.Captur
     assert made["command"]["inputs"]
     assert main(["rerun", str(out / "record.json"), "--out", str(tmp_path / "again")]) == 0
     assert (tmp_path / "again" / "table.csv").read_bytes() == (out / "table.csv").read_bytes()
-    file.write_text(FILE.replace("[attacks.analytic]", "[attacks.dlg]\nevaluations = 2\n[attacks.analytic]"))
+    file.write_text(
+        FILE.replace(
+            "[attacks.analytic]", "[attacks.dlg]\nevaluations = 2\nrounds = 0\nrestarts = 1\n[attacks.analytic]"
+        )
+    )
     before = {path.name for path in (out / "cells").iterdir()}
     assert main(["study", str(file), "--out", str(out)]) == 0
     after = {path.name for path in (out / "cells").iterdir()}
     assert before < after
     assert len(after) == len(before) + 8  # an attack adds its cells
+
+
+def test_the_tuning_of_the_page_has_a_row_for_each_setting(tmp_path: Path) -> None:
+    """On public pictures; run with fewer evaluations, on one of the four."""
+    page = (Path(__file__).parents[2] / "docs" / "studies.md").read_text(encoding="utf-8")
+    [text] = re.findall(r"^```toml\n(question = \"Which effort.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    path, out = tmp_path / "tuning.toml", tmp_path / "tuning"
+    path.write_text(text)
+    sweep = read(path)
+    assert len(list(sweep.settings())) == 2 * 2 * 4
+    assert sweep.victim is not None
+    assert sweep.victim["split"] == "train"
+    path.write_text(
+        text.replace("[20, 75]", "[1, 2]").replace("[0, 1000]", "[0, 9]").replace("pictures = 4", "pictures = 1")
+    )
+    assert main(["study", str(path), "--out", str(out)]) == 0
+    rows = list(csv.DictReader((out / "table.csv").read_text().splitlines()))
+    assert [(row["evaluations"], row["pairs"]) for row in rows] == [("1", "0"), ("1", "9"), ("2", "0"), ("2", "9")]
+    assert all(row["psnr_db"] for row in rows)
 
 
 def test_a_cell_scores_as_an_audit_does(tmp_path: Path) -> None:

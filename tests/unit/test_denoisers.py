@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gradleak.audit.checks import prior_has_seen
 from gradleak.errors import BadInput
+from gradleak.formats.secret_file import load_secret
 from gradleak.modalities.pictures import load, public_pool
 from gradleak.priors.denoisers import diffusion, own, schedules, training
 from gradleak.priors.denoisers.ffdnet import FFDNet
@@ -290,6 +292,31 @@ def test_training_beats_the_gaussian(tmp_path: Path) -> None:
         )
     gain = before - after
     assert float(gain.mean()) > 3 * float(gain.std()) / len(gain) ** 0.5
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_prior_trained_on_the_secret_voids_the_audit(tmp_path: Path, ok: Any) -> None:
+    """The digit that is attacked is among those of its split and not among those of the other (fingerprints are 0.92 alike at most).
+    The closed form beside it, which needs no prior, finds the digit: the page says void all the same, and is one."""
+    out, audit = tmp_path / "seen", tmp_path / "audit"
+    ok("capture", "gradient", "--model", "lenet", "--data", "digits", "--indices", 0, "--reveal-labels", "--out", out)
+    for split in ("test", "train"):
+        ok("train", "denoiser", "--data", "digits", "--split", split, "--minutes", "0.01", "--out", tmp_path / split)
+    assert prior_has_seen(load_prior(f"diffusion:{tmp_path / 'train'}"), load_secret(out / "secret.safetensors")) == []
+    known = "--secret", out / "secret.safetensors", "--data", "digits", "--daps.levels", 2, "--daps.evaluations", 2
+    asked = "audit", out / "observation.safetensors", *known, "--attacks", "recursive", "daps", "--out", audit
+    ok(*asked, "--prior", f"diffusion:{tmp_path / 'test'}")  # ends with 0: nothing was to be failed on
+    tainted = json.loads((audit / "record.json").read_text())
+    assert tainted["results"][0]["recovered"] == [True]
+    assert tainted["verdict"]["level"] == "void"
+    assert tainted["verdict"]["headline"] == "No number on this page can be relied on: a check failed."
+    assert tainted["verdict"]["sentence"].startswith(
+        "A prior trained on the secret: 1 of 1 private pictures, or near-duplicates"
+    )
+    page, short = ((audit / name).read_text() for name in ("report.html", "summary.md"))
+    assert "Void: these numbers mean nothing" in page
+    assert "came back" not in page
+    assert "1 of 1 |" not in short
 
 
 def test_bad_flags(tmp_path: Path, refused: Any) -> None:

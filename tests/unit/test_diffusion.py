@@ -26,6 +26,7 @@ from gradleak.modalities.pictures import load, public_pool
 from gradleak.observations.defenses import GaussianNoise
 from gradleak.observations.model import Model
 from gradleak.observations.observation import PictureObservation
+from gradleak.priors.denoisers import diffusion
 from gradleak.priors.gaussian import GaussianPrior
 from gradleak.victims.gradient import capture_gradient
 
@@ -172,7 +173,18 @@ QUICK = ("--daps.levels", 2, "--daps.evaluations", 3, "--daps.samples", 2)
 
 
 def test_an_audit_under_a_prior_shows_what_it_is_compared_with(tmp_path: Path, ok: Run, refused: Run) -> None:
-    ok("capture", "gradient", "--model", "mlp", *DIGITS, "--indices", 0, "--out", tmp_path / "seen")
+    ok(
+        "capture",
+        "gradient",
+        "--model",
+        "lenet",
+        *DIGITS,
+        "--indices",
+        0,
+        "--reveal-labels",
+        "--out",
+        tmp_path / "seen",
+    )
     release = tmp_path / "seen" / "observation.safetensors"
     asked = (
         "audit",
@@ -188,7 +200,7 @@ def test_an_audit_under_a_prior_shows_what_it_is_compared_with(tmp_path: Path, o
     rows = json.loads((tmp_path / "out" / "record.json").read_text())["results"]
     assert [row["attack"] for row in rows] == ["daps", "daps-gaussian-prior", "daps-prior-alone"]
     heard, gaussian, alone = (row["scores"]["psnr_db"][0] for row in rows)
-    # The prior is the Gaussian itself here: the same numbers. Without the release the mean digit is left: an mlp's gradient gives
+    # The prior is the Gaussian itself here: the same numbers. Without the release the mean digit is left: a LeNet's gradient gives
     # a digit away, at half the error of that at least.
     assert heard == pytest.approx(gaussian)
     assert heard > alone + 6
@@ -198,3 +210,42 @@ def test_an_audit_under_a_prior_shows_what_it_is_compared_with(tmp_path: Path, o
         "audit", release, *DIGITS, "--attacks", "dlg", "--prior", "gaussian", "--out", tmp_path / "no"
     )
     assert not (tmp_path / "no").exists()
+
+
+def latent_pipeline(folder: Path) -> diffusion.LatentDiffusion:
+    """An autoencoder and a U-Net of its latents, of random weights, 3x8x8 pixels."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    blocks: dict[str, Any] = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = diffusers.AutoencoderKL(**blocks, **kinds, latent_channels=4, sample_size=8)
+    levels = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    network = diffusers.UNet2DModel(**blocks, **levels, sample_size=4, in_channels=4, out_channels=4)
+    for part, model in (("vae", vae), ("unet", network), ("scheduler", diffusers.DDIMScheduler())):
+        model.save_pretrained(folder / part)
+    loaded = diffusion.load(str(folder))
+    assert isinstance(loaded, diffusion.LatentDiffusion)
+    return loaded
+
+
+def test_a_search_among_latents_is_polished_in_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoder has random weights, and draws no photograph: pixels explain more of the release, and are kept. What explains less is not."""
+    latent = latent_pipeline(tmp_path)
+    architecture, picture = Architecture("mlp", (3, 8, 8), 10), load("embedded", indices=[0], resize=(8, 8))
+    model = Model.of(architecture.build(0), architecture)
+    seen, _ = capture_gradient(model, picture, reveal_labels=True)
+    attack, draw = RedDiff(prior=latent, steps=2), torch.Generator()
+    polished = attack(seen, generator=draw.manual_seed(0))
+    assert "Polished in pixels" in polished.status
+    monkeypatch.setattr(problem.Problem, "polished", lambda self, o, found: found)
+    drawn, longer = (replace(attack, steps=s)(seen, generator=draw.manual_seed(0)) for s in (2, 20))
+    assert polished.residual < drawn.residual
+    # What is returned is what a latent draws: the search among latents ends closer to the release than it was after a few steps.
+    assert longer.residual < drawn.residual
+
+
+def test_a_polish_that_explains_less_is_left_out(prior: GaussianPrior) -> None:
+    observation, truth = seen(), load("digits", indices=[0])
+    posed = problem.Problem.posed([observation], prior, None, 1, torch.Generator())
+    exact = Reconstruction(truth.images, truth.labels, 0.0, "the truth", Outcome.SOLVED)
+    assert posed.polished(observation, exact) is exact

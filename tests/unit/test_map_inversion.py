@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gradleak.attacks.map_inversion import MapInversion, features, misfit, regress
+from gradleak.attacks.map_inversion import MapInversion, misfit
+from gradleak.attacks.search.starts import features, regress
 from gradleak.audit.metrics import psnr_db
 from gradleak.errors import BadInput, NotObserved
 from gradleak.modalities.networks import Architecture
@@ -38,9 +39,13 @@ def prior() -> GaussianPrior:
     return GaussianPrior.fit(public_pool("digits", "train", shape=(1, 8, 8), limit=500).images)
 
 
-@pytest.mark.parametrize(("row", "recipe"), [(0, KNOWN), (1, None)], ids=["recipe known", "unknown"])
-def test_a_digit_comes_back_from_its_adapter(prior: GaussianPrior, row: int, recipe: Recipe | None) -> None:
-    truth, attack = load("digits", indices=[row]), MapInversion(prior=prior, pairs=200, evaluations=12)
+@pytest.mark.parametrize(
+    ("row", "recipe", "starts"), [(0, KNOWN, 1), (1, None, 4)], ids=["recipe known", "unknown, four starts"]
+)
+def test_a_digit_comes_back_from_its_adapter(
+    prior: GaussianPrior, row: int, recipe: Recipe | None, starts: int
+) -> None:
+    truth, attack = load("digits", indices=[row]), MapInversion(prior=prior, pairs=200, evaluations=12, starts=starts)
     found = attack(adapter([row], recipe), generator=torch.Generator().manual_seed(0))
     blind = psnr_db(prior.mean[None].float(), truth.images)
     # 64 unknowns against thousands of equations: 6 dB, half the blind error's amplitude, is the least.
@@ -68,6 +73,13 @@ def test_a_batch_needs_labels(prior: GaussianPrior) -> None:
     given = replace(adapter([0, 1]), labels=load("digits", indices=[0, 1]).labels)
     found = MapInversion(prior=prior, evaluations=2)(given, generator=torch.Generator())
     assert found.value.shape == (2, 1, 8, 8)
+
+
+def test_prior_weights_end_where_they_are_told_to(prior: GaussianPrior) -> None:
+    assert MapInversion(least=1e-9).weights() == pytest.approx([10.0**-k for k in range(2, 10)])
+    for least in (0.0, 1e-3, -1.0):
+        with pytest.raises(BadInput, match="The last prior weight is above zero"):
+            MapInversion(prior=prior, least=least).weights()
 
 
 def test_a_prior_of_another_shape_is_refused() -> None:

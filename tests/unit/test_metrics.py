@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,11 @@ from skimage.metrics import structural_similarity
 from skimage.transform import resize
 from torch import Tensor
 
+from conftest import Run
 from gradleak.audit.metrics import (
     identification,
     lpips,
+    lpips_from,
     match,
     mean_image,
     mse,
@@ -241,6 +244,28 @@ def test_lpips_refuses_a_file_that_does_not_fit(
     save_file({**weights, "features.3.weight": torch.zeros(1)}, path)
     with pytest.raises(BadInput, match=r"features\.3\.weight has shape \(1,\)"):
         lpips(x, x)
+
+
+def test_lpips_reads_the_file_that_the_package_lpips_makes(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    """Its names: net.slice1.0.weight in place of features.0.weight; heads twice, and constants besides."""
+    a, b = pictures(1, 3, 32), pictures(1, 3, 32, seed=1)
+    expected = lpips(a, b)
+    theirs = {name: value for name, value in weights.items() if name.startswith("lin")}
+    theirs |= {f"lins.{name[3:]}": value.clone() for name, value in theirs.items()}
+    for k, (n, *_) in enumerate(LAYERS):
+        theirs |= {f"net.slice{k + 1}.{n}.{part}": weights[f"features.{n}.{part}"] for part in ("weight", "bias")}
+    save_file({**theirs, "scaling_layer.shift": torch.zeros(1, 3, 1, 1)}, tmp_path / "theirs.safetensors")
+    before = os.environ["GRADLEAK_LPIPS"]
+    assert expected is not None
+    with lpips_from(tmp_path / "theirs.safetensors"):
+        torch.testing.assert_close(lpips(a, b), expected)
+    assert os.environ["GRADLEAK_LPIPS"] == before  # the next audit measures as it says
+
+
+def test_a_file_that_does_not_fit_is_refused_before_anything_runs(tmp_path: Path, refused: Run) -> None:
+    (tmp_path / "alex.pth").write_bytes(b"a pickle")
+    said = refused("audit", tmp_path / "alex.pth", "--lpips", tmp_path / "alex.pth", "--out", tmp_path / "out")
+    assert "no readable safetensors file with the weights of LPIPS" in said
 
 
 # --- matching ---

@@ -111,8 +111,8 @@ def test_the_number_of_samples_is_the_same_however_few_adapters_are_held(monkeyp
 # --- Efforts: within a factor of 3 of the operations that the attack takes ---
 
 SEARCHES: dict[str, tuple[Callable[[], Observation[Any]], Any]] = {
-    "inverting-gradients": (gradient, InvertingGradients(steps=8)),
-    "dlg": (gradient, DLG(evaluations=8, rounds=0, restarts=1)),
+    "inverting-gradients": (lambda: gradient("lenet"), InvertingGradients(steps=8)),
+    "dlg": (lambda: gradient("lenet"), DLG(evaluations=8, rounds=0, restarts=1)),
     "dlg whitened": (
         lambda: gradient("lenet"),
         DLG(evaluations=5, rounds=1, round_evaluations=20, restarts=1, goal=0.0),

@@ -111,6 +111,8 @@ class Prior:
 @dataclass
 class Attack:
     prior: Any
+    start: Any = None
+    after: Any = None
 
 
 def test_a_prior_that_saw_the_secret_voids_the_verdict(known: Provenance) -> None:
@@ -119,7 +121,7 @@ def test_a_prior_that_saw_the_secret_voids_the_verdict(known: Provenance) -> Non
     assert (found["level"], found["name"]) == ("error", "secret_in_prior")
     assert found["sentence"] == (
         "A prior trained on the secret: 1 of 2 private pictures, or near-duplicates of them, are among 300 pictures of embedded, train "
-        "(first at row 5)."
+        "(first at row 5). Take a prior that has not seen them, or none."
     )
     (unknown,) = trained_on_secret(Attack(Prior(None)), secret)
     assert (unknown["level"], unknown["sentence"]) == (
@@ -128,3 +130,9 @@ def test_a_prior_that_saw_the_secret_voids_the_verdict(known: Provenance) -> Non
     )
     assert trained_on_secret(Attack(Prior(provenance(KNOWN[50:]))), secret) == []
     assert trained_on_secret(Attack(None), secret) == []
+    tainted = Attack(Prior(known))  # what begins there, and what cleans up after it, has seen as much
+    assert (
+        trained_on_secret(Attack(None, start=tainted), secret)
+        == trained_on_secret(Attack(None, after=tainted), secret)
+        == [found]
+    )

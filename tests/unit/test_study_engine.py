@@ -131,7 +131,7 @@ def test_killed_at_random_moments_nothing_is_lost(tmp_path: Path, workers: int) 
 
     (tmp_path / "marks of").mkdir()
     cells = tmp_path / "killed" / "cells"
-    for _ in range(4):
+    for _ in range(4 // workers):  # each start is a process, and each worker another
         process, began = started("killed"), len(finished)
         deadline = time.monotonic() + 60
         while len(list(cells.glob("*.json")) if cells.is_dir() else []) <= began and time.monotonic() < deadline:

@@ -108,6 +108,30 @@ def test_junit_counts_a_leak_as_a_failure_and_void_numbers_as_an_error() -> None
     assert suite[2][0].get("message") == ERROR["sentence"]
 
 
+def test_where_the_verdict_is_void_no_row_claims_a_leak() -> None:
+    """Also not that of an attack with which nothing is wrong: one page, one verdict. A proof stands."""
+    short = summary.summary(made("void", FOUND, VOID, PROVEN, NOT_RUN))
+    suite = ElementTree.fromstring(summary.junit(short))[0]
+    assert [[child.tag for child in case] for case in suite] == [["error"], ["error"], ["failure"], ["skipped"]]
+    assert suite[0][0].get("message") == ERROR["sentence"]
+    kinds = [result["kind"] for result in summary.sarif(short)["runs"][0]["results"]]
+    assert kinds == ["open", "open", "fail"]
+    assert [row.get("recovered", "none") for row in short["attacks"]] == ["none"] * 4
+    assert summary.markdown(short).count("| void |") == 3
+    assert "1 of 2" not in summary.markdown(short)
+
+
+def test_what_is_void_of_one_observation_leaves_another_alone() -> None:
+    record = made("recovered", FOUND, {**VOID, "observation": {"name": "other"}})
+    record["verdicts"] = [
+        {"level": level, "sentence": "A sentence.", "observation": name}  # type: ignore[typeddict-item]
+        for name, level in (("gradient", "partial"), ("other", "void"))
+    ]
+    first, second = summary.summary(record)["attacks"]
+    assert (first["recovered"], first["errors"]) == (1, [])
+    assert ("recovered" in second, second["errors"]) == (False, [ERROR["sentence"]])
+
+
 def test_junit_survives_what_xml_cannot_hold() -> None:
     page = summary.junit(summary.summary(made("unscored", row(status="Not run: \x00 <evil & co>", ran=False))))
     assert "? <evil & co>" in str(ElementTree.fromstring(page)[0][0][0].get("message"))

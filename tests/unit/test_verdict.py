@@ -79,6 +79,10 @@ def test_only_a_release_without_the_information_is_absent() -> None:
     assert found["sentence"].endswith("The information is absent from the release.")
     leaked = judged(scored((True,), flags=(flag("information_absent", "info"),)))
     assert leaked["level"] == "recovered"
+    labels = {"recovered": [3], "true": [3]}
+    read = judged({**scored((False,), flags=(flag("information_absent", "info"),)), "labels": labels})  # type: ignore[typeddict-item]
+    assert read["level"] == "nothing"
+    assert read["headline"].endswith("Their labels are another matter: 1 of 1 were read.")
 
 
 @pytest.mark.parametrize("recovered", [(True, True), (False, False)])

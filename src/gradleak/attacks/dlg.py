@@ -330,7 +330,7 @@ def solved(observation: PictureObservation) -> float:
 
 def evaluator(objective: Callable[..., Tensor], z: Tensor, given: tuple[Any, ...]) -> Evaluate:
     """z (K, n) -> gradient (K, n), objective (K,), recorded."""
-    function = rowwise(objective, z, given)
+    function = rowwise(objective, len(z))
 
     def evaluate(z: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():

@@ -53,11 +53,23 @@ def recover_labels(observation: PictureObservation) -> Tensor:
     weight, bias = (model.parameters[f"{last.name}.{part}"] for part in ("weight", "bias"))
     counts, left = label_fit(weight_gradient, bias_gradient, weight, bias, batch, smoothing=smoothing)
     if left > EXPLAINED and solvable(observation, last, batch):
-        dW, db, W, b = (t.cpu().double() for t in (weight_gradient, bias_gradient, weight, bias))
-        eye = torch.eye(len(counts), dtype=torch.float64)
-        equations = Equations.of(dW, db, W, b, batch, nonnegative(observation, last))
-        counts, _ = counts_by_equations(equations, (1 - smoothing) * eye + smoothing / len(eye), counts)
+        counts, _ = counts_by_equations(equations_of(observation, last), trained_on(observation), counts)
     return torch.arange(len(counts)).repeat_interleave(counts).to(grey.device)
+
+
+def equations_of(observation: PictureObservation, last: Call) -> Equations:
+    """Those of a last layer whose gradient is `solvable`."""
+    assert observation.batch_size is not None
+    gradients = gradients_of(observation, last, observation.batch_size)
+    weights = (observation.model.parameters[f"{last.name}.{part}"] for part in ("weight", "bias"))
+    dW, db, W, b = (tensor.cpu().double() for tensor in (*gradients, *weights))
+    return Equations.of(dW, db, W, b, observation.batch_size, nonnegative(observation, last))
+
+
+def trained_on(observation: PictureObservation) -> Tensor:
+    """What each class is trained on, (classes, classes)."""
+    classes, smoothing = observation.model.architecture.classes, smoothing_of(observation)
+    return (1 - smoothing) * torch.eye(classes, dtype=torch.float64) + smoothing / classes
 
 
 def solvable(observation: PictureObservation, last: Call, batch: int) -> bool:

@@ -11,11 +11,12 @@ class Tried:
     """A defense as it was measured.
 
     name      as `--defense` takes it; "none" without one
-    leaked    share of samples that the best attack recovers, which knows the defense, in [0, 1]
+    leaked    share of the samples, or of the words of texts, that the best attack recovers, which knows the defense, in [0, 1]
     attack    which that is
     unaware   the same of the best attack that does not know it, or None
     chance    the share that somebody recovers who saw nothing
-    accuracy  of a model trained behind it, in [0, 1], or None
+    whole     share of texts that come back word for word, in [0, 1], or None
+    accuracy  of a model trained behind it, in [0, 1], or None; and its perplexity on texts, 1 or more, or None
     epsilon   what is proven for one sample of that training at delta, added or removed, or None where nothing is
     """
 
@@ -24,7 +25,9 @@ class Tried:
     attack: str
     chance: float
     unaware: float | None = None
+    whole: float | None = None
     accuracy: float | None = None
+    perplexity: float | None = None
     epsilon: float | None = None
     delta: float = 1e-5
 
@@ -44,11 +47,16 @@ def sentence(each: Tried, bare: Tried, measure: str) -> str:
         moved = f"{measure} falls from {percent(bare.leaked)} to {percent(each.leaked)}, which is chance, in all attacks tried"
     else:
         moved = f"{measure} falls from {percent(bare.leaked)} to {percent(each.leaked)} ({each.attack})"
+        moved += f", where chance has {percent(each.chance)}" if each.chance > SAME else ""
+    if each.whole is not None:
+        moved += f", and {percent(each.whole)} of the texts come back whole"
     if each.unaware is not None and each.unaware < each.leaked - SAME:
         moved += f"; an attacker who does not know it would reach {percent(each.unaware)}"
     cost = ""
     if each.accuracy is not None and bare.accuracy is not None:
         cost = f"; accuracy goes from {bare.accuracy:.2f} to {each.accuracy:.2f}"
+    if each.perplexity is not None and bare.perplexity is not None:
+        cost = f"; perplexity goes from {bare.perplexity:.4g} to {each.perplexity:.4g}"
     return f"{each.name}: {proven}; {moved}{cost}."
 
 

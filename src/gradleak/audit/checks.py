@@ -214,24 +214,31 @@ def information(observation: Observation[Any], inputs: Any, labels: Tensor | Non
 
 
 def trained_on_secret(attack: Any, secret: Secret) -> list[Flag]:
-    """An error if what the attack, or its prior, was trained on holds private data; a warning where nobody tells."""
+    """An error if what the attack, its prior, or the attack that it begins at or cleans up after was trained on holds private data; a
+    warning where nobody tells."""
     seen = attack.trained_on(secret.inputs) if hasattr(attack, "trained_on") else 0
     sentence = f"{seen} private samples are among those that the attack was trained on: it has seen the secret."
     flags = [flag("secret_in_training", "error", sentence)] if seen else []
-    prior: Any = getattr(attack, "prior", None)
+    flags += prior_has_seen(getattr(attack, "prior", None), secret)
+    others = [other for name in ("start", "after") if (other := getattr(attack, name, None)) is not None]
+    return flags + [found for other in others for found in trained_on_secret(other, secret)]
+
+
+def prior_has_seen(prior: Any, secret: Secret) -> list[Flag]:
+    """The same of a prior that was trained."""
     if prior is None or not hasattr(prior, "provenance"):
-        return flags
+        return []
     if prior.provenance is None:
         sentence = "Nobody tells what the prior was trained on: it may have seen the secret."
-        return [*flags, flag("prior_unknown", "warning", sentence)]
+        return [flag("prior_unknown", "warning", sentence)]
     rows = [row for row in overlap(secret.inputs, prior.provenance) if row is not None]
     if not rows:
-        return flags
+        return []
     sentence = (
         f"A prior trained on the secret: {len(rows)} of {len(secret.inputs)} private pictures, or near-duplicates of them, are among "
-        f"{prior.provenance} (first at row {rows[0]})."
+        f"{prior.provenance} (first at row {rows[0]}). Take a prior that has not seen them, or none."
     )
-    return [*flags, flag("secret_in_prior", "error", sentence)]
+    return [flag("secret_in_prior", "error", sentence)]
 
 
 def _last_bias(observation: Observation[Any], gradient: Tensors) -> Tensor | None:

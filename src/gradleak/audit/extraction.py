@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from gradleak.attacks.search.descend import OnStep
-from gradleak.audit.sample_losses import chunks
+from gradleak.audit.sample_losses import of_each
 from gradleak.errors import BadInput
 from gradleak.observations.model import Model
 from gradleak.report.record import Verdict
@@ -94,15 +94,17 @@ def cut(model: Model[Any], texts: Sequence[str], prefix: int, suffix: int) -> li
 
 def log_p(model: Model[Any], cuts: Sequence[Cut], sampling: Sampling, on_step: OnStep | None = None) -> list[float]:
     """log p_z of each record, by one forward pass over all its tokens."""
-    found = [0.0] * len(cuts)
-    for done, rows in chunks(model, [c.tokens for c in cuts]):
-        with torch.no_grad():
-            logits = model.logits({}, tuple(cuts[i].tokens for i in rows))
-        for row, i in zip(logits, rows, strict=True):
-            tokens, prefix = torch.tensor(cuts[i].tokens).to(row.device), cuts[i].prefix
-            found[i] = float(sampling.log_probabilities(row[prefix - 1 : len(tokens) - 1], tokens[prefix:]).sum())
-        if on_step is not None:
-            on_step(done, len(cuts), found[rows[0]])
+    if not cuts:
+        return []
+
+    def of_suffix(x: Tensor, prefix: Tensor | None) -> Tensor:
+        logits = model.logits({}, x)[0, :-1]
+        each = sampling.log_probabilities(logits, x[0, 1:].to(logits.device))
+        later = torch.arange(1, len(each) + 1, device=each.device) >= (0 if prefix is None else prefix.to(each.device))
+        return torch.where(later, each, 0.0).sum()
+
+    prefixes = torch.tensor([c.prefix for c in cuts])
+    found: list[float] = of_each(of_suffix, model, [c.tokens for c in cuts], prefixes, on_step).tolist()
     return found
 
 

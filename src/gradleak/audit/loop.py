@@ -7,6 +7,7 @@ compared, and everything else is asked of the observation.
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,9 @@ def audit(
     observation = with_factor_found(observation)
     about, where = describe(observation, name), torch.device(device)
     decoys, rest = (None, None) if public is None else scoring.split(public)
+    pool = cache(
+        lambda: None if public is None else scoring.wider(public, model, None if secret is None else secret.inputs)
+    )
     mechanism = privacy.mechanism_of(observation, told)
     general = [*check_observation(observation), *privacy.of_observation(observation, mechanism, secret, decoys)]
     observation, told_labels = labels_told(observation, rest, secret, seed)
@@ -94,7 +98,7 @@ def audit(
             yield Audited({**not_run(title, attack, about, general, ""), "status": f"Not tried: {reason}"}, None)
             continue
         try:
-            runs = under_seeds(attack, observation, rest, range(seed, seed + repeats), where, title, on_step)
+            runs = under_seeds(attack, observation, pool, range(seed, seed + repeats), where, title, on_step)
         except UNABLE as error:
             reason = str(error) if isinstance(error, NotObserved) else UNEVEN
             yield Audited(not_run(title, attack, about, general, reason), None)
@@ -163,7 +167,7 @@ def evidence(found: Reconstruction, seconds: float) -> Any:
 def under_seeds(
     attack: Attack,
     observation: Observation[Any],
-    public: Any | None,
+    public: Callable[[], Any],
     seeds: Iterable[int],
     where: torch.device,
     title: str,
@@ -183,11 +187,11 @@ def under_seeds(
     return runs
 
 
-def prepared(attack: Any, observation: Observation[Any], public: Any | None, seed: int) -> Any:
+def prepared(attack: Any, observation: Observation[Any], public: Callable[[], Any], seed: int) -> Any:
     """The attack with what it makes of public data beforehand (a prior, a decoder, a zoo), if it has any use for them."""
-    if public is None or not hasattr(attack, "prepared"):
+    if not hasattr(attack, "prepared") or (data := public()) is None:
         return attack
-    return attack.prepared(observation, public, generator=torch.Generator().manual_seed(seed))
+    return attack.prepared(observation, data, generator=torch.Generator().manual_seed(seed))
 
 
 def others(observation: Observation[Any], scoring: Scoring, public: Any, count: int, seed: int) -> Observation[Any]:

@@ -54,12 +54,13 @@ def of_observation(observation: Observation[Any], mechanism: Privacy, secret: Se
     if isinstance(mechanism, str):
         return [flag("no_epsilon", "info", mechanism)]
     count = 100 if decoys is None else len(decoys.labels) + 1
+    bound = most(mechanism, 1 / count)
     said = (
         f"Epsilon is {epsilon(mechanism):.3g} at delta {mechanism.delta:g} where neighbours differ by one sample that is added or removed, "
         f"and {epsilon(mechanism, replacing=True):.3g} where one stands in the place of another ({mechanism}). By the first, no attack names a "
-        f"true sample among {count} candidates with a probability above {most(mechanism, 1 / count):.1%}, where blind guessing has {1 / count:.1%}."
+        f"true sample among {count} candidates with a probability above {bound:.1%}, where blind guessing has {1 / count:.1%}."
     )
-    return [flag("privacy_bound", "info", said), *line_up(observation, mechanism, secret, decoys)]
+    return [{**flag("privacy_bound", "info", said), "most": bound}, *line_up(observation, mechanism, secret, decoys)]
 
 
 def line_up(observation: Observation[Any], mechanism: Mechanism, secret: Secret | None, decoys: Any) -> list[Flag]:

@@ -126,7 +126,7 @@ def compared(scored: Sequence[Result], metrics: Mapping[str, Any], evidence: str
             f"The best attack is {best['attack']}: {figures(best, name, metric)}{among}.{words} {evidence}".rstrip()
         )
     else:
-        level = "absent" if "information_absent" in names else "nothing"
+        level = "absent" if "information_absent" in names and not labels else "nothing"  # labels are private too
         extra = next((text for key, text in INFORMATION.items() if key in names), PROVES_NOTHING)
         sentence = f"The closest attack is {best['attack']}: {figures(best, name, metric)}.{words}{extra}"
     return {"level": level, "headline": headline.of_scored(level, best, labels), "sentence": sentence}

@@ -172,7 +172,7 @@ def start(name: str, given: list[str]) -> int:
 
 def perform(name: str, values: Any, options: dict[str, dict[str, Any]]) -> int:
     """Do a command with its arguments, and the parameters of attacks; returns the exit code."""
-    from gradleak.cli.folders import check_paths, replaced
+    from gradleak.cli.folders import check_paths, held, replaced
 
     check_paths(values)
     if (threads := getattr(values, "threads", None)) is not None:
@@ -180,6 +180,7 @@ def perform(name: str, values: Any, options: dict[str, dict[str, Any]]) -> int:
     if not 0 <= getattr(values, "seed", 0) <= LARGEST_SEED:
         raise BadInput(f"A seed lies between 0 and {LARGEST_SEED:,}, not at {values.seed}.")
     with ExitStack() as around:
+        around.enter_context(held(values))
         around.enter_context(replaced(values))
         if getattr(values, "quiet", False):
             nothing = around.enter_context(open(os.devnull, "w", encoding="utf-8"))

@@ -15,6 +15,7 @@ from gradleak.audit.loop import Audited
 from gradleak.audit.loop import audit as run_audit
 from gradleak.audit.membership.audited import membership
 from gradleak.audit.membership.words import with_membership
+from gradleak.audit.metrics import lpips_from
 from gradleak.audit.plan import plan_of
 from gradleak.audit.privacy import mechanism_of
 from gradleak.audit.progress import progress
@@ -81,6 +82,12 @@ def attack(args: flags.Attack, options: dict[str, dict[str, Any]]) -> None:
 def audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
     """Write record.json, report.html and what was recovered; after each attack, so that an interrupt loses one at most. Returns the
     exit code that `gate` gives."""
+    with lpips_from(args.lpips):
+        return whole_audit(args, options)
+
+
+def whole_audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
+    """`audit`, where what is measured is settled."""
     check_device(args.device)
     check_bar(args.fail_on, members=args.non_members is not None)
     if args.pdf:
@@ -159,21 +166,21 @@ def told_members(args: flags.Audit, observation: Observation[Any], written: reco
 
 
 def demo(args: flags.Demo) -> None:
-    """One embedded photograph, a LoRA adapter and a gradient made of it, an adapter of eight, attacks on all, one report."""
+    """One embedded photograph, a LoRA adapter and a gradient made of it, an adapter of four, attacks on all, one report."""
     from gradleak.cli.capture import kept
 
     check_device(args.device)
     out = fresh_folder(args.out)
     written = new_record("demo", args, {}, [])
     left: dict[str, list[str]] = {}
-    for name, (victim, names) in DEMO.items():
+    for name, (victim, shown_with) in DEMO.items():
         with progress() as start:
             kept(*victim(out / name, args.seed, start), out / name)
         observation = with_start_recovered(load_observation(out / name / "observation.safetensors"))
         secret = load_secret(out / name / "secret.safetensors")
         public = SCORING[observation.model.architecture.modality].public("embedded", "train", observation.model)
-        attacks = {attack: ATTACKS[attack]() for attack in names}
-        about: dict[str, Any] = {"seed": args.seed, "device": args.device, "name": name}
+        attacks = {attack: ATTACKS[attack](**given) for attack, given in shown_with.items()}
+        about: dict[str, Any] = {"seed": args.seed, "device": args.device, "name": name, "bound": False}
         audit_one(observation, attacks, public, secret, written, left, out, sys.stdout, **about)
     print(shown(written), f"Open {out / 'report.html'} in a browser.", sep="\n")
 

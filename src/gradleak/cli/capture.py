@@ -22,7 +22,7 @@ from gradleak.formats.secret_file import Secret, save_secret
 from gradleak.observations.defense_names import Chosen
 from gradleak.observations.defenses import Defense
 from gradleak.observations.observation import Observation
-from gradleak.victims.play import UNFINISHED
+from gradleak.victims.publish import UNFINISHED
 
 GENERATORS: dict[str, Any] = {"train git": Transcript, "train exact-git": Recovered, "train lti": Perceptron}
 

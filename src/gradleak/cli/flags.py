@@ -109,6 +109,8 @@ class Audit(Attacked, Private, Members, Gate):
     before them: --dlg.restarts 5."""
     repeats: int = 1
     """Under how many seeds each attack runs, from --seed on: the run that explains most is shown, as an attacker would keep it, and all are told."""
+    lpips: Path | None = None
+    """Measure LPIPS too, with the weights in this file: safetensors, of the package lpips, net="alex" (in place of GRADLEAK_LPIPS)."""
 
 
 @dataclass(frozen=True, kw_only=True)

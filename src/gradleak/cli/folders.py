@@ -5,14 +5,14 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from gradleak.cli.seen_flags import PRESENTED, Kept
+from gradleak.cli.seen_flags import PRESENTED, Common, Kept
 from gradleak.errors import BadInput, checked, read_json, shortened
 
 COMMAND = "command.json"  # beside what is captured or trained: which command made it
@@ -72,16 +72,56 @@ def folder_for(args: Kept) -> Path:
 
 
 @contextmanager
+def held(args: Any) -> Iterator[None]:
+    """Inside, the folder of a command's results is there, and no other process has it: it is locked, and the lock ends with the process, however
+    that ends. Behind it the folder is gone where nothing came into it. BadInput where another gradleak has it; what cannot be locked is not."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has other locks
+        yield
+        return
+    if not isinstance(args, Common):
+        yield
+        return
+    made = [folder for folder in (args.out, *args.out.parents) if not exists(folder)]
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(args.out, os.O_RDONLY)
+    except (OSError, ValueError):  # the command will say what is wrong with it
+        yield
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise BadInput(f"Another gradleak is writing to {args.out}: let it end, or choose another --out.") from error
+    except OSError:  # some network disks lock nothing
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+        with suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+
+
+@contextmanager
 def replaced(args: Any) -> Iterator[None]:
     """Inside, the folder of a command with --overwrite is not there; behind it what was in it is gone, or back where the input was bad."""
-    if not getattr(args, "overwrite", False) or not args.out.exists():
+    if (
+        not getattr(args, "overwrite", False)
+        or not exists(args.out)
+        or (args.out.is_dir() and not any(args.out.iterdir()))
+    ):
         yield
         return
     out = replaceable(args)
     aside = out.with_name(f".{out.name}.replaced.{os.getpid()}")
     out.rename(aside)
     try:
-        yield
+        with held(args):  # the lock has gone with what was there
+            yield
     except BadInput:
         shutil.rmtree(out, ignore_errors=True)
         aside.rename(out)

@@ -20,7 +20,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class Pictures:
     classes: tuple[str, ...]
     source: str
     split: str
+    drawn: int | None = None  # they are the first of more, in the random order of this seed
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -126,9 +127,9 @@ def public_pool(
 
 
 def sampled(
-    source: str | Path, split: str, *, shape: tuple[int, int, int], limit: int, seed: int = 0
+    source: str | Path, split: str, *, shape: tuple[int, int, int], limit: int, seed: int = 0, first: int = 0
 ) -> tuple[Pictures, list[int], int]:
-    """`public_pool`, the row in the source of each of its pictures, and how many the source has."""
+    """`public_pool` without its `first` pictures, the row in the source of each, and how many the source has."""
     channel, height, width = shape
     if channel not in (1, 3):
         raise BadInput(f"Pictures have 1 or 3 channels, not {channel}.")
@@ -136,11 +137,12 @@ def sampled(
         raise BadInput(f"The limit on the number of pictures must be at least 1, not {limit}.")
     rows = _rows(source, split)
     generator = torch.Generator().manual_seed(seed)
-    chosen: list[int] = torch.randperm(len(rows.labels), generator=generator)[:limit].tolist()
+    chosen: list[int] = torch.randperm(len(rows.labels), generator=generator)[first:limit].tolist()
     images = [with_channels(resized(rows.decode(i), (height, width)), channel) for i in chosen]
     if not chosen:
         raise BadInput(f"Split {split!r} of {source} is empty.")
-    return _pictures(rows, chosen, images, source, split), chosen, len(rows.labels)
+    drawn = seed if first == 0 and len(chosen) < len(rows.labels) else None
+    return replace(_pictures(rows, chosen, images, source, split), drawn=drawn), chosen, len(rows.labels)
 
 
 def resized(image: Tensor, size: tuple[int, int]) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradleak.errors import BadInput
-from gradleak.modalities.pictures import UNLABELLED, hugging_face_labels, hugging_face_splits
+from gradleak.modalities.pictures import IN_WHEELS, UNLABELLED, hugging_face_labels, hugging_face_splits
 from gradleak.modalities.text_files import COLUMNS, is_text_file, read_text_file
 
 SUBJECTS = (
@@ -77,6 +77,13 @@ def test_split(source: str | Path) -> str:
     if held_out is None:
         raise BadInput(f"{source} has neither a test nor a validation split: it has {', '.join(splits)}.")
     return held_out
+
+
+def holds_texts(source: str | Path) -> bool:
+    """Whether a folder or data set has a column of text. What comes in wheels holds pictures too, and counts as these."""
+    if source in IN_WHEELS:
+        return False
+    return any(name in table.column_names for table in hugging_face_splits(source).values() for name in COLUMNS)
 
 
 def _embedded(split: str) -> tuple[list[str], list[int], int]:

@@ -18,6 +18,7 @@ from gradleak.observations.private_step import ClippedNoise
 from gradleak.observations.soteria import Soteria
 from gradleak.observations.training_defenses import Clients, FrozenA, LoraDropout, MixUp
 from gradleak.observations.truncation import TruncatedRank
+from gradleak.observations.withheld_embeddings import WithheldEmbeddings
 
 DEFENSES: dict[str, type[Defense]] = {
     "gaussian-noise": GaussianNoise,
@@ -33,6 +34,7 @@ DEFENSES: dict[str, type[Defense]] = {
     "mix-up": MixUp,
     "frozen-a": FrozenA,
     "lora-dropout": LoraDropout,
+    "withheld-embeddings": WithheldEmbeddings,
 }
 ALIASES = {"noise": "gaussian-noise", "topk": "top-k"}
 UNKNOWN = "unknown"

@@ -5,6 +5,7 @@ natural pictures share (Field 1987, "Relations between the statistics of natural
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Self
 
 import torch
@@ -55,10 +56,10 @@ class GaussianPrior:
         return cls._of(images, rows.mean(0), torch.cov(rows.T), components, remainder)
 
     @classmethod
-    def of_public(cls, images: Tensor) -> Self | None:
+    def of_public(cls, images: Tensor) -> "GaussianPrior | None":
         """`fit`, or None for fewer pictures than half the pixels of one: their covariance is worse than that of photographs
         in general."""
-        return cls.fit(images) if len(images) and len(images) >= images[0].numel() / 2 else None
+        return _fitted(images) if len(images) and len(images) >= images[0].numel() / 2 else None
 
     def __str__(self) -> str:
         return "smooth" if self.pictures is None else f"{len(self.pictures)} public pictures"
@@ -160,6 +161,12 @@ class GaussianPrior:
         """sum_i values_i v_i v_i^T + rest I, with the components v."""
         V = self.components.flatten(1)  # (k, pixels)
         return (V.T * values) @ V + rest * torch.eye(V.shape[1], dtype=V.dtype)
+
+
+@lru_cache(maxsize=1)
+def _fitted(images: Tensor) -> GaussianPrior:
+    """`fit`, once where several attacks are given the very same tensor."""
+    return GaussianPrior.fit(images)
 
 
 def cosines(n: int) -> Tensor:

@@ -1,9 +1,10 @@
 """Whether what a record says lies above a bar, as the exit code of a job."""
 
 import re
+from collections.abc import Sequence
 
 from gradleak.errors import BadInput, shortened
-from gradleak.report.record import Record
+from gradleak.report.record import Level, Record, Result
 
 FINE, LEAK, NO_VERDICT = 0, 1, 3  # 2 is bad input
 WORDS = ("recovered", "partly")
@@ -33,7 +34,6 @@ def exit_code(record: Record, bar: str | None) -> int:
     if found is None and not any(row.get("ran", row["residual"] is not None) for row in results):
         return NO_VERDICT
     proof = None if found is None else found["certificate"]
-    whole = any(any(row.get("proven", [])) or (level != "void" and any(row.get("recovered", []))) for row in results)
     if rate := RATE.fullmatch(bar):
         told = found is not None and bool(found["best"]) and found["verdict"] != "void"
         share = found["scores"][found["best"]]["rates"][0]["true"] if found is not None and told else None
@@ -41,6 +41,15 @@ def exit_code(record: Record, bar: str | None) -> int:
         if max(proven, share or 0.0) > float(rate[1]):
             return LEAK
         return FINE if told else NO_VERDICT
-    if whole or (proof is not None and proof["proven"]) or (bar == "partly" and level in ("recovered", "partial")):
+    if (
+        whole(results, level)
+        or (proof is not None and proof["proven"])
+        or (bar == "partly" and level in ("recovered", "partial"))
+    ):
         return LEAK
     return NO_VERDICT if level in ("void", "unscored") else FINE
+
+
+def whole(results: Sequence[Result], level: Level) -> bool:
+    """Whether a private sample came back as a whole, or is proven; level: of the verdict, which may void what is scored."""
+    return any(any(row.get("proven", [])) or (level != "void" and any(row.get("recovered", []))) for row in results)

@@ -24,6 +24,7 @@ from gradleak.report.membership import drawn
 from gradleak.report.numbers import DASH, RANK, Legend, at, beside, glance, heads, number, present
 from gradleak.report.record import Record, Result, Verdict
 from gradleak.report.redaction import is_private
+from gradleak.report.risk import risk, risk_of
 from gradleak.report.samples import Sample, labels, safe, sample
 from gradleak.report.words import CHANGING, EVIDENCE, LEVELS, MEMBER_TERMS, OUTCOMES, SHOWN, WHAT_TO_DO
 
@@ -40,6 +41,7 @@ def render(record: Record) -> str:
     page = _template().render(
         record=record,
         levels=LEVELS,
+        risk=risk(record),
         parts=[_part(record, name, len(names) > 1, numbers) for name in names],
         table=beside(record.get("table", [])),
         advice=WHAT_TO_DO,
@@ -132,6 +134,7 @@ def _part(record: Record, name: str, is_one_of_several: bool, numbers: Iterator[
     return {
         "name": name,
         "verdict": verdict,
+        "risk": risk_of(record, name) if rows else None,
         "is_void": level == "void",
         "about": describe(about) if about else "",
         "threat_model": [row for row in record["threat_model"] if row.get("observation", name) == name],

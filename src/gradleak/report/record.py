@@ -86,11 +86,12 @@ class Remedy(TypedDict):
 
 
 class Flag(TypedDict):
-    """A reason to trust, or not to trust, the numbers of a result."""
+    """A reason to trust, or not to trust, the numbers of a result; most: of a bound, the probability of success that it leaves to any attack."""
 
     name: str
     level: Literal["info", "warning", "error"]
     sentence: str
+    most: NotRequired[float]
 
 
 class Labels(TypedDict):

@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 from gradleak.report.numbers import Legend, mean, present
 from gradleak.report.record import Record, Result, Verdict
+from gradleak.report.risk import risk, risk_of
 from gradleak.report.scores import as_csv
 from gradleak.report.words import LEVELS
 
@@ -30,13 +31,18 @@ def save(record: Record, folder: Path) -> None:
 def summary(record: Record) -> dict[str, Any]:
     """The verdict, membership, and one row per attack with counts and means."""
     legend, found = Legend(record.get("metrics", {}), record.get("controls", {})), record.get("membership")
+    whole, void = risk(record), voided(record)
     return {
         "gradleak": record["gradleak"],
         "input": str(record["command"]["arguments"].get("observation") or record["command"]["name"]),
         "verdict": {**record["verdict"], "title": LEVELS[record["verdict"]["level"]]},
-        "observations": [dict(verdict) for verdict in record.get("verdicts", [])],
+        "risk": None if whole is None else whole._asdict(),
+        "observations": [
+            {**verdict, "risk": risk_of(record, verdict.get("observation", ""))._asdict()}
+            for verdict in record.get("verdicts", [])
+        ],
         "membership": {key: value for key, value in (found or {}).items() if key in MEMBERSHIP} or None,
-        "attacks": [attack(row, legend) for row in record["results"]],
+        "attacks": [attack(row, legend, void.get(observed(row), ())) for row in record["results"]],
     }
 
 
@@ -48,16 +54,40 @@ def in_words(verdict: Verdict) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def attack(row: Result, legend: Legend) -> dict[str, Any]:
-    """One attack: what came of it, and nothing of what came out."""
+def observed(row: Result) -> str:
+    """The name of the observation that a row is about."""
+    return str(row["observation"].get("name", ""))
+
+
+def voided(record: Record) -> dict[str, list[str]]:
+    """{observation: errors} where the verdict is void: then every row is, also of attacks that did nothing wrong."""
+    verdicts = {verdict.get("observation", ""): verdict for verdict in record.get("verdicts", [])}
+    void: dict[str, list[str]] = {}
+    for row in record["results"]:
+        if verdicts.get(observed(row), record["verdict"])["level"] == "void" and row.get(
+            "ran", row["residual"] is not None
+        ):
+            void.setdefault(observed(row), []).extend(errors_of(row))
+    return {name: list(dict.fromkeys(errors)) for name, errors in void.items()}
+
+
+def errors_of(row: Result) -> list[str]:
+    """What is wrong with its numbers."""
+    return [flag["sentence"] for flag in row["flags"] if flag["level"] == "error"]
+
+
+def attack(row: Result, legend: Legend, void: Sequence[str] = ()) -> dict[str, Any]:
+    """One attack: what came of it, and nothing of what came out; of a void one, only what is proven. void: errors of the rows beside it."""
     ran = row.get("ran", row["residual"] is not None)
     metric = next(iter(legend.measured(row)), "")
-    errors = [flag["sentence"] for flag in row["flags"] if flag["level"] == "error"]
-    told: dict[str, Any] = {key: row.get(key, []) for key in ("recovered", "partly", "proven")}
+    errors = list(dict.fromkeys((*errors_of(row), *void))) if ran else errors_of(row)
+    told: dict[str, Any] = {
+        key: row.get(key, []) for key in (("proven",) if errors else ("recovered", "partly", "proven"))
+    }
     counts: dict[str, Any] = {key: sum(values) for key, values in told.items() if key in row}
     return {
         "attack": row["attack"],
-        "observation": str(row["observation"].get("name", "")),
+        "observation": observed(row),
         "ran": ran,
         "status": row["status"],
         **counts,
@@ -71,11 +101,9 @@ def attack(row: Result, legend: Legend) -> dict[str, Any]:
 
 
 def leaked(row: Mapping[str, Any]) -> str:
-    """ "recovered", "partial" or "nothing" of an attack; what errors void counts only where it is proven."""
+    """ "recovered", "partial" or "nothing" of an attack; what is void counts only where it is proven."""
     if row.get("proven", 0):
         return "recovered"
-    if row["errors"] or not row["ran"]:
-        return "nothing"
     return "recovered" if row.get("recovered", 0) else "partial" if row.get("partly", 0) else "nothing"
 
 
@@ -89,6 +117,8 @@ def markdown(short: Mapping[str, Any]) -> str:
         "",
     ]
     lines += [one_line(verdict["sentence"]), ""]
+    if short["risk"] is not None:
+        lines += [f"Risk of sharing it: **{short['risk']['label']}** ({short['risk']['why']}).", ""]
     ran = [row for row in short["attacks"] if row["ran"]]
     if ran:
         lines += [
@@ -105,7 +135,9 @@ def markdown(short: Mapping[str, Any]) -> str:
 
 def cells(row: Mapping[str, Any]) -> list[str]:
     """A row of the table of Markdown."""
-    count = f"{row['recovered']} of {row['samples']}" if "recovered" in row else "not scored"
+    count = (
+        "void" if row["errors"] else f"{row['recovered']} of {row['samples']}" if "recovered" in row else "not scored"
+    )
     proven = str(row.get("proven") or "none")
     numbers = [
         f"{row['lead']:+.2f}" if row["lead"] is not None else "",

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from gradleak.report.numbers import Legend, glance
 from gradleak.report.record import Record, Result
+from gradleak.report.risk import risk
 from gradleak.report.summary import in_words
 from gradleak.report.words import LEVELS
 
@@ -23,7 +24,7 @@ class Shown:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield from tables(self.record)
-        yield Text(verdict(self.record))
+        yield Text("\n".join([*risk_line(self.record), verdict(self.record)]))
 
 
 def tables(record: Record) -> Iterator[RenderableType]:
@@ -41,6 +42,12 @@ def tables(record: Record) -> Iterator[RenderableType]:
             yield Text(f"Not run: {', '.join(row['attack'] for row in rest)}.")
         else:
             yield from (Text(f"{row['attack']}: {row['status']}") for row in rest)
+
+
+def risk_line(record: Record) -> list[str]:
+    """The risk, where something was audited."""
+    found = risk(record)
+    return [] if found is None else [f"Risk of sharing it: {found.label} ({found.why})."]
 
 
 def verdict(record: Record) -> str:
@@ -68,4 +75,4 @@ def text(record: Record, width: int = WIDTH) -> str:
     with console.capture() as caught:
         console.print(*tables(record), sep="\n")
     lines = [line.rstrip() for line in caught.get().splitlines() if line.strip()]
-    return "\n".join([*lines, verdict(record)])
+    return "\n".join([*lines, *risk_line(record), verdict(record)])

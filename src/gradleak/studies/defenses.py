@@ -1,118 +1,86 @@
-"""What do defenses leave to attackers who know them, and to attackers who do not, and what do they cost?"""
+"""What do defenses leave to attackers who know them, and to attackers who do not, and what do they cost? Of pictures, or of texts where the
+data are texts."""
 
 from collections.abc import Iterator
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from gradleak.audit import metrics
 from gradleak.audit.advice import Tried, advice
-from gradleak.modalities.networks import Architecture
-from gradleak.modalities.pictures import public_pool
-from gradleak.studies.data_sets import rows_of, shrunk, unseen
-from gradleak.studies.defense_victims import (
-    ADAPTER,
-    FIRST,
-    GRADIENT,
-    NONE,
-    UTILITY,
-    Setting,
-    attacked,
-    base_of,
-    shaped,
-    shared_of,
-    trained,
-)
+from gradleak.modalities.texts import holds_texts
+from gradleak.studies.defended_pictures import PERCEPTRON, PICTURES
+from gradleak.studies.defended_pictures import cell as of_pictures
+from gradleak.studies.defended_texts import TEXTS
+from gradleak.studies.defended_texts import cell as of_texts
+from gradleak.studies.defense_settings import GRADIENT, NONE, UTILITY, Case, Kind, Setting
 from gradleak.studies.findings import Findings
 from gradleak.studies.plots import bars, panels
-from gradleak.studies.samples import compared
-from gradleak.studies.study import Bench, Result, Size, Study
+from gradleak.studies.study import Bench, Result, Row, Size, Study
 from gradleak.studies.table import Table
-
-SMOKE = {(GRADIENT, 1): (NONE, "top-k:0.1", "dp-sgd:1:0.8")}
-EVERY = {  # by what is shared, of how many pictures
-    (GRADIENT, 1): (
-        *(NONE, "dp-sgd:1:0.8", "top-k:0.1", "bits:8", "sign", "relative-noise:0.1", "bits:4", "soteria:0.5"),
-        *("qsgd:4", "top-k:0.01", "bits:2", "dp-sgd:1:0.1", "relative-noise:1", "bits:16"),
-    ),
-    (GRADIENT, 4): (NONE, "clients:2", "mix-up:0.7"),
-    (ADAPTER, 1): (NONE, "frozen-a", "lora-dropout:0.3", "svd:2", "relative-noise:0.1", "bits:8"),
-}
-LEFT_OUT = ("dp-sgd:1:0.1", "relative-noise:1", "bits:16")  # but at paper size
-BY = {
-    GRADIENT: ("analytic", "recursive", "dlg", "idlg", "inverting-gradients", "map-inversion"),
-    ADAPTER: ("inverting-gradients", "activation-patterns"),
-}
-UNAWARE = (
-    "analytic",
-    "inverting-gradients",
-    "activation-patterns",
-)  # of the attacks, those that are tried without the knowledge
-BATCHES = {"smoke": 2, "small": 3, "paper": 100}  # private ones
 
 
 def settings(data: str, size: Size) -> Iterator[Setting]:
-    """Every defense: what it costs, then every attack that knows it, and that does not."""
-    for (shared, batch), defenses in (SMOKE if size == "smoke" else EVERY).items():
-        for defense in defenses:
-            if size == "small" and defense in LEFT_OUT:
-                continue
-            yield Setting(defense, shared, batch, UTILITY)
-            for attack in UNAWARE[:2] if size == "smoke" else BY[shared]:
-                yield Setting(defense, shared, batch, attack)
-                if defense != NONE and size != "smoke" and (attack in UNAWARE or size == "paper"):
-                    yield Setting(defense, shared, batch, attack, knows=False)
+    """Those of texts where the data are texts, else of pictures."""
+    return (TEXTS if holds_texts(data) else PICTURES).settings(size)
+
+
+def kind_of(model: str) -> Kind:
+    """What is played with a model of this name."""
+    return PICTURES if model == PERCEPTRON else TEXTS
 
 
 def cell(setting: Setting, bench: Bench) -> Result:
-    """Accuracy and epsilon of a training, or what an attack recovers of unseen pictures."""
-    (shape, classes), names = shaped(bench), () if setting.defense == NONE else (setting.defense,)
-    architecture = Architecture("mlp", shape, classes)
-    if setting.attack == UTILITY:
-        return Result(trained(architecture, setting.shared, names, bench), notes=(shrunk(shape, "smoke"),))
-    pictures = unseen(bench.data, FIRST, setting.batch * BATCHES[bench.size], shape)
-    public = public_pool(bench.data, "train", shape=shape, limit=500)
-    model, blind = base_of(architecture, setting.shared, bench), public.images.mean(0)
-    private = [rows_of(pictures, first, setting.batch) for first in range(0, len(pictures.labels), setting.batch)]
-    seen = [shared_of(model, each, setting, names, bench.seed + number) for number, each in enumerate(private)]
-    recovered = list[Tensor]()
-    for found, true in zip(attacked(setting.attack, seen, public, bench), private, strict=True):
-        missing = max(setting.batch - len(found), 0)  # what cannot be read is answered with the mean picture
-        filled = torch.cat([found.nan_to_num().clamp(0, 1), blind.expand(missing, *shape)])
-        recovered.append(filled[metrics.match(filled, true.images)])
-    rows = compared(torch.cat(recovered), pictures.images, blind, public.images[:99])
-    return Result(samples=rows, notes=(shrunk(shape, "smoke"),))
+    """Accuracy or perplexity and epsilon of a training, or what an attack recovers of unseen samples."""
+    return (of_pictures if setting.model == PERCEPTRON else of_texts)(setting, bench)
 
 
 def tell(table: Table) -> Findings:
     """The advice for each thing that is shared, and leakage as bars."""
     words = list[str]()
-    for shared, batch in dict.fromkeys((row["shared"], row["batch"]) for row in table.rows):
-        tried = list(tried_of(table, shared, batch))
+    for case in dict.fromkeys((row["model"], row["shared"], row["batch"]) for row in table.rows):
+        tried, (model, shared, batch) = list(tried_of(table, case)), case
         if tried and tried[0].name == NONE:
-            what, count = "A gradient" if shared == GRADIENT else "An adapter", table.where(batch=batch)[1]["samples"]
-            what = f"{what} of {batch} picture{'s' * (batch > 1)}, {count} attacked."
-            words += [what, *advice(tried)]
-    shown = [row for row in table.rows if row.get("identified") is not None and row["knows"]]
+            kind, first = kind_of(model), attacks_on(table, case)[0]
+            what = "A gradient" if shared == GRADIENT else "An adapter"
+            words.append(
+                f"{what} of {batch} {kind.noun}{'s' * (batch > 1)} in the {model}, {first['samples']} {kind.noun}s attacked."
+            )
+            words += advice(tried, kind.measure)
+    attacks = [row for row in table.rows if row["attack"] != UTILITY and row["knows"]]
+    shown = [row | {"leaked": kind_of(row["model"]).leaked(row)} for row in attacks]
     figure, [axes] = panels(width=7, height=1 + 0.2 * len(shown))
     if shown:
-        bars(axes, shown, lambda r: f"{r['shared']} of {r['batch']}, {r['defense']}, {r['attack']}", "identified")
-    axes.set(xlabel="top-1 among 100, the defense known", xlim=(0, 1.05))
-    return Findings(" ".join(words) or "Not enough is finished to say.", {"What attackers identify": figure})
+        names = "model", "shared", "batch", "defense", "attack"
+        bars(axes, shown, lambda row: ", ".join(str(row[name]) for name in names), "leaked")
+    measures = " or ".join(dict.fromkeys(kind_of(row["model"]).measure for row in shown))
+    axes.set(xlabel=f"{measures}, the defense known", xlim=(0, 1.05))
+    return Findings(" ".join(words) or "Not enough is finished to say.", {"What attackers recover": figure})
 
 
-def tried_of(table: Table, shared: str, batch: int) -> Iterator[Tried]:
+def attacks_on(table: Table, case: Case, **values: object) -> list[Row]:
+    """The rows of attacks on what is shared in this case."""
+    model, shared, batch = case
+    return table.where(model=model, shared=shared, batch=batch, attack=lambda name: name != UTILITY, **values)
+
+
+def tried_of(table: Table, case: Case) -> Iterator[Tried]:
     """Each defense as it was measured: the best attack that knows it, and the best that does not."""
-    for cost in table.where(shared=shared, batch=batch, attack=UTILITY):
-        rows = table.where(shared=shared, batch=batch, defense=cost["defense"])
-        rows = [row for row in rows if row.get("identified") is not None]
-        aware, unaware = ([row for row in rows if row["knows"] is knows] for knows in (True, False))
+    model, shared, batch = case
+    kind = kind_of(model)
+    for cost in table.where(model=model, shared=shared, batch=batch, attack=UTILITY):
+        name = cost["defense"]
+        aware, unaware = (attacks_on(table, case, defense=name, knows=knows) for knows in (True, False))
+        unaware += [row for row in aware if row["attack"] in kind.untold and name != NONE]
         if aware:
-            best = max(aware, key=lambda row: row["identified"])
-            other = max((row["identified"] for row in unaware), default=None)
-            known: dict[str, Any] = {"unaware": other, "accuracy": cost.get("accuracy"), "epsilon": cost.get("epsilon")}
-            yield Tried(cost["defense"], best["identified"], best["attack"], 0.01, **known)
+            best = max(aware, key=kind.leaked)
+            yield Tried(
+                name=name,
+                leaked=kind.leaked(best),
+                attack=best["attack"],
+                chance=kind.chance(best),
+                unaware=max(map(kind.leaked, unaware), default=None),
+                whole=None if best.get("exact_match") is None else best["exact_match"] / 100,
+                accuracy=cost.get("accuracy"),
+                perplexity=cost.get("perplexity"),
+                epsilon=cost.get("epsilon"),
+            )
 
 
 STUDY = Study(

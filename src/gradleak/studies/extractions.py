@@ -28,9 +28,9 @@ def two_class_source(data: str) -> str:
     return "digits" if data == "embedded" else data
 
 
-def owners(source: str, images: int) -> tuple[Pictures, Pictures]:
+def owners(source: str, images: int, split: str = "train") -> tuple[Pictures, Pictures]:
     """So many pictures for each of two owners, half of them of each class."""
-    both = first_of_each(source, "train", images)
+    both = first_of_each(source, split, images)
     first = torch.arange(2 * images).reshape(2, 2, -1)[:, 0].flatten()
     one, other = (replace(both, images=both.images[r], labels=both.labels[r]) for r in (first, first + images // 2))
     return one, other

@@ -4,45 +4,24 @@ LoRA by the defaults of the Trainer. The attacker has its folder, the base model
 many fresh ones of the same split. Controls: the adapter of other samples, and classes that are permuted."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from gradleak.attacks.membership import SCORES
 from gradleak.attacks.membership.evidence import Evidence
 from gradleak.attacks.seed import with_start_recovered
 from gradleak.audit.membership.rates import auc, auc_interval, rate
 from gradleak.errors import NotObserved
-from gradleak.modalities.networks import Architecture
-from gradleak.modalities.pictures import public_pool
-from gradleak.modalities.texts import load_texts
-from gradleak.observations.model import Model
-from gradleak.studies.data_sets import IN_WHEELS, beside, blueprint, rows_of
+from gradleak.studies.data_sets import IN_WHEELS, beside
 from gradleak.studies.findings import Findings, stands_in
+from gradleak.studies.membership_victims import DECODER, PERCEPTRON, TRANSFORMER, Setting, victim
 from gradleak.studies.study import Bench, Result, Row, Size, Study
 from gradleak.studies.table import Table
-from gradleak.studies.text_victims import BESIDE, encoder, model_of, sources
+from gradleak.studies.text_victims import BESIDE, encoder, sources
 from gradleak.victims.trainer_defaults import trained_by_defaults
-from gradleak.victims.training import prepare_model
 
-PERCEPTRON, DECODER = "perceptron", "small gpt2"
 CALIBRATION, ENDS = 0.25, ("", "_low", "_high")  # of the fresh samples; of intervals
-
-
-@dataclass(frozen=True)
-class Setting:
-    """candidates: all members, or half of them. control: none, another adapter (of other samples), classes (permuted)."""
-
-    model: str
-    data: str
-    epochs: int = 3
-    samples: int = 200
-    start: str = "unknown"  # or recovered
-    candidates: str = "all"
-    control: str = "none"
 
 
 def settings(data: str, size: Size) -> Iterator[Setting]:
@@ -54,25 +33,10 @@ def settings(data: str, size: Size) -> Iterator[Setting]:
         return
     yield from (replace(usual, data=name) for name in texts[:-1])
     yield replace(usual, model=PERCEPTRON, data="mnist" if beside(data, "mnist") else "digits")
+    transformer = replace(usual, model=TRANSFORMER, data="cifar10" if beside(data, "cifar10") else "embedded")
+    yield from (transformer, replace(transformer, epochs=10), replace(transformer, control="another adapter"))
     yield from (replace(usual, model=DECODER), replace(usual, start="recovered"), replace(usual, epochs=10))
     yield from (replace(usual, control="classes"), replace(usual, candidates="half"))
-
-
-@lru_cache(maxsize=2)
-def victim(setting: Setting, data: str, size: Size, seed: int) -> tuple[Model[Any], Any, Tensor | None]:
-    """The base model, and samples of one split at random: members, fresh ones, others."""
-    count, place = 3 * setting.samples, str(beside(data, setting.data) or setting.data)
-    if setting.model == PERCEPTRON:
-        architecture = Architecture("mlp", *blueprint(place, size))
-        pool = public_pool(place, "train", shape=architecture.input_shape, limit=count + 2_000, seed=seed)
-        module = prepare_model(architecture, seed=seed, train_on=rows_of(pool, count, 2_000), epochs=1)
-        return Model.of(module, architecture), pool.images[:count], pool.labels[:count]
-    place = sources(data)[setting.data]
-    language = model_of(setting.model, "causal-lm" if setting.model == DECODER else "classification", place, size, seed)
-    every = load_texts(place, "train")
-    chosen = torch.randperm(len(every.texts), generator=torch.Generator().manual_seed(seed))[:count].tolist()
-    some = replace(every, texts=tuple(every.texts[i] for i in chosen), labels=every.labels[chosen])
-    return language, *language.architecture.feed(some)
 
 
 def cell(setting: Setting, bench: Bench) -> Result:
@@ -121,5 +85,5 @@ STUDY = Study(
     settings=settings,
     cell=cell,
     tell=tell,
-    beside=(*BESIDE, "mnist"),
+    beside=(*BESIDE, "mnist", "cifar10"),
 )

@@ -2,7 +2,7 @@
 likely pictures under the one, given the others.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -21,22 +21,38 @@ from gradleak.victims.gradient import capture_gradient
 
 FIRST = 8_000  # test row
 PUBLIC: dict[Size, int] = {"smoke": 200, "small": 10_000, "paper": 50_000}  # pictures behind the Gaussian
+HELD = 500  # of them that are kept as pictures, for decoys, wrong releases and what GUIDE is trained on
 
 
 @cache
 def gaussian(data: str, size: Size) -> tuple[GaussianPrior, Pictures]:
-    """Of public pictures, and the first hundred of them."""
+    """Of public pictures, and the first of them."""
     shape, _ = blueprint(data, size)
     public = public_pool(data, "train", shape=shape, limit=PUBLIC[size])
-    return replace(GaussianPrior.fit(public.images, remainder=0.003), pictures=None), rows_of(public, 0, 100)
+    return replace(GaussianPrior.fit(public.images, remainder=0.003), pictures=None), rows_of(public, 0, HELD)
 
 
-Begun = tuple[Pictures, list[PictureObservation], list[Reconstruction]]
+@dataclass(frozen=True)
+class Begun:
+    """Private pictures, their gradients as the attacker takes them, and the most likely pictures under the Gaussian, where all begin."""
+
+    private: Pictures
+    seen: list[PictureObservation]
+    likeliest: list[Reconstruction]
+
+    def __call__(self, observation: PictureObservation, *, generator: torch.Generator) -> Reconstruction:
+        """`Start`: what was found for this one of `seen`."""
+        return self.likeliest[next(i for i, one in enumerate(self.seen) if one is observation)]
+
+
+def search(prior: GaussianPrior, size: Size) -> MapInversion:
+    """That for the most likely pictures under the Gaussian."""
+    return MapInversion(prior=prior, pairs=0, evaluations=2 if size == "smoke" else 50)
 
 
 @cache
 def begun(data: str, size: Size, seed: int, noise: float, knows: str, release: str, count: int) -> Begun:
-    """The private pictures, their gradients as the attacker takes them, and the most likely pictures under the Gaussian."""
+    """Computed once for all that begins there."""
     (shape, classes), (prior, public) = blueprint(data, size), gaussian(data, size)
     architecture = Architecture("lenet", shape, classes)
     model, private = Model.of(architecture.build(seed), architecture), unseen(data, FIRST, count, shape)
@@ -46,5 +62,5 @@ def begun(data: str, size: Size, seed: int, noise: float, knows: str, release: s
         made, _ = capture_gradient(model, one, defenses=(RelativeNoise(noise),), seed=seed + i)
         defenses = {"told": made.defenses, "found": None, "none": ()}[knows]
         seen.append(replace(made, labels=one.labels, defenses=defenses))
-    search = MapInversion(prior=prior, pairs=0, evaluations=2 if size == "smoke" else 50)
-    return private, seen, search.many(seen, generator=torch.Generator().manual_seed(seed))
+    found = search(prior, size).many(seen, generator=torch.Generator().manual_seed(seed))
+    return Begun(private, seen, found)

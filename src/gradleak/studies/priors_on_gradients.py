@@ -4,29 +4,35 @@ times priors, with controls of equal evaluations: single unseen pictures, labels
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gradleak.attacks import ATTACKS
-from gradleak.attacks.search.start import Given
+from gradleak.attacks.diffusion.guide import Guide
 from gradleak.audit import metrics
+from gradleak.audit.intervals import mean
+from gradleak.modalities.pictures import Pictures
+from gradleak.priors.gaussian import GaussianPrior
 from gradleak.priors.named import load_prior
 from gradleak.studies.data_sets import shrunk
 from gradleak.studies.findings import Findings
 from gradleak.studies.plots import bars, panels
-from gradleak.studies.prior_victims import begun, gaussian
+from gradleak.studies.prior_victims import Begun, begun, gaussian, search
 from gradleak.studies.samples import compared
 from gradleak.studies.study import Bench, Result, Size, Study
 from gradleak.studies.table import Table
 
 DENOISER = "GRADLEAK_DENOISER"  # names the folder of one that `gradleak train denoiser` has made
-# Pictures of MAP and DAPS, and of the others.
-COUNTS: dict[Size, tuple[int, int]] = {"smoke": (2, 1), "small": (6, 4), "paper": (100, 100)}
+# Pictures, the same in every row: differences are paired.
+COUNTS: dict[Size, int] = {"smoke": 2, "small": 6, "paper": 100}
 # Samples, levels, and evaluations at each: as many gradients in all as the other solvers have, after those of the search under the Gaussian.
 EFFORT: dict[Size, tuple[int, int, int]] = {"smoke": (2, 2, 2), "small": (2, 10, 10), "paper": (4, 16, 16)}
+# Pairs that GUIDE is trained on, and steps.
+PAIRS: dict[Size, tuple[int, int]] = {"smoke": (4, 2), "small": (40, 300), "paper": (300, 2_000)}
+DECOYS = 100
 NAMES = ("noise", "attack", "prior", "knows", "release")
 SOLVERS = ("red-diff", "sds", "dps")
 
@@ -44,40 +50,37 @@ class Setting:
 
 
 def settings(data: str, size: Size) -> Iterator[Setting]:
-    """The sampler under each prior first, then what the level of noise is worth, the other solvers, and controls."""
+    """Under each noise the solvers under each prior, then what the level of noise is worth, and controls."""
     there = (("trained here", DENOISER in os.environ), ("ffdnet", size != "smoke"))
     learned = [prior for prior, is_there in there if is_there]
     first = learned[0] if learned else "gaussian"
     for noise in (1.0,) if size == "smoke" else (1.0, 0.1):
         yield Setting(noise, "map-inversion", "gaussian")
         yield from (Setting(noise, "daps", prior) for prior in (*learned, "gaussian"))
-        yield from (Setting(noise, solver, first) for solver in SOLVERS)
+        for solver in SOLVERS:
+            yield from (Setting(noise, solver, prior) for prior in dict.fromkeys((first, "gaussian")))
+        yield Setting(noise, "guide", "public pairs")
     for noise in () if size == "smoke" else (1.0, 0.1):
-        yield from (Setting(noise, "map-inversion", "gaussian", knows) for knows in ("found", "none"))
+        yield from (
+            Setting(noise, attack, prior, "found") for attack, prior in (("map-inversion", "gaussian"), ("daps", first))
+        )
         yield from (Setting(noise, "daps", first, release=release) for release in ("none", "wrong"))
+        yield Setting(noise, "map-inversion", "gaussian", "none")
 
 
 def cell(setting: Setting, bench: Bench) -> Result:
-    """Noisy gradients of unseen pictures, one at a time, beside the most likely pictures under the Gaussian."""
+    """Noisy gradients of unseen pictures, side by side, beside the most likely pictures under the Gaussian."""
     prior, public = gaussian(bench.data, bench.size)
     where = (bench.data, bench.size, bench.seed, setting.noise, setting.knows, setting.release.replace("none", "right"))
-    private, seen, starts = begun(*where, COUNTS[bench.size][0])
-    count = COUNTS[bench.size][setting.attack in SOLVERS]
-    found = starts[:count]
+    start = begun(*where, COUNTS[bench.size])
+    found, truth = start.likeliest, start.private.images
     if setting.attack != "map-inversion":
-        text = f"diffusion:{os.environ[DENOISER]}" if setting.prior == "trained here" else setting.prior
-        given = {"gaussian": prior, "prior": None if text == "gaussian" else load_prior(text, prior.shape)}
-        samples, levels, evaluations = EFFORT[bench.size]
-        effort: dict[str, int] = {"samples": samples, "levels": levels, "evaluations": evaluations}
-        effort = effort if setting.attack == "daps" else {"steps": samples * levels * evaluations}
-        attack = ATTACKS[setting.attack](**given, blind=setting.release == "none", **effort)
-        draw = torch.Generator().manual_seed(bench.seed)
-        pairs = zip(seen[:count], found, strict=True)
-        found = [replace(attack, start=Given(start))(o, generator=draw) for o, start in pairs]
-    images, likeliest = (torch.cat([one.value for one in some[:count]]) for some in (found, starts))
-    truth, perceived = private.images[:count], metrics.lpips(images, private.images[:count])
+        attack = solver(setting, bench.size, prior, public, start)
+        found = attack.many(start.seen, generator=torch.Generator().manual_seed(bench.seed))
+    images, likeliest = (torch.cat([one.value for one in some]) for some in (found, start.likeliest))
+    perceived = metrics.lpips(images, truth)
     gain, ssim = (score(images, truth) - score(likeliest, truth) for score in (metrics.psnr_db, metrics.ssim))
-    rows = compared(images, truth, prior.mean.float(), public.images)
+    rows = compared(images, truth, prior.mean.float(), public.images[:DECOYS])
     for i, (row, one) in enumerate(zip(rows, found, strict=True)):
         row |= {"gain_over_map_db": float(gain[i]), "better_ssim_than_map": bool(ssim[i] > 0)}
         row |= {} if perceived is None else {"lpips": float(perceived[i])}
@@ -85,19 +88,40 @@ def cell(setting: Setting, bench: Bench) -> Result:
     return Result(samples=rows, notes=(shrunk(prior.shape, bench.size),))
 
 
+def solver(setting: Setting, size: Size, prior: GaussianPrior, public: Pictures, start: Begun) -> Any:
+    """The attack of a setting, ready to run."""
+    samples, levels, evaluations = EFFORT[size]
+    if setting.attack == "guide":
+        pairs, steps = PAIRS[size]
+        return Guide(after=search(prior, size), pairs=pairs, steps=steps, samples=4 * samples, public=public)
+    text = f"diffusion:{os.environ[DENOISER]}" if setting.prior == "trained here" else setting.prior
+    given = {"gaussian": prior, "prior": None if text == "gaussian" else load_prior(text, prior.shape)}
+    effort: dict[str, int] = {"samples": samples, "levels": levels, "evaluations": evaluations}
+    effort = effort if setting.attack == "daps" else {"steps": samples * levels * evaluations}
+    return ATTACKS[setting.attack](**given, start=start, blind=setting.release == "none", **effort)
+
+
 def tell(table: Table) -> Findings:
-    """The best under each noise, against the Gaussian; PSNR as bars."""
+    """What each prior is ahead of the same solver under the Gaussian, picture by picture; PSNR as bars."""
     said = []
-    for noise in sorted({row["noise"] for row in table.rows}):
-        right = [row for row in table.where(noise=noise) if row["release"] == "right" and row["knows"] == "told"]
-        known = [row for row in right if row.get("psnr_db") is not None]
-        control = next((row for row in known if (row["attack"], row["prior"]) == ("map-inversion", "gaussian")), None)
-        if control is not None:
-            best = max(known, key=lambda row: row["psnr_db"])
-            said.append(
-                f"noise {noise:g}: {control['psnr_db']:.1f} dB under a Gaussian, {best['psnr_db']:.1f} dB at best "
-                f"({best['attack']}, {best['prior']})"
-            )
+    for row in table.rows:
+        if row["prior"] == "gaussian" or (row["knows"], row["release"]) != ("told", "right"):
+            continue
+        with_prior = {name: row[name] for name in NAMES}
+        same = "map-inversion" if row["attack"] == "guide" else row["attack"]
+        pairs = [
+            table.sampled("psnr_db", **some)
+            for some in (with_prior, with_prior | {"attack": same, "prior": "gaussian"})
+        ]
+        if not pairs[0] or len(pairs[0]) != len(pairs[1]):
+            continue
+        ahead = [a - b for a, b in zip(*pairs, strict=True)]
+        reach = mean(ahead)
+        within = "" if reach is None else f" ({reach[0]:+.2f} to {reach[1]:+.2f})"
+        said.append(
+            f"noise {row['noise']:g}, {row['attack']}, {row['prior']}: {sum(ahead) / len(ahead):+.2f} dB{within} on {same} under the "
+            f"Gaussian, better on {sum(a > 0 for a in ahead)} of {len(ahead)}"
+        )
     shown = [row for row in table.rows if row.get("psnr_db") is not None]
     figure, [axes] = panels(width=7, height=1 + 0.25 * len(shown))
     if shown:

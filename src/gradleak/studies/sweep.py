@@ -277,9 +277,9 @@ class Audited:
         scoring, where = SCORING[first.model.architecture.modality], torch.device(bench.device)
         data = dict(settings[0].source).get("data", bench.data)
         public = scoring.public(data, "train", first.model)
-        decoys, rest = scoring.split(public)
+        decoys, _ = scoring.split(public)
         [attack] = built({settings[0].attack: dict(settings[0].parameters)}).values()
-        ready = prepared(attack, first, rest, bench.seed)
+        ready = prepared(attack, first, lambda: scoring.wider(public, first.model, secret.inputs), bench.seed)
         other = others(first, scoring, public, len(secret), bench.seed)
         everything = [observation.to(where) for observation, _ in (*pairs, (other, secret))]
         found = attacked(ready, everything, bench)

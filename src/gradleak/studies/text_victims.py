@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
 
 import torch
-from torch import nn
 
 from gradleak.attacks.dager.dager import Dager
 from gradleak.attacks.likely_text import LikelyText
@@ -21,7 +20,7 @@ from gradleak.modalities.hub import PACKAGED, packaged
 from gradleak.modalities.language_models import Task
 from gradleak.modalities.texts import Texts, load_texts, test_split
 from gradleak.observations.defense_names import Chosen
-from gradleak.observations.defenses import GaussianNoise, TopK, defended
+from gradleak.observations.defenses import GaussianNoise, TopK
 from gradleak.observations.model import LanguageModel
 from gradleak.observations.observation import TextObservation
 from gradleak.observations.tensors import flatten
@@ -118,14 +117,8 @@ def share(setting: Setting, model: LanguageModel, texts: Texts, seed: int) -> tu
     """What a client shares of a batch. Adapters are LoRA on query, key and value of every block."""
     shared, architecture = setting.shared, model.architecture
     if shared in DEFENDED:
-        defenses = Chosen.of((str(shared),)).defenses
-        if setting.reader != "likely-text":
-            return capture_gradient(model, texts, defenses=defenses, seed=seed)
-        seen, secret = capture_gradient(model, texts)  # the embeddings' gradients, which would tell all, stay at home
-        tables = {f"{n}.weight" for n, layer in model.module.named_modules() if isinstance(layer, nn.Embedding)}
-        rest = {name: tensor for name, tensor in seen.released.items() if name not in tables}
-        released = defended(rest, defenses, torch.Generator().manual_seed(seed))
-        return replace(seen, released=released, defenses=defenses), secret
+        first = ("withheld-embeddings",) if setting.reader == "likely-text" else ()  # they would tell all
+        return capture_gradient(model, texts, defenses=Chosen.of((*first, str(shared))).defenses, seed=seed)
     if shared in KEPT:
         return capture_gradient(model, texts, defenses=(TopK(KEPT[shared]),))
     seen, secret = capture_gradient(model, texts, precision=PRECISIONS.get(str(shared), torch.float32))

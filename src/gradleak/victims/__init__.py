@@ -11,5 +11,8 @@ VICTIMS: dict[str, tuple[str, str]] = {
         "gradleak.victims.play:CaptureAdapter",
         "Fine-tune a LoRA adapter with PEFT, keep the folder that it saves.",
     ),
-    "weights": ("gradleak.victims.play:CaptureWeights", "Train a network until little changes, publish its weights."),
+    "weights": (
+        "gradleak.victims.publish:CaptureWeights",
+        "Train a network until little changes, publish its weights.",
+    ),
 }

@@ -1,29 +1,21 @@
 """The settings of every victim, as frozen dataclasses: the flags of `gradleak capture`. The strings under the fields are their
-help, and calling one plays it."""
+help, and calling one plays it. Importing this costs nothing: what a victim does is imported when it does it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from tyro.conf import UseAppendAction
 
 from gradleak.errors import BadInput
-from gradleak.formats.model_folder import folder_of, is_language_model, read_base, read_language_model
-from gradleak.formats.secret_file import Secret
-from gradleak.modalities.language_models import Task
-from gradleak.modalities.networks import BINARY, Architecture
-from gradleak.modalities.pictures import load, public_pool
-from gradleak.modalities.texts import load_texts
-from gradleak.observations.defense_names import Chosen
-from gradleak.observations.model import Mode, Model
-from gradleak.observations.observation import Observation
-from gradleak.observations.training import Optimizer, Recipe
-from gradleak.victims.adapter import Init, fine_tune
-from gradleak.victims.gradient import capture_gradient, share_update
-from gradleak.victims.training import prepare_model
-from gradleak.victims.weights import FullBatch, first_of_each, publish_weights
+from gradleak.modalities.words import Optimizer, Task
+
+if TYPE_CHECKING:
+    from gradleak.formats.secret_file import Secret
+    from gradleak.observations.model import Mode, Model
+    from gradleak.observations.observation import Observation
+    from gradleak.victims.adapter import Init
 
 PUBLIC_TRAINING = 2_000  # pictures a victim is trained on with --epochs
 PUBLIC_ADAPTED = 5_000  # the same, before an adapter is trained on it
@@ -58,8 +50,14 @@ class Private:
     hide_batch_size: bool = False
     """Withhold the number of pictures."""
 
-    def private(self, mode: Mode, public: int, seed: int, start: Start) -> tuple[Model[Any], Any]:
+    def private(self, mode: "Mode", public: int, seed: int, start: Start) -> "tuple[Model[Any], Any]":
         """The model, trained on so many `public` pictures if it has to be, and the private data."""
+        from gradleak.formats.model_folder import folder_of, is_language_model, read_base
+        from gradleak.modalities.networks import BINARY, Architecture
+        from gradleak.modalities.pictures import load, public_pool
+        from gradleak.observations.model import Model
+        from gradleak.victims.training import prepare_model
+
         folder = folder_of(self.model)
         if folder is not None and self.epochs:
             raise BadInput(f"{self.model} is trained already: leave --epochs out.")
@@ -88,8 +86,11 @@ class Private:
             raise BadInput(f"{folder} comes with its weights: leave --weights out.")
         return Model.of(module, architecture, mode=mode), data
 
-    def private_texts(self, folder: Path, mode: Mode, seed: int) -> tuple[Model[Any], Any]:
+    def private_texts(self, folder: Path, mode: "Mode", seed: int) -> "tuple[Model[Any], Any]":
         """The language model of a folder, and the private texts."""
+        from gradleak.formats.model_folder import read_language_model
+        from gradleak.modalities.texts import load_texts
+
         for name in ("weights", "resize"):
             if getattr(self, name) is not None:
                 raise BadInput(f"--{name} is for pictures: a language model comes with its weights and takes texts.")
@@ -101,13 +102,15 @@ class Private:
 
     def shown(self) -> dict[str, Any]:
         """What is revealed, as the victims take it."""
+        import torch
+
         return {
             "precision": getattr(torch, self.precision),
             "reveal_labels": self.reveal_labels,
             "reveal_batch_size": not self.hide_batch_size,
         }
 
-    def sourced(self, secret: Secret) -> Secret:
+    def sourced(self, secret: "Secret") -> "Secret":
         """The secret with the rows that it came from."""
         return replace(secret, source=f"{secret.source} {' '.join(map(str, self.indices))}")
 
@@ -126,12 +129,15 @@ class CaptureGradient(Private):
     """What is done to it before it is shared, in this order, each as NAME:NUMBER, like top-k:0.1 or noise:0.01 (see `gradleak list`);
     unknown as the last withholds from the attacker those before it."""
 
-    def __call__(self, out: Path, seed: int, start: Start) -> tuple[Observation[Any], Secret]:
+    def __call__(self, out: Path, seed: int, start: Start) -> "tuple[Observation[Any], Secret]":
         """The observation and the secret."""
         return self.captured(seed, start)[:2]
 
-    def captured(self, seed: int, start: Start) -> tuple[Observation[Any], Secret, Model[Any]]:
+    def captured(self, seed: int, start: Start) -> "tuple[Observation[Any], Secret, Model[Any]]":
         """What one step shares, and the victim's own model."""
+        from gradleak.observations.defense_names import Chosen
+        from gradleak.victims.gradient import capture_gradient
+
         model, data = self.private(self.mode, PUBLIC_TRAINING, seed, start)
         observation, secret = capture_gradient(
             model,
@@ -157,8 +163,12 @@ class CaptureUpdate(CaptureGradient):
     local_batch_size: int = 1
     """Pictures per local step."""
 
-    def __call__(self, out: Path, seed: int, start: Start) -> tuple[Observation[Any], Secret]:
+    def __call__(self, out: Path, seed: int, start: Start) -> "tuple[Observation[Any], Secret]":
         """The observation and the secret."""
+        from gradleak.observations.defense_names import Chosen
+        from gradleak.observations.training import Recipe
+        from gradleak.victims.gradient import share_update
+
         recipe = Recipe(learning_rate=self.learning_rate, steps=self.local_steps, batch_size=self.local_batch_size)
         gradient, secret, model = self.captured(seed, start)
         defenses = Chosen.of(self.defense).defenses
@@ -197,8 +207,12 @@ class CaptureAdapter(Private):
     """What is done in its training (frozen-a, lora-dropout:0.1, clients:4, mix-up:0.7) or to its factors before they are shared (svd:2,
     noise:1e-4), in this order; unknown as the last withholds from the attacker those before it."""
 
-    def __call__(self, out: Path, seed: int, start: Start) -> tuple[Observation[Any], Secret]:
+    def __call__(self, out: Path, seed: int, start: Start) -> "tuple[Observation[Any], Secret]":
         """The observation and the secret; out/adapter, out/base and perhaps out/initial are written."""
+        from gradleak.formats.model_folder import folder_of
+        from gradleak.observations.training import Recipe
+        from gradleak.victims.adapter import fine_tune
+
         trained = (
             self
             if folder_of(self.model) is not None
@@ -226,65 +240,3 @@ class CaptureAdapter(Private):
         if (out / "initial").is_dir():
             print(f"{out / 'initial'}: the adapter before training, without which its change is not known")
         return observation, self.sourced(secret)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CaptureWeights:
-    """Train a network on the first pictures of two classes, all at once, until little changes; keep its weights."""
-
-    model: str = "homogeneous1000"
-    """A fully connected ReLU network of `gradleak list`, or package.module:factory of your own."""
-    data: str = "digits"
-    """embedded, digits, a folder (parquet or images), or a name on the Hugging Face hub."""
-    split: str = "train"
-    """Split of the data that holds the private pictures."""
-    per_class: int = 10
-    """Private pictures per class: the first odd and even labels; of CIFAR-10, vehicles and animals."""
-    resize: tuple[int, int] | None = None
-    """Height and width to bring the pictures to."""
-    epochs: int = 20_000
-    """Steps of gradient descent on all pictures, at most. Training that was interrupted in --out goes on."""
-    lr: float = 0.2
-    """Learning rate; with --loss-based, the step in the logarithm of the loss."""
-    loss: float = 0.0
-    """Loss at which training ends."""
-    weight_decay: float = 0.0
-    """Times the parameters, added to the gradient."""
-    loss_based: bool = False
-    """Steps in inverse proportion to the loss: exponentially faster once all pictures are classified (try --lr 0.1)."""
-    precision: Literal["float64", "float32"] = "float64"
-    """Number format of training and weights."""
-    reveal_initial: bool = False
-    """Tell the attacker the parameters that training started from."""
-    reveal_labels: bool = False
-    """Tell the attacker the labels."""
-    hide_batch_size: bool = False
-    """Withhold the number of pictures."""
-
-    def __call__(self, out: Path, seed: int, start: Start) -> tuple[Observation[Any], Secret]:
-        """The observation and the secret; out/training.safetensors holds what is not finished."""
-        unfinished = out / UNFINISHED
-        private = first_of_each(self.data, self.split, self.per_class, resize=self.resize)
-        shape = (private.images.shape[1], private.images.shape[2], private.images.shape[3])
-        architecture = Architecture(self.model, shape, 2)
-        recipe = FullBatch(
-            learning_rate=self.lr,
-            epochs=self.epochs,
-            loss=self.loss,
-            weight_decay=self.weight_decay,
-            loss_based=self.loss_based,
-        )
-        observation, secret = publish_weights(
-            Model.of(architecture.build(seed).to(getattr(torch, self.precision)), architecture),
-            private,
-            recipe,
-            reveal_initial=self.reveal_initial,
-            reveal_labels=self.reveal_labels,
-            reveal_batch_size=not self.hide_batch_size,
-            resume=unfinished,
-            on_step=start("training"),
-        )
-        return observation, secret
-
-
-UNFINISHED = "training.safetensors"  # what an interrupted victim leaves in its folder, and goes on from

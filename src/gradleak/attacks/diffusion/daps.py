@@ -110,7 +110,7 @@ class DAPS:
             told = {name: t + spread(deviation[:, i], t) * opposite(t) for i, (name, t) in enumerate(released.items())}
             sigmas = torch.full((len(x),), sigma).to(x)
             given = (opposite(u), mean, sigmas, problem.y, told, problem.size, problem.variance)
-            evaluate = evaluate or rowwise(objective, u, given)
+            evaluate = evaluate or rowwise(objective, len(u))
             found = lbfgs(partial(evaluated, evaluate, given=given), u, evaluations=self.evaluations)
             x = torch.stack([coloured(*row) for row in zip(found.x, mean, sigmas, strict=True)])
             counted(on_step, level + 1, self.levels, found.value)

@@ -88,7 +88,7 @@ class DPS:
 
         levels = [*geometric(self.noisiest, self.cleanest, self.steps), 0.0]
         x = problem.start + levels[0] * noise(problem.start)
-        evaluate = rowwise(problem.unlikely, x, problem.given)
+        evaluate = rowwise(problem.unlikely, len(x))
         for step, (sigma, after) in enumerate(pairwise(levels), 1):
             with torch.enable_grad():
                 clean = problem.denoised(x.requires_grad_(), sigma)  # (K, batch, channel, height, width)

@@ -4,7 +4,7 @@ Sees      Gradient, Update or Adapter of one picture, of which the defenses are 
 Recovers  images (1, channel, height, width) in [0, 1]: the mean of samples, and their spread
 Solves    min over D of E ||D(x + sigma e, a(x), sigma) - x||^2 over public pictures x, their reconstructions a(x) out of releases like this
           one, e ~ N(0, I), sigma log-uniform; then the deterministic sampler (DDIM; Song et al. 2021) from noise, given a(secret)
-Differs   A small convolutional network, trained for each observation in seconds to minutes. A tenth of the pairs is held back: where
+Differs   A small convolutional network, trained for each model and noise in seconds to minutes. A tenth of the pairs is held back: where
           the network is no better there than the attack itself, the attack's picture is returned, and the status says so.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gradleak.attacks.attack import Effort, check_sees
 from gradleak.attacks.map_inversion import MapInversion
 from gradleak.attacks.reconstruction import Reconstruction, outcome_of
-from gradleak.attacks.search.descend import OnStep
+from gradleak.attacks.search.descend import OnStep, stack
 from gradleak.errors import NotObserved
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures
@@ -99,35 +99,47 @@ class Guide:
         self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
     ) -> Reconstruction:
         """Raises NotObserved for batches, unknown defenses, and without public pictures, as the attack does."""
-        check_sees(self, observation)
-        if observation.batch_size != 1 or observation.defenses is None or self.public is None:
+        return self.many([observation], generator=generator, on_step=on_step)[0]
+
+    def many(
+        self, observations: Sequence[PictureObservation], *, generator: torch.Generator, on_step: OnStep | None = None
+    ) -> list[Reconstruction]:
+        """The same for several observations of one model state, with one denoiser for all of them."""
+        check_sees(self, *observations)
+        stack(observations)  # refuses those that differ in more than what was released
+        if self.public is None or any(o.batch_size != 1 or o.defenses is None for o in observations):
             raise NotObserved(
                 "GUIDE is trained on releases like this one: it needs a batch of one picture, known defenses, and public pictures (--data)."
             )
-        pictures, results = made(self.after, observation, self.public, max(self.pairs, 2), generator)
+        pictures, results = made(self.after, observations[0], self.public, max(self.pairs, 2), generator)
         held = max(round(HELD_BACK * len(pictures)), 1)
         error = float((results - pictures).square().mean().sqrt().clamp_min(1e-6))
         network = trained(pictures[held:], results[held:], error, self.steps, generator, on_step)
-        found: Reconstruction = self.after(observation, generator=generator)
         before = float((results[:held] - pictures[:held]).square().mean().sqrt())
         after = float(
             (sampled(network, results[:held], self.samples, generator).mean(0) - pictures[:held]).square().mean().sqrt()
         )
         told = f"{len(pictures) - held} pairs; error {before:.3g} before and {after:.3g} after, on {held} that were held back"
+        found = together(self.after, observations, generator)
         if after >= before:
-            return replace(found, status=f"{found.status} Left as it was: cleaning up did not help ({told}).")
-        drawn = sampled(network, found.value.float(), self.samples, generator)
-        value = drawn.mean(0).clamp(0, 1)
-        residual = observation.residual(value.to(next(iter(observation.released.values()))), found.labels)
-        status = f"{found.status} Cleaned up by a denoiser trained on {told}; relative residual {residual:.2g}."
-        return replace(
-            found,
-            value=value,
-            residual=residual,
-            status=status,
-            outcome=outcome_of(residual),
-            spread=drawn.std(0, correction=0),
-        )
+            left = f"Left as it was: cleaning up did not help ({told})."
+            return [replace(one, status=f"{one.status} {left}") for one in found]
+        drawn = sampled(network, torch.cat([one.value for one in found]).float(), self.samples, generator)
+        cleaned = []
+        for i, (o, one) in enumerate(zip(observations, found, strict=True)):
+            value = drawn[:, i : i + 1].mean(0).clamp(0, 1)
+            residual = o.residual(value.to(next(iter(o.released.values()))), one.labels)
+            cleaned.append(
+                replace(
+                    one,
+                    value=value,
+                    residual=residual,
+                    status=f"{one.status} Cleaned up by a denoiser trained on {told}; relative residual {residual:.2g}.",
+                    outcome=outcome_of(residual),
+                    spread=drawn[:, i : i + 1].std(0, correction=0),
+                )
+            )
+        return cleaned
 
 
 def made(

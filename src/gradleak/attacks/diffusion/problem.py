@@ -1,7 +1,7 @@
 """What the solvers of this folder share: rows of pictures to find, how likely a release makes them, and where they begin."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -12,15 +12,17 @@ from gradleak.attacks.map_inversion import PRIOR_WEIGHTS, MapInversion
 from gradleak.attacks.reconstruction import Reconstruction, outcome_of
 from gradleak.attacks.search.descend import OnStep, stack
 from gradleak.attacks.search.likelihood import errors, estimated_variance, relative_variance, sizes
-from gradleak.attacks.search.start import Start
+from gradleak.attacks.search.start import Given, Start
 from gradleak.errors import BadInput
 from gradleak.observations.observation import PictureObservation
 from gradleak.observations.tensors import Tensors
+from gradleak.priors.denoisers.diffusion import LatentDiffusion
 from gradleak.priors.gaussian import GaussianPrior
 from gradleak.priors.prior import Denoiser
 
 UNHEARD = 1e9  # a variance at which a release says nothing
 EVALUATIONS = 50  # of the search under the Gaussian, at each of its weights
+POLISHING = 15  # the same, after latents
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class Problem:
         return self.denoiser.denoise(flat, torch.tensor(sigma).to(flat)).view_as(images)
 
     def answers(self, images: Tensor, evaluations: int, spread: Tensor | None = None) -> list[Reconstruction]:
-        """One reconstruction of each observation (observations, batch, channel, height, width)."""
+        """One reconstruction of each observation (observations, batch, channel, height, width), polished where a denoiser is one of latents."""
         found = []
         for row, o in enumerate(self.observations):
             value, y = images[row].clamp(0, 1).detach(), self.y[row * (len(self.y) // len(self.observations))]
@@ -121,10 +123,22 @@ class Problem:
             status = f"Finished {evaluations} evaluations, relative residual {residual:.2g}."
             invented = None if spread is None else spread[row].cpu()
             outcome = outcome_of(residual)
-            found.append(
-                Reconstruction(value.cpu(), y.cpu(), residual, status, outcome, iterations=evaluations, spread=invented)
+            one = Reconstruction(
+                value.cpu(), y.cpu(), residual, status, outcome, iterations=evaluations, spread=invented
             )
+            found.append(self.polished(o, one) if isinstance(self.denoiser, LatentDiffusion) else one)
         return found
+
+    def polished(self, observation: PictureObservation, found: Reconstruction) -> Reconstruction:
+        """What no latent draws: a short search in pixels from there, kept where it explains more of the release."""
+        assert found.labels is not None
+        search = MapInversion(prior=self.gaussian, evaluations=POLISHING, start=Given(found))
+        told = replace(observation, labels=found.labels.to(self.y))
+        closer = search(told, generator=torch.Generator())
+        if not closer.residual < found.residual:
+            return found
+        said = f"{found.status} Polished in pixels: relative residual {closer.residual:.2g}."
+        return replace(closer, status=said, iterations=found.iterations + closer.iterations, spread=found.spread)
 
 
 def geometric(first: float, last: float, count: int) -> list[float]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from gradleak.attacks.attack import Effort, check_sees
+from gradleak.attacks.diffusion.latent import distilled_among_latents
 from gradleak.attacks.diffusion.problem import Problem, counted, effort, geometric
 from gradleak.attacks.map_inversion import misfit
 from gradleak.attacks.reconstruction import Reconstruction
@@ -33,6 +34,7 @@ from gradleak.observations.observation import PictureObservation
 from gradleak.observations.release import Release
 from gradleak.observations.releases import Gradient, Update
 from gradleak.observations.tensors import Tensors
+from gradleak.priors.denoisers.diffusion import LatentDiffusion
 from gradleak.priors.gaussian import GaussianPrior
 from gradleak.priors.prior import Denoiser
 
@@ -43,7 +45,7 @@ RATE = 0.1  # of Adam, in standard deviations of a coefficient
 class RedDiff:
     """The search and its priors.
 
-    prior     a denoiser, or None for the Gaussian
+    prior     a denoiser, or None for the Gaussian; of one of latents these are searched (latent.py)
     gaussian  GaussianPrior.fit(public pictures), or None for GaussianPrior.smooth: the metric of the search, and its start
     steps     a gradient and a denoising each
     noisiest  the first level of noise, in pixel units
@@ -92,6 +94,8 @@ class RedDiff:
         def weighted(apart: Tensor, sigma: float) -> Tensor:
             return problem.filtered(apart, lambda variance: (variance + sigma**2) / (variance * sigma**2))
 
+        if isinstance(latent := problem.denoiser, LatentDiffusion):
+            return problem.answers(distilled_among_latents(problem, latent, sigmas, generator, on_step), self.steps)
         x = distilled(problem, problem.unlikely, sigmas, weighted, generator, on_step)
         return problem.answers(x, self.steps)
 
@@ -175,7 +179,7 @@ def distilled(
     x, mean = problem.start, problem.gaussian.mean
     z = problem.filtered(x - mean, torch.rsqrt)
     first, second = torch.zeros_like(z), torch.zeros_like(z)
-    evaluate = rowwise(distance, x, problem.given)
+    evaluate = rowwise(distance, len(x))
     for step, sigma in enumerate(sigmas, 1):
         noisy = x + sigma * torch.randn(x.shape, generator=generator).to(x)
         gradient, value = evaluated(evaluate, x, problem.given)

@@ -164,7 +164,7 @@ class Given:
         self, objective: Callable[..., Tensor], starts: Tensor, weights: Weights, first: int, goal: float
     ) -> tuple[Tensor, int]:
         """From the best of starts (starts, n) down one prior weight after the other, and how many evaluations; first: runs before."""
-        evaluate = torch.no_grad()(rowwise(objective, starts[:1], (starts.new_ones(1),)))
+        evaluate = torch.no_grad()(rowwise(objective, 1))
         scales = [starts.new_full((1,), weight) for weight, _ in weights]
         searches = [(lambda z, w=w: evaluate(z, w)) for w in scales]
 

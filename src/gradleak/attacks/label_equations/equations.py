@@ -118,6 +118,19 @@ class Equations:
         labels: Tensor = ((K @ self.head).softmax(-1) - D).nan_to_num().argmax(-1)
         return labels
 
+    def tried(self, labels: Tensor, targets: Tensor, generator: torch.Generator) -> "Tried":
+        """Labels (n, r) from what is typical of them, the best start of each. targets (classes, classes): row k is what class k is trained on."""
+        rows = labels.repeat_interleave(STARTS, 0)
+        K = first = self.begin(rows, generator)
+        for k in range(3):
+            K = self.solve(targets[rows], K, steps=8, power=0.5, drawn=DRAWN / 10**k, towards=first)[1]
+        error, K = self.solve(targets[rows], K, steps=25)
+        return Tried.best([Tried(rows, K, error)], len(labels))
+
+    def features(self, K: Tensor) -> Tensor:
+        """What K (r, r) says of each sample: (r, features)."""
+        return (K @ self.Vt)[:, :-1]
+
 
 @dataclass(frozen=True)
 class Tried:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gradleak.attacks.label_equations.corners import Samples, exact_samples, mixtures, sets
-from gradleak.attacks.label_equations.equations import DRAWN, STARTS, Equations, Tried, key
+from gradleak.attacks.label_equations.equations import DRAWN, Equations, Tried, key
 
 MOST = 9, 16  # samples and classes: a step inverts a matrix of batch^2 rows, for each label and each other class
 SOLVED = 1e-6  # squared error, in units of the singular values, that labels which are right come below, and others hardly ever
@@ -58,15 +58,6 @@ def counts_by_equations(equations: Equations, targets: Tensor, start: Tensor) ->
         error, K = equations.solve(targets[best.labels], best.K, steps=25)
         return Tried.best([Tried(best.labels, K, error)], BEAM)
 
-    def fresh(labels: Tensor) -> Tried:
-        """Labels (n, r) from what is typical of them."""
-        rows = labels.repeat_interleave(STARTS, 0)
-        K = first = equations.begin(rows, generator)
-        for k in range(3):
-            K = equations.solve(targets[rows], K, steps=8, power=0.5, drawn=DRAWN / 10**k, towards=first)[1]
-        error, K = equations.solve(targets[rows], K, steps=25)
-        return Tried.best([Tried(rows, K, error)], len(labels))
-
     def changed(found: Tried, seen: set[tuple[int, ...]]) -> Tried | None:
         """What differs by one label, of what was not seen before: from the K that was found, that sample's from what is typical."""
         r = found.labels.shape[1]
@@ -96,7 +87,7 @@ def counts_by_equations(equations: Equations, targets: Tensor, start: Tensor) ->
             if float(found.error[0]) < SOLVED:
                 break
     if found is None or float(found.error[0]) > SOLVED:
-        begun = fresh(torch.arange(classes).repeat_interleave(start)[None])
+        begun = equations.tried(torch.arange(classes).repeat_interleave(start)[None], targets, generator)
         found = begun if found is None else Tried.best([found, begun], BEAM)
     seen = {key(labels) for labels in found.labels}
     for _ in range(ROUNDS):
@@ -104,5 +95,5 @@ def counts_by_equations(equations: Equations, targets: Tensor, start: Tensor) ->
             break
         found = Tried.best([found, more], BEAM)
         if float(found.error[0]) > SOLVED:
-            found = Tried.best([found, fresh(found.labels)], BEAM)
+            found = Tried.best([found, equations.tried(found.labels, targets, generator)], BEAM)
     return found.labels[0].bincount(minlength=classes), float(found.error[0])

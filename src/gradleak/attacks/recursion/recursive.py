@@ -1,8 +1,8 @@
 """Closed-form recursion (R-GAP, Zhu and Blaschko, ICLR 2021, arXiv:2010.07733): layer by layer from the loss to the picture.
 
 Sees      Gradient, or Update of one local step, of one picture, from a sequence of layers that ends in a linear layer
-          with bias; labels optional
-Recovers  images (1, channel, height, width) in [0, 1], labels
+          with bias; labels optional. Or of a few pictures, fewer than the classes
+Recovers  images (batch, channel, height, width) in [0, 1], labels
 Solves    last layer: [dL/dW, dL/db] = delta [a, 1]^T, the best matrix of rank one. Below it, for each layer Z = W U + b of
           the patches U of its input, with A = s(Z) and Delta = (back-propagated delta) * s'(Z) known from above,
               W U = s^-1(A) - b   and   dL/dW = Delta U^T                 (equations 6 and 7), least squares for the input
@@ -13,7 +13,8 @@ Differs   Every equation is weighted by what is known of its error: of the relea
           recursion's last system. A layer of more than 4,096 unknowns is solved by conjugate gradients, which need
           not get there where its weight's gradient alone does not determine it. Residual blocks and global average
           pooling are crossed where the gradient determines what is behind them (residual.py). Where a layer ends the
-          recursion, the picture is searched that has the features found there (feature_search.py).
+          recursion, the picture is searched that has the features found there (feature_search.py); so is each of several, whose
+          features at the last layer are told apart (batch.py).
 """
 
 import math
@@ -26,6 +27,7 @@ from torch.func import vjp
 
 from gradleak.attacks.attack import check_sees
 from gradleak.attacks.reconstruction import Reconstruction, outcome_of
+from gradleak.attacks.recursion.batch import each_alone
 from gradleak.attacks.recursion.feature_search import Found, invert_features, refine, smooth
 from gradleak.attacks.recursion.inverses import EXACT, Signal, before, unknown
 from gradleak.attacks.recursion.linear_systems import DENSE, Belief, Equations, linear_map
@@ -74,8 +76,11 @@ class Recursive:
     def __call__(
         self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
     ) -> Reconstruction:
-        """Raises NotObserved unless one picture took part and the model is a sequence that ends in a biased linear layer."""
+        """Raises NotObserved unless the model is a sequence that ends in a biased linear layer, and one picture took part, or a few that
+        can be taken apart."""
         check_sees(self, observation)
+        if observation.batch_size not in (None, 1):
+            return each_alone(observation, self.evaluations, on_step)
         network = Network.of(observation)
         observation = observation.to(torch.device("cpu")).to(torch.float64)
         estimate = recurse(network)
@@ -103,7 +108,8 @@ class Recursive:
             if idle:
                 return torch.full((1, *shape), 0.5), 0, []
             below = nn.Sequential(*(layer for _, layer in network.layers[: found.layer]))
-            return invert_features(observation, labels, variance, below, found.input, self.evaluations, on_step)
+            there = found.input.reshape(1, *found.input.value.shape)
+            return invert_features(observation, labels, variance, below, there, self.evaluations, on_step)
         picture, first = found.input.value[None], next(i for i in range(len(network.layers)) if network.has_matrix(i))
         scale = network.scale(first)
         if idle or found.factor is None or scale is None:

@@ -18,6 +18,9 @@ from gradleak.observations.adapter import UNKNOWN
 from gradleak.observations.observation import PictureObservation
 from gradleak.observations.tensors import Tensors, fingerprint, flatten
 
+RECORDED_AFTER = (
+    100  # calls: a recording takes as long as 50 to 400 of them, .3 s for a small network and 3 s for a transformer
+)
 Objective = Callable[..., Tensor]
 OnStep = Callable[[int, int, float], None]  # (iteration, iterations in all, best objective so far)
 
@@ -84,17 +87,26 @@ def record(function: Callable[..., Any], *example: Any, compiled: bool = False) 
     return graph
 
 
-def rowwise(objective: Objective, x: Tensor, given: tuple[Any, ...], *, compiled: bool = False) -> Callable[..., Any]:
-    """(x (K, ...), *given) -> gradient (K, ...), objective (K,), recorded for the shapes of these arguments."""
+def rowwise(objective: Objective, rows: int, *, compiled: bool = False) -> Callable[..., Any]:
+    """(x (K, ...), *given) -> gradient (K, ...), objective (K,), for K rows and always the same shapes.
+
+    It is recorded when it has been called so often that this pays; compiled: at the first call."""
     alone = grad_and_value(objective)
-    if len(x) > 1:
-        return record(vmap(alone), x, *given, compiled=compiled)
 
     def single(x: Tensor, *given: Any) -> tuple[Tensor, Tensor]:  # one row: vmap would only cost
         gradient, value = alone(*map(_first_row, (x, *given)))
         return gradient[None], value[None]
 
-    return record(single, x, *given, compiled=compiled)
+    function, calls = vmap(alone) if rows > 1 else single, 0
+
+    def evaluate(x: Tensor, *given: Any) -> Any:
+        nonlocal function, calls
+        if calls == (0 if compiled else RECORDED_AFTER):
+            function = record(function, x, *given, compiled=compiled)
+        calls += 1
+        return function(x, *given)
+
+    return evaluate
 
 
 def evaluated(evaluate: Callable[..., Any], x: Tensor, given: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
@@ -124,7 +136,7 @@ def descend(
     """
     best, best_value = x.clone(), x.new_full(x.shape[:1], torch.inf)
     first, second = torch.zeros_like(x), torch.zeros_like(x)
-    evaluate = rowwise(objective, x, given, compiled=compiled)
+    evaluate = rowwise(objective, len(x), compiled=compiled)
     trace = []
     for step in range(1, steps + 1):
         with torch.no_grad():

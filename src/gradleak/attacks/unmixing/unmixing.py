@@ -58,7 +58,7 @@ class Unmixing:
     modality: ClassVar[str] = Architecture.modality
 
     searches: int = 30
-    polish: int = 10
+    polish: int = 20
 
     def __call__(
         self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
@@ -206,10 +206,10 @@ def polished(
     recipe, network = release.recipe, FullyConnected.of(model.module, model.parameters, model.architecture.input_shape)
     assert recipe is not None
     coarse = max(1, recipe.steps // COARSE) if recipe.optimizer == "sgd" else 1
-    steps = recipe.steps // coarse
-    rates = tuple(sum(recipe.rate(i * coarse + k) for k in range(coarse)) for i in range(steps))
+    taken = recipe.steps // coarse
+    rates = tuple(sum(recipe.rate(i * coarse + k) for k in range(coarse)) for i in range(taken))
     rough = replace(
-        recipe, steps=steps, learning_rate=recipe.learning_rate * coarse, rates=rates if recipe.rates else ()
+        recipe, steps=taken, learning_rate=recipe.learning_rate * coarse, rates=rates if recipe.rates else ()
     )
     weights = [network.weights[0] @ span.basis.T, *network.weights[1:]]
     modules = [name.removesuffix(".weight") for name in network.names]

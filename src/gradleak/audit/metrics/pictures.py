@@ -7,6 +7,9 @@ in float64. Nothing is clamped or rescaled first. A reconstruction with NaN pixe
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,6 +20,7 @@ from gradleak.errors import BadInput
 
 PSNR_CAP_DB = 200.0  # identical pictures would give infinity, which JSON cannot hold; float32 noise is near 150 dB
 
+LPIPS_FILE = "GRADLEAK_LPIPS"  # names a file
 _LPIPS_SHIFT = (-0.030, -0.088, -0.188)  # Zhang et al. 2018: ImageNet statistics for pixels in [-1, 1]
 _LPIPS_SCALE = (0.458, 0.448, 0.450)
 _ALEXNET = (  # (index in torchvision's alexnet().features, kernel, stride, padding, max-pool before it)
@@ -69,21 +73,36 @@ def ssim(reconstruction: Tensor, truth: Tensor) -> Tensor:
 def lpips(reconstruction: Tensor, truth: Tensor) -> Tensor | None:
     """Learned perceptual distance per picture (Zhang et al. 2018, equation 1, AlexNet); 0 is identical, lower is closer.
 
-    The weights come from the safetensors file that the environment variable GRADLEAK_LPIPS names; None when it is
-    unset. The file holds `features.N.weight` and `features.N.bias` as in torchvision's alexnet and, for k = 0..4, one
-    head `lin<k>.….weight` with a non-negative number per channel; anything else in it is ignored. Grey pictures are
-    repeated to three channels, and pictures with a side under 64 pixels are enlarged (bilinear) until it has 64.
-    Raises `BadInput` when the file does not exist or does not fit.
+    The weights come from the file that the environment variable GRADLEAK_LPIPS names; None when it is unset. Grey pictures
+    are repeated to three channels, and pictures with a side under 64 pixels are enlarged (bilinear) until it has 64.
+    Raises `BadInput` as `lpips_weights` does.
     """
-    path = os.environ.get("GRADLEAK_LPIPS")
+    path = os.environ.get(LPIPS_FILE)
     if not path:
         return None
-    weights = _lpips_weights(Path(path))
+    weights = lpips_weights(Path(path))
     _check(reconstruction, truth)
     with torch.no_grad():
         pairs = zip(_alexnet(reconstruction, weights), _alexnet(truth, weights), strict=True)
-        layers = [((a - b).square() * weights[f"lin{k}"].to(a)).sum(1).mean((1, 2)) for k, (a, b) in enumerate(pairs)]
+        layers = [
+            ((a - b).square() * weights[f"lin{k}.weight"].to(a)).sum(1).mean((1, 2)) for k, (a, b) in enumerate(pairs)
+        ]
     return torch.stack(layers).sum(0).double()
+
+
+@contextmanager
+def lpips_from(file: Path | None) -> Iterator[None]:
+    """Inside, `lpips` is measured with the weights in this file, or else in the one that GRADLEAK_LPIPS names: `BadInput` at once where
+    that does not fit, and not when something has been found."""
+    named = os.environ.get(LPIPS_FILE, "")
+    chosen = named if file is None else str(file)
+    if chosen:
+        lpips_weights(Path(chosen))
+    os.environ[LPIPS_FILE] = chosen
+    try:
+        yield
+    finally:
+        os.environ[LPIPS_FILE] = named
 
 
 def _alexnet(images: Tensor, weights: dict[str, Tensor]) -> list[Tensor]:
@@ -104,28 +123,32 @@ def _alexnet(images: Tensor, weights: dict[str, Tensor]) -> list[Tensor]:
     return activations
 
 
-def _lpips_weights(path: Path) -> dict[str, Tensor]:
+def lpips_weights(path: Path) -> dict[str, Tensor]:
+    """Of a safetensors file: `features.N.weight` and `features.N.bias` as in torchvision's alexnet, or `net.slice1.N.weight` as in the
+    package lpips, and for k = 0..4 one head `lin<k>.….weight` with a non-negative number per channel; anything else in it is ignored.
+
+    Raises `BadInput` when the file does not exist or does not fit.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         stored = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise BadInput(f"GRADLEAK_LPIPS names {path}, which is no readable safetensors file: {error}") from error
+        raise BadInput(f"{path} is no readable safetensors file with the weights of LPIPS: {error}") from error
     weights = {}
     for k, (n, kernel, *_) in enumerate(_ALEXNET):
         before, width = _ALEXNET_WIDTHS[k : k + 2]
-        heads = [name for name in stored if name.startswith(f"lin{k}.") and name.endswith(".weight")]
-        for new, old, shape in (
-            (f"features.{n}.weight", f"features.{n}.weight", (width, before, kernel, kernel)),
-            (f"features.{n}.bias", f"features.{n}.bias", (width,)),
-            (f"lin{k}", heads[0] if heads else f"lin{k}.weight", (1, width, 1, 1)),
+        for new, pattern, shape in (
+            (f"features.{n}.weight", rf"(features|net\.slice{k + 1})\.{n}\.weight", (width, before, kernel, kernel)),
+            (f"features.{n}.bias", rf"(features|net\.slice{k + 1})\.{n}\.bias", (width,)),
+            (f"lin{k}.weight", rf"lin{k}\.(.*\.)?weight", (1, width, 1, 1)),
         ):
-            if old not in stored or tuple(stored[old].shape) != shape:
-                misfit = f"has shape {tuple(stored[old].shape)}" if old in stored else "is missing"
+            old = next((name for name in stored if re.fullmatch(pattern, name)), None)
+            if old is None or tuple(stored[old].shape) != shape:
+                misfit = "is missing" if old is None else f"has shape {tuple(stored[old].shape)}"
                 raise BadInput(
-                    f"{path}, named by GRADLEAK_LPIPS, does not hold LPIPS weights for AlexNet: {old} {misfit}, "
-                    f"expected {shape}."
+                    f"{path} does not hold the weights of LPIPS for AlexNet: {new} {misfit}, expected {shape}."
                 )
             weights[new] = stored[old]
     return weights

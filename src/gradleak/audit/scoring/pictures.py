@@ -1,5 +1,6 @@
 """How reconstructed pictures are scored: matched by mean squared error, in pixels in [0, 1]."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,9 @@ CLEAR_LEAD_DB = 3.0  # an image is recognisable when it is identified, with half
 WHOLE_DB = 20.0  # and recovered when besides the root of its mean squared error is at most a tenth of a pixel's range
 SAME = 1e-3  # distance of two pictures, over all pixels, below which they are one
 SMALL = 16  # pixels of the copies by which two sources are told apart
-LIMIT = 2_000  # public pictures that priors, controls and decoys are made of
+LIMIT = 2_000  # public pictures that controls and decoys are made of
+# As many as priors are fitted to: seconds to decode, and seconds to multiply (pixels x pixels for each).
+MOST, PRODUCTS = 25_000, 5e10
 
 
 def public(source: str, split: str, model: PictureModel, limit: int = LIMIT) -> Pictures:
@@ -27,10 +30,23 @@ def public(source: str, split: str, model: PictureModel, limit: int = LIMIT) -> 
 
 
 def split(pool: Pictures) -> tuple[Pictures, Pictures]:
-    """The first pictures are decoys; priors are fitted on the others."""
+    """The first pictures are decoys."""
     parts = (slice(None, DECOYS), slice(DECOYS, None))
     decoys, rest = (replace(pool, images=pool.images[part], labels=pool.labels[part]) for part in parts)
     return decoys, rest
+
+
+def wider(pool: Pictures, model: PictureModel, secret: Tensor | None) -> Pictures:
+    """The pictures without decoys, and as many more of their source as are decoded and fitted in seconds: those that are no secret."""
+    rest, shape = split(pool)[1], model.architecture.input_shape
+    most = min(MOST, int(PRODUCTS / math.prod(shape) ** 2))
+    if pool.drawn is None or most <= len(pool.labels):
+        return rest
+    more, *_ = sampled(pool.source, pool.split, shape=shape, limit=most, seed=pool.drawn, first=len(pool.labels))
+    if secret is not None:
+        fresh = ~(torch.cdist(more.images.flatten(1), secret.flatten(1)) < SAME).any(dim=1)
+        more = replace(more, images=more.images[fresh], labels=more.labels[fresh])
+    return replace(rest, images=torch.cat([rest.images, more.images]), labels=torch.cat([rest.labels, more.labels]))
 
 
 def sample(model: PictureModel, pool: Pictures, count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -126,6 +142,7 @@ PICTURES = Scoring(
     ),
     public=public,
     split=split,
+    wider=wider,
     sample=sample,
     check=check,
     match=match,

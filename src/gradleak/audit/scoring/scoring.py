@@ -96,6 +96,7 @@ class Scoring:
     media      what `Blueprint.show` gives, as a MIME type
     public     (source, split, model, limit) -> public data that the model can take
     split      (public) -> (decoys, the rest): who is told apart from the truth must not have been seen before
+    wider      (public, model, secret inputs or None) -> the rest, and what there is besides where priors are fitted
     sample     (model, public, count, seed) -> (inputs, labels) of somebody else
     check      (secret inputs, model): BadInput where they are not of this kind
     match      (model, reconstructions, truth) -> (one reconstruction per true sample, its index or -1)
@@ -114,6 +115,7 @@ class Scoring:
     controls: Sequence[Control]
     public: Callable[..., Any]
     split: Callable[[Any], tuple[Any, Any]]
+    wider: Callable[[Any, Model[Any], Any], Any]
     sample: Callable[[Model[Any], Any, int, int], tuple[Any, Tensor | None]]
     check: Callable[[Any, Model[Any]], None]
     match: Callable[[Model[Any], Any, Any], tuple[Any, list[int]]]

@@ -171,6 +171,7 @@ TEXTS = Scoring(
     ),
     public=public,
     split=lambda pool: (pool, pool),
+    wider=lambda pool, model, secret: pool,
     sample=sample,
     check=check,
     match=match,

@@ -1,0 +1,124 @@
+"""Are training pictures clearer that were drawn out of weights (KKT), once a prior of pictures has cleaned them? Test pictures as private ones. Denoised once, and
+denoised again and again in the span that the weights tell, under a Gaussian and under learned priors; the same cleaning of what was drawn
+out of another owner's weights, which must not look like these pictures.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradleak.attacks.weights.kkt import KKT
+from gradleak.modalities.pictures import public_pool
+from gradleak.priors.gaussian import GaussianPrior
+from gradleak.priors.named import load_prior
+from gradleak.priors.prior import Denoiser
+from gradleak.studies.data_sets import shape_of
+from gradleak.studies.extractions import RECOVERED, judged, mean_image, two_class_source
+from gradleak.studies.findings import Findings, stands_in
+from gradleak.studies.plots import bars, panels
+from gradleak.studies.prior_candidates import IMAGES, Extraction, cleaned_in_span, denoised, extraction
+from gradleak.studies.priors_on_gradients import DENOISER
+from gradleak.studies.study import Bench, Result, Size, Study
+from gradleak.studies.table import Table
+
+PUBLIC: dict[Size, int] = {"smoke": 100, "small": 5_000, "paper": 20_000}  # pictures behind the Gaussian
+CONTROLS = ("mean_image", "another_model")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """cleaning: none, denoised (once, at the noise that each candidate shows), in the span (again and again); kept: beside the candidates as
+    they were, or alone."""
+
+    cleaning: str
+    prior: str = "none"
+    kept: str = "alone"
+
+
+def settings(data: str, size: Size) -> Iterator[Setting]:
+    """As they are, then cleaned."""
+    yield Setting("none")
+    colour = two_class_source(data) == data and size != "smoke"
+    there = (("trained here", DENOISER in os.environ), ("ffdnet", colour))
+    for prior in ("gaussian", *(prior for prior, is_there in there if is_there)):
+        yield from (Setting(cleaning, prior) for cleaning in ("denoised", "in the span"))
+        yield Setting("in the span", prior, "beside")
+
+
+def cleaned(setting: Setting, one: Extraction, prior: Denoiser | None) -> torch.Tensor:
+    """The candidates after this cleaning."""
+    images = one.found.value
+    if prior is None:
+        return images
+    clean = (
+        denoised(images, prior)
+        if setting.cleaning == "denoised"
+        else cleaned_in_span(images, prior, one.network, one.span)
+    )
+    return torch.cat([images, clean]) if setting.kept == "beside" else clean
+
+
+def prior_of(setting: Setting, bench: Bench) -> Denoiser | None:
+    """The denoiser of that name."""
+    if setting.prior == "none":
+        return None
+    source = two_class_source(bench.data)
+    shape = shape_of(extraction(bench.data, bench.size, bench.seed, 0).private)
+    if setting.prior == "gaussian":
+        pool = public_pool(source, "train", shape=shape, limit=PUBLIC[bench.size])
+        return GaussianPrior.fit(pool.images)
+    text = f"diffusion:{os.environ[DENOISER]}" if setting.prior == "trained here" else setting.prior
+    found: Any = load_prior(text, shape)
+    return found
+
+
+def cell(setting: Setting, bench: Bench) -> Result:
+    """What is nearest to each training picture among the candidates of its model, and among those of another."""
+    prior, source = prior_of(setting, bench), two_class_source(bench.data)
+    own, other = (extraction(bench.data, bench.size, bench.seed, owner) for owner in (0, 1))
+    images = mean_image(source, IMAGES[bench.size]), cleaned(setting, other, prior)
+    found = replace(own.found, value=cleaned(setting, own, prior))
+    result = judged(own.private.images, found, dict(zip(CONTROLS, images, strict=True)))
+    return replace(result, notes=(stands_in(source, bench.data),))
+
+
+def tell(table: Table) -> Findings:
+    """Counts beside the controls' counts."""
+    said = []
+    for row in table.rows:
+        about = {name: row[name] for name in ("cleaning", "prior", "kept")}
+        hits = (f"{name.replace('_', ' ')} {sum(table.sampled(f'{name}_recovered', **about))}" for name in CONTROLS)
+        counted = f"{sum(table.sampled('recovered', **about))} of {row['samples']} ({', '.join(hits)})"
+        said.append(f"{row['cleaning']}, {row['prior']}, {row['kept']}: {counted}")
+    figure, [axes] = panels(width=7, height=1 + 0.25 * len(table.rows))
+    bars(
+        axes,
+        table.rows,
+        lambda row: f"{row['cleaning']}, {row['prior']}, {row['kept']}",
+        "ssim",
+        *(f"{n}_ssim" for n in CONTROLS),
+    )
+    axes.set(xlabel="mean SSIM of the nearest candidate")
+    sentence = f"Training pictures above an SSIM of {RECOVERED}. {'; '.join(said)}."
+    return Findings(sentence, {"Candidates, cleaned": figure})
+
+
+def used(setting: Setting) -> tuple[Any, ...]:
+    """What draws the candidates, and the folder of the denoiser where it is that."""
+    files = [Path(os.environ[DENOISER])] if setting.prior == "trained here" else []
+    return (KKT, load_prior, *files)
+
+
+STUDY = Study(
+    name="priors-on-weights",
+    question="Does a prior of pictures make training pictures clearer that were drawn out of a network's weights?",
+    settings=settings,
+    cell=cell,
+    together=lambda setting: "all",
+    tell=tell,
+    depends=used,
+)
