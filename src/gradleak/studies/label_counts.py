@@ -27,8 +27,7 @@ from gradleak.victims.gradient import capture_gradient
 from gradleak.victims.training import prepare_model
 
 MODEL = "resnet18-16"
-# epochs, pictures of training, public pictures of the attacker, steps of the reader's training, private pictures in all: of a cell
-# without the classifier, and with it, whose equations take seconds a batch
+# epochs, pictures of training and of the attacker, steps of the reader, private pictures without the classifier and with it (seconds a batch)
 EFFORT: dict[Size, tuple[tuple[int, ...], int, int, int, tuple[int, int]]] = {
     "smoke": ((0,), 100, 300, 20, (16, 16)),
     "small": ((0, 1, 10), 6_500, 8_000, 2_000, (960, 240)),

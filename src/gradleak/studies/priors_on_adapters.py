@@ -2,21 +2,18 @@
 few and many public pictures behind the Gaussian, learned priors, with controls of equal evaluations on unseen pictures.
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from gradleak.attacks import ATTACKS
 from gradleak.attacks.search.start import Given
 from gradleak.observations.observation import PictureObservation
-from gradleak.priors.named import load_prior
 from gradleak.studies import adapter_victims as victims
 from gradleak.studies.findings import Findings
+from gradleak.studies.learned_priors import behind, learned, prior_of
 from gradleak.studies.plots import bars, panels
 from gradleak.studies.prior_adapters import EFFORT, adapters, begun, gaussian
-from gradleak.studies.priors_on_gradients import DENOISER
 from gradleak.studies.study import Bench, Result, Size, Study
 from gradleak.studies.table import Table
 
@@ -44,11 +41,11 @@ def settings(data: str, size: Size) -> Iterator[Setting]:
     for public in ("few", "many"):
         yield from (Setting("convnet", "map-inversion", "gaussian", public, effort) for effort in ("plain", "deep"))
         yield Setting("mlp1000", "activation-patterns", "gaussian", public)
-    learned = [*(["trained here"] if DENOISER in os.environ else []), "ffdnet"]
+    priors = learned()
     yield Setting("convnet", "map-inversion", effort="long")
-    yield from (Setting("convnet", "daps", prior) for prior in ("gaussian", *learned))
-    yield Setting("convnet", "red-diff", learned[0])
-    yield from (Setting("convnet", "daps", learned[0], release=release) for release in ("none", "wrong"))
+    yield from (Setting("convnet", "daps", prior) for prior in ("gaussian", *priors))
+    yield Setting("convnet", "red-diff", priors[0])
+    yield from (Setting("convnet", "daps", priors[0], release=release) for release in ("none", "wrong"))
     yield Setting("mlp1000", "activation-patterns", release="wrong")
 
 
@@ -66,8 +63,8 @@ def cell(setting: Setting, bench: Bench) -> Result:
         often, least = efforts[setting.effort]
         ready = attack(prior=prior, evaluations=often, least=least, pairs=victims.PAIRS[bench.size] // 2)
     else:
-        text = f"diffusion:{os.environ[DENOISER]}" if setting.prior == "trained here" else setting.prior
-        known = None if text == "gaussian" else load_prior(text, base.model.architecture.input_shape)
+        shape = base.model.architecture.input_shape
+        known = None if setting.prior == "gaussian" else prior_of(setting.prior, shape)
         own = {"samples": samples, "levels": levels, "evaluations": evaluations}
         own = own if setting.attack == "daps" else {"steps": most}
         solver = attack(prior=known, gaussian=prior, blind=setting.release == "none", **own)
@@ -99,8 +96,7 @@ def tell(table: Table) -> Findings:
 
 def depends(setting: Setting) -> tuple[Any, ...]:
     """The attacks, and the folder of the denoiser where it is that."""
-    files = [Path(os.environ[DENOISER])] if setting.prior == "trained here" else []
-    return (ATTACKS[setting.attack], load_prior, *files)
+    return (ATTACKS[setting.attack], *behind(setting.prior))
 
 
 STUDY = Study(

@@ -2,36 +2,26 @@
 times priors, with controls of equal evaluations: single unseen pictures, labels known.
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from gradleak.attacks import ATTACKS
-from gradleak.attacks.diffusion.guide import Guide
 from gradleak.audit import metrics
 from gradleak.audit.intervals import mean
-from gradleak.modalities.pictures import Pictures
-from gradleak.priors.gaussian import GaussianPrior
-from gradleak.priors.named import load_prior
 from gradleak.studies.data_sets import shrunk
 from gradleak.studies.findings import Findings
+from gradleak.studies.learned_priors import behind, learned
 from gradleak.studies.plots import bars, panels
-from gradleak.studies.prior_victims import Begun, begun, gaussian, search
+from gradleak.studies.prior_victims import attack_of, begun, gaussian
 from gradleak.studies.samples import compared
 from gradleak.studies.study import Bench, Result, Size, Study
 from gradleak.studies.table import Table
 
-DENOISER = "GRADLEAK_DENOISER"  # names the folder of one that `gradleak train denoiser` has made
 # Pictures, the same in every row: differences are paired.
 COUNTS: dict[Size, int] = {"smoke": 2, "small": 6, "paper": 100}
-# Samples, levels, and evaluations at each: as many gradients in all as the other solvers have, after those of the search under the Gaussian.
-EFFORT: dict[Size, tuple[int, int, int]] = {"smoke": (2, 2, 2), "small": (2, 10, 10), "paper": (4, 16, 16)}
-# Pairs that GUIDE is trained on, and steps.
-PAIRS: dict[Size, tuple[int, int]] = {"smoke": (4, 2), "small": (40, 300), "paper": (300, 2_000)}
 DECOYS = 100
 NAMES = ("noise", "attack", "prior", "knows", "release")
 SOLVERS = ("red-diff", "sds", "dps")
@@ -51,12 +41,11 @@ class Setting:
 
 def settings(data: str, size: Size) -> Iterator[Setting]:
     """Under each noise the solvers under each prior, then what the level of noise is worth, and controls."""
-    there = (("trained here", DENOISER in os.environ), ("ffdnet", size != "smoke"))
-    learned = [prior for prior, is_there in there if is_there]
-    first = learned[0] if learned else "gaussian"
+    priors = learned(ffdnet=size != "smoke")
+    first = priors[0] if priors else "gaussian"
     for noise in (1.0,) if size == "smoke" else (1.0, 0.1):
         yield Setting(noise, "map-inversion", "gaussian")
-        yield from (Setting(noise, "daps", prior) for prior in (*learned, "gaussian"))
+        yield from (Setting(noise, "daps", prior) for prior in (*priors, "gaussian"))
         for solver in SOLVERS:
             yield from (Setting(noise, solver, prior) for prior in dict.fromkeys((first, "gaussian")))
         yield Setting(noise, "guide", "public pairs")
@@ -75,7 +64,9 @@ def cell(setting: Setting, bench: Bench) -> Result:
     start = begun(*where, COUNTS[bench.size])
     found, truth = start.likeliest, start.private.images
     if setting.attack != "map-inversion":
-        attack = solver(setting, bench.size, prior, public, start)
+        attack = attack_of(
+            setting.attack, setting.prior, bench.size, start, prior, public, blind=setting.release == "none"
+        )
         found = attack.many(start.seen, generator=torch.Generator().manual_seed(bench.seed))
     images, likeliest = (torch.cat([one.value for one in some]) for some in (found, start.likeliest))
     perceived = metrics.lpips(images, truth)
@@ -86,19 +77,6 @@ def cell(setting: Setting, bench: Bench) -> Result:
         row |= {} if perceived is None else {"lpips": float(perceived[i])}
         row |= {} if one.spread is None else {"spread": float(one.spread.square().mean().sqrt())}
     return Result(samples=rows, notes=(shrunk(prior.shape, bench.size),))
-
-
-def solver(setting: Setting, size: Size, prior: GaussianPrior, public: Pictures, start: Begun) -> Any:
-    """The attack of a setting, ready to run."""
-    samples, levels, evaluations = EFFORT[size]
-    if setting.attack == "guide":
-        pairs, steps = PAIRS[size]
-        return Guide(after=search(prior, size), pairs=pairs, steps=steps, samples=4 * samples, public=public)
-    text = f"diffusion:{os.environ[DENOISER]}" if setting.prior == "trained here" else setting.prior
-    given = {"gaussian": prior, "prior": None if text == "gaussian" else load_prior(text, prior.shape)}
-    effort: dict[str, int] = {"samples": samples, "levels": levels, "evaluations": evaluations}
-    effort = effort if setting.attack == "daps" else {"steps": samples * levels * evaluations}
-    return ATTACKS[setting.attack](**given, start=start, blind=setting.release == "none", **effort)
 
 
 def tell(table: Table) -> Findings:
@@ -132,8 +110,7 @@ def tell(table: Table) -> Findings:
 
 def denoiser(setting: Setting) -> tuple[Any, ...]:
     """The attack, and the folder of the denoiser where it is that."""
-    files = [Path(os.environ[DENOISER])] if setting.prior == "trained here" else []
-    return (ATTACKS[setting.attack], load_prior, *files)
+    return (ATTACKS[setting.attack], *behind(setting.prior))
 
 
 STUDY = Study(

@@ -3,10 +3,8 @@ denoised again and again in the span that the weights tell, under a Gaussian and
 out of another owner's weights, which must not look like these pictures.
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,14 +12,13 @@ import torch
 from gradleak.attacks.weights.kkt import KKT
 from gradleak.modalities.pictures import public_pool
 from gradleak.priors.gaussian import GaussianPrior
-from gradleak.priors.named import load_prior
 from gradleak.priors.prior import Denoiser
 from gradleak.studies.data_sets import shape_of
 from gradleak.studies.extractions import RECOVERED, judged, mean_image, two_class_source
 from gradleak.studies.findings import Findings, stands_in
+from gradleak.studies.learned_priors import behind, learned, prior_of
 from gradleak.studies.plots import bars, panels
 from gradleak.studies.prior_candidates import IMAGES, Extraction, cleaned_in_span, denoised, extraction
-from gradleak.studies.priors_on_gradients import DENOISER
 from gradleak.studies.study import Bench, Result, Size, Study
 from gradleak.studies.table import Table
 
@@ -44,8 +41,7 @@ def settings(data: str, size: Size) -> Iterator[Setting]:
     yield Setting("none")
     yield Setting("none", kept="twice as many")
     colour = two_class_source(data) == data and size != "smoke"
-    there = (("trained here", DENOISER in os.environ), ("ffdnet", colour))
-    for prior in ("gaussian", *(prior for prior, is_there in there if is_there)):
+    for prior in ("gaussian", *learned(ffdnet=colour)):
         yield from (Setting(cleaning, prior) for cleaning in ("denoised", "in the span"))
         yield Setting("in the span", prior, "beside")
 
@@ -63,7 +59,7 @@ def cleaned(setting: Setting, one: Extraction, prior: Denoiser | None) -> torch.
     return torch.cat([images, clean]) if setting.kept == "beside" else clean
 
 
-def prior_of(setting: Setting, bench: Bench) -> Denoiser | None:
+def cleaner(setting: Setting, bench: Bench) -> Denoiser | None:
     """The denoiser of that name."""
     if setting.prior == "none":
         return None
@@ -72,13 +68,12 @@ def prior_of(setting: Setting, bench: Bench) -> Denoiser | None:
     if setting.prior == "gaussian":
         pool = public_pool(source, "train", shape=shape, limit=PUBLIC[bench.size])
         return GaussianPrior.fit(pool.images)
-    text = f"diffusion:{os.environ[DENOISER]}" if setting.prior == "trained here" else setting.prior
-    return cast(Denoiser, load_prior(text, shape))
+    return cast(Denoiser, prior_of(setting.prior, shape))
 
 
 def cell(setting: Setting, bench: Bench) -> Result:
     """What is nearest to each training picture among the candidates of its model, and among those of another."""
-    prior, source = prior_of(setting, bench), two_class_source(bench.data)
+    prior, source = cleaner(setting, bench), two_class_source(bench.data)
     each = 4 if setting.kept == "twice as many" else 2
     own, other = (extraction(bench.data, bench.size, bench.seed, owner, each) for owner in (0, 1))
     images = mean_image(source, IMAGES[bench.size]), cleaned(setting, other, prior)
@@ -110,8 +105,7 @@ def tell(table: Table) -> Findings:
 
 def used(setting: Setting) -> tuple[Any, ...]:
     """What draws the candidates, and the folder of the denoiser where it is that."""
-    files = [Path(os.environ[DENOISER])] if setting.prior == "trained here" else []
-    return (KKT, load_prior, *files)
+    return (KKT, *behind(setting.prior))
 
 
 STUDY = Study(
