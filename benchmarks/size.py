@@ -2,9 +2,9 @@
 
     python benchmarks/size.py FOLDER [CASE ...]     victims go to FOLDER and are kept, audits are made again
 
-gpt2 has the shape of GPT-2 (12 layers, width 768, vocabulary 50,257: 124 M parameters), vit that of ViT-B/16 (224 x 224, 86 M), resnet18 is
-our ResNet-18 at 224 x 224. Weights are random: what an attack costs depends on sizes alone. Printed are CPU-seconds and peak memory of
-`gradleak audit`, and what came of it.
+gpt2 has the shape of GPT-2 (12 layers, width 768, vocabulary 50,257: 124 M parameters), llama that of TinyLlama (1.1 B), vit that of
+ViT-B/16 (224 x 224, 86 M), resnet18 is our ResNet-18 at 224 x 224. Weights are random: what an attack costs depends on sizes alone.
+Printed are CPU-seconds and peak memory of `gradleak audit`, and what came of it.
 """
 
 import json
@@ -24,9 +24,28 @@ VOCABULARY, CLASSES = 50_257, 10
 
 
 def gpt2(folder: Path) -> Any:
-    """The shape of GPT-2 with a byte-level tokenizer, as save_pretrained leaves it: its module and the ids of the text."""
-    import torch
+    """The shape of GPT-2, as save_pretrained leaves it: its module and the ids of the text."""
     from transformers import GPT2Config, GPT2LMHeadModel
+
+    return decoder(folder, GPT2LMHeadModel, lambda ends: GPT2Config(vocab_size=VOCABULARY, **ends))
+
+
+def llama(folder: Path) -> Any:
+    """The shape of TinyLlama: 22 layers, width 2,048, 32 heads of which four hold keys."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes: dict[str, Any] = {
+        "hidden_size": 2_048,
+        "num_hidden_layers": 22,
+        "intermediate_size": 5_632,
+        "num_key_value_heads": 4,
+    }
+    return decoder(folder, LlamaForCausalLM, lambda ends: LlamaConfig(**sizes, **ends))
+
+
+def decoder(folder: Path, kind: Any, config: Callable[..., Any]) -> Any:
+    """A language model with a byte-level tokenizer."""
+    import torch
 
     from gradleak.modalities.texts import load_texts
     from gradleak.victims.small_language import train_tokenizer
@@ -34,8 +53,7 @@ def gpt2(folder: Path) -> Any:
     torch.manual_seed(0)
     tokenizer = train_tokenizer(load_texts("embedded", "train").texts, "gpt2", size=300)
     ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    kind: Any = GPT2LMHeadModel
-    module = kind(GPT2Config(vocab_size=VOCABULARY, **ends)).eval()
+    module = kind(config(ends)).eval()
     module.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     ids = [*tokenizer(TEXT)["input_ids"][:29], tokenizer.eos_token_id]
@@ -141,6 +159,10 @@ CASES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "gpt2-50-steps-adamw": (
         lambda f: adapter(gpt2, f, QKV, 8, 50, 1e-3, "AdamW"),
         ["adapter", "--base", "base", *TEXTS, "--lr", "0.001", "--steps", "50", "--optimizer", "adamw"],
+    ),
+    "llama-adapter": (
+        lambda f: adapter(llama, f, FEW, 32, 1, 1e-2, "SGD"),
+        ["adapter", "--base", "base", *TEXTS, "--lr", "0.01"],
     ),
     "vit-gradient": (vit_gradient, ["observation.safetensors", "--model", "base"]),
     "vit-adapter": (
