@@ -17,10 +17,8 @@ from torch import Tensor
 
 from gradleak.attacks.label_equations.equations import Equations
 
-EXACT, CLOSE = (
-    1e-4,
-    1e-3,
-)  # misfit of a corner that is a sample; of one with two zeros more than it needs, which rounding moves
+EXACT = 1e-4  # misfit of a corner that is a sample
+CLOSE = 1e-3  # of one with two zeros more than it needs, which rounding moves
 APART = 2e-2  # how far the conditions between two samples may be off
 LARGEST = 10.0  # sum of a sample's features, in units of the mean features' sum
 FACETS = 128  # features that bound the polytope: those that come nearest to 0
