@@ -132,7 +132,8 @@ def test_other_sizes_and_channels_are_used_or_refused(tmp_path: Path) -> None:
 
 def test_latents(tmp_path: Path) -> None:
     """Stable Diffusion in small, with a prompt: the latents are cleaned as its scheduler does, and pixels have gradients."""
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     torch.manual_seed(0)
     blocks: dict[str, Any] = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
     kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
@@ -159,9 +160,8 @@ def test_latents(tmp_path: Path) -> None:
     )
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
-    settings = transformers.CLIPTextConfig(
-        vocab_size=8, max_position_embeddings=6, bos_token_id=0, eos_token_id=1, **sizes
-    )
+    of_text: Any = transformers.CLIPTextConfig  # the sizes are integers by name
+    settings = of_text(vocab_size=8, max_position_embeddings=6, bos_token_id=0, eos_token_id=1, **sizes)
     transformers.CLIPTextModel(settings).save_pretrained(tmp_path / "text_encoder")
     prior = diffusion.load(str(tmp_path))
     assert isinstance(prior, diffusion.LatentDiffusion)
