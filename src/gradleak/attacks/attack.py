@@ -9,6 +9,7 @@ from gradleak.attacks.search.descend import OnStep
 from gradleak.errors import NotObserved
 from gradleak.observations.observation import Observation, a
 from gradleak.observations.release import Release
+from gradleak.observations.rounds import Rounds
 
 DERIVED = 3  # simulated releases that the gradient of one costs: a pass forth and a pass back through the graph of the first two
 
@@ -49,6 +50,8 @@ class Attack(Protocol):
     on_device                                             True: it computes where the observation lies; others stay on the CPU, in
                                                           float64 where they need it
     by_name_only                                          True: a bare audit leaves it out
+    joint                                                 True: it asks the observation for `simulate` and `noise` alone, so that it takes several
+                                                          rounds of one client as one; others get them one by one (round_by_round.py)
     """
 
     sees: ClassVar[tuple[type[Release], ...]]
@@ -81,3 +84,5 @@ def check_sees(attack: Any, *observations: Observation[Any]) -> None:
     for observation in observations:
         if reason := refusal(attack, observation):
             raise NotObserved(reason)
+        if isinstance(observation, Rounds) and not getattr(attack, "joint", False):
+            raise NotObserved("It reads one round at a time.")

@@ -71,6 +71,7 @@ class DLG:
     sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update)
     modality: ClassVar[str] = Architecture.modality
     on_device: ClassVar[bool] = True
+    joint: ClassVar[bool] = True
 
     evaluations: int = 600
     rounds: int = 5
@@ -231,6 +232,7 @@ class IDLG:
     sees: ClassVar[tuple[type[Release], ...]] = DLG.sees
     modality: ClassVar[str] = DLG.modality
     on_device: ClassVar[bool] = True
+    joint: ClassVar[bool] = True
 
     evaluations: int = DLG.evaluations
     rounds: int = DLG.rounds

@@ -53,6 +53,7 @@ class InvertingGradients:
     sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update, Adapter)
     modality: ClassVar[str] = Architecture.modality
     on_device: ClassVar[bool] = True
+    joint: ClassVar[bool] = True
 
     steps: int = 1_000
     step_size: float = 0.1

@@ -21,6 +21,7 @@ from gradleak.observations.adapter import Adapter
 from gradleak.observations.layers import Call, calls
 from gradleak.observations.observation import PictureObservation
 from gradleak.observations.releases import Gradient
+from gradleak.observations.rounds import Rounds
 
 # Of both gradients, squared: what counts of samples that are alike may leave. Untrained networks left 2e-4 at most, trained ones 2e-2.
 EXPLAINED = 1e-2
@@ -40,6 +41,8 @@ def recover_labels(observation: PictureObservation) -> Tensor:
     batch = observation.batch_size
     if batch is None:
         raise NotObserved("The batch size was withheld, and labels without it: neither can be told from one gradient.")
+    if isinstance(observation, Rounds):
+        return labels_of_rounds(observation, batch)
     model = observation.model
     grey = torch.full((1, *model.architecture.input_shape), 0.5).to(next(iter(observation.released.values())))
     smoothing = smoothing_of(observation)
@@ -55,6 +58,17 @@ def recover_labels(observation: PictureObservation) -> Tensor:
     if left > EXPLAINED and solvable(observation, last, batch):
         counts, _ = counts_by_equations(equations_of(observation, last), trained_on(observation), counts)
     return torch.arange(len(counts)).repeat_interleave(counts).to(grey.device)
+
+
+def labels_of_rounds(observation: PictureObservation, batch: int) -> Tensor:
+    """The mean of what the rounds tell, (batch,): of the counts, or of one sample's soft label, whose noise averages out."""
+    rounds, classes = observation.alone().values(), observation.model.architecture.classes
+    if batch == 1 and not any(isinstance(one.release, Adapter) for one in rounds):
+        return torch.stack([soft_labels(one)[0] for one in rounds]).mean(0).argmax()[None]
+    each = [recover_labels(one) for one in rounds]
+    mean = torch.stack([labels.bincount(minlength=classes) for labels in each]).double().mean(0).cpu()
+    counts = apportion(mean, torch.zeros(classes, dtype=torch.bool), batch).long()
+    return torch.arange(classes).repeat_interleave(counts).to(each[0].device)
 
 
 def equations_of(observation: PictureObservation, last: Call) -> Equations:

@@ -64,6 +64,7 @@ class MapInversion:
     sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update, Adapter)
     modality: ClassVar[str] = Architecture.modality
     on_device: ClassVar[bool] = True
+    joint: ClassVar[bool] = True
 
     prior: GaussianPrior | None = field(default=None, repr=False)
     pairs: int = 1_000

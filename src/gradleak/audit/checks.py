@@ -194,7 +194,13 @@ def unexplained(residual: float) -> list[Flag]:
 
 def information(observation: Observation[Any], inputs: Any, labels: Tensor | None, where: str) -> list[Flag]:
     """What a low-rank release determines, whether or not an attack finds it (bound.py), as a flag; of others, nothing is asked."""
-    if not observation.release.sketched or not isinstance(inputs, Tensor) or labels is None or not len(inputs):
+    if (
+        len(observation.alone()) > 1
+        or not observation.release.sketched
+        or not isinstance(inputs, Tensor)
+        or labels is None
+        or not len(inputs)
+    ):
         return []
     if inputs.numel() > MOST_UNKNOWNS:
         sentence = f"{inputs.numel():,} unknown pixels: too many to ask here what the release determines."

@@ -114,7 +114,12 @@ def factor_flag(factor: float, batch: int | None, what: str) -> Flag:
 def at_reconstruction(observation: Observation[Any], found: Reconstruction) -> list[Flag]:
     """What a reconstruction says of the release that it does not explain: another factor, or another training, would."""
     inputs, labels, residual = found.value, found.labels, found.residual
-    if not observation.release.replays or not SOLVED < residual < math.inf or observation.defenses != ():
+    if (
+        len(observation.alone()) > 1
+        or not observation.release.replays
+        or not SOLVED < residual < math.inf
+        or observation.defenses != ()
+    ):
         return []
     try:
         with torch.no_grad():

@@ -16,8 +16,9 @@ import torch
 from gradleak.attacks.attack import Attack, placed, refusal
 from gradleak.attacks.factor import with_factor_found
 from gradleak.attacks.reconstruction import Reconstruction
+from gradleak.attacks.round_by_round import attacked
 from gradleak.attacks.search.descend import OnStep
-from gradleak.audit import privacy
+from gradleak.audit import privacy, rounds
 from gradleak.audit.checks import check_observation, check_result, information, replay, trained_on_secret, unexplained
 from gradleak.audit.explanations import at_reconstruction
 from gradleak.audit.intervals import mean
@@ -83,12 +84,14 @@ def audit(
         lambda: None if public is None else scoring.wider(public, model, None if secret is None else secret.inputs)
     )
     mechanism = privacy.mechanism_of(observation, told)
-    general = [*check_observation(observation), *privacy.of_observation(observation, mechanism, secret, decoys)]
+    general = [*rounds.joint(observation), *rounds.of_each(check_observation, observation)]
+    general += privacy.of_observation(observation, mechanism, secret, decoys)
     observation, told_labels = labels_told(observation, rest, secret, seed)
     general += told_labels
     if secret is not None:
-        general += replay(observation, secret.inputs, secret.labels)
-        general += information(observation, secret.inputs, secret.labels, "at the truth") if bound else []
+        inputs, labels = secret.inputs, secret.labels
+        general += rounds.of_each(lambda one: replay(one, inputs, labels), observation)
+        general += information(observation, inputs, labels, "at the truth") if bound else []
         general += privacy.least_error(observation, secret, rest) if bound else []
     for title, attack in attacks.items():
         if reason := refusal(attack, observation):
@@ -114,11 +117,13 @@ def audit(
             continue
         row |= {"media": scoring.media, "shown": {"reconstruction": model.architecture.show(reconstruction.value)}}  # type: ignore[typeddict-item]
         row["shown"] = {**row["shown"], **invented(observation, reconstruction, range(len(reconstruction.value)))}
+        fits = rounds.fit(observation, reconstruction)
         if secret is None:
             count = observation.batch_size or len(reconstruction.value)
             labels = None if reconstruction.labels is None else reconstruction.labels[:count]
             row["flags"] = [
                 *general,
+                *fits,
                 *(
                     information(observation, reconstruction.value[:count], labels, "at this reconstruction")
                     if bound
@@ -130,11 +135,12 @@ def audit(
         elif public is not None:
             other = others(observation, scoring, public, max(len(reconstruction.value), len(secret)), seed)
             try:
-                wrong = ready(placed(attack, other, where), generator=torch.Generator().manual_seed(run.seed)).value
+                draws = torch.Generator().manual_seed(run.seed)
+                wrong = attacked(ready, placed(attack, other, where), generator=draws).value
             except UNABLE:
                 wrong = model.architecture.blank(len(secret))
             score(row, observation, scoring, reconstruction, wrong, secret, public, decoys)
-            row["flags"] = [*row["flags"], *trained_on_secret(ready, secret), *privacy.of_result(row, mechanism)]
+            row["flags"] = [*row["flags"], *fits, *trained_on_secret(ready, secret), *privacy.of_result(row, mechanism)]
         if len(runs) > 1:
             row["repeats"] = repeated(row, observation, scoring, runs, secret, decoys)
         yield Audited(row, reconstruction)
@@ -180,7 +186,7 @@ def under_seeds(
         report = on_step(title) if on_step is not None else None
         ready = prepared(attack, observation, public, seed)
         generator = torch.Generator().manual_seed(seed)
-        found = ready(placed(attack, observation, where), generator=generator, on_step=report)
+        found = attacked(ready, placed(attack, observation, where), generator=generator, on_step=report)
         runs.append(Run(seed, ready, found, time.perf_counter() - start))
         if len(runs) == 2 and same(*(run.reconstruction for run in runs)):
             return runs[:1]
@@ -274,7 +280,7 @@ def describe(observation: Observation[Any], name: str = "") -> dict[str, Any]:
     """The observation as plain data: kind, model, and what of it was revealed."""
     model, defenses = observation.model, observation.defenses
     return {
-        "name": name or observation.release.name,
+        "name": name or observation.name,
         "kind": observation.release.name,
         "data": model.architecture.secret,
         "architecture": model.architecture.name,

@@ -134,19 +134,21 @@ def effort_of(attack: Any, observation: Observation[Any]) -> Effort | None:
     """What it says that it is going to take; None where it says nothing, or is going to refuse anyway."""
     if refusal(attack, observation) or not hasattr(attack, "effort"):
         return None
+    joint, rounds = getattr(attack, "joint", False), observation.alone()
+    times = 1 if joint else len(rounds)
+    observation = observation if joint else next(iter(rounds.values()))
     if last_layer_withheld(observation) and observation.batch_size:  # labels will be read before attacks begin
         observation = replace(observation, read_labels=torch.zeros(observation.batch_size, dtype=torch.int64))
     try:
         effort: Effort = attack.effort(observation)
     except (NotObserved, BadInput):
         return None
-    return effort
+    return Effort(effort.simulations * times, *effort[1:])
 
 
 def step_of(observation: Observation[Any], public: Any, where: torch.device) -> Work | None:
     """What one step of a simulation takes, of as many public samples as there are private ones; None where there is no simulation."""
-    model, count = observation.model, observation.batch_size or 1
-    one = replace(observation, release=observation.release.one_step())
+    model, count, one = observation.model, observation.batch_size or 1, observation.one_step()
     try:
         inputs, labels = SCORING[model.architecture.modality].sample(model, public, count, 0)
         inputs, labels = (part.to(where) if isinstance(part, torch.Tensor) else part for part in (inputs, labels))

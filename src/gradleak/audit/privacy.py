@@ -33,7 +33,7 @@ LOOKS = 8  # pictures of the prior at which the information is averaged
 
 def mechanism_of(observation: Observation[Any], told: Mechanism | None) -> Privacy:
     """What the release says of itself, or what the flags say; a sentence where there is no epsilon."""
-    own = observation.release.privacy()
+    own = observation.privacy()
     if isinstance(own, Mechanism) and told is not None:
         raise BadInput(
             f"What was shared says itself how private the training was ({own}): leave out --noise-multiplier."
@@ -41,7 +41,8 @@ def mechanism_of(observation: Observation[Any], told: Mechanism | None) -> Priva
     if told is not None and isinstance(own, str) and not observation.defenses:
         raise BadInput("What was shared says itself that no noise was added to it: leave out --noise-multiplier.")
     if told is not None:
-        return replace(told, certain=observation.release.certain)
+        certain = len(observation.alone()) * observation.release.certain
+        return replace(told, certain=min(certain, told.steps))
     if own is None and any(defense.random for defense in observation.defenses or ()):
         return "Noise was added to what was not cut to a norm: there is no epsilon, and no bound for any attack."
     return own

@@ -21,6 +21,7 @@ SERIOUS: tuple[Level, ...] = (
     "absent",
 )  # the worst of several is told
 TOLD = "embeddings"  # a flag that says, as a warning, what a release tells of the private data with no attack at all
+ROUNDS = "rounds"  # flags that say which rounds were attacked jointly, and whether they share their data
 VOID = "No number on this page can be relied on: a check failed."
 PARTS = "Parts of the private data can be read off what was shared, without any attack."
 NO_SECRET = "without the secret, nothing was scored"
@@ -36,6 +37,8 @@ def verdict(results: Sequence[Result], metrics: Mapping[str, Any], untried: Sequ
     """`of_attacks`, and what the release tells with no attack at all: where it does, nothing is called safe."""
     judged = of_attacks(results, metrics, untried)
     flags = [flag for row in results for flag in row["flags"]]
+    rounds = dict.fromkeys(flag["sentence"] for flag in flags if flag["name"].startswith(ROUNDS))
+    judged = {**judged, "sentence": " ".join((judged["sentence"], *rounds))}
     told = dict.fromkeys(flag["sentence"] for flag in flags if flag["name"] == TOLD and flag["level"] == "warning")
     if not told:
         return judged

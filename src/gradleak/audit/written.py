@@ -50,7 +50,7 @@ def written_audit(
     """
     left = {} if left is None else left
     describe(written, observation, name)
-    left[name or observation.release.name] = untried(observation, set(attacks) - set(skipped or {}))
+    left[name or observation.name] = untried(observation, set(attacks) - set(skipped or {}))
     about: Any = {
         "secret": secret,
         "seed": seed,
@@ -60,7 +60,7 @@ def written_audit(
         "on_step": on_step,
         "bound": bound,
     }
-    finished = finished_in(written, name or observation.release.name)
+    finished = finished_in(written, name or observation.name)
     missing = {title: attack for title, attack in attacks.items() if title not in finished}
     if finished:
         judged(written, left)
@@ -88,7 +88,7 @@ def untried(observation: Observation[Any], attacks: Collection[str]) -> list[str
 
 def describe(written: record.Record, observation: Observation[Any], name: str) -> None:
     """Put an observation's threat model into the record, which changes would help, and how its metrics and controls are called."""
-    title = name or observation.release.name
+    title = name or observation.name
     rows = [{"observation": title, **row} for row in observation.threat_model()]
     modality = observation.model.architecture.modality
     metrics, controls = legend(SCORING[modality])

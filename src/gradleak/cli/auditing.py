@@ -28,6 +28,7 @@ from gradleak.cli.folders import folder_for, fresh_folder, same_command
 from gradleak.cli.informed import informed
 from gradleak.cli.inputs import check_device, observed_files
 from gradleak.cli.priors import REFINING, UNDER_PRIOR, with_prior
+from gradleak.cli.rounds import audited_apart
 from gradleak.errors import BadInput, shortened
 from gradleak.formats.observation_file import load_observation, usable_labels
 from gradleak.formats.reconstruction_file import load_reconstruction, save_reconstruction
@@ -131,16 +132,23 @@ def whole_audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
     if attacks:
         left, public = dict[str, list[str]](), public_data(args, observation)
         attacks = with_prior(attacks, args, observation, public)
-        finished = finished_in(written, observation.release.name)
+        finished = finished_in(written, observation.name)
         missing = {title: one for title, one in attacks.items() if title not in finished}
         known = {"named": args.attacks is not None, "scored": secret is not None}
         plan = plan_of(observation, missing, public, **known, repeats=args.repeats, device=args.device)
         out.mkdir(parents=True, exist_ok=True)  # where that fails, nothing was said yet
         print(plan.sentence(), flush=True, file=stream)
-        audit_one(observation, attacks, public, secret, written, left, out, stream, **about, skipped=plan.skipped)
+        about["skipped"] = plan.skipped
+
+        def run(seen: Observation[Any], chosen: dict[str, Any], name: str) -> list[Audited]:
+            return audit_one(seen, chosen, public, secret, written, left, out, stream, name=name, **about)
+
+        if audited_apart(observation, run(observation, attacks, ""), attacks, run):
+            judged(written, left)
+            finish(written, out, args.redact)
         whole, closed = whole_weights(observation), {name: a for name, a in attacks.items() if name in CLOSED}
         if whole is not None and any(done.reconstruction is not None for done in run_audit(whole, closed, None)):
-            audit_one(whole, closed, public, secret, written, left, out, stream, name="weights beside", **about)
+            run(whole, closed, "weights beside")
     if attacks and found is not None:
         with_membership(written, found)
         finish(written, out, args.redact)
@@ -195,15 +203,18 @@ def audit_one(
     out: Path,
     stream: TextIO,
     **about: Any,
-) -> None:
+) -> list[Audited]:
     """Audit one observation into a record that may hold others, with progress, and say what each attack found; about: as
     `written_audit` takes it."""
+    every = list[Audited]()
     with progress() as start:
         for done in written_audit(
             observation, attacks, public, written, out, secret=secret, left=left, on_step=start, **about
         ):
+            every.append(done)
             if done.reconstruction is not None:
                 print(said(done, about.get("redact", False)), file=stream)
+    return every
 
 
 def went_on(written: record.Record, out: Path) -> bool:

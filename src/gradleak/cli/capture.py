@@ -39,15 +39,20 @@ def capture(args: Any, name: str) -> None:
         (out / UNFINISHED).unlink(missing_ok=True)
         tell(name, args)
     seen, hidden = out / "observation.safetensors", out / "secret.safetensors"
+    seen = seen if seen.is_file() else out  # a folder of rounds
     print(f"Now: gradleak audit {seen} --secret {hidden} --out ...")
 
 
 def kept(observation: Observation[Any], secret: Secret, out: Path) -> None:
-    """Write the two files, and say what they are."""
-    seen, hidden = out / "observation.safetensors", out / "secret.safetensors"
-    save_observation(observation, seen)
+    """Write the two files, of several rounds one each beside the secret, and say what they are."""
+    hidden, rounds = out / "secret.safetensors", observation.alone()
+    for number, one in rounds.items():
+        seen = out / (f"round-{number}" if len(rounds) > 1 else "") / "observation.safetensors"
+        seen.parent.mkdir(exist_ok=True)
+        save_observation(one, seen)
+        print(f"{seen}: what the attacker sees")
     save_secret(secret, hidden)
-    print(f"{seen}: what the attacker sees\n{hidden}: what only audit opens")
+    print(f"{hidden}: what only audit opens")
 
 
 def capture_pairs(args: flags.CapturePairs) -> None:

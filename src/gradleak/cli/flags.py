@@ -22,6 +22,10 @@ class Attacked(Observed):
     defense: UseAppendAction[tuple[str, ...]] = ()
     """What was done to the release before it was shared, in this order, each as NAME:NUMBER, in place of what the file says: top-k:0.1,
     noise:0.01, ... (see `gradleak list`); unknown, for an attacker who does not know."""
+    rounds: tuple[Path, ...] = ()
+    """Further rounds of the same client, observations as the first, which is one of them: they are attacked as one. Not of a folder of rounds."""
+    client: str | None = None
+    """Of a folder of rounds (round-N/CLIENT/observation.safetensors): whose rounds are attacked as one; where it holds those of several clients."""
     refine: str | None = None
     """Clean up this attack's pictures by a denoiser that is trained on its results for public pictures (the attack guide)."""
     prior: str | None = None

@@ -13,6 +13,7 @@ from gradleak.attacks.unmixing.span import with_samples_counted
 from gradleak.audit.progress import OnStep, progress
 from gradleak.cli import flags
 from gradleak.cli.inputs import is_of_adapter, observed, seed_range
+from gradleak.cli.rounds import alone, round_files, together
 from gradleak.errors import BadInput
 from gradleak.observations.defense_names import Chosen
 from gradleak.observations.merged import was_merged
@@ -21,6 +22,19 @@ from gradleak.victims.gradient import behind
 
 
 def informed(args: flags.Seen) -> Observation[Any]:
+    """What was observed, or all rounds of a client as one observation; BadInput where these cannot be of the same data."""
+    return together(informed_rounds(args))
+
+
+def informed_rounds(args: flags.Seen) -> dict[int, Observation[Any]]:
+    """Each round of a client, or what was observed by itself."""
+    files = round_files(args)
+    if not files:
+        return {1: informed_once(args)}
+    return {number: informed_once(alone(args, file)) for number, file in files.items()}
+
+
+def informed_once(args: flags.Seen) -> Observation[Any]:
     """What was observed, and what everybody can know besides: where training began, where a usual seed or one of --seeds draws that."""
     more = seed_range(args.seeds)
     with progress() as start:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from gradleak.cli import flags
+from gradleak.cli.rounds import round_files
 from gradleak.errors import BadInput, shortened
 from gradleak.formats.adapter_files import is_adapter_file, located_adapter
 from gradleak.formats.defended_adapter import chosen_of
@@ -228,6 +229,8 @@ def refuse_others(args: flags.Seen, what: str, read: tuple[str, ...]) -> None:
 def observed_files(args: flags.Seen) -> list[Path]:
     """The files that the observation was read from, of a folder those in it, and what it needed beside: weights, a base model, the
     adapter before training."""
+    if rounds := round_files(args):
+        return [*rounds.values(), *(path for path in (args.weights, args.before) if path is not None)]
     given = (args.observation, args.after, args.before, args.weights)
     beside = [Path(path).expanduser() for path in (*given, args.base, args.initial) if path is not None]
     beside += [] if args.model is None or (folder := folder_of(args.model)) is None else [folder]

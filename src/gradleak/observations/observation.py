@@ -20,6 +20,7 @@ from gradleak.observations.adapter import Adapter
 from gradleak.observations.defenses import Defense, defended, deviations, seen_through
 from gradleak.observations.distances import relative_residual
 from gradleak.observations.given import fitted
+from gradleak.observations.mechanism import Mechanism
 from gradleak.observations.model import A, Model
 from gradleak.observations.release import Release, Reservation, Sketch, check_finite
 from gradleak.observations.releases import GRADIENT
@@ -86,6 +87,11 @@ class Observation(Generic[A]):
         return self.release
 
     @property
+    def name(self) -> str:
+        """For records and sentences."""
+        return self.release.name
+
+    @property
     def adapter(self) -> Adapter:
         """The release of an adapter; NotObserved when it is of another kind."""
         return self.expect(Adapter)
@@ -140,13 +146,25 @@ class Observation(Generic[A]):
         """What speaks against relying on the release, as (name, level, sentence)."""
         return self.release.reservations(self.model, self.released)
 
-    def of_others(self, inputs: Any, labels: Tensor | None) -> Self:
-        """The same release, made of somebody else's data, under the same defenses: it says nothing of the secret."""
+    def of_others(self, inputs: Any, labels: Tensor | None, draw: int = 0) -> Self:
+        """The same release, made of somebody else's data, under the same defenses: it says nothing of the secret. draw: the seed of noise."""
         released = {name: tensor.detach() for name, tensor in self.undefended(inputs, labels).items()}
         defenses = [defense.bound(self.model, inputs) for defense in self.defenses or ()]
-        released = defended(released, defenses, torch.Generator().manual_seed(0))
+        released = defended(released, defenses, torch.Generator().manual_seed(draw))
         known: dict[str, Any] = {k: None if getattr(self, k) is None else labels for k in ("labels", "read_labels")}
         return replace(self, released=released, **known)
+
+    def alone(self) -> "dict[int, Observation[A]]":
+        """{round: what was seen in it}, of several rounds of one client (rounds.py); else it is one round."""
+        return {1: self}
+
+    def one_step(self) -> Self:
+        """The same after one of its steps: by it a simulation is timed."""
+        return replace(self, release=self.release.one_step())
+
+    def privacy(self) -> Mechanism | str | None:
+        """The differentially private training behind it, as the release tells it."""
+        return self.release.privacy()
 
     def withheld(self) -> list[str]:
         """The trained parameters of which nothing was shared."""

@@ -14,7 +14,7 @@ def whole_weights(observation: Observation[Any]) -> Observation[Any] | None:
     An exact gradient for one step of SGD, as of any update. In several steps the factors moved too, which its `simulate` leaves out.
     """
     release = observation.release
-    if not isinstance(release, Adapter) or not release.changed or release.gradient:
+    if len(observation.alone()) > 1 or not isinstance(release, Adapter) or not release.changed or release.gradient:
         return None
     model = observation.model
     return replace(

@@ -3,6 +3,7 @@ help, and calling one plays it. Importing this costs nothing: what a victim does
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from gradleak.victims.adapter import Init
 
 PUBLIC_TRAINING = 2_000  # pictures a victim is trained on with --epochs
+OTHERS = 640  # texts that others train a model on from round to round
 PUBLIC_ADAPTED = 5_000  # the same, before an adapter is trained on it
 Start = Callable[[str], Callable[[int, int, float], None]]  # opens a progress bar
 
@@ -125,21 +127,46 @@ class CaptureGradient(Private):
     """Withhold BatchNorm's running statistics."""
     hide_last_layer: bool = False
     """Share every layer's gradient but the last one's, the classifier."""
+    rounds: int = 1
+    """Rounds of federated training in which the same pictures take part; from one to the next, others train the model on public ones."""
     defense: UseAppendAction[tuple[str, ...]] = ()
     """What is done to it before it is shared, in this order, each as NAME:NUMBER, like top-k:0.1 or noise:0.01 (see `gradleak list`);
     unknown as the last withholds from the attacker those before it."""
 
     def __call__(self, out: Path, seed: int, start: Start) -> "tuple[Observation[Any], Secret]":
-        """The observation and the secret."""
-        return self.captured(seed, start)[:2]
+        """The observation, of all rounds where there are several, and the secret."""
+        from gradleak.victims.rounds import federated
 
-    def captured(self, seed: int, start: Start) -> "tuple[Observation[Any], Secret, Model[Any]]":
-        """What one step shares, and the victim's own model."""
+        if self.rounds < 1:
+            raise BadInput(f"A client takes part in 1 round or more, not in {self.rounds}.")
+        model, data = self.private(self.mode, PUBLIC_TRAINING, seed, start)
+        observation, secret = self.captured(model, data, seed)
+        if self.rounds > 1:
+            play = partial(self.shared, data=data)
+            observation = federated(model, self.others(model), self.rounds, play, seed=seed)
+        return observation, self.sourced(secret)
+
+    def others(self, model: "Model[Any]") -> Any:
+        """Public data of the training split, that others hold."""
+        from gradleak.modalities.pictures import public_pool
+        from gradleak.modalities.texts import load_texts
+
+        shape = getattr(model.architecture, "input_shape", None)
+        if shape is None:
+            return load_texts(self.data, "train", limit=OTHERS)
+        pool = public_pool(self.data, "train", shape=shape, limit=PUBLIC_TRAINING)
+        return replace(pool, labels=pool.labels % model.architecture.classes)
+
+    def shared(self, model: "Model[Any]", seed: int, data: Any) -> "Observation[Any]":
+        """What is shared of one round."""
+        return self.captured(model, data, seed)[0]
+
+    def captured(self, model: "Model[Any]", data: Any, seed: int) -> "tuple[Observation[Any], Secret]":
+        """What is shared of one round at this global model, and the secret."""
         from gradleak.observations.defense_names import Chosen
         from gradleak.victims.gradient import capture_gradient
 
-        model, data = self.private(self.mode, PUBLIC_TRAINING, seed, start)
-        observation, secret = capture_gradient(
+        return capture_gradient(
             model,
             data,
             reveal_buffers=not self.hide_buffers,
@@ -149,7 +176,6 @@ class CaptureGradient(Private):
             seed=seed,
             **self.shown(),
         )
-        return observation, self.sourced(secret), model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,14 +189,14 @@ class CaptureUpdate(CaptureGradient):
     local_batch_size: int = 1
     """Pictures per local step."""
 
-    def __call__(self, out: Path, seed: int, start: Start) -> "tuple[Observation[Any], Secret]":
-        """The observation and the secret."""
+    def captured(self, model: "Model[Any]", data: Any, seed: int) -> "tuple[Observation[Any], Secret]":
+        """What is shared of one round at this global model, and the secret."""
         from gradleak.observations.defense_names import Chosen
         from gradleak.observations.training import Recipe
         from gradleak.victims.gradient import share_update
 
         recipe = Recipe(learning_rate=self.learning_rate, steps=self.local_steps, batch_size=self.local_batch_size)
-        gradient, secret, model = self.captured(seed, start)
+        gradient, secret = CaptureGradient.captured(self, model, data, seed)
         defenses = Chosen.of(self.defense).defenses
         return share_update(gradient, secret, recipe, model=model, defenses=defenses, seed=seed), secret
 

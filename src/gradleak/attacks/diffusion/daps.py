@@ -55,6 +55,7 @@ class DAPS:
     sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update, Adapter)
     modality: ClassVar[str] = Architecture.modality
     on_device: ClassVar[bool] = True
+    joint: ClassVar[bool] = True
     by_name_only: ClassVar[bool] = True
 
     prior: Denoiser | None = field(default=None, repr=False)

@@ -49,6 +49,7 @@ class DPS:
     sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update, Adapter)
     modality: ClassVar[str] = Architecture.modality
     on_device: ClassVar[bool] = True
+    joint: ClassVar[bool] = True
     by_name_only: ClassVar[bool] = True
 
     prior: Denoiser | None = field(default=None, repr=False)

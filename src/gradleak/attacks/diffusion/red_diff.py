@@ -57,6 +57,7 @@ class RedDiff:
     sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update, Adapter)
     modality: ClassVar[str] = Architecture.modality
     on_device: ClassVar[bool] = True
+    joint: ClassVar[bool] = True
     by_name_only: ClassVar[bool] = True
 
     prior: Denoiser | None = field(default=None, repr=False)
@@ -117,6 +118,7 @@ class SDS:
     sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update, Adapter)
     modality: ClassVar[str] = Architecture.modality
     on_device: ClassVar[bool] = True
+    joint: ClassVar[bool] = True
     by_name_only: ClassVar[bool] = True
 
     prior: Denoiser | None = field(default=None, repr=False)

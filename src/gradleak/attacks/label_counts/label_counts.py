@@ -28,12 +28,13 @@ from gradleak.modalities.pictures import Pictures
 from gradleak.observations.layers import calls
 from gradleak.observations.observation import Observation, PictureObservation
 from gradleak.observations.releases import Gradient, Update
+from gradleak.observations.rounds import Rounds
 
 
 @dataclass(frozen=True)
 class LabelCounts:
     """counts: (classes,) int64, of the batch's size in sum. expected: share of the labels that is right, as the reading itself
-    believes. layers: the names of those that were read."""
+    believes; of several rounds the mean of what each tells, and the most that one is believed. layers: the names of those that were read."""
 
     counts: Tensor
     expected: float
@@ -61,6 +62,11 @@ def label_counts(
     Raises NotObserved where the number of samples is withheld, a defense or several steps stand between, no layer can be read, or
     public samples are of fewer than two classes, or of classes that the model does not have.
     """
+    if isinstance(observation, Rounds):
+        each = [label_counts(one, public, generator=generator, steps=steps) for one in observation.alone().values()]
+        mean = torch.stack([one.counts for one in each]).double().mean(0)
+        counts = apportion(mean, torch.zeros(len(mean), dtype=torch.bool), int(each[0].counts.sum())).long()
+        return LabelCounts(counts, max(one.expected for one in each), each[0].layers)
     if int(public.labels.max()) >= observation.model.architecture.classes:
         raise NotObserved("The public samples are of more classes than the model has: give data of the same kind.")
     seen = evidence(observation, public)
@@ -75,6 +81,8 @@ def last_layer_withheld(observation: Observation[Any]) -> bool:
         return False
     if not isinstance(release, Gradient | Update):
         return False
+    if isinstance(observation, Rounds):
+        observation = next(iter(observation.alone().values()))
     last = calls(model, model.architecture.blank(2).to(next(iter(observation.released.values()))))[-1].name
     return not any(name.startswith(f"{last}.") for name in observation.released)
 

@@ -1,0 +1,102 @@
+"""Several rounds of one client on the command line: which files they are, and what is audited of them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from gradleak.attacks.labels import recover_labels
+from gradleak.audit.loop import Audited
+from gradleak.audit.rounds import EXPLAINED, apart, left, shared
+from gradleak.cli import flags
+from gradleak.errors import BadInput, NotObserved
+from gradleak.formats.round_folder import is_run, number_of, rounds_in
+from gradleak.observations.observation import Observation
+from gradleak.observations.rounds import Rounds
+
+Run = Callable[[Observation[Any], dict[str, Any], str], Sequence[Audited]]
+
+HALF = 0.5  # of the labels, that rounds of the same data have in common at least: recovered ones may be wrong
+
+
+def round_files(args: flags.Seen) -> dict[int, Path]:
+    """{round: file} of a folder of rounds or of --rounds; empty where one thing was shared. BadInput for a client that nothing is known of."""
+    path, more = args.observation, getattr(args, "rounds", ())
+    client = getattr(args, "client", None)
+    if path is not None and is_run(path):
+        if more:
+            raise BadInput(f"{path} holds the rounds of a client already: leave --rounds out.")
+        return rounds_in(path, client)
+    if client is not None:
+        raise BadInput("--client names one of the clients in a folder of rounds, and this is none.")
+    if path is None or not more:
+        return {}
+    files = (path, *more)
+    numbers = [number_of(file) for file in files]
+    if None in numbers or len(set(numbers)) < len(numbers):
+        return dict(enumerate(files, 1))
+    return {n: file for n, file in zip(numbers, files, strict=True) if n is not None}
+
+
+def alone(args: Any, file: Path) -> Any:
+    """The same command on one of the rounds."""
+    other = {name: value for name, value in (("rounds", ()), ("client", None)) if hasattr(args, name)}
+    return replace(args, observation=file, **other)
+
+
+def together(each: Mapping[int, Observation[Any]]) -> Observation[Any]:
+    """The rounds as one observation, or the only one. BadInput where they cannot be of the same data, by what is told of these or by what
+    gradients tell of their labels."""
+    if len(each) == 1:
+        return next(iter(each.values()))
+    joined = Rounds.of(each)
+    labels = {number: told for number, one in each.items() if (told := labels_of(one)) is not None}
+    for number, own in list(labels.items())[1:]:
+        first = next(iter(labels))
+        common = sum(min(own.count(c), labels[first].count(c)) for c in set(own))
+        if common < HALF * len(own):
+            raise BadInput(
+                f"Round {number} has other labels than round {first}, as their gradients tell: they are not joined."
+            )
+    return joined
+
+
+def labels_of(observation: Observation[Any]) -> list[int] | None:
+    """The labels that an exact gradient tells; None where it tells none for sure."""
+    if observation.defenses != () or observation.labels is not None or not observation.batch_size:
+        return None
+    try:
+        return [int(label) for label in recover_labels(observation)]
+    except (NotObserved, AttributeError, RuntimeError):
+        return None
+
+
+def audited_apart(observation: Observation[Any], done: Sequence[Audited], attacks: Mapping[str, Any], run: Run) -> bool:
+    """What is audited once all rounds were audited together, if anything: the others without those rounds that their explanation does not
+    fit, and those alone; where nothing explains any of them, each alone, by the attack that explained most, which tells whether
+    the rounds share their data. run: audits an observation by these attacks, under this name."""
+    judged = [
+        (rest, one)
+        for one in done
+        if one.reconstruction is not None and (rest := left(observation, one.reconstruction))
+    ]
+    own = observation.alone()
+    if len(own) == 1 or not judged:
+        return False
+    rest, best = min(judged, key=lambda one: sum(one[0].values()))
+    by_best = {best.result["attack"]: attacks[best.result["attack"]]}
+    if odd := apart(rest):
+        kept = together({n: one for n, one in own.items() if n not in odd})
+        run(
+            kept, dict(attacks), kept.name if len(kept.alone()) > 1 else f"round {next(n for n in own if n not in odd)}"
+        )
+    elif min(rest.values()) <= EXPLAINED:
+        return False
+    each = dict[int, float]()
+    for number in odd or own:
+        [again] = run(own[number], by_best, f"round {number}")
+        if again.reconstruction is not None:
+            each[number] = sum(left(own[number], again.reconstruction).values())
+    if not odd and len(each) == len(own):
+        best.result["flags"] = [*best.result["flags"], *shared(rest, each)]
+    return True
