@@ -93,7 +93,7 @@ def test_what_a_sentence_says_of_some_rows_only(tmp_path: Path) -> None:
 
 def test_old_names_and_new_ones() -> None:
     assert len(ALIASES) == 27
-    never = {"adapters-as-trained", "membership", "label-counts", "defenses"}  # had another name
+    never = {"adapters-as-trained", "membership", "label-counts", "defenses", "rounds"}  # had another name
     never |= {f"priors-on-{released}" for released in ("gradients", "adapters", "weights")}
     assert set(ALIASES.values()) == set(STUDIES) - never
     assert not set(ALIASES) & set(STUDIES)
