@@ -88,15 +88,15 @@ def fit(observation: Observation[Any], found: Reconstruction) -> list[Flag]:
 
 def shared(together: Mapping[int, float], alone: Mapping[int, float]) -> list[Flag]:
     """What the rounds one by one say beside all of them together: {round: what is left of it} of both."""
-    most, least = max(alone.values()), min(together.values())
+    most, whole = max(alone.values()), max(together.values())
     if most <= EXPLAINED:
         sentence = (
-            f"The rounds do not share their data: together {least:.2f} or more of each is left unexplained beyond the noise, and at most "
-            f"{most:.2f} one by one. What counts are the rounds one by one."
+            f"The rounds do not fit together: jointly up to {whole:.2f} of one is left unexplained beyond its noise, and at most {most:.2f} one by "
+            "one. They are of other data, or the joint search ended too early: what counts are the rounds one by one."
         )
         return [flag("rounds_differ", "warning", sentence)]
     sentence = (
-        f"Whether the rounds share their data is not known: the attack explains them neither together ({least:.2f} or more of each is left "
-        f"beyond the noise) nor one by one (up to {most:.2f})."
+        f"Whether the rounds share their data is not known: the attack explains them neither jointly (up to {whole:.2f} of one is left beyond "
+        f"its noise) nor one by one (up to {most:.2f})."
     )
     return [flag("rounds_unsure", "warning", sentence)]

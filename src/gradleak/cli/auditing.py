@@ -25,15 +25,14 @@ from gradleak.audit.written import describe, finish, finished_in, keep_shown, un
 from gradleak.cli import flags
 from gradleak.cli.commands import new_record
 from gradleak.cli.folders import folder_for, fresh_folder, same_command
-from gradleak.cli.informed import informed
-from gradleak.cli.inputs import check_device, observed_files
+from gradleak.cli.informed import informed, informed_rounds
+from gradleak.cli.inputs import check_device, observed_files, private_training
 from gradleak.cli.priors import REFINING, UNDER_PRIOR, with_prior
-from gradleak.cli.rounds import audited_apart
+from gradleak.cli.rounds import audited_rounds, one_or_all
 from gradleak.errors import BadInput, shortened
 from gradleak.formats.observation_file import load_observation, usable_labels
 from gradleak.formats.reconstruction_file import load_reconstruction, save_reconstruction
 from gradleak.formats.secret_file import Secret, load_secret
-from gradleak.observations.mechanism import Mechanism
 from gradleak.observations.observation import Observation
 from gradleak.observations.whole_weights import whole_weights
 from gradleak.report import record
@@ -97,8 +96,10 @@ def whole_audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
         raise BadInput(f"--repeats {args.repeats} would try nothing: give at least 1.")
     if args.attacks is not None:
         check_named(args.attacks, options)
-    out, observation = folder_for(args), informed(args)
-    attacks = built(options)
+    out, (seen, apart) = folder_for(args), one_or_all(informed_rounds(args))
+    observation, attacks = next(iter(seen.values())), built(options)
+    if args.members is not None and len(seen) + len(observation.alone()) > 2:
+        raise BadInput("--members asks about what was shared in one round: name the file of one.")
     if args.members is None and args.non_members is not None:
         raise BadInput("--non-members goes with --members, the samples that it was trained on.")
     if args.attacks is None and args.members is not None:
@@ -143,7 +144,7 @@ def whole_audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
         def run(seen: Observation[Any], chosen: dict[str, Any], name: str) -> list[Audited]:
             return audit_one(seen, chosen, public, secret, written, left, out, stream, name=name, **about)
 
-        if audited_apart(observation, run(observation, attacks, ""), attacks, run):
+        if audited_rounds(seen, apart, attacks, run):
             judged(written, left)
             finish(written, out, args.redact)
         whole, closed = whole_weights(observation), {name: a for name, a in attacks.items() if name in CLOSED}
@@ -247,26 +248,6 @@ def details(written: record.Record) -> list[str]:
     rows = [f"{row['attack']}: {row['status']}" for row in written["results"] if not row.get("ran")]
     flags = dict.fromkeys((flag["level"], flag["sentence"]) for row in written["results"] for flag in row["flags"])
     return [*rows, *(f"{level}: {sentence}" for level, sentence in flags)]
-
-
-def private_training(args: flags.Audit) -> Mechanism | None:
-    """The private training that the flags tell; BadInput where they tell a part of one."""
-    given = {
-        "--noise-multiplier": args.noise_multiplier,
-        "--sample-rate": args.sample_rate,
-        "--dp-steps": args.dp_steps,
-    }
-    missing = [name for name, value in given.items() if value is None]
-    if len(missing) == len(given) and args.delta is None:
-        return None
-    if args.noise_multiplier is None or args.sample_rate is None or args.dp_steps is None:
-        raise BadInput(
-            f"A private training is told by its noise, its sample rate and its steps: give {' and '.join(missing)} too."
-        )
-    delta = 1e-5 if args.delta is None else args.delta
-    return Mechanism(
-        noise_multiplier=args.noise_multiplier, sample_rate=args.sample_rate, steps=args.dp_steps, delta=delta
-    )
 
 
 def check_named(names: Sequence[str], options: Mapping[str, Any]) -> None:

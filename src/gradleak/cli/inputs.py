@@ -28,6 +28,7 @@ from gradleak.formats.plain_file import (
 )
 from gradleak.formats.trainer_state import Trainer, read_trainer
 from gradleak.modalities.losses import LOSSES
+from gradleak.observations.mechanism import Mechanism
 from gradleak.observations.observation import Observation
 from gradleak.observations.orders import scheduled
 from gradleak.observations.training import Recipe
@@ -207,6 +208,26 @@ def recipe_of(args: flags.Seen, told: Trainer | None) -> Recipe | None:
             "--steps, --optimizer, --weight-decay and --schedule say how the adapter was trained, which needs its --lr too."
         )
     return None
+
+
+def private_training(args: flags.Audit) -> Mechanism | None:
+    """The private training that the flags tell; BadInput where they tell a part of one."""
+    given = {
+        "--noise-multiplier": args.noise_multiplier,
+        "--sample-rate": args.sample_rate,
+        "--dp-steps": args.dp_steps,
+    }
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given) and args.delta is None:
+        return None
+    if args.noise_multiplier is None or args.sample_rate is None or args.dp_steps is None:
+        raise BadInput(
+            f"A private training is told by its noise, its sample rate and its steps: give {' and '.join(missing)} too."
+        )
+    delta = 1e-5 if args.delta is None else args.delta
+    return Mechanism(
+        noise_multiplier=args.noise_multiplier, sample_rate=args.sample_rate, steps=args.dp_steps, delta=delta
+    )
 
 
 def seed_range(text: str | None) -> range | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gradleak.attacks.labels import recover_labels
+from gradleak.audit.explanations import flag
 from gradleak.audit.loop import Audited
 from gradleak.audit.rounds import EXPLAINED, apart, left, shared
 from gradleak.cli import flags
@@ -13,6 +14,7 @@ from gradleak.errors import BadInput, NotObserved
 from gradleak.formats.round_folder import is_run, number_of, rounds_in
 from gradleak.observations.observation import Observation
 from gradleak.observations.rounds import Rounds
+from gradleak.report.record import Flag
 
 Run = Callable[[Observation[Any], dict[str, Any], str], Sequence[Audited]]
 
@@ -61,6 +63,15 @@ def together(each: Mapping[int, Observation[Any]]) -> Observation[Any]:
     return joined
 
 
+def one_or_all(each: Mapping[int, Observation[Any]]) -> tuple[dict[str, Observation[Any]], list[Flag]]:
+    """{name: observation} of what is audited: all rounds as one, under no name of its own; where they cannot be of the same data, each by
+    itself, with the reason."""
+    try:
+        return {"": together(each)}, []
+    except BadInput as reason:
+        return {f"round {number}": one for number, one in each.items()}, [flag("rounds", "warning", str(reason))]
+
+
 def labels_of(observation: Observation[Any]) -> list[int] | None:
     """The labels that an exact gradient tells; None where it tells none for sure."""
     if observation.defenses != () or observation.labels is not None or not observation.batch_size:
@@ -71,32 +82,39 @@ def labels_of(observation: Observation[Any]) -> list[int] | None:
         return None
 
 
+def audited_rounds(
+    seen: Mapping[str, Observation[Any]], apart_for: Sequence[Flag], attacks: Mapping[str, Any], run: Run
+) -> bool:
+    """Audit what `one_or_all` gives, and what there is to audit after that; whether anything came after all. run: audits an observation by
+    these attacks, under this name."""
+    for name, one in seen.items():
+        done = run(one, dict(attacks), name)
+        for row in done:
+            row.result["flags"] = [*row.result["flags"], *apart_for]
+    return bool(apart_for) or audited_apart(one, done, attacks, run)
+
+
 def audited_apart(observation: Observation[Any], done: Sequence[Audited], attacks: Mapping[str, Any], run: Run) -> bool:
     """What is audited once all rounds were audited together, if anything: the others without those rounds that their explanation does not
-    fit, and those alone; where nothing explains any of them, each alone, by the attack that explained most, which tells whether
-    the rounds share their data. run: audits an observation by these attacks, under this name."""
-    judged = [
-        (rest, one)
-        for one in done
-        if one.reconstruction is not None and (rest := left(observation, one.reconstruction))
-    ]
+    fit, and those alone; where it fits most of them badly, each alone, by the attack that explained most, which tells whether the
+    rounds belong together."""
+    found = [(one, one.reconstruction) for one in done if one.reconstruction is not None]
+    judged = [(rest, one) for one, what in found if (rest := left(observation, what))]
     own = observation.alone()
     if len(own) == 1 or not judged:
         return False
     rest, best = min(judged, key=lambda one: sum(one[0].values()))
-    by_best = {best.result["attack"]: attacks[best.result["attack"]]}
+    title = best.result["attack"]
     if odd := apart(rest):
         kept = together({n: one for n, one in own.items() if n not in odd})
-        run(
-            kept, dict(attacks), kept.name if len(kept.alone()) > 1 else f"round {next(n for n in own if n not in odd)}"
-        )
-    elif min(rest.values()) <= EXPLAINED:
+        run(kept, dict(attacks), kept.name)
+    elif max(rest.values()) <= EXPLAINED:
         return False
     each = dict[int, float]()
     for number in odd or own:
-        [again] = run(own[number], by_best, f"round {number}")
-        if again.reconstruction is not None:
-            each[number] = sum(left(own[number], again.reconstruction).values())
+        for again in run(own[number], {title: attacks[title]}, f"round {number}"):
+            if again.reconstruction is not None:
+                each[number] = sum(left(own[number], again.reconstruction).values())
     if not odd and len(each) == len(own):
         best.result["flags"] = [*best.result["flags"], *shared(rest, each)]
     return True
