@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
+from flwr.common import FitIns, FitRes, Parameters, parameters_to_ndarrays
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import nn
@@ -177,7 +178,8 @@ def observed_update(
     mode: Mode = "train",
     criterion: Loss = CROSS_ENTROPY,
 ) -> Observation[Any]:
-    """What lies between two states of a model, as ArrayRecords, {name: array}, or lists of arrays in the order of its state_dict.
+    """What lies between two states of a model, as ArrayRecords, {name: array}, or lists of arrays in the order of its state_dict; of strategies
+    of older Flower, the FitIns that was sent and the FitRes that came back, or their Parameters.
 
     module: the network; its numbers do not matter. batch_size: samples of the client; None: counted, as one step of SGD tells them.
     Raises BadInput where the states are of another model, nothing has changed, or nothing tells the number of samples.
@@ -188,8 +190,11 @@ def observed_update(
 
 
 def plain(record: Any) -> Any:
-    """{name: array} of an ArrayRecord; anything else as it is."""
-    return {name: array.numpy() for name, array in record.items()} if isinstance(record, ArrayRecord) else record
+    """{name: array} of an ArrayRecord; the arrays, in their order, of a FitRes, a FitIns or Parameters; anything else as it is."""
+    if isinstance(record, ArrayRecord):
+        return {name: array.numpy() for name, array in record.items()}
+    record = getattr(record, "parameters", record) if isinstance(record, FitIns | FitRes) else record
+    return parameters_to_ndarrays(record) if isinstance(record, Parameters) else record
 
 
 def the_arrays(content: RecordDict, what: str) -> ArrayRecord:
