@@ -59,6 +59,7 @@ if TYPE_CHECKING:  # the one list of public names: `__getattr__` reads it too
     from gradleak.observations.observation import Observation as Observation
     from gradleak.observations.releases import Gradient as Gradient
     from gradleak.observations.releases import Update as Update
+    from gradleak.observations.rounds import Rounds as Rounds
     from gradleak.observations.trained_weights import Weights as Weights
     from gradleak.observations.training import Recipe as Recipe
     from gradleak.report.record import Record as Record

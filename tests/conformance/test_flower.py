@@ -16,10 +16,12 @@ from torch import nn
 from gradleak.audit.checks import REPLAY_TOLERANCE
 from gradleak.errors import BadInput
 from gradleak.formats.observation_file import load_observation
+from gradleak.formats.round_folder import rounds_in
 from gradleak.formats.secret_file import Secret
 from gradleak.modalities.networks import Architecture, Normalise
 from gradleak.modalities.pictures import Pictures, load
 from gradleak.observations.releases import Update
+from gradleak.observations.rounds import Rounds
 from gradleak.observations.training import OPTIMISERS, Recipe
 from gradleak.report import record
 from pages import run_page
@@ -265,6 +267,35 @@ def test_the_lines_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert made["observation"].residual(data.images, data.labels) < REPLAY_TOLERANCE["float32"]
     federated(made["strategy"], client_app([]))
     assert list(tmp_path.rglob("observation.safetensors"))
+
+
+def test_the_rounds_of_a_client_are_found_together(tmp_path: Path) -> None:
+    """Two rounds of the same two digits, four steps in each, at weights that the others have moved meanwhile."""
+    from gradleak.integrations.flower import KeepingStrategy
+
+    federated(KeepingStrategy(fed_avg(), clients(tmp_path)), client_app([]), rounds=2)
+    with pytest.raises(BadInput, match="of 3 clients: name one with --client"):
+        rounds_in(tmp_path)
+    files = rounds_in(tmp_path, "client-13")
+    assert list(files) == [1, 2]
+    seen, data = Rounds.of({number: load_observation(file) for number, file in files.items()}), private(13)
+    assert seen.residual(data.images, data.labels) < REPLAY_TOLERANCE["float32"]
+
+
+def test_what_older_strategies_hold_makes_the_same_observation() -> None:
+    """`aggregate_fit` gets a FitRes, whose Parameters are arrays in the order of state_dict."""
+    from flwr.common import Code, FitIns, FitRes, Status, ndarrays_to_parameters
+
+    from gradleak.integrations.flower import observed_update
+
+    before, after = ARCHITECTURE.build(0), ARCHITECTURE.build(0)
+    train(after, 11, TOLD[11])
+    old, new = (ndarrays_to_parameters([t.numpy() for t in module.state_dict().values()]) for module in (before, after))
+    sent, reply = FitIns(old, {}), FitRes(Status(Code.OK, ""), new, 1, {})
+    about: Any = (ARCHITECTURE.build(1), ARCHITECTURE, Recipe(learning_rate=0.1, steps=1))
+    seen, data = observed_update(sent, reply, *about), private(11)
+    assert seen.residual(data.images, data.labels) < REPLAY_TOLERANCE["float32"]
+    assert observed_update(old, new, *about).released.keys() == seen.released.keys()
 
 
 class Net(nn.Module):

@@ -135,7 +135,7 @@ def test_what_cannot_be_of_the_same_data_is_not_joined() -> None:
 def test_a_closed_form_is_read_from_each_round_and_joined() -> None:
     seen, private = client(2)
     found = attacked(Analytic(), seen, generator=torch.Generator())
-    assert found.status.startswith("From 2 rounds one by one: 1 sample came back in more than one.")
+    assert found.status.startswith("From 2 rounds one by one: they agree on 1 sample.")
     assert float((found.value - private.images).abs().max()) <= 1e-3  # exact but for float32
     assert found.residual <= 1e-3
 

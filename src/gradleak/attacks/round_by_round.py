@@ -78,7 +78,7 @@ def put_together(observation: Rounds[Any], each: Mapping[int, Reconstruction]) -
     bags = [set(found.bag) for found in each.values() if found.bag]
     bag = tuple(sorted(set.intersection(*bags))) if bags else ()
     said = f"From {len(each)} rounds one by one"
-    said += f": {several} {'sample' if several == 1 else 'samples'} came back in more than one. " if several else ". "
+    said += f": they agree on {several} {'sample' if several == 1 else 'samples'}. " if several else ". "
     if chosen:
         whole = explained(observation, united(chosen, best))
         if whole.residual < best.residual or sum(whole.proven) > sum(best.proven):
