@@ -51,7 +51,9 @@ def client(count: int, rows: tuple[int, ...] = (3,), *, update: bool = False, **
         return share_update(seen, secret, Recipe(learning_rate=0.1, steps=5), seed=seed) if update else seen
 
     model = Model.of(architecture.build(0), architecture)
-    return federated(model, load("digits", "train"), count, play), private
+    seen = federated(model, load("digits", "train"), count, play)
+    assert isinstance(seen, Rounds)
+    return seen, private
 
 
 def gradient_of(model: Model[Any], images: Tensor, labels: Tensor) -> dict[str, Tensor]:

@@ -89,22 +89,16 @@ def shared(setting: Setting, model: Any, private: Pictures, public: Pictures, se
         seen, secret = capture_gradient(moved, private, defenses=defenses, reveal_labels=True, seed=draw)
         return seen if setting.shared == "gradient" else share_update(seen, secret, LOCAL, seed=draw)
 
-    if setting.rounds == 1:
-        return play(model, seed)
     return federated(model, public, setting.rounds, play, seed=seed)
 
 
 def spent(setting: Setting) -> dict[str, Any]:
     """The epsilon of the rounds together, at delta 1e-5, where the training is private."""
-    every = Chosen.of((setting.defense or "bits:16",)).defenses
-    if not isinstance(step := every[0], ClippedNoise):
+    (step,), count = Chosen.of((setting.defense or "bits:16",)).defenses, setting.rounds
+    if not isinstance(step, ClippedNoise):
         return {}
-    steps = setting.rounds
-    return {
-        "epsilon": epsilon(
-            Mechanism(noise_multiplier=step.noise_multiplier, sample_rate=1.0, steps=steps, certain=steps)
-        )
-    }
+    every = Mechanism(noise_multiplier=step.noise_multiplier, sample_rate=1.0, steps=count, certain=count)
+    return {"epsilon": epsilon(every)}
 
 
 def tell(table: Table) -> Findings:

@@ -16,15 +16,16 @@ STEPS, RATE, BATCH = 10, 1e-3, 64  # of Adam on the others' data, from one round
 Play = Callable[[Model[Any], int], Observation[Any]]  # (global model, seed) -> what the client shares
 
 
-def federated(model: Model[Any], others: Any, count: int, play: Play, *, seed: int = 0) -> Rounds[Any]:
-    """What a client shares in rounds 1 to `count`, two or more. The global model of the first is `model`; that of each later one was trained on
+def federated(model: Model[Any], others: Any, count: int, play: Play, *, seed: int = 0) -> Observation[Any]:
+    """What a client shares in rounds 1 to `count`, as one observation. The global model of the first is `model`; that of each later one was trained on
     by `STEPS` steps of Adam on `others`, public data as its architecture is fed. Each round has a seed of its own, for noise and masks."""
     each = dict[int, Observation[Any]]()
     batches = drawn(model, others, torch.Generator().manual_seed(seed))
     for number in range(1, count + 1):
         each[number] = play(model, seed + 1_000 * (number - 1))
-        model = replace(model, parameters=adam_steps(model, (next(batches) for _ in range(STEPS)), RATE))
-    return Rounds.of(each)
+        if number < count:
+            model = replace(model, parameters=adam_steps(model, (next(batches) for _ in range(STEPS)), RATE))
+    return Rounds.of(each) if count > 1 else each[1]
 
 
 def drawn(model: Model[Any], others: Any, generator: torch.Generator) -> Iterator[tuple[Any, Any]]:
