@@ -156,10 +156,10 @@ def test_the_mean_of_copies_has_less_noise_than_each() -> None:
     assert abs(float(left) / 0.01 - 1) <= 0.27
 
 
-def test_texts_of_more_rounds_come_first_and_bags_are_what_all_hold() -> None:
+def test_texts_of_more_rounds_come_first_and_bags_are_what_half_of_them_hold() -> None:
     seen, _ = client(3, rows=(3, 4))  # two samples
     texts = ((1, 5, 2), (1, 6, 2)), ((1, 6, 2), (1, 9, 2)), ((1, 6, 2), (1, 7, 2))
-    proofs, bags = ((False, False), (True, True), (False, False)), ((5, 6, 9), (6, 9), (6, 7, 9))
+    proofs, bags = ((False, False), (True, True), (False, False)), ((5, 6, 9), (6,), (6, 7, 9))
     each = {
         n: Reconstruction(value, None, 0.5, "Read.", Outcome.GUESSED, proven, bag)
         for n, (value, proven, bag) in enumerate(zip(texts, proofs, bags, strict=True), 1)

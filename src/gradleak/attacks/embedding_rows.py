@@ -7,9 +7,10 @@ Recovers  the words of a batch, and one text in its order
 Solves    row a of dL/dE is the sum of delta_t over the tokens t that are a, and zero for all other words; row p of dL/dP is delta_p.
           A word is there if its row stands out of what most rows are: of zero, or of the noise of a defense, whose size they
           show. The word at position p is the one whose row points most the way of the position's
-Differs   nothing is searched; noise, pruning, rounding and signs leave the difference between a row and none
+Differs   nothing is searched; several rounds of a client are read as one; noise, pruning, rounding and signs leave the difference between a row and none
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,7 +30,7 @@ from gradleak.observations.release import Release
 from gradleak.observations.releases import Gradient, Update
 from gradleak.observations.transformer import layout_of
 
-# Deviations of a row's energy above the median of all rows: the largest of 30,000 Gaussian rows lies at 4.2, and the energy of a row
+# Deviations of a row's energy above the median of all rows, most of which are in no batch: the largest of 30,000 Gaussian rows lies at 4.2, and the energy of a row
 # of 64 numbers or more has a tail little longer than that.
 ABOVE = 8.0
 
@@ -40,6 +41,7 @@ class EmbeddingRows:
 
     sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update)
     modality: ClassVar[str] = LanguageArchitecture.modality
+    joint: ClassVar[bool] = True
 
     def __call__(
         self, observation: TextObservation, *, generator: torch.Generator, on_step: OnStep | None = None
@@ -47,19 +49,20 @@ class EmbeddingRows:
         """Raises NotObserved where the embeddings' gradient was not released. An output layer that shares it fills every row: then what
         stands out is likely, and the replay says whether it is right."""
         check_sees(self, observation)
-        words, places = tables(observation)
-        floor = floor_of(words)
-        tokens = (energy(words) > floor).nonzero()[:, 0]
+        each = [tables(one) for one in observation.alone().values()]
+        placed = [(words, places) for words, places in each if places is not None]
+        tokens = (standing([(words, words) for words, _ in each]) > ABOVE).nonzero()[:, 0]
         bag = tuple(tokens.tolist())
         if not bag:
             status = "No row of the embeddings' gradient stands out: noise is all there is."
             return Reconstruction((), None, 1.0, status, Outcome.NOTHING)
-        there = torch.empty(0) if places is None else (energy(places) > floor).nonzero()[:, 0]
-        if places is None or not len(there) or observation.batch_size not in (None, 1):
+        there = (standing([(places, words) for words, places in placed]) > ABOVE).nonzero()[:, 0]
+        if not len(there) or observation.batch_size not in (None, 1):
             why = "of several texts" if len(there) else "without a gradient of positions"
             status = f"A bag of words: {len(bag)} have rows of their own in the embeddings' gradient; {why}, none tells their order."
             return Reconstruction((), None, 1.0, status, Outcome.GUESSED, (), bag)
-        alike = F.normalize(places[there], dim=1) @ F.normalize(words[tokens], dim=1).T  # (places, tokens)
+        turned = (F.normalize(places[there], dim=1) @ F.normalize(words[tokens], dim=1).T for words, places in placed)
+        alike = torch.stack([*turned]).sum(0)  # (places, tokens)
         text = tokens[alike.argmax(1)]
         if observation.model.architecture.task == "masked-lm":
             residual, label = 1.0, None  # what was masked is unknown: nothing can be replayed
@@ -100,14 +103,17 @@ def embeddings_of(model: LanguageModel) -> tuple[str, str | None]:
     return f"{name}.weight", f"{places[0]}.weight" if places else None
 
 
-def energy(rows: Tensor) -> Tensor:
-    """The squared length of each row: (n,)."""
-    return rows.square().sum(1)
-
-
-def floor_of(words: Tensor) -> float:
-    """What a row of nothing but noise stays below: most words of a vocabulary are in no batch."""
-    each = energy(words)
-    median = each.median()
-    deviation = 1.4826 * (each - median).abs().median()  # that of a Gaussian with such quartiles
-    return float(median + ABOVE * deviation)
+def standing(rounds: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """How far the energy of each row (n,) stands above that of most words, in deviations of it; over several rounds the sum of that, whose
+    own deviation is the root of their number. rounds: (rows (n, width), the words' rows) of each; nothing where there are none."""
+    every = [torch.empty(0)]
+    for rows, words in rounds:
+        each = words.square().sum(1)
+        median = each.median()
+        deviation = (
+            1.4826 * (each - median).abs().median()
+        )  # that of a Gaussian with such quartiles; none where there is no noise
+        above = (rows.square().sum(1) - median) / deviation.clamp_min(torch.finfo(each.dtype).tiny)
+        every = [above, *every] if len(every[0]) else [above]
+    total: Tensor = torch.stack(every).sum(0) / len(every) ** 0.5
+    return total

@@ -2,10 +2,11 @@
 together.
 
 A sample that two rounds give alike is none of a round's accidents: those found in more rounds come first. What stands together is judged by all
-rounds, at once: it is kept where it explains them better than what any round gave by itself. Of bags of tokens what all rounds hold is
-left, since a token that passes a check by chance does not pass it again at other weights.
+rounds, at once: it is kept where it explains them better than what any round gave by itself. Of bags of tokens what half of the rounds hold
+is left: a token that passes a check by chance seldom passes it at other weights, and noise hides a right one now and then.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -76,7 +77,8 @@ def put_together(observation: Rounds[Any], each: Mapping[int, Reconstruction]) -
     several = sum(len(sample.copies) > 1 for sample in samples)
     chosen = samples[: observation.batch_size or len(samples)]
     bags = [set(found.bag) for found in each.values() if found.bag]
-    bag = tuple(sorted(set.intersection(*bags))) if bags else ()
+    votes = Counter(token for tokens in bags for token in tokens)
+    bag = tuple(sorted(token for token, count in votes.items() if 2 * count >= len(bags)))
     said = f"From {len(each)} rounds one by one"
     said += f": they agree on {several} {'sample' if several == 1 else 'samples'}. " if several else ". "
     if chosen:
