@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gradleak.attacks.embedding_rows import EmbeddingRows, embeddings_of, energy, floor_of
+from gradleak.attacks.embedding_rows import ABOVE, EmbeddingRows, embeddings_of, standing
 from gradleak.attacks.reconstruction import Outcome
 from gradleak.errors import NotObserved
 from gradleak.formats.secret_file import Secret
@@ -77,10 +77,29 @@ def test_of_several_texts_the_words_are_told_and_no_order() -> None:
 def test_the_floor_is_above_noise_and_below_a_row_as_large() -> None:
     """Of 30,000 Gaussian rows none, of rows with a signal as large as the noise every one."""
     rows = torch.randn(30_000, 96, generator=zero(), dtype=torch.float64)
-    assert float(energy(rows).max()) < floor_of(rows)
+    assert float(standing([(rows, rows)]).max()) < ABOVE
     signal = torch.nn.functional.normalize(torch.randn(20, 96, generator=zero(), dtype=torch.float64), dim=1)
     rows[:20] += 1.5 * 96**0.5 * signal
-    assert float(energy(rows[:20]).min()) > floor_of(rows)
+    assert float(standing([(rows[:20], rows)]).min()) > ABOVE
+
+
+def test_rounds_show_rows_that_one_round_hides() -> None:
+    """Signals of 1.05 times the noise add 1.05^2 x 96 = 106 to an energy of deviation (2 x 96)^.5 = 13.9, hence 7.6 deviations, below the floor of
+    8; over four rounds 15, with a deviation of 1.8."""
+    signal = (
+        1.05
+        * 96**0.5
+        * torch.nn.functional.normalize(torch.randn(20, 96, generator=zero(), dtype=torch.float64), dim=1)
+    )
+    rounds = []
+    for seed in range(4):
+        words = torch.randn(30_000, 96, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        words[:20] += signal
+        rounds.append((words, words))
+    assert int((standing(rounds[:1]) > ABOVE).sum()) < 20
+    found = standing(rounds) > ABOVE
+    assert found[:20].all()
+    assert not found[20:].any()
 
 
 def test_the_tables_are_found_without_names() -> None:

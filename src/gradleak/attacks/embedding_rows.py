@@ -56,7 +56,8 @@ class EmbeddingRows:
         if not bag:
             status = "No row of the embeddings' gradient stands out: noise is all there is."
             return Reconstruction((), None, 1.0, status, Outcome.NOTHING)
-        there = (standing([(places, words) for words, places in placed]) > ABOVE).nonzero()[:, 0]
+        seen = standing([(places, words) for words, places in placed]) if placed else torch.empty(0)
+        there = (seen > ABOVE).nonzero()[:, 0]
         if not len(there) or observation.batch_size not in (None, 1):
             why = "of several texts" if len(there) else "without a gradient of positions"
             status = f"A bag of words: {len(bag)} have rows of their own in the embeddings' gradient; {why}, none tells their order."
@@ -105,15 +106,13 @@ def embeddings_of(model: LanguageModel) -> tuple[str, str | None]:
 
 def standing(rounds: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """How far the energy of each row (n,) stands above that of most words, in deviations of it; over several rounds the sum of that, whose
-    own deviation is the root of their number. rounds: (rows (n, width), the words' rows) of each; nothing where there are none."""
-    every = [torch.empty(0)]
+    own deviation is the root of their number. rounds: (rows (n, width), the words' rows) of each, one or more."""
+    above = []
     for rows, words in rounds:
         each = words.square().sum(1)
         median = each.median()
         deviation = (
             1.4826 * (each - median).abs().median()
-        )  # that of a Gaussian with such quartiles; none where there is no noise
-        above = (rows.square().sum(1) - median) / deviation.clamp_min(torch.finfo(each.dtype).tiny)
-        every = [above, *every] if len(every[0]) else [above]
-    total: Tensor = torch.stack(every).sum(0) / len(every) ** 0.5
-    return total
+        )  # that of a Gaussian with such quartiles; 0 where there is no noise
+        above.append((rows.square().sum(1) - median) / deviation.clamp_min(torch.finfo(each.dtype).tiny))
+    return torch.stack(above).sum(0) / len(above) ** 0.5
