@@ -115,4 +115,5 @@ def standing(rounds: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
             1.4826 * (each - median).abs().median()
         )  # that of a Gaussian with such quartiles; 0 where there is no noise
         above.append((rows.square().sum(1) - median) / deviation.clamp_min(torch.finfo(each.dtype).tiny))
-    return torch.stack(above).sum(0) / len(above) ** 0.5
+    total: Tensor = torch.stack(above).sum(0) / len(above) ** 0.5
+    return total
