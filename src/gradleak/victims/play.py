@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gradleak.victims.adapter import Init
 
 PUBLIC_TRAINING = 2_000  # pictures a victim is trained on with --epochs
-OTHERS = 640  # texts that others train a model on from round to round
+OTHERS = 160  # texts that others train a model on from round to round
 PUBLIC_ADAPTED = 5_000  # the same, before an adapter is trained on it
 Start = Callable[[str], Callable[[int, int, float], None]]  # opens a progress bar
 

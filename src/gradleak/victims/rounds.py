@@ -11,7 +11,8 @@ from gradleak.observations.observation import Observation
 from gradleak.observations.rounds import Rounds
 from gradleak.victims.training import adam_steps
 
-STEPS, RATE, BATCH = 10, 1e-3, 64  # of Adam on the others' data, from one round to the next
+STEPS, RATE = 10, 1e-3  # of Adam on the others' data, from one round to the next
+PICTURES, TEXTS = 64, 8  # in each of these steps
 
 Play = Callable[[Model[Any], int], Observation[Any]]  # (global model, seed) -> what the client shares
 
@@ -29,9 +30,10 @@ def federated(model: Model[Any], others: Any, count: int, play: Play, *, seed: i
 
 
 def drawn(model: Model[Any], others: Any, generator: torch.Generator) -> Iterator[tuple[Any, Any]]:
-    """Batches of `BATCH` at random, as the model is fed with them, without end."""
+    """Batches at random, as the model is fed with them, without end."""
     inputs, labels = model.architecture.feed(others, seed=0)
+    count = PICTURES if isinstance(inputs, torch.Tensor) else TEXTS
     while True:
-        rows = torch.randint(len(inputs), (min(BATCH, len(inputs)),), generator=generator)
+        rows = torch.randint(len(inputs), (count,), generator=generator)
         chosen = inputs[rows] if isinstance(inputs, torch.Tensor) else tuple(inputs[i] for i in rows.tolist())
         yield chosen, None if labels is None else labels[rows]
