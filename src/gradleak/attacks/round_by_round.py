@@ -24,7 +24,7 @@ SAME = 0.05  # root mean square of pixels up to which two rounds have found one 
 BLANK = 1e-3  # the same of a picture that is none: one grey
 
 
-@dataclass
+@dataclass(eq=False)
 class Sample:
     """One sample as one or several rounds gave it; copies: a picture each, or one text."""
 
