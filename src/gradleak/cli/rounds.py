@@ -113,8 +113,8 @@ def audited_apart(observation: Observation[Any], done: Sequence[Audited], attack
     each = dict[int, float]()
     for number in odd or own:
         for again in run(own[number], {title: attacks[title]}, f"round {number}"):
-            if again.reconstruction is not None:
-                each[number] = sum(left(own[number], again.reconstruction).values())
+            if again.reconstruction is not None and (told := left(own[number], again.reconstruction)):
+                each[number] = max(told.values())
     if not odd and len(each) == len(own):
         best.result["flags"] = [*best.result["flags"], *shared(rest, each)]
     return True
