@@ -273,7 +273,7 @@ def test_the_rounds_of_a_client_are_found_together(tmp_path: Path) -> None:
     """Two rounds of the same two digits, four steps in each, at weights that the others have moved meanwhile."""
     from gradleak.integrations.flower import KeepingStrategy
 
-    federated(KeepingStrategy(fed_avg(), clients(tmp_path)), client_app([]), rounds=2)
+    federated(KeepingStrategy(fed_avg(), clients(tmp_path, told=TOLD[13])), client_app([]), rounds=2)
     with pytest.raises(BadInput, match="of 3 clients: name one with --client"):
         rounds_in(tmp_path)
     files = rounds_in(tmp_path, "client-13")
