@@ -100,6 +100,8 @@ def whole_audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
     attacks = built(options)
     if args.members is None and args.non_members is not None:
         raise BadInput("--non-members goes with --members, the samples that it was trained on.")
+    if args.members is None and args.limit is not None:
+        raise BadInput("--limit goes with --members, the samples that are looked at: of a release all samples are.")
     if args.attacks is None and args.members is not None:
         attacks = {}
     elif args.attacks is None:
@@ -158,7 +160,7 @@ def told_members(args: flags.Audit, observation: Observation[Any], written: reco
     """Which samples of --members an attacker tells from others, put into the record and the report."""
     describe(written, observation, "")
     with progress() as start:
-        about: Any = {"seed": args.seed, "redacted": args.redact, "on_step": start}
+        about: Any = {"seed": args.seed, "limit": args.limit, "redacted": args.redact, "on_step": start}
         found = membership(observation, str(args.members), args.non_members, **about)
     with_membership(written, found)
     finish(written, out, args.redact)
