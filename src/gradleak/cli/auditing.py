@@ -174,6 +174,10 @@ def demo(args: flags.Demo) -> None:
     check_device(args.device)
     out = fresh_folder(args.out)
     written = new_record("demo", args, {}, [])
+    print(
+        f"Two adapters and a gradient are made and attacked, which takes about a CPU-minute: {out}/report.html.",
+        flush=True,
+    )
     left: dict[str, list[str]] = {}
     for name, (victim, shown_with) in DEMO.items():
         with progress() as start:
