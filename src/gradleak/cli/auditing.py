@@ -98,10 +98,9 @@ def whole_audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
         check_named(args.attacks, options)
     out, observation = folder_for(args), informed(args)
     attacks = built(options)
-    if args.members is None and args.non_members is not None:
-        raise BadInput("--non-members goes with --members, the samples that it was trained on.")
-    if args.members is None and args.limit is not None:
-        raise BadInput("--limit goes with --members, the samples that are looked at: of a release all samples are.")
+    if args.members is None and (args.non_members is not None or args.limit is not None):
+        name = "--non-members" if args.non_members is not None else "--limit"
+        raise BadInput(f"{name} goes with --members, the samples that it was trained on.")
     if args.attacks is None and args.members is not None:
         attacks = {}
     elif args.attacks is None:
@@ -174,10 +173,7 @@ def demo(args: flags.Demo) -> None:
     check_device(args.device)
     out = fresh_folder(args.out)
     written = new_record("demo", args, {}, [])
-    print(
-        f"Two adapters and a gradient are made and attacked, which takes about a CPU-minute: {out}/report.html.",
-        flush=True,
-    )
+    print("Two adapters and a gradient are made and attacked, which takes about a CPU-minute.", flush=True)
     left: dict[str, list[str]] = {}
     for name, (victim, shown_with) in DEMO.items():
         with progress() as start:
