@@ -14,7 +14,9 @@ PAGE = (Path(__file__).parents[2] / "docs" / "coming_from.md").read_text(encodin
 PACKAGE = Path(gradleak.__file__).parent
 SPANS = re.findall(r"`(gradleak[ .][^`]+)`", PAGE)
 LINES = [span for span in SPANS if span.startswith("gradleak ")]
-NAMES = [span for span in SPANS if span.startswith("gradleak.") and span != "gradleak.attacks"]  # that is an entry point
+NAMES = [
+    span for span in SPANS if span.startswith("gradleak.") and span != "gradleak.attacks"
+]  # that is an entry point
 
 
 @pytest.mark.parametrize("line", LINES)
