@@ -85,7 +85,7 @@ def work_of(function: Callable[[], Any], device: torch.device | None = None) -> 
         function()
         seconds = clock() - began
     if seconds < QUICK:
-        times = []
+        times = list[float]()
         while not times or (seconds < SHORT and len(times) < 3):
             began = clock()
             function()
