@@ -18,6 +18,7 @@ from gradleak.integrations import hub
 from gradleak.integrations.hub import UPLOADED, Withheld, guarded_push
 from gradleak.report.files import finish
 from gradleak.report.record import new_record, new_result
+from gradleak.report.report import Report
 from pages import run_page
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "publish_results.py"
@@ -144,6 +145,23 @@ def test_what_goes_out_is_the_adapter_and_its_card_alone(tuned: Path, tmp_path: 
     assert "## Use\n\nIt works." in card
     assert "old" not in card
     assert "## Privacy" not in (tuned / "adapter" / "README.md").read_text()  # what is here stays as it is
+
+
+def test_who_was_trained_on_decides_where_that_is_asked(
+    tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is handed to the audit, and that a bar of membership needs fresh samples; the gate itself: test_summary.py."""
+    fake, asked = Hub(), dict[str, Any]()
+    record: Any = new_record({"name": "audit", "arguments": {}}, 0, [])
+    record["verdict"] = {"level": "nothing", "sentence": "Not found."}
+    monkeypatch.setattr(hub, "run_audit", lambda *_, **about: asked.update(about) or Report(record))
+    about: dict[str, Any] = {"base": tuned / "base", "out": tmp_path / "audited", "api": fake, "fail_on": "TPR>0.05"}
+    with pytest.raises(BadInput, match="is about membership"):
+        guarded_push(tuned / "adapter", "me/mine", **about)
+    with pytest.raises(Withheld, match="could not be judged"):  # the record holds no membership
+        guarded_push(tuned / "adapter", "me/mine", members="a", non_members="b", **about)
+    assert (asked["members"], asked["non_members"]) == ("a", "b")
+    assert fake.made == []
 
 
 def test_the_lines_of_the_page_run(tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

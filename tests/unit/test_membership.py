@@ -26,6 +26,7 @@ from gradleak.audit.membership.audited import PROOF, membership
 from gradleak.audit.membership.rates import auc, auc_interval, rate, roc, variance
 from gradleak.audit.membership.told_apart import told_apart
 from gradleak.audit.membership.words import judged
+from gradleak.audit.run import run_audit
 from gradleak.audit.scoring import SCORING
 from gradleak.cli.app import main
 from gradleak.errors import BadInput, NotObserved
@@ -386,6 +387,17 @@ def test_the_owners_audit(owned: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["rerun", str(tmp_path / "a" / "record.json"), "--out", str(tmp_path / "d")]) == 0
     again = json.loads((tmp_path / "d" / "record.json").read_text())
     assert again["membership"]["sentence"] == found["sentence"]
+
+
+def test_python_asks_as_the_command_does(owned: Path) -> None:
+    both = {"members": str(owned / "members"), "non_members": str(owned / "fresh")}
+    report = run_audit(owned / "adapter", base=owned / "base", **both, limit=24, progress=False)
+    found = report.record["membership"]
+    assert (found["members"], found["fresh"]) == (24, 18)
+    assert report.record["results"] == []
+    assert report.verdict["sentence"] == found["sentence"]
+    with pytest.raises(BadInput, match="go with members"):
+        run_audit(owned / "adapter", base=owned / "base", non_members="digits")
 
 
 def test_what_the_owner_may_have_got_wrong(owned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,6 +52,8 @@ def guarded_push(
     secret: Secret | str | Path | None = None,
     base: str | Path | None = None,
     recipe: Recipe | None = None,
+    members: str | None = None,
+    non_members: str | None = None,
     attacks: Sequence[Any] | Mapping[str, Any] | None = None,
     private: bool | None = None,
     api: Any = None,
@@ -61,20 +63,23 @@ def guarded_push(
     model       of PEFT's get_peft_model, or the folder of save_pretrained
     repository  on the hub, "me/mine"; it is made where it is not there
     out         a new folder for the report, which holds what was recovered of private data; it is never uploaded
-    fail_on     the bar of `gradleak audit --fail-on`: recovered or partly. None uploads whatever was found, and says it in the card
-    secret, base, recipe, attacks  as `gradleak.run_audit` takes them; base: what the adapter's config names unless this is given
+    fail_on     the bar of `gradleak audit --fail-on`: recovered, partly, or with non_members TPR>0.05. None uploads whatever was found, and
+                says it in the card
+    secret, base, recipe, members, non_members, attacks  as `gradleak.run_audit` takes them; base: what the adapter's config names unless
+                this is given
     private     whether a repository that is made is private
     api         a huggingface_hub.HfApi(token=...); one with the token of this machine unless this is given
 
-    Raises Withheld above the bar, and where no verdict is possible (without `secret`, only what proves itself is one): nothing is
-    uploaded then. Raises BadInput for what is no adapter, and for `out` with something in it.
+    Raises Withheld above the bar, and where no verdict is possible (without `secret` or `non_members`, only what proves itself is one):
+    nothing is uploaded then. Raises BadInput for what is no adapter, and for `out` with something in it.
     """
-    check_bar(fail_on, members=False)
+    check_bar(fail_on, members=non_members is not None)
     place = Path(out)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise BadInput(f"{place} holds other results already: choose another folder.")
     with to_be_uploaded(model) as folder:
-        report = run_audit(folder, attacks, secret=secret, base=base, recipe=recipe)
+        about: dict[str, Any] = {"secret": secret, "base": base, "recipe": recipe}
+        report = run_audit(folder, attacks, **about, members=members, non_members=non_members)
         report.save(place)
         code = exit_code(report.record, fail_on)
         if code != FINE:
