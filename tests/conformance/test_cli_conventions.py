@@ -323,7 +323,8 @@ def test_a_table_that_is_too_wide_loses_nothing_and_breaks_no_name() -> None:
         key: {"label": f"Another measure {key}", "unit": "", "better": "higher", "decimals": 3} for key in "abcdef"
     }
     row: Any = {**record.new_result("inverting-gradients", {}, {"name": ""}), "ran": True, "residual": 0.00125}
-    made["results"] = [{**row, "seconds": 12.34, "scores": {key: [1 / 3, 2 / 3] for key in "abcdef"}}]
+    row |= {"seconds": 12.34, "scores": {key: [1 / 3, 2 / 3] for key in "abcdef"}}
+    made["results"] = [row]
     text = terminal.text(made)
     assert "inverting-gradients " in text
     assert text.count("0.500") == 6

@@ -120,7 +120,8 @@ def test_an_adapter_above_the_bar_or_without_a_verdict_stays_here(tuned: Path, t
     why = "gives away more than the bar allows" if scored else "could not be judged"
     with pytest.raises(Withheld, match=f"Nothing was uploaded to me/mine: the adapter {why}") as refused:
         guarded_push(tuned / "adapter", "me/mine", secret=secret, **about)
-    assert fake.made == fake.uploads == []
+    assert not fake.made
+    assert not fake.uploads
     assert refused.value.report.verdict["level"] == ("recovered" if scored else "unscored")
     assert (out / "report.html").is_file()
     with pytest.raises(BadInput, match="holds other results already"):

@@ -956,11 +956,11 @@ def test_every_level_has_its_words_and_its_colour(level: str) -> None:
 def test_words_and_changes_are_explained_where_a_page_has_them_first() -> None:
     """Of two observations, the second does not say again what the first has said, and names changes that were told."""
     record = make_record()
-    told = {**make_result("dlg"), "recovered": [True], "leads": [9.0]}
+    told: Any = {**make_result("dlg"), "recovered": [True], "leads": [9.0]}
     record["results"] = [{**told, "observation": {**told["observation"], "name": name}} for name in ("one", "two")]
-    change = {"change": "Add noise.", "effect": "It hides all.", "cost": "None.", "source": "findings/defenses.md"}
+    change: Any = {"change": "Add noise.", "effect": "It hides all.", "cost": "None.", "source": "findings/defenses.md"}
     other = {**change, "change": "Sum up clients.", "effect": "It hides some."}
-    record["remedies"] = {"one": [change], "two": [change, other]}  # type: ignore[typeddict-item]
+    record["remedies"] = {"one": [change], "two": [change, other]}
     record["verdict"] = {"level": "recovered", "sentence": "Found."}
     record["verdicts"] = [{**record["verdict"], "observation": name} for name in ("one", "two")]
     html = render(record)

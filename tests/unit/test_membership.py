@@ -390,7 +390,7 @@ def test_the_owners_audit(owned: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_python_asks_as_the_command_does(owned: Path) -> None:
-    both = {"members": str(owned / "members"), "non_members": str(owned / "fresh")}
+    both: dict[str, Any] = {"members": str(owned / "members"), "non_members": str(owned / "fresh")}
     report = run_audit(owned / "adapter", base=owned / "base", **both, limit=24, progress=False)
     found = report.record["membership"]
     assert (found["members"], found["fresh"]) == (24, 18)
