@@ -176,7 +176,7 @@ def test_the_lines_of_the_page_run(tuned: Path, tmp_path: Path, monkeypatch: pyt
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
     fake = Hub()
-    with pytest.raises(BadInput, match="holds no adapter"):
+    with pytest.raises(BadInput, match="no adapter of PEFT to upload"):
         guarded_push(tmp_path, "me/mine", out=tmp_path / "audited", api=fake)
     with pytest.raises(BadInput, match="is no bar"):
         guarded_push(tmp_path, "me/mine", out=tmp_path / "audited", api=fake, fail_on="never")

@@ -99,10 +99,9 @@ def guarded_push(
 def to_be_uploaded(model: Any) -> Iterator[Path]:
     """A folder with the files of an adapter that are to be uploaded, and no others; gone afterwards."""
     with tempfile.TemporaryDirectory() as temporary:
-        folder, whole = Path(temporary, "uploaded"), Path(temporary, "saved")
-        if isinstance(model, str | Path):
-            whole = Path(model)
-        else:
+        folder, is_saved = Path(temporary, "uploaded"), isinstance(model, str | Path)
+        whole = Path(model) if is_saved else Path(temporary, "saved")
+        if not is_saved:
             with quiet_transformers():
                 model.save_pretrained(str(whole))
         folder.mkdir()
@@ -110,7 +109,9 @@ def to_be_uploaded(model: Any) -> Iterator[Path]:
             if (file := whole / name).is_file():
                 shutil.copy(file, folder / name)
         if not is_adapter(folder):
-            raise BadInput(f"{model if whole == model else 'What this model saves'} holds no adapter of PEFT.")
+            raise BadInput(
+                "There is no adapter of PEFT to upload: give a model of get_peft_model, or the folder that it saves."
+            )
         yield folder
 
 
