@@ -173,6 +173,7 @@ def demo(args: flags.Demo) -> None:
     check_device(args.device)
     out = fresh_folder(args.out)
     written = new_record("demo", args, {}, [])
+    out.mkdir(parents=True, exist_ok=True)  # where that fails, nothing was said yet
     print("Two adapters and a gradient are made and attacked, which takes about a CPU-minute.", flush=True)
     left: dict[str, list[str]] = {}
     for name, (victim, shown_with) in DEMO.items():
