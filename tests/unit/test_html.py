@@ -957,9 +957,10 @@ def test_words_and_changes_are_explained_where_a_page_has_them_first() -> None:
     """Of two observations, the second does not say again what the first has said, and names changes that were told."""
     record = make_record()
     told: Any = {**make_result("dlg"), "recovered": [True], "leads": [9.0]}
-    record["results"] = [{**told, "observation": {**told["observation"], "name": name}} for name in ("one", "two")]
+    rows: Any = [{**told, "observation": {**told["observation"], "name": name}} for name in ("one", "two")]
+    record["results"] = rows
     change: Any = {"change": "Add noise.", "effect": "It hides all.", "cost": "None.", "source": "findings/defenses.md"}
-    other = {**change, "change": "Sum up clients.", "effect": "It hides some."}
+    other: Any = {**change, "change": "Sum up clients.", "effect": "It hides some."}
     record["remedies"] = {"one": [change], "two": [change, other]}
     record["verdict"] = {"level": "recovered", "sentence": "Found."}
     record["verdicts"] = [{**record["verdict"], "observation": name} for name in ("one", "two")]
