@@ -295,5 +295,5 @@ def said(done: Audited, redact: bool = False) -> str:
     texts = (
         [] if redact else row["shown"]["reconstruction"] if row.get("media") == "text/plain" and "shown" in row else []
     )
-    lines = [f"{row['attack']}: {row['status']}", *(f"  {shortened(text)}" for text in texts)]
+    lines = [f"{row['attack']}: {row['status']}", *(f"  {shortened(text)}" for text in texts if text)]
     return "\n".join(lines)
