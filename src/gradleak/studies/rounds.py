@@ -10,15 +10,13 @@ import torch
 
 from gradleak.attacks.diffusion.daps import DAPS
 from gradleak.attacks.map_inversion import MapInversion
-from gradleak.audit.privacy_loss import epsilon
+from gradleak.audit.privacy import spent
 from gradleak.audit.scoring import SCORING
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures
 from gradleak.observations.defense_names import Chosen
-from gradleak.observations.mechanism import Mechanism
 from gradleak.observations.model import Model
 from gradleak.observations.observation import PictureObservation
-from gradleak.observations.private_step import ClippedNoise
 from gradleak.observations.training import Recipe
 from gradleak.studies.data_sets import blueprint, rows_of, shrunk, unseen
 from gradleak.studies.findings import Findings
@@ -78,7 +76,7 @@ def cell(setting: Setting, bench: Bench) -> Result:
     rows = compared(found, private.images, prior.mean.float(), public.images[-100:])
     for row, control in zip(rows, compared(wrong, private.images), strict=True):
         row["wrong_rounds_psnr_db"] = control["psnr_db"]
-    return Result(spent(setting), rows, notes=(shrunk(shape, bench.size),))
+    return Result(spent(seen), rows, notes=(shrunk(shape, bench.size),))
 
 
 def shared(setting: Setting, model: Any, private: Pictures, public: Pictures, seed: int) -> PictureObservation:
@@ -90,15 +88,6 @@ def shared(setting: Setting, model: Any, private: Pictures, public: Pictures, se
         return seen if setting.shared == "gradient" else share_update(seen, secret, LOCAL, seed=draw)
 
     return federated(model, public, setting.rounds, play, seed=seed)
-
-
-def spent(setting: Setting) -> dict[str, Any]:
-    """The epsilon of the rounds together, at delta 1e-5, where the training is private."""
-    (step,), count = Chosen.of((setting.defense or "bits:16",)).defenses, setting.rounds
-    if not isinstance(step, ClippedNoise):
-        return {}
-    every = Mechanism(noise_multiplier=step.noise_multiplier, sample_rate=1.0, steps=count, certain=count)
-    return {"epsilon": epsilon(every)}
 
 
 def tell(table: Table) -> Findings:
