@@ -29,6 +29,7 @@ from gradleak.observations.observation import PictureObservation
 from gradleak.priors.denoisers import diffusion
 from gradleak.priors.gaussian import GaussianPrior
 from gradleak.victims.gradient import capture_gradient
+from pipelines import save_latent_pipeline
 
 SHAPE = (1, 8, 8)
 TAU = 0.1
@@ -106,7 +107,7 @@ def test_score_distillation_adds_to_a_search(prior: GaussianPrior) -> None:
     """More of the prior, nearer to its mean."""
     mean, away = prior.mean[None].float(), list[float]()
     for weight in (1e-4, 1.0):
-        attack = SDS(gaussian=prior, weight=weight, steps=100)
+        attack = SDS(gaussian=prior, weight=weight, levels=10)
         away.append(far(attack(seen(), generator=torch.Generator().manual_seed(0)).value, mean))
     assert away[1] < 0.8 * away[0]
 
@@ -212,35 +213,20 @@ def test_an_audit_under_a_prior_shows_what_it_is_compared_with(tmp_path: Path, o
     assert not (tmp_path / "no").exists()
 
 
-def latent_pipeline(folder: Path) -> diffusion.LatentDiffusion:
-    """An autoencoder and a U-Net of its latents, of random weights, 3x8x8 pixels."""
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    blocks: dict[str, Any] = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
-    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    vae = diffusers.AutoencoderKL(**blocks, **kinds, latent_channels=4, sample_size=8)
-    levels = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-    network = diffusers.UNet2DModel(**blocks, **levels, sample_size=4, in_channels=4, out_channels=4)
-    for part, model in (("vae", vae), ("unet", network), ("scheduler", diffusers.DDIMScheduler())):
-        model.save_pretrained(folder / part)
-    loaded = diffusion.load(str(folder))
-    assert isinstance(loaded, diffusion.LatentDiffusion)
-    return loaded
-
-
 def test_a_search_among_latents_is_polished_in_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The decoder has random weights, and draws no photograph: pixels explain more of the release, and are kept. What explains less is not."""
-    latent = latent_pipeline(tmp_path)
+    latent = diffusion.load(str(save_latent_pipeline(tmp_path, 8)))
+    assert isinstance(latent, diffusion.LatentDiffusion)
     architecture, picture = Architecture("mlp", (3, 8, 8), 10), load("embedded", indices=[0], resize=(8, 8))
     model = Model.of(architecture.build(0), architecture)
     seen, _ = capture_gradient(model, picture, reveal_labels=True)
-    attack, draw = RedDiff(prior=latent, steps=2), torch.Generator()
+    attack, draw = RedDiff(prior=latent, levels=1, evaluations=2), torch.Generator()
     polished = attack(seen, generator=draw.manual_seed(0))
     assert "Polished in pixels" in polished.status
     monkeypatch.setattr(problem.Problem, "polished", lambda self, o, found: found)
-    drawn, longer = (replace(attack, steps=s)(seen, generator=draw.manual_seed(0)) for s in (2, 20))
+    drawn, longer = (replace(attack, levels=n)(seen, generator=draw.manual_seed(0)) for n in (1, 10))
     assert polished.residual < drawn.residual
-    # What is returned is what a latent draws: the search among latents ends closer to the release than it was after a few steps.
+    # What is returned is what a latent draws: the search among latents ends closer to the release than it was after one level.
     assert longer.residual < drawn.residual
 
 

@@ -1,20 +1,26 @@
-"""What the solvers of this folder share: rows of pictures to find, how likely a release makes them, and where they begin."""
+"""What the solvers of this folder share: their priors, rows of pictures to find, how likely a release makes them, and where they begin."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from gradleak.attacks.attack import Effort
+from gradleak.attacks.attack import Effort, check_sees
 from gradleak.attacks.map_inversion import PRIOR_WEIGHTS, MapInversion
 from gradleak.attacks.reconstruction import Reconstruction, outcome_of
 from gradleak.attacks.search.descend import OnStep, stack
 from gradleak.attacks.search.likelihood import errors, estimated_variance, relative_variance, sizes
 from gradleak.attacks.search.start import Given, Start
 from gradleak.errors import BadInput
+from gradleak.modalities.networks import Architecture
+from gradleak.modalities.pictures import Pictures
+from gradleak.observations.adapter import Adapter
 from gradleak.observations.observation import PictureObservation
+from gradleak.observations.release import Release
+from gradleak.observations.releases import Gradient, Update
 from gradleak.observations.tensors import Tensors
 from gradleak.priors.denoisers.diffusion import LatentDiffusion
 from gradleak.priors.gaussian import GaussianPrior
@@ -23,6 +29,22 @@ from gradleak.priors.prior import Denoiser
 UNHEARD = 1e9  # a variance at which a release says nothing
 EVALUATIONS = 50  # of the search under the Gaussian, at each of its weights
 POLISHING = 15  # the same, after latents
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a search moves in, pixels or latents.
+
+    start     (K, batch, ...)
+    drawn     the pictures (batch, channel, height, width) of one row
+    denoised  (K, batch, ...) with white noise of this deviation -> the expected clean ones
+    filtered  (rows, gain) -> gain(C) rows, of a Gaussian with covariance C
+    """
+
+    start: Tensor
+    drawn: Callable[[Tensor], Tensor]
+    denoised: Callable[[Tensor, float], Tensor]
+    filtered: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -105,9 +127,14 @@ class Problem:
         """What `unlikely` takes besides pictures, of all rows."""
         return self.y, self.released, self.size, self.variance
 
+    @property
+    def pixels(self) -> Space:
+        """Pictures as they are."""
+        return Space(self.start, lambda images: images, self.denoised, self.filtered)
+
     def filtered(self, images: Tensor, gain: Callable[[Tensor], Tensor]) -> Tensor:
-        """gain(C) images, of the Gaussian's covariance C: (K, batch, channel, height, width)."""
-        return self.gaussian.filtered(images.flatten(0, 1), gain).view_as(images)
+        """gain(C) images, of the Gaussian's covariance C: (batch, channel, height, width), of one row or of all."""
+        return self.gaussian.filtered(images.flatten(0, -4), gain).view_as(images)
 
     def denoised(self, images: Tensor, sigma: float) -> Tensor:
         """(K, batch, channel, height, width) with white noise of this deviation -> the expected clean ones."""
@@ -141,6 +168,52 @@ class Problem:
         return replace(closer, status=said, iterations=found.iterations + closer.iterations, spread=found.spread)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Solver(ABC):
+    """What every solver has.
+
+    prior     a denoiser, or None for the Gaussian
+    gaussian  GaussianPrior.fit(public pictures), or None for GaussianPrior.smooth: the metric of the search, and its start
+    blind     leave the release out: what the prior says alone
+    start     another attack, whose reconstruction stands in for the most likely pictures, or None
+    """
+
+    sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update, Adapter)
+    modality: ClassVar[str] = Architecture.modality
+    on_device: ClassVar[bool] = True
+    by_name_only: ClassVar[bool] = True
+
+    prior: Denoiser | None = field(default=None, repr=False)
+    gaussian: GaussianPrior | None = field(default=None, repr=False)
+    blind: bool = False
+    start: Start | None = field(default=None, repr=False)
+
+    def prepared(self, observation: PictureObservation, public: Pictures, *, generator: torch.Generator) -> Self:
+        """With a Gaussian of public pictures, where none was given and they are enough."""
+        return self if self.gaussian is not None else replace(self, gaussian=GaussianPrior.of_public(public.images))
+
+    def __call__(
+        self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
+    ) -> Reconstruction:
+        """Raises NotObserved when the batch size is withheld, or the labels of a batch are neither given nor readable."""
+        return self.many([observation], generator=generator, on_step=on_step)[0]
+
+    @abstractmethod
+    def many(
+        self, observations: Sequence[PictureObservation], *, generator: torch.Generator, on_step: OnStep | None = None
+    ) -> list[Reconstruction]:
+        """The same for several observations of one model state, side by side."""
+
+    def posed(
+        self, observations: Sequence[PictureObservation], generator: torch.Generator, *, copies: int = 1
+    ) -> Problem:
+        """`Problem.posed` under these priors; NotObserved for a release of another kind."""
+        check_sees(self, *observations)
+        return Problem.posed(
+            observations, self.gaussian, self.prior, copies, generator, start=self.start, blind=self.blind
+        )
+
+
 def geometric(first: float, last: float, count: int) -> list[float]:
     """So many levels of noise, from the first to the last, each the same part of the one before."""
     return [first * (last / first) ** (i / max(count - 1, 1)) for i in range(count)]
@@ -157,3 +230,8 @@ def counted(on_step: OnStep | None, step: int, steps: int, value: Tensor) -> Non
     """Tell how far a loop is."""
     if on_step is not None:
         on_step(step, steps, float(value.min()))
+
+
+def whitening(sigma: float | Tensor, variance: Tensor) -> Tensor:
+    """1 / the deviation of what has this variance, and was seen with noise of deviation sigma."""
+    return ((variance + sigma**2) / (variance * sigma**2)).sqrt()
