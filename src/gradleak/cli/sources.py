@@ -85,9 +85,8 @@ def class_of(module: str, name: str) -> ast.ClassDef:
 
 
 def written_fields(module: str, kind: ast.ClassDef) -> list[tuple[str, str, Any]]:
-    """(name, type as it is written, default) of the fields with plain values, those of its bases first; the default of another class of the
-    file where it is named."""
-    found = [field for base in bases(module, kind) for field in written_fields(*base)]
+    """(name, type as it is written, default) of the fields with plain values; the default of another class of the file where it is named."""
+    found = []
     for line in kind.body:
         if (
             isinstance(line, ast.AnnAssign)
@@ -120,8 +119,7 @@ def attack(name: str) -> Attack:
     module, kind = places(ATTACKS, "ATTACKS")[name]
     definition = class_of(module, kind)
     classes = [node for node in tree(module).body if isinstance(node, ast.ClassDef)]
-    above = [base for _, base in bases(module, definition)]
-    texts = explained(*(ast.get_docstring(one) or "" for one in (*above, *classes, definition)))
+    texts = explained(*(ast.get_docstring(one) or "" for one in (*classes, definition)))
     written = written_fields(module, definition)
     told = tuple(Parameter(field, PLAIN[kind], default, texts.get(field, "")) for field, kind, default in written)
     return Attack(name, f"{module}:{kind}", *header(ast.get_docstring(tree(module)) or ""), told)
@@ -135,7 +133,7 @@ def imported(name: str) -> Attack:
     kind = attacks.ATTACKS[name]
     file, hints = sys.modules[kind.__module__], get_type_hints(kind)
     classes = [one for one in vars(file).values() if isinstance(one, type) and one.__module__ == kind.__module__]
-    texts = explained(*(one.__doc__ or "" for one in (*kind.__bases__, *classes, kind)))
+    texts = explained(*(inspect.getdoc(one) or "" for one in (*classes, kind)))
     told = tuple(Parameter(f.name, hints[f.name], f.default, texts.get(f.name, "")) for f in parameters(name))
     return Attack(name, f"{kind.__module__}:{kind.__name__}", *header(file.__doc__ or ""), told)
 
@@ -169,18 +167,17 @@ def defenses() -> dict[str, str]:
     told = {}
     for name, (module, kind) in places("gradleak.observations.defense_names", "DEFENSES").items():
         definition = class_of(module, kind)
-        form = ":".join([name, *(field.upper() for field, *_ in written_fields(module, definition))])
+        held = definition if written_fields(module, definition) else next(base for base in bases(module, definition))
+        form = ":".join([name, *(field.upper() for field, *_ in written_fields(module, held))])
         told[form] = (ast.get_docstring(definition) or "").splitlines()[0]
     return told
 
 
-def bases(module: str, kind: ast.ClassDef) -> list[tuple[str, ast.ClassDef]]:
-    """(module, definition) of the classes of this package that a class inherits from."""
-    imports = [node for node in tree(module).body if isinstance(node, ast.ImportFrom)]
-    origin = {alias.asname or alias.name: str(node.module) for node in imports for alias in node.names}
-    origin |= {node.name: module for node in tree(module).body if isinstance(node, ast.ClassDef)}
-    places = {base.id: origin[base.id] for base in kind.bases if isinstance(base, ast.Name) and base.id in origin}
-    return [(place, class_of(place, name)) for name, place in places.items() if place.startswith("gradleak.")]
+def bases(module: str, kind: ast.ClassDef) -> list[ast.ClassDef]:
+    """The classes that a class inherits from and that its file has; the class itself, where there are none."""
+    known = {node.name: node for node in tree(module).body if isinstance(node, ast.ClassDef)}
+    found = [known[base.id] for base in kind.bases if isinstance(base, ast.Name) and base.id in known]
+    return found or [kind]
 
 
 def models() -> list[str]:

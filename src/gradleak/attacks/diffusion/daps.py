@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gradleak.attacks.attack import Effort, check_sees
-from gradleak.attacks.diffusion.problem import Solver, counted, effort, geometric, whitening
+from gradleak.attacks.diffusion.problem import Problem, counted, effort, geometric, whitening
 from gradleak.attacks.reconstruction import Reconstruction
 from gradleak.attacks.search.descend import OnStep, evaluated, rowwise
 from gradleak.attacks.search.lbfgs import lbfgs
@@ -38,32 +38,58 @@ from gradleak.priors.prior import Denoiser
 
 
 @dataclass(frozen=True, kw_only=True)
-class DAPS(Solver):
-    """The sampler.
+class DAPS:
+    """The sampler and its priors.
 
+    prior        a denoiser, or None for the Gaussian
+    gaussian     GaussianPrior.fit(public pictures), or None for GaussianPrior.smooth: the metric of the search, and its start
     samples      of each observation, in pairs: their mean is the answer
     levels       of noise
     evaluations  of the objective at each level, of each sample
     noisiest     the first level, in pixel units
     cleanest     the last
+    blind        leave the release out: what the prior says alone
+    start        another attack, whose reconstruction stands in for the most likely pictures, or None
     """
 
+    sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update, Adapter)
+    modality: ClassVar[str] = Architecture.modality
+    on_device: ClassVar[bool] = True
+    by_name_only: ClassVar[bool] = True
+
+    prior: Denoiser | None = field(default=None, repr=False)
+    gaussian: GaussianPrior | None = field(default=None, repr=False)
     samples: int = 4
     levels: int = 16
     evaluations: int = 12
     noisiest: float = 0.5
     cleanest: float = 0.02
+    blind: bool = False
+    start: Start | None = field(default=None, repr=False)
+
+    def prepared(self, observation: PictureObservation, public: Pictures, *, generator: torch.Generator) -> Self:
+        """With a Gaussian of public pictures, where none was given and they are enough."""
+        return self if self.gaussian is not None else replace(self, gaussian=GaussianPrior.of_public(public.images))
 
     def effort(self, observation: PictureObservation) -> Effort:
         """The search under the Gaussian, and the evaluations of each sample."""
         return effort(observation, self.levels * self.evaluations, max(self.samples, 2))
 
+    def __call__(
+        self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
+    ) -> Reconstruction:
+        """Raises NotObserved when the batch size is withheld, or the labels of a batch are neither given nor readable."""
+        return self.many([observation], generator=generator, on_step=on_step)[0]
+
     def many(
         self, observations: Sequence[PictureObservation], *, generator: torch.Generator, on_step: OnStep | None = None
     ) -> list[Reconstruction]:
-        """`Solver.many`."""
+        """The same for several observations of one model state, side by side."""
+        check_sees(self, *observations)
         pairs = max(self.samples // 2, 1)
-        problem = self.posed(observations, generator, copies=2 * pairs)
+        problem = Problem.posed(
+            observations, self.gaussian, self.prior, 2 * pairs, generator, start=self.start, blind=self.blind
+        )
         gaussian, x = problem.gaussian, problem.start  # (K, batch, channel, height, width), K = observations * samples
 
         def opposite(like: Tensor) -> Tensor:  # (K, ...): pairs of rows
@@ -91,4 +117,3 @@ class DAPS(Solver):
         samples = x.view(len(observations), 2 * pairs, *x.shape[1:])
         done = self.levels * self.evaluations * 2 * pairs
         return problem.answers(samples.mean(1), done, samples.std(1, correction=0))
-

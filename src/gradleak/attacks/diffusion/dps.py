@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gradleak.attacks.attack import Effort, check_sees
-from gradleak.attacks.diffusion.problem import Solver, counted, effort, geometric
+from gradleak.attacks.diffusion.problem import Problem, counted, effort, geometric
 from gradleak.attacks.reconstruction import Reconstruction
 from gradleak.attacks.search.descend import OnStep, evaluated, rowwise
 from gradleak.attacks.search.start import Start
@@ -33,29 +33,55 @@ from gradleak.priors.prior import Denoiser
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPS(Solver):
-    """The sampler.
+class DPS:
+    """The sampler and its priors.
 
+    prior     a denoiser, or None for the Gaussian
+    gaussian  GaussianPrior.fit(public pictures), or None for GaussianPrior.smooth: the start
     steps     levels of noise; a gradient and a denoising each
     guidance  length of a step along the gradient, over that of the noise
     noisiest  the first level of noise, in pixel units
     cleanest  the last
+    blind     leave the release out: what the prior says alone
+    start     another attack, whose reconstruction stands in for the most likely pictures, or None
     """
 
+    sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update, Adapter)
+    modality: ClassVar[str] = Architecture.modality
+    on_device: ClassVar[bool] = True
+    by_name_only: ClassVar[bool] = True
+
+    prior: Denoiser | None = field(default=None, repr=False)
+    gaussian: GaussianPrior | None = field(default=None, repr=False)
     steps: int = 300
     guidance: float = 0.2
     noisiest: float = 0.3
     cleanest: float = 0.005
+    blind: bool = False
+    start: Start | None = field(default=None, repr=False)
+
+    def prepared(self, observation: PictureObservation, public: Pictures, *, generator: torch.Generator) -> Self:
+        """With a Gaussian of public pictures, where none was given and they are enough."""
+        return self if self.gaussian is not None else replace(self, gaussian=GaussianPrior.of_public(public.images))
 
     def effort(self, observation: PictureObservation) -> Effort:
         """The search under the Gaussian, and a gradient a step."""
         return effort(observation, self.steps)
 
+    def __call__(
+        self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
+    ) -> Reconstruction:
+        """Raises NotObserved when the batch size is withheld, or the labels of a batch are neither given nor readable."""
+        return self.many([observation], generator=generator, on_step=on_step)[0]
+
     def many(
         self, observations: Sequence[PictureObservation], *, generator: torch.Generator, on_step: OnStep | None = None
     ) -> list[Reconstruction]:
-        """`Solver.many`."""
-        problem = self.posed(observations, generator)
+        """The same for several observations of one model state, side by side."""
+        check_sees(self, *observations)
+        problem = Problem.posed(
+            observations, self.gaussian, self.prior, 1, generator, start=self.start, blind=self.blind
+        )
 
         def noise(like: Tensor) -> Tensor:
             return torch.randn(like.shape, generator=generator).to(like)

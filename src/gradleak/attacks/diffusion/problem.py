@@ -1,26 +1,22 @@
-"""What the solvers of this folder share: their priors, rows of pictures to find, how likely a release makes them, and where they begin."""
+"""What the solvers of this folder share: rows of pictures to find, how likely a release makes them, and where they begin."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import ClassVar, Self
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from gradleak.attacks.attack import Effort, check_sees
+from gradleak.attacks.attack import Effort
+from gradleak.attacks.diffusion.begin import most_likely
 from gradleak.attacks.map_inversion import PRIOR_WEIGHTS, MapInversion
 from gradleak.attacks.reconstruction import Reconstruction, outcome_of
 from gradleak.attacks.search.descend import OnStep, stack
 from gradleak.attacks.search.likelihood import errors, estimated_variance, relative_variance, sizes
 from gradleak.attacks.search.start import Given, Start
 from gradleak.errors import BadInput
-from gradleak.modalities.networks import Architecture
-from gradleak.modalities.pictures import Pictures
-from gradleak.observations.adapter import Adapter
 from gradleak.observations.observation import PictureObservation
-from gradleak.observations.release import Release
-from gradleak.observations.releases import Gradient, Update
 from gradleak.observations.tensors import Tensors
 from gradleak.priors.denoisers.diffusion import LatentDiffusion
 from gradleak.priors.gaussian import GaussianPrior
@@ -29,6 +25,7 @@ from gradleak.priors.prior import Denoiser
 UNHEARD = 1e9  # a variance at which a release says nothing
 EVALUATIONS = 50  # of the search under the Gaussian, at each of its weights
 POLISHING = 15  # the same, after latents
+smooth = lru_cache(1)(GaussianPrior.smooth)
 
 
 @dataclass(frozen=True)
@@ -83,14 +80,14 @@ class Problem:
         denoiser the Gaussian is one. blind: the release is left out. Raises BadInput for a denoiser of other pictures."""
         seen = observations[0]
         shape = seen.model.architecture.input_shape
-        gaussian = gaussian or GaussianPrior.smooth(shape)
+        gaussian = gaussian or smooth(shape)
         if denoiser is not None and tuple(denoiser.shape) != tuple(shape):
             raise BadInput(f"The denoiser is one of {tuple(denoiser.shape)} pictures, the model takes {tuple(shape)}.")
         search = MapInversion(prior=gaussian, evaluations=EVALUATIONS)
         begun = (
             [start(o, generator=generator) for o in observations]
             if start is not None
-            else search.many(observations, generator=generator)
+            else most_likely(search, observations, generator)
         )
         images = torch.stack([found.value for found in begun])
         variance = []
@@ -166,52 +163,6 @@ class Problem:
             return found
         said = f"{found.status} Polished in pixels: relative residual {closer.residual:.2g}."
         return replace(closer, status=said, iterations=found.iterations + closer.iterations, spread=found.spread)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Solver(ABC):
-    """What every solver has.
-
-    prior     a denoiser, or None for the Gaussian
-    gaussian  GaussianPrior.fit(public pictures), or None for GaussianPrior.smooth: the metric of the search, and its start
-    blind     leave the release out: what the prior says alone
-    start     another attack, whose reconstruction stands in for the most likely pictures, or None
-    """
-
-    sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update, Adapter)
-    modality: ClassVar[str] = Architecture.modality
-    on_device: ClassVar[bool] = True
-    by_name_only: ClassVar[bool] = True
-
-    prior: Denoiser | None = field(default=None, repr=False)
-    gaussian: GaussianPrior | None = field(default=None, repr=False)
-    blind: bool = False
-    start: Start | None = field(default=None, repr=False)
-
-    def prepared(self, observation: PictureObservation, public: Pictures, *, generator: torch.Generator) -> Self:
-        """With a Gaussian of public pictures, where none was given and they are enough."""
-        return self if self.gaussian is not None else replace(self, gaussian=GaussianPrior.of_public(public.images))
-
-    def __call__(
-        self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
-    ) -> Reconstruction:
-        """Raises NotObserved when the batch size is withheld, or the labels of a batch are neither given nor readable."""
-        return self.many([observation], generator=generator, on_step=on_step)[0]
-
-    @abstractmethod
-    def many(
-        self, observations: Sequence[PictureObservation], *, generator: torch.Generator, on_step: OnStep | None = None
-    ) -> list[Reconstruction]:
-        """The same for several observations of one model state, side by side."""
-
-    def posed(
-        self, observations: Sequence[PictureObservation], generator: torch.Generator, *, copies: int = 1
-    ) -> Problem:
-        """`Problem.posed` under these priors; NotObserved for a release of another kind."""
-        check_sees(self, *observations)
-        return Problem.posed(
-            observations, self.gaussian, self.prior, copies, generator, start=self.start, blind=self.blind
-        )
 
 
 def geometric(first: float, last: float, count: int) -> list[float]:

@@ -14,49 +14,84 @@ Differs   The weight is (C + sigma^2 I) / (C sigma^2), of pictures with covarian
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from gradleak.attacks.attack import Effort
+from gradleak.attacks.attack import Effort, check_sees
 from gradleak.attacks.diffusion.latent import among_latents
-from gradleak.attacks.diffusion.problem import Solver, Space, counted, effort, geometric, whitening
+from gradleak.attacks.diffusion.problem import Problem, Space, counted, effort, geometric, whitening
 from gradleak.attacks.map_inversion import misfit
 from gradleak.attacks.reconstruction import Reconstruction
 from gradleak.attacks.search.descend import OnStep, evaluated, rowwise
 from gradleak.attacks.search.lbfgs import lbfgs
+from gradleak.attacks.search.start import Start
+from gradleak.modalities.networks import Architecture
+from gradleak.modalities.pictures import Pictures
+from gradleak.observations.adapter import Adapter
 from gradleak.observations.observation import PictureObservation
+from gradleak.observations.release import Release
+from gradleak.observations.releases import Gradient, Update
 from gradleak.observations.tensors import Tensors
 from gradleak.priors.denoisers.diffusion import LatentDiffusion
+from gradleak.priors.gaussian import GaussianPrior
+from gradleak.priors.prior import Denoiser
 
 
 @dataclass(frozen=True, kw_only=True)
-class RedDiff(Solver):
-    """The search; where the prior is a denoiser of latents, these are searched (latent.py).
+class RedDiff:
+    """The search and its priors.
 
+    prior        a denoiser, or None for the Gaussian; of one of latents these are searched (latent.py)
+    gaussian     GaussianPrior.fit(public pictures), or None for GaussianPrior.smooth: the metric of the search, and its start
     levels       of noise
     evaluations  of the objective at each level
     noisiest     the first level, in pixel units
     cleanest     the last
+    blind        leave the release out: what the prior says alone
+    start        another attack, whose reconstruction stands in for the most likely pictures, or None
     """
 
+    sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update, Adapter)
+    modality: ClassVar[str] = Architecture.modality
+    on_device: ClassVar[bool] = True
+    by_name_only: ClassVar[bool] = True
+
+    prior: Denoiser | None = field(default=None, repr=False)
+    gaussian: GaussianPrior | None = field(default=None, repr=False)
     levels: int = 30
     evaluations: int = 10
     noisiest: float = 0.3
     cleanest: float = 0.03
+    blind: bool = False
+    start: Start | None = field(default=None, repr=False)
+
+    def prepared(self, observation: PictureObservation, public: Pictures, *, generator: torch.Generator) -> Self:
+        """With a Gaussian of public pictures, where none was given and they are enough."""
+        return self if self.gaussian is not None else replace(self, gaussian=GaussianPrior.of_public(public.images))
 
     def effort(self, observation: PictureObservation) -> Effort:
         """The search under the Gaussian, and the evaluations."""
         return effort(observation, self.levels * self.evaluations)
 
+    def __call__(
+        self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
+    ) -> Reconstruction:
+        """Raises NotObserved when the batch size is withheld, or the labels of a batch are neither given nor readable."""
+        return self.many([observation], generator=generator, on_step=on_step)[0]
+
     def many(
         self, observations: Sequence[PictureObservation], *, generator: torch.Generator, on_step: OnStep | None = None
     ) -> list[Reconstruction]:
-        """`Solver.many`."""
-        problem, latent = self.posed(observations, generator), self.prior
+        """The same for several observations of one model state, side by side."""
+        check_sees(self, *observations)
+        problem = Problem.posed(
+            observations, self.gaussian, self.prior, 1, generator, start=self.start, blind=self.blind
+        )
+        latent = self.prior
         space = among_latents(problem, latent) if isinstance(latent, LatentDiffusion) else problem.pixels
         sigmas = geometric(self.noisiest, self.cleanest, self.levels)
 
@@ -68,31 +103,57 @@ class RedDiff(Solver):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SDS(Solver):
-    """The search.
+class SDS:
+    """The search and its priors.
 
+    prior        a denoiser, or None for the Gaussian
+    gaussian     GaussianPrior.fit(public pictures), or None for GaussianPrior.smooth: the metric of the search, and its start
     levels       of noise, drawn at random
     evaluations  of the objective at each level
     weight       of the distilled score against the mean relative misfit
     noisiest     levels are drawn up to here, in pixel units
     cleanest     and from here on
+    blind        leave the release out: what the prior says alone
+    start        another attack, whose reconstruction stands in for the most likely pictures, or None
     """
 
+    sees: ClassVar[tuple[type[Release], ...]] = (Gradient, Update, Adapter)
+    modality: ClassVar[str] = Architecture.modality
+    on_device: ClassVar[bool] = True
+    by_name_only: ClassVar[bool] = True
+
+    prior: Denoiser | None = field(default=None, repr=False)
+    gaussian: GaussianPrior | None = field(default=None, repr=False)
     levels: int = 30
     evaluations: int = 10
     weight: float = 1e-3
     noisiest: float = 0.3
     cleanest: float = 0.03
+    blind: bool = False
+    start: Start | None = field(default=None, repr=False)
+
+    def prepared(self, observation: PictureObservation, public: Pictures, *, generator: torch.Generator) -> Self:
+        """With a Gaussian of public pictures, where none was given and they are enough."""
+        return self if self.gaussian is not None else replace(self, gaussian=GaussianPrior.of_public(public.images))
 
     def effort(self, observation: PictureObservation) -> Effort:
         """The search under the Gaussian, and the evaluations."""
         return effort(observation, self.levels * self.evaluations)
 
+    def __call__(
+        self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
+    ) -> Reconstruction:
+        """Raises NotObserved when the batch size is withheld, or the labels of a batch are neither given nor readable."""
+        return self.many([observation], generator=generator, on_step=on_step)[0]
+
     def many(
         self, observations: Sequence[PictureObservation], *, generator: torch.Generator, on_step: OnStep | None = None
     ) -> list[Reconstruction]:
-        """`Solver.many`."""
-        problem = self.posed(observations, generator)
+        """The same for several observations of one model state, side by side."""
+        check_sees(self, *observations)
+        problem = Problem.posed(
+            observations, self.gaussian, self.prior, 1, generator, start=self.start, blind=self.blind
+        )
         seen, ratio = observations[0], self.cleanest / self.noisiest
         sigmas = (self.noisiest * ratio ** torch.rand(self.levels, generator=generator)).tolist()
 
