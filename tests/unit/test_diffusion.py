@@ -146,7 +146,7 @@ def test_what_solvers_begin_with_is_searched_once(prior: GaussianPrior, monkeypa
         replace(seen(), released={"1.weight": torch.ones(10, 64)}),
         DAPS(levels=2, evaluations=2),
     )
-    rows = [
+    rows: list[Any] = [
         replace(short, gaussian=prior),
         replace(short, gaussian=prior, blind=True),
         RedDiff(gaussian=prior, levels=1),
