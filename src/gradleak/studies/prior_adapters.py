@@ -7,7 +7,6 @@ from functools import cache
 
 import torch
 
-from gradleak.attacks.diffusion.guide import Guide
 from gradleak.attacks.map_inversion import MapInversion
 from gradleak.modalities.pictures import Pictures, public_pool
 from gradleak.observations.observation import PictureObservation
@@ -15,14 +14,13 @@ from gradleak.observations.training import Recipe
 from gradleak.priors.gaussian import GaussianPrior
 from gradleak.studies import adapter_victims as victims
 from gradleak.studies.data_sets import rows_of, unseen
-from gradleak.studies.prior_comparisons import EFFORT, Begun
+from gradleak.studies.prior_comparisons import PAIRS, Begun
 from gradleak.studies.study import Size
 
 FIRST, RANK = 304, 8  # test row; those before were looked at
 RECIPES = {"one step": victims.ONE_STEP, "4 of AdamW": Recipe(optimizer="adamw", learning_rate=0.01, steps=4)}
 MANY: dict[Size, int] = {"smoke": 300, "small": 14_901, "paper": 44_901}  # public pictures behind the Gaussian
 EVALUATIONS: dict[Size, int] = {"smoke": 2, "small": 60, "paper": 60}  # of the search, at each of six prior weights
-PAIRS: dict[Size, tuple[int, int]] = {"smoke": (4, 2), "small": (40, 300), "paper": (300, 2_000)}  # of GUIDE, and steps
 
 
 def count(model: str, training: str, size: Size) -> int:
@@ -68,10 +66,9 @@ def begun(model: str, training: str, data: str, size: Size, seed: int, wrong: bo
     return Begun(private, seen, found)
 
 
-def guide(model: str, data: str, size: Size) -> Guide:
-    """GUIDE after that search, tried on pictures that nothing else has seen."""
-    (pairs, steps), base = PAIRS[size], victims.prepare(model, data, size)
+def fresh(model: str, data: str, size: Size) -> Pictures:
+    """Public pictures that nothing else has seen, for GUIDE to be tried on."""
+    base, (pairs, _) = victims.prepare(model, data, size), PAIRS[size]
     used, shape = victims.TRAINING + victims.DECOYS + MANY[size], base.model.architecture.input_shape
     pool = public_pool(base.source, "train", shape=shape, limit=used + pairs)
-    fresh, after = rows_of(pool, len(pool.labels) - pairs, pairs), search(gaussian(model, data, size, "many"), size)
-    return Guide(after=after, pairs=pairs, steps=steps, samples=4 * EFFORT[size][0], public=fresh)
+    return rows_of(pool, len(pool.labels) - pairs, pairs)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from gradleak.attacks import ATTACKS
+from gradleak.attacks.diffusion.guide import Guide
+from gradleak.attacks.map_inversion import MapInversion
 from gradleak.attacks.reconstruction import Reconstruction
 from gradleak.audit import metrics
 from gradleak.audit.intervals import mean
@@ -25,6 +27,8 @@ from gradleak.studies.table import Table
 
 # Samples, levels, and evaluations at each: as many gradients in all as the other solvers have, after those of the search under the Gaussian.
 EFFORT: dict[Size, tuple[int, int, int]] = {"smoke": (2, 2, 2), "small": (2, 10, 10), "paper": (4, 16, 16)}
+# Pairs that GUIDE is trained on, and steps.
+PAIRS: dict[Size, tuple[int, int]] = {"smoke": (4, 2), "small": (40, 300), "paper": (300, 2_000)}
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,12 @@ def solver(name: str, under: str, size: Size, start: Begun, gaussian: GaussianPr
     shape = start.seen[0].model.architecture.input_shape
     prior = None if under == "gaussian" else prior_of(under, shape)
     return ATTACKS[name](gaussian=gaussian, prior=prior, start=start, blind=blind, **effort)
+
+
+def guide(after: MapInversion, public: Pictures, size: Size) -> Guide:
+    """GUIDE after this search, tried on these pictures."""
+    pairs, steps = PAIRS[size]
+    return Guide(after=after, pairs=pairs, steps=steps, samples=4 * EFFORT[size][0], public=public)
 
 
 def rows_of(found: Sequence[Reconstruction], start: Begun, blind: Tensor, decoys: Tensor) -> list[Row]:

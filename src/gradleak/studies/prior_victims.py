@@ -7,7 +7,6 @@ from functools import cache
 
 import torch
 
-from gradleak.attacks.diffusion.guide import Guide
 from gradleak.attacks.map_inversion import MapInversion
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures, public_pool
@@ -16,13 +15,11 @@ from gradleak.observations.model import Model
 from gradleak.observations.observation import PictureObservation
 from gradleak.priors.gaussian import GaussianPrior
 from gradleak.studies.data_sets import blueprint, rows_of, unseen
-from gradleak.studies.prior_comparisons import EFFORT, Begun
+from gradleak.studies.prior_comparisons import Begun
 from gradleak.studies.study import Size
 from gradleak.victims.gradient import capture_gradient
 
 FIRST = 8_000  # test row
-# Pairs that GUIDE is trained on, and steps.
-PAIRS: dict[Size, tuple[int, int]] = {"smoke": (4, 2), "small": (40, 300), "paper": (300, 2_000)}
 PUBLIC: dict[Size, int] = {"smoke": 200, "small": 10_000, "paper": 50_000}  # pictures behind the Gaussian
 HELD = 500  # of them that are kept as pictures, for decoys, wrong releases and what GUIDE is trained on
 
@@ -54,9 +51,3 @@ def begun(data: str, size: Size, seed: int, noise: float, knows: str, release: s
         seen.append(replace(made, labels=one.labels, defenses=defenses))
     found = search(prior, size).many(seen, generator=torch.Generator().manual_seed(seed))
     return Begun(private, seen, found)
-
-
-def guide(prior: GaussianPrior, public: Pictures, size: Size) -> Guide:
-    """GUIDE after that search."""
-    pairs, steps = PAIRS[size]
-    return Guide(after=search(prior, size), pairs=pairs, steps=steps, samples=4 * EFFORT[size][0], public=public)

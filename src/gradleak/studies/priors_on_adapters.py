@@ -13,8 +13,17 @@ from gradleak.attacks import ATTACKS
 from gradleak.studies import adapter_victims as victims
 from gradleak.studies.findings import Findings
 from gradleak.studies.learned_priors import behind, learned
-from gradleak.studies.prior_adapters import adapters, begun, count, gaussian, guide, search
-from gradleak.studies.prior_comparisons import EFFORT, Begun, ahead, drawn, learned_over_gaussian, rows_of, solver
+from gradleak.studies.prior_adapters import adapters, begun, count, fresh, gaussian, search
+from gradleak.studies.prior_comparisons import (
+    EFFORT,
+    Begun,
+    ahead,
+    drawn,
+    guide,
+    learned_over_gaussian,
+    rows_of,
+    solver,
+)
 from gradleak.studies.study import Bench, Result, Size, Study
 from gradleak.studies.table import Table
 
@@ -79,7 +88,7 @@ def attack_of(setting: Setting, bench: Bench, start: Begun) -> Any:
     """The attack, or None for the search that all begin with."""
     prior, size = gaussian(setting.model, bench.data, bench.size, setting.public), bench.size
     if setting.attack == "guide":
-        return guide(setting.model, bench.data, size)
+        return guide(search(prior, size), fresh(setting.model, bench.data, size), size)
     if setting.attack != "map-inversion":
         return solver(setting.attack, setting.prior, size, start, prior, blind=setting.release == "none")
     if (setting.public, setting.effort) == ("many", "plain"):

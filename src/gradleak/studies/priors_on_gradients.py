@@ -12,8 +12,8 @@ from gradleak.attacks import ATTACKS
 from gradleak.studies.data_sets import shrunk
 from gradleak.studies.findings import Findings
 from gradleak.studies.learned_priors import behind, learned
-from gradleak.studies.prior_comparisons import drawn, learned_over_gaussian, rows_of, solver
-from gradleak.studies.prior_victims import begun, gaussian, guide
+from gradleak.studies.prior_comparisons import drawn, guide, learned_over_gaussian, rows_of, solver
+from gradleak.studies.prior_victims import begun, gaussian, search
 from gradleak.studies.study import Bench, Result, Size, Study
 from gradleak.studies.table import Table
 
@@ -62,7 +62,7 @@ def cell(setting: Setting, bench: Bench) -> Result:
     found = start.likeliest
     draw = torch.Generator().manual_seed(bench.seed)
     if setting.attack == "guide":
-        found = guide(prior, public, bench.size).many(start.seen, generator=draw)
+        found = guide(search(prior, bench.size), public, bench.size).many(start.seen, generator=draw)
     elif setting.attack != "map-inversion":
         blind = setting.release == "none"
         ready = solver(setting.attack, setting.prior, bench.size, start, prior, blind=blind)
