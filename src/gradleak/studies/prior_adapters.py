@@ -4,6 +4,7 @@ where samplers begin.
 
 from dataclasses import replace
 from functools import cache
+from math import prod
 
 import torch
 
@@ -14,7 +15,7 @@ from gradleak.observations.training import Recipe
 from gradleak.priors.gaussian import GaussianPrior
 from gradleak.studies import adapter_victims as victims
 from gradleak.studies.data_sets import rows_of, unseen
-from gradleak.studies.prior_comparisons import PAIRS, Begun
+from gradleak.studies.prior_comparisons import EFFORT, PAIRS, Begun
 from gradleak.studies.study import Size
 
 FIRST, RANK = 304, 8  # test row; those before were looked at
@@ -53,9 +54,14 @@ def adapters(
     return private, [replace(victims.trained(blank, one), labels=one.labels) for one in shown]
 
 
-def search(prior: GaussianPrior | None, size: Size) -> MapInversion:
-    """That for the most likely pictures under the Gaussian."""
-    return MapInversion(prior=prior, evaluations=EVALUATIONS[size], pairs=victims.PAIRS[size] // 2)
+def search(prior: GaussianPrior | None, size: Size, effort: str = "plain") -> MapInversion:
+    """That for the most likely pictures under the Gaussian. effort: plain; deep, as many evaluations spread over prior weights down to 1e-9; long,
+    with those of the solvers besides."""
+    plain = MapInversion(prior=prior, evaluations=EVALUATIONS[size], pairs=victims.PAIRS[size] // 2)
+    weights = len(plain.weights())
+    if effort == "deep":
+        return replace(plain, evaluations=plain.evaluations * weights // (weights + 2), least=1e-9)
+    return plain if effort == "plain" else replace(plain, evaluations=plain.evaluations + prod(EFFORT[size]) // weights)
 
 
 @cache

@@ -4,7 +4,7 @@ unseen pictures, labels known.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,16 +14,7 @@ from gradleak.studies import adapter_victims as victims
 from gradleak.studies.findings import Findings
 from gradleak.studies.learned_priors import behind, learned
 from gradleak.studies.prior_adapters import adapters, begun, count, fresh, gaussian, search
-from gradleak.studies.prior_comparisons import (
-    EFFORT,
-    Begun,
-    ahead,
-    drawn,
-    guide,
-    learned_over_gaussian,
-    rows_of,
-    solver,
-)
+from gradleak.studies.prior_comparisons import Begun, ahead, drawn, guide, learned_over_gaussian, rows_of, solver
 from gradleak.studies.study import Bench, Result, Size, Study
 from gradleak.studies.table import Table
 
@@ -34,8 +25,7 @@ SOLVERS = ("red-diff", "sds", "dps")
 @dataclass(frozen=True)
 class Setting:
     """training: of the adapter, one step of SGD or four of AdamW. public: pictures behind the Gaussian, few (as in the studies of adapters) or
-    many. effort: plain; deep, as many evaluations spread over prior weights down to 1e-9; long, with those of the solvers besides.
-    release: right, wrong (another's), none (the prior alone)."""
+    many. effort: of the search (`prior_adapters.search`). release: right, wrong (another's), none (the prior alone)."""
 
     model: str
     attack: str
@@ -93,13 +83,7 @@ def attack_of(setting: Setting, bench: Bench, start: Begun) -> Any:
         return solver(setting.attack, setting.prior, size, start, prior, blind=setting.release == "none")
     if (setting.public, setting.effort) == ("many", "plain"):
         return None
-    plain, (samples, levels, evaluations) = search(prior, size), EFFORT[size]
-    efforts = {
-        "plain": plain,
-        "deep": replace(plain, evaluations=plain.evaluations * 6 // 8, least=1e-9),
-        "long": replace(plain, evaluations=plain.evaluations + samples * levels * evaluations // 6),
-    }
-    return efforts[setting.effort]
+    return search(prior, size, setting.effort)
 
 
 def tell(table: Table) -> Findings:
