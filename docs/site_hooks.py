@@ -49,6 +49,13 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) 
     return re.sub(r"\]\((\.\./[^)#\s]+)", outside, markdown)
 
 
+def on_post_page(output: str, **_: Any) -> str:
+    """The theme's search is a dialog without a name, which readers of the screen need."""
+    return output.replace(
+        'data-md-component="search" role="dialog"', 'data-md-component="search" role="dialog" aria-label="Search"'
+    )
+
+
 def commands() -> str:
     """The help of every command, as the terminal shows it."""
     said = {name: helped([*name.split(), "--help"]) for name in app.COMMANDS if name != "reproduce"}

@@ -3,16 +3,17 @@ summary.json and summary.md of the folder of `gradleak audit`.
 
     python examples/publish_results.py audited --wandb my-project      # WANDB_MODE=offline keeps it on this machine
     python examples/publish_results.py audited --card me/my-adapter
+
+An adapter that is not on the hub yet is audited on its way there by `gradleak.integrations.hub.guarded_push`.
 """
 
 import argparse
 import json
-import re
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-SECTION = re.compile(r"^## Privacy audit by gradleak\n.*?(?=^## |\Z)", re.DOTALL | re.MULTILINE)
+from gradleak.integrations.hub import update_card
 
 
 def to_wandb(folder: Path, project: str) -> None:
@@ -27,14 +28,6 @@ def to_wandb(folder: Path, project: str) -> None:
     run.finish()
 
 
-def to_card(folder: Path, repository: str) -> None:
-    """The section of summary.md at the end of the model card, or in place of the one of an earlier audit."""
-    hub: Any = import_module("huggingface_hub")
-    card, section = hub.ModelCard.load(repository), (folder / "summary.md").read_text(encoding="utf-8")
-    card.content = f"{SECTION.sub('', card.content).rstrip()}\n\n{section}"
-    card.push_to_hub(repository, commit_message="Privacy audit by gradleak")
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="of gradleak audit")
@@ -44,4 +37,4 @@ if __name__ == "__main__":
     if given.wandb:
         to_wandb(given.folder, given.wandb)
     if given.card:
-        to_card(given.folder, given.card)
+        update_card(given.card, (given.folder / "summary.md").read_text(encoding="utf-8"))

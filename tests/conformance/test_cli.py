@@ -38,6 +38,7 @@ from gradleak.observations.releases import RELEASES, Gradient, Update
 from gradleak.observations.tensors import fingerprint
 from gradleak.observations.training import Recipe
 from gradleak.report import record, summary
+from gradleak.report.words import LEVELS
 from gradleak.studies.catalogue import STUDIES
 from gradleak.victims.demo import DEMO
 from gradleak.victims.play import CaptureAdapter, CaptureGradient
@@ -514,9 +515,10 @@ def test_the_demo_keeps_observations_apart(tmp_path: Path, ok: Run, monkeypatch:
     assert "activation-patterns" in verdicts["adapter"]["sentence"]
     assert "The best attack is analytic" in verdicts["gradient"]["sentence"]
     assert made["verdict"]["level"] == "recovered"
-    for one in verdicts.values():
+    for name, one in verdicts.items():
         assert one["sentence"] in made["verdict"]["sentence"]
-    assert made["verdict"]["sentence"] in said
+        [line] = [line for line in said.splitlines() if line.startswith(f"{name}: {LEVELS[one['level']]}. ")]
+        assert one["sentence"] in line
     for name in DEMO:
         assert {"observation.safetensors", "secret.safetensors"} <= {
             p.name for p in (tmp_path / "demo" / name).iterdir()

@@ -27,6 +27,7 @@ from gradleak.cli import sources
 from gradleak.cli.app import COMMANDS, main
 from gradleak.observations.defense_names import DEFENSES
 from gradleak.report import record, terminal
+from gradleak.report.words import LEVELS
 from gradleak.studies.catalogue import STUDIES
 
 Run = Callable[..., str]
@@ -310,6 +311,24 @@ def test_tables_keep_observations_apart() -> None:
     assert lines[-3] == "Not run: ntk."
     assert lines[-2].startswith("Risk of sharing it: CANNOT SAY (")
     assert lines[-1:] == ["Not scored. No reconstruction has been scored."]
+    made["verdicts"] = [{"level": "nothing", "sentence": "None.", "observation": name} for name in ("first", "second")]
+    assert terminal.text(made).splitlines()[-2:] == [
+        f"{name}: {LEVELS['nothing']}. None." for name in ("first", "second")
+    ]
+
+
+def test_a_table_that_is_too_wide_loses_nothing_and_breaks_no_name() -> None:
+    made = record.new_record({"name": "audit", "arguments": {}}, 0, [])
+    made["metrics"] = {
+        key: {"label": f"Another measure {key}", "unit": "", "better": "higher", "decimals": 3} for key in "abcdef"
+    }
+    row: Any = {**record.new_result("inverting-gradients", {}, {"name": ""}), "ran": True, "residual": 0.00125}
+    row |= {"seconds": 12.34, "scores": {key: [1 / 3, 2 / 3] for key in "abcdef"}}
+    made["results"] = [row]
+    text = terminal.text(made)
+    assert "inverting-gradients " in text
+    assert text.count("0.500") == 6
+    assert "12.34" in text
 
 
 # --- What there is ---
@@ -330,6 +349,8 @@ def test_lists_are_those_of_the_program(ok: Run) -> None:
     assert [attack["name"] for attack in listed["attacks"]] == list(ATTACKS)
     assert listed["studies"] == {name: study.question for name, study in STUDIES.items()}
     assert [form.partition(":")[0] for form in listed["defenses"]] == list(DEFENSES)
+    assert all(said.endswith(".") for said in listed["defenses"].values())  # whole sentences
+    assert "Also called noise." in listed["defenses"]["gaussian-noise:STD"]
     assert list(json.loads(ok("list", "studies", "--json"))) == ["studies"]
     assert "Attacks" not in ok("list", "models")
 

@@ -179,19 +179,12 @@ def test_records_come_out_of_a_model_that_learnt_them(ok: Run, tmp_path: Path, b
     assert "1 records are too short" in found["verdict"]["sentence"]
     assert [row.get("extractable") for row in found["table"]] == [True, True, True, True, None]
     assert other["verdict"]["level"] == "nothing"
-    ok(
-        "extract",
-        tmp_path / "tuned",
-        "--records",
-        tmp_path / "known.txt",
-        "--prefix-tokens",
-        "8",
-        "--suffix-tokens",
-        "20",
-        "--out",
-        tmp_path / "n",
-    )
-    assert "without --base" in record.read(tmp_path / "n" / "record.json")["verdict"]["sentence"]
+    asked = ["--records", tmp_path / "known.txt", "--prefix-tokens", "8", "--suffix-tokens", "20", "--limit", "2"]
+    ok("extract", tmp_path / "tuned", *asked, "--out", tmp_path / "n")
+    some = record.read(tmp_path / "n" / "record.json")
+    assert "without --base" in some["verdict"]["sentence"]
+    assert "The first 2 of 5 records were asked for." in some["verdict"]["sentence"]
+    assert len(some["table"]) == 2
 
 
 def test_a_candidate_that_was_trained_on_ranks_first(ok: Run, tmp_path: Path, base: Path) -> None:
@@ -264,6 +257,8 @@ def test_damaged_canaries_are_refused(refused: Run, tmp_path: Path, base: Path, 
         (["--records", "R", "--template", "{}"], "--template goes with --candidates"),
         (["--candidates", "R", "--template", "none"], "has one {}"),
         (["--records", "R", "--tries", "0"], "in 1 try or more"),
+        (["--records", "R", "--limit", "0"], "is 1 or more"),
+        (["--candidates", "R", "--limit", "5"], "--limit goes with --records"),
         (["--records", "R", "--probability", "1"], "between 0 and 1"),
         (["--records", "R", "--temperature", "0"], "temperature above 0"),
         (["--records", "R", "--top-k", "0"], "from 1 token or more"),

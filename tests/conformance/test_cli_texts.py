@@ -17,7 +17,9 @@ from safetensors.torch import save_file
 from gradleak.attacks import ATTACKS
 from gradleak.attacks.dager.dager import Dager
 from gradleak.attacks.reconstruction import Reconstruction
+from gradleak.audit.loop import Audited
 from gradleak.cli.app import main
+from gradleak.cli.auditing import said
 from gradleak.formats.model_folder import read_language_model, write_base
 from gradleak.formats.observation_file import load_observation
 from gradleak.formats.secret_file import load_secret, save_secret
@@ -140,6 +142,13 @@ def test_an_audit_scores_texts_beside_controls(
     ]
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert TRUTH[0] in page
+
+
+def test_an_attack_prints_the_texts_that_it_found_and_no_empty_lines() -> None:
+    """Of several texts `embedding-rows` knows words, and no text."""
+    row: Any = {"attack": "embedding-rows", "status": "A bag of words.", "media": "text/plain"}
+    row["shown"] = {"reconstruction": ["", "a text"]}
+    assert said(Audited(row, None)).splitlines() == ["embedding-rows: A bag of words.", "  a text"]
 
 
 def test_what_is_proven_is_recovered_without_the_secret(tmp_path: Path, captured: Path, ok: Run) -> None:

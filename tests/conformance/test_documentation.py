@@ -62,6 +62,8 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=quiet, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "WARNING" not in done.stderr
+    start = (tmp_path / "site/index.html").read_text(encoding="utf-8")
+    assert start.count('role="dialog"') == start.count('role="dialog" aria-label="Search"') == 1
     page = (tmp_path / "site/reference/python/index.html").read_text(encoding="utf-8")
     assert "run_audit" in page
     assert "gradleak audit" in (tmp_path / "site/reference/commands/index.html").read_text(encoding="utf-8")

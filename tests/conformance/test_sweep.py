@@ -123,6 +123,22 @@ def test_the_tuning_of_the_page_has_a_row_for_each_setting(tmp_path: Path) -> No
     assert all(row["psnr_db"] for row in rows)
 
 
+def test_the_grid_of_the_page_has_an_epsilon_where_noise_was_added(tmp_path: Path) -> None:
+    """Of one picture, with one step of the search: what epsilon is, test_private_step.py asks."""
+    page = (Path(__file__).parents[2] / "docs" / "studies.md").read_text(encoding="utf-8")
+    [text] = re.findall(r"^```toml\n(question = \"From which epsilon.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    path, out = tmp_path / "epsilon.toml", tmp_path / "epsilon"
+    path.write_text(text.replace("pictures = 4", "pictures = 1").replace("steps = 100", "steps = 1"))
+    assert main(["study", str(path), "--out", str(out)]) == 0
+    rows = list(csv.DictReader((out / "table.csv").read_text().splitlines()))
+    epsilons = {row["defense"]: row["epsilon"] for row in rows}
+    assert epsilons.pop("none") == ""
+    found = [float(value) for value in epsilons.values()]
+    assert list(epsilons) == ["dp-sgd:1:0.05", "dp-sgd:1:0.2", "dp-sgd:1:1"]
+    assert found == sorted(found, reverse=True)  # more noise, less epsilon
+    assert found[-1] > 0
+
+
 def test_a_cell_scores_as_an_audit_does(tmp_path: Path) -> None:
     sweep = Sweep(
         victim={**DIGITS, "indices": [[0, 1]], "reveal_labels": True},

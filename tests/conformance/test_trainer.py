@@ -112,6 +112,7 @@ def test_the_card_holds_no_word_of_the_texts(tmp_path: Path) -> None:
     train(tmp_path, LeakageCallback(secret=private(1)))
     card = (tmp_path / "checkpoint-1" / "leakage" / "leakage.md").read_text(encoding="utf-8")
     assert "All private samples that were looked for came back." in card
+    assert "Risk of sharing it: **HIGH** (private samples came back whole, or are proven)." in card
     text = load_texts("embedded", indices=[0]).texts[0]
     assert text not in card
     assert text in (tmp_path / "checkpoint-1" / "leakage" / "report.html").read_text(encoding="utf-8")

@@ -395,10 +395,11 @@ def test_the_update_of_several_small_steps_gives_the_texts() -> None:
     assert sorted(found.value) == sorted(secret.inputs)
 
 
-@pytest.mark.parametrize(("rate", "least"), [(1e-2, 1.0), (1e-4, 0.9)])
+@pytest.mark.parametrize(("rate", "least"), [(1e-3, 0.9), (1e-4, 1.0)])
 def test_an_update_that_rounding_partly_buries_still_gives_a_decoders_texts(rate: float, least: float) -> None:
-    """Three texts in three local steps of two. At 1e-4 rounding buries part of the directions behind the attention; before the
-    sentences were weighed as a whole, 3e-3 gave a ROUGE-1 between 0.2 and 0.75."""
+    """Three texts in three local steps of two. At 1e-4 rounding buries part of the directions behind the attention. At 1e-3 training moves
+    what the spans are of, and sentences are weighed as a whole: of three groups of texts under two initial weights (those of transformers
+    5.12 and 5.23) the mean of ROUGE-1 was 0.92 at least. At 3e-3 it fell to 0.63, at 1e-2 to 0.62: there the outcome is that of the draw."""
     seen, secret = captured("gpt2", "classification", 3)
     update = share_update(seen, secret, Recipe(learning_rate=rate, steps=3, batch_size=2))
     found = attack(update)

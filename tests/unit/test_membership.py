@@ -26,6 +26,7 @@ from gradleak.audit.membership.audited import PROOF, membership
 from gradleak.audit.membership.rates import auc, auc_interval, rate, roc, variance
 from gradleak.audit.membership.told_apart import told_apart
 from gradleak.audit.membership.words import judged
+from gradleak.audit.run import run_audit
 from gradleak.audit.scoring import SCORING
 from gradleak.cli.app import main
 from gradleak.errors import BadInput, NotObserved
@@ -373,6 +374,11 @@ def test_the_owners_audit(owned: Path, tmp_path: Path, capsys: pytest.CaptureFix
     hidden = json.loads((tmp_path / "b" / "record.json").read_text())
     assert all("shown" not in row for row in hidden["membership"]["exposed"])
     assert [row["attack"] for row in hidden["results"]] == ["adam-epsilon"]
+    assert audited(owned, tmp_path / "e", *both, "--limit", "24") == 0
+    some = json.loads((tmp_path / "e" / "record.json").read_text())["membership"]
+    assert (some["members"], some["fresh"], some["reference"]) == (24, 18, 6)
+    said = [flag["sentence"] for flag in some["flags"] if flag["name"] == "sampled"]
+    assert [sentence.split(" samples")[0] for sentence in said] == ["24 of the 40"] * 2
     assert hidden["verdict"]["sentence"].startswith("Membership: ")
     assert audited(owned, tmp_path / "c", *both[:2]) == 0
     alone = json.loads((tmp_path / "c" / "record.json").read_text())
@@ -381,6 +387,17 @@ def test_the_owners_audit(owned: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["rerun", str(tmp_path / "a" / "record.json"), "--out", str(tmp_path / "d")]) == 0
     again = json.loads((tmp_path / "d" / "record.json").read_text())
     assert again["membership"]["sentence"] == found["sentence"]
+
+
+def test_python_asks_as_the_command_does(owned: Path) -> None:
+    both: dict[str, Any] = {"members": str(owned / "members"), "non_members": str(owned / "fresh")}
+    report = run_audit(owned / "adapter", base=owned / "base", **both, limit=24, progress=False)
+    found = report.record["membership"]
+    assert (found["members"], found["fresh"]) == (24, 18)
+    assert report.record["results"] == []
+    assert report.verdict["sentence"] == found["sentence"]
+    with pytest.raises(BadInput, match="go with members"):
+        run_audit(owned / "adapter", base=owned / "base", non_members="digits")
 
 
 def test_what_the_owner_may_have_got_wrong(owned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -394,6 +411,9 @@ def test_what_the_owner_may_have_got_wrong(owned: Path, tmp_path: Path, capsys: 
         (*members, fresh, str(tmp_path / "nothing")): "does not exist",
         ("--members", "digits:nowhere"): "has no split",
         (fresh, "digits"): "goes with --members",
+        ("--limit", "30"): "goes with --members",
+        (*members, fresh, str(owned / "fresh"), "--limit", "19"): "too small",
+        (*members, fresh, str(owned / "members"), "--limit", "20"): "none is fresh",
     }
     for number, (more, reason) in enumerate(cases.items()):
         assert audited(owned, tmp_path / str(number), *more) == 2, reason

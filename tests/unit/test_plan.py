@@ -206,6 +206,17 @@ def test_what_refuses_or_has_a_closed_form_costs_nothing(monkeypatch: pytest.Mon
     assert made.sentence().startswith("Plan: closed forms")
 
 
+def test_the_plan_says_the_whole_once_and_each_part() -> None:
+    step, effort = work.Work(1e6, MIB, 0.5), Effort(20.0, 1.0)
+    one, two = (
+        plan.Plan({n: effort for n in names}, step, 1, 0, 0, None, 1, {}) for names in (["dlg"], ["dlg", "ntk"])
+    )
+    assert one.sentence().startswith(
+        "Plan: at most dlg 10 CPU-seconds, less where a search converges; closed forms besides"
+    )
+    assert two.sentence().startswith("Plan: at most 20 CPU-seconds (dlg 10 CPU-seconds, ntk 10 CPU-seconds), less")
+
+
 @pytest.mark.parametrize(
     ("seconds", "said"),
     [(0.02, "0.02 CPU-seconds"), (59.0, "59 CPU-seconds"), (600, "10 CPU-minutes"), (7_200, "2.0 CPU-hours")],

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.stats import norm
 
 from gradleak.attacks.factor import with_factor_found
 from gradleak.attacks.recursion.recursive import Recursive
 from gradleak.audit.checks import check_observation, replay
 from gradleak.audit.metrics import psnr_db
+from gradleak.audit.privacy import spent
 from gradleak.errors import BadInput
 from gradleak.formats.observation_file import load_observation, save_observation
 from gradleak.modalities.networks import Architecture
@@ -98,6 +100,17 @@ def test_the_threat_model_says_what_was_spent() -> None:
     assert rows["private step"]["detail"] == "each sample cut to norm 1, noise multiplier 1.1, sum divided by 8"
     none = {row["item"]: row for row in observed(2, replace(private, noise_multiplier=0.0)).threat_model()}
     assert "without noise" in str(none["privacy spent"]["detail"])
+
+
+def test_epsilon_is_that_of_one_gaussian_mechanism_unless_an_accountant_says_more() -> None:
+    """One release of mu = 1 / noise: delta(epsilon) = Phi(mu/2 - epsilon/mu) - e^epsilon Phi(-mu/2 - epsilon/mu) (Balle and Wang 2018)."""
+    found = spent(observed(2, PrivateStep(clip=1.0, noise_multiplier=0.5, divisor=2.0)))["epsilon"]
+    delta = float(norm.cdf(1 - found / 2) - math.exp(found) * norm.cdf(-1 - found / 2))
+    assert delta == pytest.approx(1e-5, rel=1e-6)
+    counted = PrivateStep(clip=1.0, noise_multiplier=0.5, divisor=2.0, sample_rate=1.0, steps=4)
+    assert spent(observed(2, counted))["epsilon"] > found
+    assert spent(observed(2, PrivateStep(clip=1.0, noise_multiplier=0.0, divisor=2.0))) == {}  # cut alone
+    assert spent(replace(observed(1, counted), release=Gradient())) == {}
 
 
 def test_it_is_written_and_read_back(tmp_path: Path) -> None:

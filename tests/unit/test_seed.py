@@ -196,7 +196,8 @@ def test_embeddings_with_lora_are_drawn_before(kind: Kind, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("family", ["roberta", "distilbert", "vit"])
 def test_a_new_head_of_transformers_may_be_drawn_before(family: str, tmp_path: Path) -> None:
-    """from_pretrained draws heads of one layer and of two, here with 3 x 40 weights, which are no multiple of 16."""
+    """from_pretrained draws heads of one layer and of two, here with 3 x 40 weights, which are no multiple of 16. What is saved is a classifier
+    without its head: of a base model transformers 5.12 loses the encoder's names, and draws all of it anew."""
     import transformers
 
     sizes = {"hidden_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
@@ -209,7 +210,9 @@ def test_a_new_head_of_transformers_may_be_drawn_before(family: str, tmp_path: P
     kind = "ImageClassification" if family == "vit" else "SequenceClassification"
     auto: Any = getattr(transformers, f"AutoModelFor{kind}")
     with quiet_transformers():
-        auto.from_config(config).base_model.save_pretrained(tmp_path)
+        whole = auto.from_config(config)
+        kept = {n: tensor for n, tensor in whole.state_dict().items() if n.startswith(whole.base_model_prefix)}
+        whole.save_pretrained(tmp_path, state_dict=kept)
         transformers.set_seed(7)
         network = auto.from_pretrained(tmp_path, num_labels=3)
     start = adapted(network, r=4, target_modules="all-linear")

@@ -181,6 +181,15 @@ def test_no_summary_and_no_redacted_page_holds_what_was_recovered(tmp_path: Path
     assert copy["results"][0]["proven"] == [True]
 
 
+def test_a_summary_is_strict_json_where_an_attack_leaves_no_residual(tmp_path: Path) -> None:
+    """A count of samples has none: NaN, which JSON does not know."""
+    summary.save(made("unscored", row("dataset-size", residual=float("nan"))), tmp_path)
+    refuse: Any = pytest.fail
+    told = json.loads((tmp_path / "summary.json").read_text(), parse_constant=refuse)
+    assert told["attacks"][0]["residual"] is None
+    assert "nan" not in (tmp_path / "summary.md").read_text()
+
+
 def test_equal_samples_have_equal_hashes() -> None:
     """Whoever has the data can say which of them it was."""
     shown = {"truth": ["a text"], "reconstruction": ["a text"]}

@@ -63,14 +63,15 @@ class Plan:
 
     def sentence(self) -> str:
         """One line for somebody who waits."""
-        rest = "besides closed forms, of seconds to a few minutes"
         if self.step is None or not self.efforts:
             return f"Plan: closed forms, of seconds to a few minutes, and {size(self.taken + self.held)} or more."
         tried = [name for name in self.efforts if name not in self.skipped]
         parts = [f"{name} {duration(self.seconds(name))}" for name in tried]
-        total, most = sum(map(self.seconds, tried)), max(map(self.bytes, tried), default=self.step.bytes)
-        said = f"Plan: at most {', '.join(parts)}; {duration(total)}" if parts else "Plan: no search"
-        said += f" {rest}, and {size(self.taken + self.held + most)}. One simulated release takes "
+        total, most = duration(sum(map(self.seconds, tried))), max(map(self.bytes, tried), default=self.step.bytes)
+        each = f"{total} ({', '.join(parts)})" if len(parts) > 1 else "".join(parts)
+        searches = f"at most {each}, less where a search converges; closed forms besides, of seconds to a few minutes"
+        said = f"Plan: {searches if parts else 'closed forms, of seconds to a few minutes'}"
+        said += f"; {size(self.taken + self.held + most)} of memory. One simulated release takes "
         said += f"{duration(self.steps * self.step.seconds)} and {size(self.step.bytes)}."
         left = [
             f"{name} ({duration(self.seconds(name))}, {size(self.held + self.bytes(name))})" for name in self.skipped

@@ -18,7 +18,7 @@ from gradleak.audit.privacy_loss import epsilon, most
 from gradleak.errors import BadInput
 from gradleak.formats.secret_file import Secret
 from gradleak.observations.defenses import GaussianNoise
-from gradleak.observations.mechanism import Mechanism
+from gradleak.observations.mechanism import LEAST_NOISE, MOST_NOISE, Mechanism
 from gradleak.observations.observation import Observation
 from gradleak.priors.gaussian import GaussianPrior
 from gradleak.report.record import Flag, Result
@@ -45,6 +45,17 @@ def mechanism_of(observation: Observation[Any], told: Mechanism | None) -> Priva
     if own is None and any(defense.random for defense in observation.defenses or ()):
         return "Noise was added to what was not cut to a norm: there is no epsilon, and no bound for any attack."
     return own
+
+
+def spent(observation: Observation[Any]) -> dict[str, float]:
+    """{"epsilon": at delta 1e-5} where a step of DP-SGD was shared: what its accountant says, else of this one step, which the samples are in;
+    nothing of others."""
+    known, step = observation.release.privacy(), getattr(observation.release, "private", None)
+    if not isinstance(known, Mechanism):
+        if step is None or not LEAST_NOISE <= step.noise_multiplier <= MOST_NOISE:
+            return {}
+        known = Mechanism(noise_multiplier=step.noise_multiplier, sample_rate=1.0, steps=1, certain=1)
+    return {"epsilon": epsilon(known, 1e-5)}
 
 
 def of_observation(observation: Observation[Any], mechanism: Privacy, secret: Secret | None, decoys: Any) -> list[Flag]:

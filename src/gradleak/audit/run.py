@@ -12,6 +12,8 @@ from gradleak.attacks.merged import with_merged_recovered
 from gradleak.attacks.parameters import check_names
 from gradleak.attacks.seed import has_open_start, with_start_recovered
 from gradleak.audit.loop import audit
+from gradleak.audit.membership.audited import membership
+from gradleak.audit.membership.words import with_membership
 from gradleak.audit.plan import plan_of
 from gradleak.audit.scoring import SCORING
 from gradleak.audit.verdict import judged
@@ -33,6 +35,9 @@ def run_audit(
     secret: Secret | str | Path | None = None,
     base: str | Path | None = None,
     recipe: Recipe | None = None,
+    members: str | None = None,
+    non_members: str | None = None,
+    limit: int | None = None,
     public: Any = "embedded",
     split: str = "train",
     seed: int = 0,
@@ -48,12 +53,16 @@ def run_audit(
     secret       the private data, or the place of a secret.safetensors
     base         of an adapter's folder: its base model, a folder or a name on the hub; what its config names unless this is given
     recipe       of an adapter's folder: how it was trained; one step, compared in direction, unless this is given
+    members      samples that it was trained on, "DATA" or "DATA:SPLIT", to ask which of them an attacker tells from non_members, fresh ones
+                 of the same kind; limit: so many of each at most. Attacks run beside only where they are given
     public       what everybody may know: embedded, a folder, a name on the hub, or data of the observation's kind; split: of these
     repeats      under how many seeds each attack runs, from `seed` on; the run that explains most is kept
     progress     show how far it is: bars in a notebook or a terminal, else a line a minute on stderr
 
     Raises BadInput for what cannot be read, for unknown attacks, and for a secret of another kind.
     """
+    if members is None and (non_members is not None or limit is not None):
+        raise BadInput("non_members and limit go with members, the samples that it was trained on.")
     seen = known(observed(observation, base, recipe))
     model, modality = seen.model, seen.model.architecture.modality
     hidden = load_secret(Path(secret)) if isinstance(secret, str | Path) else secret
@@ -61,7 +70,7 @@ def run_audit(
         SCORING[modality].check(hidden.inputs, model)
         usable_labels(hidden.labels, model, len(hidden), Path(hidden.source))
     data = SCORING[modality].public(public, split, model) if isinstance(public, str | Path) else public
-    chosen = named(attacks, modality)
+    chosen = {} if attacks is None and members is not None else named(attacks, modality)
     plan = plan_of(seen, chosen, data, named=attacks is not None, scored=hidden is not None, device=device)
     command: record.Command = {"name": "run_audit", "arguments": {"attacks": list(chosen), "public": str(public)[:100]}}
     written, found = record.new_record(command, seed, []), {}
@@ -72,7 +81,13 @@ def run_audit(
             written["results"].append(done.result)
             if done.reconstruction is not None:
                 found[done.result["attack"]] = done.reconstruction
-    judged(written, {seen.release.name: untried(seen, set(chosen) - set(plan.skipped))})
+        told = (
+            None if members is None else membership(seen, members, non_members, seed=seed, limit=limit, on_step=start)
+        )
+    if chosen or told is None:
+        judged(written, {seen.release.name: untried(seen, set(chosen) - set(plan.skipped))})
+    if told is not None:
+        with_membership(written, told)
     return Report(written, found)
 
 

@@ -98,8 +98,9 @@ def whole_audit(args: flags.Audit, options: dict[str, dict[str, Any]]) -> int:
         check_named(args.attacks, options)
     out, observation = folder_for(args), informed(args)
     attacks = built(options)
-    if args.members is None and args.non_members is not None:
-        raise BadInput("--non-members goes with --members, the samples that it was trained on.")
+    if args.members is None and (args.non_members is not None or args.limit is not None):
+        name = "--non-members" if args.non_members is not None else "--limit"
+        raise BadInput(f"{name} goes with --members, the samples that it was trained on.")
     if args.attacks is None and args.members is not None:
         attacks = {}
     elif args.attacks is None:
@@ -158,7 +159,7 @@ def told_members(args: flags.Audit, observation: Observation[Any], written: reco
     """Which samples of --members an attacker tells from others, put into the record and the report."""
     describe(written, observation, "")
     with progress() as start:
-        about: Any = {"seed": args.seed, "redacted": args.redact, "on_step": start}
+        about: Any = {"seed": args.seed, "limit": args.limit, "redacted": args.redact, "on_step": start}
         found = membership(observation, str(args.members), args.non_members, **about)
     with_membership(written, found)
     finish(written, out, args.redact)
@@ -172,6 +173,8 @@ def demo(args: flags.Demo) -> None:
     check_device(args.device)
     out = fresh_folder(args.out)
     written = new_record("demo", args, {}, [])
+    out.mkdir(parents=True, exist_ok=True)  # where that fails, nothing was said yet
+    print("Two adapters and a gradient are made and attacked, which takes about a CPU-minute.", flush=True)
     left: dict[str, list[str]] = {}
     for name, (victim, shown_with) in DEMO.items():
         with progress() as start:
@@ -292,5 +295,5 @@ def said(done: Audited, redact: bool = False) -> str:
     texts = (
         [] if redact else row["shown"]["reconstruction"] if row.get("media") == "text/plain" and "shown" in row else []
     )
-    lines = [f"{row['attack']}: {row['status']}", *(f"  {shortened(text)}" for text in texts)]
+    lines = [f"{row['attack']}: {row['status']}", *(f"  {shortened(text)}" for text in texts if text)]
     return "\n".join(lines)

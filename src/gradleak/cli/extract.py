@@ -25,7 +25,8 @@ def extract(args: owner_flags.Extract) -> None:
     """Write table.csv, record.json and report.html."""
     check_device(args.device)
     given = check(args)
-    out, texts = fresh_folder(args.out), read_lines(given)
+    out, every = fresh_folder(args.out), read_lines(given)
+    texts = every[: args.limit]
     sampling = extraction.Sampling(args.temperature, args.top_k)
     before, after = read_trained(args.release, args.base, task=args.task)
     extraction.check_causal(after)
@@ -34,6 +35,8 @@ def extract(args: owner_flags.Extract) -> None:
     written = new_record("extract", args, {}, [*files_of(args.release, args.base), given])
     if args.records is not None:
         rows, verdict = of_records(args, texts, before, after, sampling)
+        if len(texts) < len(every):
+            verdict["sentence"] += f" (The first {len(texts)} of {len(every):,} records were asked for.)"
     else:
         rows, verdict = of_candidates(args, texts, before, after)
     written["verdict"] = verdict
@@ -49,6 +52,8 @@ def check(args: owner_flags.Extract) -> Path:
         raise BadInput("Give your texts with --records, or what a secret may be with --candidates.")
     if args.template is not None and (args.candidates is None or args.template.count("{}") != 1):
         raise BadInput("--template goes with --candidates, and has one {} where they stand.")
+    if args.limit is not None and (args.candidates is not None or args.limit < 1):
+        raise BadInput("--limit goes with --records, and is 1 or more: candidates are ranked among all.")
     if args.tries < 1 or not 0 < args.probability < 1:
         raise BadInput(
             f"A record comes out in 1 try or more with a probability between 0 and 1, not in {args.tries} with {args.probability:g}."

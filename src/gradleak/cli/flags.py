@@ -74,6 +74,8 @@ class Members:
     non_members: str | None = None
     """With --members: samples of the same kind that took no part (test or validation unless the split is given). Without them only the
     certificate says something."""
+    limit: int | None = None
+    """With --members: look at so many of each kind, drawn by --seed, for a first answer; 2,000 unless this is given."""
 
 
 @dataclass(frozen=True, kw_only=True)

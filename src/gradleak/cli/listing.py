@@ -32,11 +32,17 @@ def listed(args: flags.List) -> None:
     if "attacks" in chosen:
         print("Attacks", *map(attack_lines, chosen["attacks"]), sep="\n")
     if "defenses" in chosen:
-        print("Defenses", *(f"  {form:32} {said}" for form, said in chosen["defenses"].items()), sep="\n")
+        print("Defenses", *(beside(form, said) for form, said in chosen["defenses"].items()), sep="\n")
     if "studies" in chosen:
-        print("Studies", *(f"  {name:32} {question}" for name, question in chosen["studies"].items()), sep="\n")
+        print("Studies", *(beside(name, question) for name, question in chosen["studies"].items()), sep="\n")
     if "models" in chosen:
         print(f"Models\n  {', '.join(chosen['models'])}, a name on the hub, or package.module:factory of your own")
+
+
+def beside(name: str, said: str) -> str:
+    """A name, and what is said of it."""
+    indent = " " * (35 if len(name) <= 32 else 6)
+    return textwrap.fill(f"{name:32} {said}", WIDTH, initial_indent="  ", subsequent_indent=indent)
 
 
 def attack_lines(attack: sources.Attack) -> str:

@@ -71,6 +71,8 @@ class Extract(Owned):
     """Tokens of a record that the attacker knows."""
     suffix_tokens: int = 50
     """Tokens that are to come out behind them; fewer where a record ends."""
+    limit: int | None = None
+    """Ask for the first so many records only."""
     tries: int = 100
     """How often the attacker may ask."""
     probability: float = 0.5

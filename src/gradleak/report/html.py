@@ -26,7 +26,7 @@ from gradleak.report.record import Record, Result, Verdict
 from gradleak.report.redaction import is_private
 from gradleak.report.risk import risk, risk_of
 from gradleak.report.samples import Sample, labels, safe, sample
-from gradleak.report.words import CHANGING, EVIDENCE, LEVELS, MEMBER_TERMS, OUTCOMES, SHOWN, WHAT_TO_DO
+from gradleak.report.words import CHANGING, EVIDENCE, LEVELS, MEMBER_TERMS, OUTCOMES, SHOWN, WHAT_TO_DO, WITH_MEMBERS
 
 MOST_SAMPLES, FEW = 8, 2  # that are seen at the top without a click; that are shown large
 NOT_RUN = re.compile("Not (run|tried): ")
@@ -44,7 +44,7 @@ def render(record: Record) -> str:
         risk=risk(record),
         parts=[_part(record, name, len(names) > 1, numbers) for name in names],
         table=beside(record.get("table", [])),
-        advice=WHAT_TO_DO,
+        advice=WHAT_TO_DO | (WITH_MEMBERS if "membership" in record else {}),
         arguments=_given(record),
         is_private=is_private(record),
         costs=record.get("costs", []),

@@ -263,7 +263,7 @@ def write(record: Record, path: Path) -> None:
         BadInput: the record does not have the shape of `Record`; the sentence names the place.
         TypeError: the record holds something that JSON has no word for, such as a tensor.
     """
-    plain = _finite(record)
+    plain = finite(record)
     fitting(plain, "This record cannot be written")
     text = json.dumps(plain, indent=1, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -286,7 +286,7 @@ def read(path: Path) -> Record:
     except OSError as error:
         raise BadInput(f"Cannot read the record {shortened(str(path))}: {error.strerror}.") from error
     try:  # not `parsed`: a text that was recovered may hold half a surrogate pair
-        value = _finite(json.loads(text.decode(), parse_constant=_refuse_constant))
+        value = finite(json.loads(text.decode(), parse_constant=_refuse_constant))
     except (ValueError, RecursionError) as error:  # ValueError: bad JSON, bad UTF-8, a number of thousands of digits
         reason = shortened(str(error))
         raise BadInput(f"{path} is not JSON ({reason}); give a record.json that gradleak wrote.") from error
@@ -334,10 +334,10 @@ def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON number")
 
 
-def _finite(value: object) -> object:
+def finite(value: Any) -> Any:
     """A copy in JSON's own types: tuples become lists, non-finite floats None."""
     if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
+        return {key: finite(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
+        return [finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,11 +4,11 @@ SARIF 2.1.0 (OASIS 2020) for code scanning. None of them holds private data: no 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from xml.etree import ElementTree
 
 from gradleak.report.numbers import Legend, mean, present
-from gradleak.report.record import Record, Result, Verdict
+from gradleak.report.record import Record, Result, Verdict, finite
 from gradleak.report.risk import risk, risk_of
 from gradleak.report.scores import as_csv
 from gradleak.report.words import LEVELS
@@ -21,7 +21,7 @@ SARIF = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sari
 def save(record: Record, folder: Path) -> None:
     """Write all forms beside the record."""
     short = summary(record)
-    (folder / "summary.json").write_text(json.dumps(short, indent=1) + "\n", encoding="utf-8")
+    (folder / "summary.json").write_text(json.dumps(short, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     (folder / "summary.md").write_text(markdown(short), encoding="utf-8")
     (folder / "junit.xml").write_bytes(junit(short))
     (folder / "samples.csv").write_text(as_csv(record), encoding="utf-8")
@@ -32,7 +32,7 @@ def summary(record: Record) -> dict[str, Any]:
     """The verdict, membership, and one row per attack with counts and means."""
     legend, found = Legend(record.get("metrics", {}), record.get("controls", {})), record.get("membership")
     whole, void = risk(record), voided(record)
-    return {
+    told = {
         "gradleak": record["gradleak"],
         "input": str(record["command"]["arguments"].get("observation") or record["command"]["name"]),
         "verdict": {**record["verdict"], "title": LEVELS[record["verdict"]["level"]]},
@@ -44,6 +44,7 @@ def summary(record: Record) -> dict[str, Any]:
         "membership": {key: value for key, value in (found or {}).items() if key in MEMBERSHIP} or None,
         "attacks": [attack(row, legend, void.get(observed(row), ())) for row in record["results"]],
     }
+    return cast(dict[str, Any], finite(told))
 
 
 def in_words(verdict: Verdict) -> str:

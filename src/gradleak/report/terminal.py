@@ -1,18 +1,20 @@
 """A record as a terminal shows it: a row for each attack that ran, the verdict last, where the eye is."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 from gradleak.report.numbers import Legend, glance
-from gradleak.report.record import Record, Result
+from gradleak.report.record import Record, Result, Verdict
 from gradleak.report.risk import risk
 from gradleak.report.summary import in_words
 from gradleak.report.words import LEVELS
 
 WIDTH = 120  # columns, where no terminal says how many
+NAME = 24  # columns of an attack's name that are not folded
 LEFT_OUT = ("Flags",)  # columns that the page has besides
 
 
@@ -51,19 +53,31 @@ def risk_line(record: Record) -> list[str]:
 
 
 def verdict(record: Record) -> str:
-    """Its title and its sentences, in one line."""
-    return " ".join([f"{LEVELS[record['verdict']['level']]}.", *in_words(record["verdict"]).splitlines()])
+    """Its title and its sentences, in one line; of several observations a line each."""
+    several = record.get("verdicts", [])
+    if len(several) > 1:
+        return "\n".join(f"{one.get('observation', '')}: {line(one)}" for one in several)
+    return line(record["verdict"])
+
+
+def line(verdict: Verdict) -> str:
+    """A verdict in one line."""
+    return " ".join([f"{LEVELS[verdict['level']]}.", *in_words(verdict).splitlines()])
 
 
 def table(title: str, ran: list[Result], legend: Legend, level: str) -> Table:
     """`glance`, with the attacks' names before it."""
     told = glance(ran, legend, level)
     made = Table(box=None, pad_edge=False, header_style="bold")
-    made.add_column(Text(title), overflow="fold")
+    whole = all(len(row["attack"]) <= NAME for row in ran)
+    made.add_column(Text(title), overflow="fold", no_wrap=whole)
     kept = [number for number, (head, _) in enumerate(told.heads) if head not in LEFT_OUT]
-    for head, is_number in (told.heads[number] for number in kept):
+    for number in kept:
+        head, is_number = told.heads[number]
         words = max(map(len, head.split()))  # heads break between words alone
-        made.add_column(Text(head), justify="right" if is_number else "left", overflow="fold", min_width=words)
+        short = not any(" " in text for text in (head, *(cells[number] for cells in told.rows)))
+        about: Any = {"min_width": words, "no_wrap": short}
+        made.add_column(Text(head), justify="right" if is_number else "left", overflow="fold", **about)
     for row, cells in zip(ran, told.rows, strict=True):
         made.add_row(Text(row["attack"]), *(Text(cells[number]) for number in kept))
     return made
@@ -73,6 +87,6 @@ def text(record: Record, width: int = WIDTH) -> str:
     """The same as plain text; the verdict is one line, however long."""
     console = Console(width=width, no_color=True, force_terminal=False, legacy_windows=False)
     with console.capture() as caught:
-        console.print(*tables(record), sep="\n")
+        console.print(*tables(record), sep="\n", crop=False)  # a long line loses nothing
     lines = [line.rstrip() for line in caught.get().splitlines() if line.strip()]
     return "\n".join([*lines, *risk_line(record), verdict(record)])

@@ -20,6 +20,10 @@ WHAT_TO_DO = {
     "--members and --non-members, and audit again.",
     "void": "Mend what the checks name, and run again. Share nothing on the strength of these numbers.",
 }
+WITH_MEMBERS = {  # the same where membership was asked for already
+    "nothing": "Do not take it for safe: try what was not tried, and more samples.",
+    "unscored": "Share nothing on the strength of this page: give samples that took no part with --non-members, and audit again.",
+}
 TERMS = {  # words of the page's own, explained where they are first used
     "Proven": "nothing else explains what was released. It takes no secret to know that.",
     "Gap": "by how much the attack is ahead of the best control that saw nothing of this secret. What leaks is the gap, not the score.",

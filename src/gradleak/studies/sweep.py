@@ -39,6 +39,7 @@ from gradleak.attacks.attack import refusal
 from gradleak.attacks.parameters import built
 from gradleak.attacks.reconstruction import Reconstruction
 from gradleak.audit.loop import evidence, others, prepared, score
+from gradleak.audit.privacy import spent
 from gradleak.audit.scoring import SCORING
 from gradleak.errors import BadInput, near, shortened
 from gradleak.formats.model_folder import folder_of, is_language_model
@@ -286,7 +287,7 @@ class Audited:
         for (observation, secret), reconstruction in zip(pairs, found[:-1], strict=True):
             row = new_result(settings[0].attack, {}, {}) | evidence(reconstruction, 0.0)
             score(row, observation, scoring, reconstruction, found[-1].value, secret, public, decoys)
-            yield Result(samples=self.samples(row))
+            yield Result(facts=spent(observation), samples=self.samples(row))
 
     def samples(self, row: AuditRow) -> list[Row]:
         """One row per private sample: the scores, the blind controls', and what an audit makes of them."""

@@ -54,16 +54,17 @@ def membership(
     fresh: str | None,
     *,
     seed: int = 0,
+    limit: int | None = None,
     redacted: bool = False,
     on_step: Callable[[str], OnStep] | None = None,
 ) -> Membership:
     """Members and fresh samples by source, "DATA" or "DATA:split"; without fresh ones only the certificate says something.
 
-    redacted: the most exposed samples are named by their rows and not shown. Raises BadInput for samples that the model cannot take, for
+    limit: how many of each are looked at, at most, drawn by the seed. redacted: the most exposed samples are named by their rows and not shown. Raises BadInput for samples that the model cannot take, for
     too few, and for the same samples on both sides.
     """
     scoring, model = SCORING[observation.model.architecture.modality], observation.model
-    pool = pooled(observation, members, fresh, seed)
+    pool = pooled(observation, members, fresh, seed, limit)
     m, flags = pool.members, pool.flags
     step = None if on_step is None else on_step("membership")
     scores, not_run = scored(Evidence(observation, pool.every.inputs, pool.every.labels, pool.reference, step), pool)
@@ -98,12 +99,14 @@ def membership(
     return judged(found)
 
 
-def pooled(observation: Observation[Any], members: str, fresh: str | None, seed: int) -> Pool:
+def pooled(observation: Observation[Any], members: str, fresh: str | None, seed: int, limit: int | None) -> Pool:
     """Both kinds of samples side by side, none twice, with what a reader has to know of them."""
     scoring, model, flags = SCORING[observation.model.architecture.modality], observation.model, list[Flag]()
     most = GALLERY if fresh is None else MOST
+    if limit is not None and limit < (1 if fresh is None else FEWEST):
+        raise BadInput(f"--limit {limit} is too small: give at least {1 if fresh is None else FEWEST} of each kind.")
     own = scoring.candidates(*named_split(members, ("train",)), model, most, seed)
-    sides = [own]
+    sides = [some_of(own, limit, seed)]
     if fresh is not None:
         other = scoring.candidates(*named_split(fresh, ("test", "validation")), model, MOST, seed + 1)
         if own.classes and other.classes and own.classes != other.classes:
@@ -119,12 +122,12 @@ def pooled(observation: Observation[Any], members: str, fresh: str | None, seed:
         if min(len(own), len(other)) < FEWEST:
             few = f"{len(own)} members and {len(other)} fresh samples are too few to measure rates"
             raise BadInput(f"{few}: give {FEWEST} of each, or the members alone for the certificate.")
-        sides.append(other)
+        sides.append(some_of(other, limit, seed))
     for side, name in zip(sides, (members, fresh), strict=False):
         if side.left_out:
             flags.append(flag("left_out", "info", f"{side.left_out} samples of {name} are empty or too long."))
-        if len(side) == most < side.of:
-            flags.append(flag("sampled", "info", f"{most:,} of the {side.of:,} samples of {name} were drawn."))
+        if len(side) == min(most, limit or most) < side.of:
+            flags.append(flag("sampled", "info", f"{len(side):,} of the {side.of:,} samples of {name} were drawn."))
     every = joined(sides)
     if not every.labelled and every.labels is not None:
         labels = predicted(observation, every.inputs)
@@ -132,8 +135,16 @@ def pooled(observation: Observation[Any], members: str, fresh: str | None, seed:
             "Not all samples come with labels: the class that the model prefers stands in, as its confidence does."
         )
         every, flags = Candidates(**{**vars(every), "labels": labels}), [*flags, flag("labels", "info", sentence)]
-    reference = torch.arange(len(own), len(own) + (len(every) - len(own)) // 4)
-    return Pool(every, len(own), reference, flags)
+    m = len(sides[0])
+    return Pool(every, m, torch.arange(m, m + (len(every) - m) // 4), flags)
+
+
+def some_of(every: Candidates, limit: int | None, seed: int) -> Candidates:
+    """At most so many of them, at random, in their order."""
+    if limit is None or len(every) <= limit:
+        return every
+    drawn = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))[:limit]
+    return every.some(sorted(drawn.tolist()))
 
 
 def joined(sides: Sequence[Candidates]) -> Candidates:
