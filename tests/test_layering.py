@@ -73,9 +73,9 @@ DEEP = {
     "attacks/activation_patterns/activation_patterns.py": (3, 540),  # half-spaces, and the first layer
     "attacks/weights/ntk.py": (3, 550),  # KKT's search
     "attacks/weights/kkt_search.py": (3, 520),  # KKT's own, many times
-    "attacks/diffusion/daps.py": (3, 540),  # the problem that the four share, and where it begins
-    "attacks/diffusion/dps.py": (3, 510),  # the same
-    "attacks/diffusion/red_diff.py": (4, 650),  # the same, and latents
+    "attacks/diffusion/daps.py": (4, 640),  # the problem that the four share, and the search that it begins with
+    "attacks/diffusion/dps.py": (4, 610),  # the same
+    "attacks/diffusion/red_diff.py": (5, 720),  # the same, and latents
     "attacks/adam_unmixing/adam_unmixing.py": (5, 1_040),  # a step undone, and unmixing's spans and pixels
     "attacks/unmixing/unmixing.py": (3, 720),  # the span, two layers, two ways to tell samples apart, and the replay
 }

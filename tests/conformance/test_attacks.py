@@ -209,8 +209,8 @@ CASES = {
     "dlg": Case(gradient(SIGMOID), SEARCH, SHORT),
     "idlg": Case(gradient(SIGMOID), SEARCH, SHORT),
     "inverting-gradients": Case(gradient(MLP), {"steps": 40}, {"steps": 1}),
-    "red-diff": Case(gradient(SIGMOID), {"steps": 30}, {"steps": 1}, ahead=True),
-    "sds": Case(gradient(SIGMOID), {"steps": 30}, {"steps": 1}, ahead=True),
+    "red-diff": Case(gradient(SIGMOID), {"levels": 3}, {"levels": 1, "evaluations": 1}, ahead=True),
+    "sds": Case(gradient(SIGMOID), {"levels": 3}, {"levels": 1, "evaluations": 1}, ahead=True),
     "dps": Case(gradient(SIGMOID), {"steps": 150}, {"steps": 1}, ahead=True),
     "daps": Case(
         gradient(SIGMOID), {"levels": 3, "evaluations": 10, "samples": 2}, {"levels": 1, "evaluations": 1}, ahead=True

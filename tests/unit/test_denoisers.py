@@ -21,6 +21,7 @@ from gradleak.priors.gaussian import GaussianPrior
 from gradleak.priors.named import load_prior
 from gradleak.priors.provenance import Provenance
 from gradleak.priors.total_variation import TotalVariation
+from pipelines import save_latent_pipeline
 
 diffusers = pytest.importorskip("diffusers")
 PHOTOGRAPHS = public_pool("embedded", "test", shape=(3, 32, 32), limit=24).images
@@ -134,19 +135,7 @@ def test_latents(tmp_path: Path) -> None:
     """Stable Diffusion in small, with a prompt: the latents are cleaned as its scheduler does, and pixels have gradients."""
     import transformers
 
-    torch.manual_seed(0)
-    blocks: dict[str, Any] = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
-    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    vae = diffusers.AutoencoderKL(**blocks, **kinds, latent_channels=4, sample_size=16)
-    levels = {
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    }
-    network = diffusers.UNet2DConditionModel(
-        **blocks, **levels, sample_size=8, in_channels=4, out_channels=4, cross_attention_dim=8, attention_head_dim=2
-    )
-    for part, model in (("vae", vae), ("unet", network), ("scheduler", diffusers.DDIMScheduler())):
-        model.save_pretrained(tmp_path / part)
+    save_latent_pipeline(tmp_path, 16, width=8)
     with pytest.raises(BadInput, match="holds no tokenizer and CLIP text encoder in safetensors"):
         diffusion.load(str(tmp_path))
     words = {

@@ -15,6 +15,7 @@ from gradleak.attacks.dlg import DLG
 from gradleak.attacks.inverting_gradients import InvertingGradients
 from gradleak.attacks.map_inversion import MapInversion
 from gradleak.attacks.past_the_rank import PastTheRank
+from gradleak.attacks.recursion.recursive import Recursive
 from gradleak.audit import plan
 from gradleak.audit.loop import audit
 from gradleak.audit.scoring import SCORING
@@ -25,6 +26,7 @@ from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import load
 from gradleak.modalities.texts import load_texts
 from gradleak.observations import work
+from gradleak.observations.defenses import Defense, RelativeNoise
 from gradleak.observations.model import Model
 from gradleak.observations.observation import Observation
 from gradleak.observations.training import Recipe
@@ -40,10 +42,10 @@ def seed() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def gradient(name: str = "vit") -> Observation[Any]:
+def gradient(name: str = "vit", *defenses: Defense) -> Observation[Any]:
     architecture = Architecture(name, SHAPE, 10)
     model = Model.of(architecture.build(0).eval(), architecture)
-    return capture_gradient(model, load("digits", indices=[0]), reveal_labels=True)[0]
+    return capture_gradient(model, load("digits", indices=[0]), reveal_labels=True, defenses=defenses)[0]
 
 
 def adapter(steps: int = 1) -> Observation[Any]:
@@ -117,6 +119,10 @@ SEARCHES: dict[str, tuple[Callable[[], Observation[Any]], Any]] = {
         lambda: gradient("lenet"),
         DLG(evaluations=5, rounds=1, round_evaluations=20, restarts=1, goal=0.0),
     ),
+    "recursive": (
+        lambda: gradient("lenet", RelativeNoise(0.01)),
+        Recursive(evaluations=100),
+    ),  # noise: a search follows
     "map-inversion": (gradient, MapInversion(evaluations=2, pairs=10)),
     "dataset-size": (adapter, SampleCount(largest=2, copies=6)),
     "dataset-size of 3 steps": (lambda: adapter(3), SampleCount(largest=2, copies=6)),
@@ -140,7 +146,7 @@ def test_what_an_attack_says_is_within_a_factor_of_three_of_what_it_does(name: s
 
     taken = work.work_of(everything)
     single = effort.simulations / (
-        2 if isinstance(attack, DLG) else 1
+        2 if isinstance(attack, DLG | Recursive) else 1
     )  # an operation of float64 counts as two of float32
     said = (single + effort.abreast) * seen.release.steps() * step.operations + effort.algebra
     assert taken.operations / 3 <= said <= 3 * taken.operations, f"{said / taken.operations:.2f}"

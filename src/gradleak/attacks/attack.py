@@ -12,6 +12,7 @@ from gradleak.observations.release import Release
 from gradleak.observations.rounds import Rounds
 
 DERIVED = 3  # simulated releases that the gradient of one costs: a pass forth and a pass back through the graph of the first two
+DOUBLE = 2  # times as much work and memory as float32, of float64
 
 
 class Effort(NamedTuple):

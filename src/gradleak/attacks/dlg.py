@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradleak.attacks.attack import DERIVED, Effort, check_sees
+from gradleak.attacks.attack import DERIVED, DOUBLE, Effort, check_sees
 from gradleak.attacks.labels import recover_labels
 from gradleak.attacks.reconstruction import Reconstruction, outcome_of
 from gradleak.attacks.search.descend import OnStep, rowwise, stack
@@ -37,7 +37,6 @@ from gradleak.observations.releases import Gradient, Update
 from gradleak.observations.tensors import Tensors, flatten
 
 SOLVED = 1e-8  # objective above which another start is worth its time: a relative residual of 1e-4
-DOUBLE = 2  # times as much work and memory as float32
 WHITENING_BYTES = 2 * 2**30  # the Jacobian of more is not built
 KINKS = (nn.ReLU, nn.LeakyReLU, nn.ReLU6, nn.PReLU, nn.Hardtanh, nn.MaxPool2d, nn.AdaptiveMaxPool2d)
 

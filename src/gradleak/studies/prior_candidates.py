@@ -47,7 +47,7 @@ def published(data: str, size: Size, seed: int, owner: int) -> tuple[Pictures, P
 
 
 @cache
-def extraction(data: str, size: Size, seed: int, owner: int, candidates: int = 2) -> Extraction:
+def extraction(data: str, size: Size, seed: int, owner: int, candidates: int) -> Extraction:
     """Of the model that the first or the second owner has published: test pictures, which no prior was trained on. candidates: a picture."""
     private, seen = published(data, size, seed, owner)
     attack = KKT(steps=EFFORT[size][1], double=False, candidates=candidates)

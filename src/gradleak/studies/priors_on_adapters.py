@@ -1,29 +1,31 @@
-"""What does a prior of pictures add to an adapter of one step? The convnet at rank 8 by a search, the perceptron by its activation patterns:
-few and many public pictures behind the Gaussian, learned priors, with controls of equal evaluations on unseen pictures.
+"""What does a prior of pictures add to an adapter? The convnet and the vision transformer at rank 8 by a search, the perceptron by its
+activation patterns: few and many public pictures behind the Gaussian, solvers times learned priors, with controls of equal evaluations on
+unseen pictures, labels known.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from gradleak.attacks import ATTACKS
-from gradleak.attacks.search.start import Given
-from gradleak.observations.observation import PictureObservation
 from gradleak.studies import adapter_victims as victims
 from gradleak.studies.findings import Findings
-from gradleak.studies.learned_priors import behind, learned, prior_of
-from gradleak.studies.plots import bars, panels
-from gradleak.studies.prior_adapters import EFFORT, adapters, begun, gaussian
+from gradleak.studies.learned_priors import behind, learned
+from gradleak.studies.prior_adapters import adapters, begun, count, fresh, gaussian, search
+from gradleak.studies.prior_comparisons import Begun, ahead, drawn, guide, learned_over_gaussian, rows_of, solver
 from gradleak.studies.study import Bench, Result, Size, Study
 from gradleak.studies.table import Table
 
-NAMES = ("model", "attack", "prior", "public", "effort", "release")
+NAMES = ("model", "training", "attack", "prior", "public", "effort", "release")
+SOLVERS = ("red-diff", "sds", "dps")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """public: pictures behind the Gaussian, few (as in the studies of adapters) or many. effort: plain; deep, as many evaluations spread over
-    prior weights down to 1e-9; long, with those of the sampler besides. release: right, wrong (another's), none (the prior alone)."""
+    """training: of the adapter, one step of SGD or four of AdamW. public: pictures behind the Gaussian, few (as in the studies of adapters) or
+    many. effort: of the search (`prior_adapters.search`). release: right, wrong (another's), none (the prior alone)."""
 
     model: str
     attack: str
@@ -31,67 +33,69 @@ class Setting:
     public: str = "many"
     effort: str = "plain"
     release: str = "right"
+    training: str = "one step"
 
 
 def settings(data: str, size: Size) -> Iterator[Setting]:
-    """Few and many public pictures, learned priors beside the Gaussian of equal evaluations, and blind controls."""
+    """The solvers under each prior beside the Gaussian of equal evaluations, blind controls, then few and many public pictures."""
+    priors = learned(ffdnet=size != "smoke")
     if size == "smoke":
-        yield Setting("convnet", "daps")
+        yield from (Setting("convnet", attack) for attack in ("map-inversion", "daps", "guide"))
         return
-    for public in ("few", "many"):
-        yield from (Setting("convnet", "map-inversion", "gaussian", public, effort) for effort in ("plain", "deep"))
-        yield Setting("mlp1000", "activation-patterns", "gaussian", public)
-    priors = learned()
+    first, under = priors[0], (priors[0], "gaussian")
+    yield Setting("convnet", "map-inversion")
+    yield from (Setting("convnet", "daps", prior) for prior in (*priors, "gaussian"))
+    yield from (Setting("convnet", attack, prior) for attack in SOLVERS for prior in under)
+    yield from (Setting("convnet", "daps", first, release=release) for release in ("none", "wrong"))
+    for model, training in (("convnet", "4 of AdamW"), ("vit", "one step")):
+        yield Setting(model, "map-inversion", training=training)
+        yield from (Setting(model, "daps", prior, training=training) for prior in under)
     yield Setting("convnet", "map-inversion", effort="long")
-    yield from (Setting("convnet", "daps", prior) for prior in ("gaussian", *priors))
-    yield Setting("convnet", "red-diff", priors[0])
-    yield from (Setting("convnet", "daps", priors[0], release=release) for release in ("none", "wrong"))
+    yield Setting("convnet", "map-inversion", effort="deep")
+    yield from (Setting("convnet", "map-inversion", public="few", effort=effort) for effort in ("plain", "deep"))
+    yield Setting("convnet", "guide", "public pairs")
+    yield from (Setting("mlp1000", "activation-patterns", public=public) for public in ("few", "many"))
     yield Setting("mlp1000", "activation-patterns", release="wrong")
 
 
 def cell(setting: Setting, bench: Bench) -> Result:
-    """An attack on adapters of one unseen picture each."""
+    """An attack on adapters of unseen pictures, side by side, each beside the most likely picture under the Gaussian of many."""
     base, wrong = victims.prepare(setting.model, bench.data, bench.size), setting.release == "wrong"
-    private, seen = adapters(setting.model, bench.data, bench.size, bench.seed, wrong)
+    where = (setting.model, setting.training, bench.data, bench.size, bench.seed, wrong)
     prior = gaussian(setting.model, bench.data, bench.size, setting.public)
-    plain, samples, levels, evaluations = EFFORT[bench.size]
-    most, attack = samples * levels * evaluations, ATTACKS[setting.attack]
     if setting.attack == "activation-patterns":
-        ready: Any = attack(prior=prior)
-    elif setting.attack == "map-inversion":
-        efforts = {"plain": (plain, 1e-7), "deep": (plain * 6 // 8, 1e-9), "long": (plain + most // 6, 1e-7)}
-        often, least = efforts[setting.effort]
-        ready = attack(prior=prior, evaluations=often, least=least, pairs=victims.PAIRS[bench.size] // 2)
-    else:
-        shape = base.model.architecture.input_shape
-        known = None if setting.prior == "gaussian" else prior_of(setting.prior, shape)
-        own = {"samples": samples, "levels": levels, "evaluations": evaluations}
-        own = own if setting.attack == "daps" else {"steps": most}
-        solver = attack(prior=known, gaussian=prior, blind=setting.release == "none", **own)
-        starts = iter(begun(bench.data, bench.size, bench.seed, wrong))
+        private, seen = adapters(*where)
+        attack = ATTACKS[setting.attack](prior=prior)
+        return victims.attacked(base, attack, seen, victims.batched(private, 1), bench, len(private.labels))
+    start, draw = begun(*where), torch.Generator().manual_seed(bench.seed)
+    ready = attack_of(setting, bench, start)
+    found = start.likeliest if ready is None else ready.many(start.seen, generator=draw)
+    notes = base.notes(bench, count(setting.model, setting.training, bench.size), len(start.private.labels))
+    return Result(samples=rows_of(found, start, base.public.images.mean(0), base.decoys), notes=notes)
 
-        def ready(observation: PictureObservation, **given: Any) -> Any:
-            return replace(solver, start=Given(next(starts)))(observation, **given)
 
-    return victims.attacked(base, ready, seen, victims.batched(private, 1), bench, len(private.labels))
+def attack_of(setting: Setting, bench: Bench, start: Begun) -> Any:
+    """The attack, or None for the search that all begin with."""
+    prior, size = gaussian(setting.model, bench.data, bench.size, setting.public), bench.size
+    if setting.attack == "guide":
+        return guide(search(prior, size), fresh(setting.model, bench.data, size), size)
+    if setting.attack != "map-inversion":
+        return solver(setting.attack, setting.prior, size, start, prior, blind=setting.release == "none")
+    if (setting.public, setting.effort) == ("many", "plain"):
+        return None
+    return search(prior, size, setting.effort)
 
 
 def tell(table: Table) -> Findings:
-    """The best of each model beside the Gaussian of few pictures."""
-    said, right = [], [row for row in table.rows if row["release"] == "right" and row.get("psnr_db") is not None]
-    for model in dict.fromkeys(row["model"] for row in right):
-        rows = [row for row in right if row["model"] == model]
-        best, about = max(rows, key=lambda row: row["psnr_db"]), {"public": "few", "effort": "plain"}
-        plain = next((row for row in rows if all(row[name] == value for name, value in about.items())), best)
-        said.append(
-            f"{model}: {plain['psnr_db']:.1f} dB under a Gaussian of few public pictures, {best['psnr_db']:.1f} dB at best "
-            f"({', '.join(str(best[name]) for name in NAMES[1:5])})"
-        )
-    figure, [axes] = panels(width=7, height=1 + 0.25 * len(right))
-    if right:
-        bars(axes, right, lambda row: ", ".join(str(row[name]) for name in NAMES[:5]), "psnr_db")
-    axes.set(xlabel="PSNR (dB)")
-    return Findings(f"{'; '.join(said) or 'Nothing yet'}.", {"Priors on adapters": figure})
+    """More public pictures and lower weights for the search, then learned priors beside the Gaussian."""
+    said = []
+    control = {"public": "few", "effort": "plain"}
+    for row in table.where(prior="gaussian", release="right"):
+        searched = row["attack"] in ("map-inversion", "activation-patterns") and not control.items() <= row.items()
+        if searched and (gain := ahead(table, NAMES, control, **row)):
+            which = f"{row['public']} public pictures, {row['effort']}"
+            said.append(f"{row['model']}, {row['attack']}, {which}: {gain}, against few, plain")
+    return drawn([*said, *learned_over_gaussian(table, NAMES)], table, NAMES, "Priors on adapters")
 
 
 def depends(setting: Setting) -> tuple[Any, ...]:
@@ -101,7 +105,7 @@ def depends(setting: Setting) -> tuple[Any, ...]:
 
 STUDY = Study(
     name="priors-on-adapters",
-    question="What do priors of pictures, and more public pictures, add to an adapter of one step?",
+    question="What do priors of pictures, and more public pictures, add to an adapter of few steps?",
     settings=settings,
     cell=cell,
     together=lambda setting: setting.model,

@@ -9,14 +9,11 @@ from typing import Any
 import torch
 
 from gradleak.attacks import ATTACKS
-from gradleak.audit import metrics
-from gradleak.audit.intervals import mean
 from gradleak.studies.data_sets import shrunk
 from gradleak.studies.findings import Findings
 from gradleak.studies.learned_priors import behind, learned
-from gradleak.studies.plots import bars, panels
-from gradleak.studies.prior_victims import attack_of, begun, gaussian
-from gradleak.studies.samples import compared
+from gradleak.studies.prior_comparisons import drawn, guide, learned_over_gaussian, rows_of, solver
+from gradleak.studies.prior_victims import begun, gaussian, search
 from gradleak.studies.study import Bench, Result, Size, Study
 from gradleak.studies.table import Table
 
@@ -46,8 +43,8 @@ def settings(data: str, size: Size) -> Iterator[Setting]:
     for noise in (1.0,) if size == "smoke" else (1.0, 0.1):
         yield Setting(noise, "map-inversion", "gaussian")
         yield from (Setting(noise, "daps", prior) for prior in (*priors, "gaussian"))
-        for solver in SOLVERS:
-            yield from (Setting(noise, solver, prior) for prior in dict.fromkeys((first, "gaussian")))
+        for name in SOLVERS:
+            yield from (Setting(noise, name, prior) for prior in dict.fromkeys((first, "gaussian")))
         yield Setting(noise, "guide", "public pairs")
     for noise in () if size == "smoke" else (1.0, 0.1):
         yield from (
@@ -62,50 +59,21 @@ def cell(setting: Setting, bench: Bench) -> Result:
     prior, public = gaussian(bench.data, bench.size)
     where = (bench.data, bench.size, bench.seed, setting.noise, setting.knows, setting.release.replace("none", "right"))
     start = begun(*where, COUNTS[bench.size])
-    found, truth = start.likeliest, start.private.images
-    if setting.attack != "map-inversion":
-        attack = attack_of(
-            setting.attack, setting.prior, bench.size, start, prior, public, blind=setting.release == "none"
-        )
-        found = attack.many(start.seen, generator=torch.Generator().manual_seed(bench.seed))
-    images, likeliest = (torch.cat([one.value for one in some]) for some in (found, start.likeliest))
-    perceived = metrics.lpips(images, truth)
-    gain, ssim = (score(images, truth) - score(likeliest, truth) for score in (metrics.psnr_db, metrics.ssim))
-    rows = compared(images, truth, prior.mean.float(), public.images[:DECOYS])
-    for i, (row, one) in enumerate(zip(rows, found, strict=True)):
-        row |= {"gain_over_map_db": float(gain[i]), "better_ssim_than_map": bool(ssim[i] > 0)}
-        row |= {} if perceived is None else {"lpips": float(perceived[i])}
-        row |= {} if one.spread is None else {"spread": float(one.spread.square().mean().sqrt())}
+    found = start.likeliest
+    draw = torch.Generator().manual_seed(bench.seed)
+    if setting.attack == "guide":
+        found = guide(search(prior, bench.size), public, bench.size).many(start.seen, generator=draw)
+    elif setting.attack != "map-inversion":
+        blind = setting.release == "none"
+        ready = solver(setting.attack, setting.prior, bench.size, start, prior, blind=blind)
+        found = ready.many(start.seen, generator=draw)
+    rows = rows_of(found, start, prior.mean.float(), public.images[:DECOYS])
     return Result(samples=rows, notes=(shrunk(prior.shape, bench.size),))
 
 
 def tell(table: Table) -> Findings:
     """What each prior is ahead of the same solver under the Gaussian, picture by picture; PSNR as bars."""
-    said = []
-    for row in table.rows:
-        if row["prior"] == "gaussian" or (row["knows"], row["release"]) != ("told", "right"):
-            continue
-        with_prior = {name: row[name] for name in NAMES}
-        same = "map-inversion" if row["attack"] == "guide" else row["attack"]
-        pairs = [
-            table.sampled("psnr_db", **some)
-            for some in (with_prior, with_prior | {"attack": same, "prior": "gaussian"})
-        ]
-        if not pairs[0] or len(pairs[0]) != len(pairs[1]):
-            continue
-        ahead = [a - b for a, b in zip(*pairs, strict=True)]
-        reach = mean(ahead)
-        within = "" if reach is None else f" ({reach[0]:+.2f} to {reach[1]:+.2f})"
-        said.append(
-            f"noise {row['noise']:g}, {row['attack']}, {row['prior']}: {sum(ahead) / len(ahead):+.2f} dB{within} on {same} under the "
-            f"Gaussian, better on {sum(a > 0 for a in ahead)} of {len(ahead)}"
-        )
-    shown = [row for row in table.rows if row.get("psnr_db") is not None]
-    figure, [axes] = panels(width=7, height=1 + 0.25 * len(shown))
-    if shown:
-        bars(axes, shown, lambda row: ", ".join(f"{row[name]}" for name in NAMES), "psnr_db")
-    axes.set(xlabel="PSNR (dB)")
-    return Findings(f"{'; '.join(said) or 'Nothing yet'}.", {"Priors on noisy gradients": figure})
+    return drawn(learned_over_gaussian(table, NAMES, knows="told"), table, NAMES, "Priors on noisy gradients")
 
 
 def denoiser(setting: Setting) -> tuple[Any, ...]:

@@ -18,32 +18,33 @@ from gradleak.studies.extractions import RECOVERED, judged, mean_image, two_clas
 from gradleak.studies.findings import Findings, stands_in
 from gradleak.studies.learned_priors import behind, learned, prior_of
 from gradleak.studies.plots import bars, panels
-from gradleak.studies.prior_candidates import IMAGES, Extraction, cleaned_in_span, denoised, extraction
+from gradleak.studies.prior_candidates import IMAGES, Extraction, cleaned_in_span, denoised, extraction, published
 from gradleak.studies.study import Bench, Result, Size, Study
 from gradleak.studies.table import Table
 
 PUBLIC: dict[Size, int] = {"smoke": 100, "small": 5_000, "paper": 20_000}  # pictures behind the Gaussian
 CONTROLS = ("mean_image", "another_model")
+NAMES = ("cleaning", "prior", "kept", "candidates")
 
 
 @dataclass(frozen=True)
 class Setting:
     """cleaning: none, denoised (once, at the noise that each candidate shows), in the span (again and again); kept: beside the candidates as
-    they were, or alone; twice as many, the control of that without cleaning."""
+    they were, or alone; candidates: a training picture. Twice as many without cleaning are the control of those that are kept beside."""
 
     cleaning: str
     prior: str = "none"
     kept: str = "alone"
+    candidates: int = 2
 
 
 def settings(data: str, size: Size) -> Iterator[Setting]:
     """As they are, then cleaned."""
-    yield Setting("none")
-    yield Setting("none", kept="twice as many")
+    yield from (Setting("none", candidates=count) for count in ((2, 4) if size == "smoke" else (2, 4, 8, 16)))
     colour = two_class_source(data) == data and size != "smoke"
     for prior in ("gaussian", *learned(ffdnet=colour)):
         yield from (Setting(cleaning, prior) for cleaning in ("denoised", "in the span"))
-        yield Setting("in the span", prior, "beside")
+        yield from (Setting("in the span", prior, "beside", count) for count in ((2,) if size == "smoke" else (2, 4)))
 
 
 def cleaned(setting: Setting, one: Extraction, prior: Denoiser | None) -> torch.Tensor:
@@ -64,7 +65,7 @@ def cleaner(setting: Setting, bench: Bench) -> Denoiser | None:
     if setting.prior == "none":
         return None
     source = two_class_source(bench.data)
-    shape = shape_of(extraction(bench.data, bench.size, bench.seed, 0).private)
+    shape = shape_of(published(bench.data, bench.size, bench.seed, 0)[0])
     if setting.prior == "gaussian":
         pool = public_pool(source, "train", shape=shape, limit=PUBLIC[bench.size])
         return GaussianPrior.fit(pool.images)
@@ -74,8 +75,7 @@ def cleaner(setting: Setting, bench: Bench) -> Denoiser | None:
 def cell(setting: Setting, bench: Bench) -> Result:
     """What is nearest to each training picture among the candidates of its model, and among those of another."""
     prior, source = cleaner(setting, bench), two_class_source(bench.data)
-    each = 4 if setting.kept == "twice as many" else 2
-    own, other = (extraction(bench.data, bench.size, bench.seed, owner, each) for owner in (0, 1))
+    own, other = (extraction(bench.data, bench.size, bench.seed, owner, setting.candidates) for owner in (0, 1))
     images = mean_image(source, IMAGES[bench.size]), cleaned(setting, other, prior)
     found = replace(own.found, value=cleaned(setting, own, prior))
     result = judged(own.private.images, found, dict(zip(CONTROLS, images, strict=True)))
@@ -86,15 +86,15 @@ def tell(table: Table) -> Findings:
     """Counts beside the controls' counts."""
     said = []
     for row in table.rows:
-        about = {name: row[name] for name in ("cleaning", "prior", "kept")}
+        about = {name: row[name] for name in NAMES}
         hits = (f"{name.replace('_', ' ')} {sum(table.sampled(f'{name}_recovered', **about))}" for name in CONTROLS)
         counted = f"{sum(table.sampled('recovered', **about))} of {row['samples']} ({', '.join(hits)})"
-        said.append(f"{row['cleaning']}, {row['prior']}, {row['kept']}: {counted}")
+        said.append(f"{', '.join(str(row[name]) for name in NAMES)} candidates a picture: {counted}")
     figure, [axes] = panels(width=7, height=1 + 0.25 * len(table.rows))
     bars(
         axes,
         table.rows,
-        lambda row: f"{row['cleaning']}, {row['prior']}, {row['kept']}",
+        lambda row: ", ".join(str(row[name]) for name in NAMES),
         "ssim",
         *(f"{n}_ssim" for n in CONTROLS),
     )

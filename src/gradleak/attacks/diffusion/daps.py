@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gradleak.attacks.attack import Effort, check_sees
-from gradleak.attacks.diffusion.problem import Problem, counted, effort, geometric
+from gradleak.attacks.diffusion.problem import Problem, counted, effort, geometric, whitening
 from gradleak.attacks.reconstruction import Reconstruction
 from gradleak.attacks.search.descend import OnStep, evaluated, rowwise
 from gradleak.attacks.search.lbfgs import lbfgs
@@ -118,8 +118,3 @@ class DAPS:
         samples = x.view(len(observations), 2 * pairs, *x.shape[1:])
         done = self.levels * self.evaluations * 2 * pairs
         return problem.answers(samples.mean(1), done, samples.std(1, correction=0))
-
-
-def whitening(sigma: float | Tensor, variance: Tensor) -> Tensor:
-    """1 / the deviation of what has this variance, and was seen with noise of deviation sigma."""
-    return ((variance + sigma**2) / (variance * sigma**2)).sqrt()

@@ -24,7 +24,7 @@ from gradleak.attacks.search.descend import OnStep, stack
 from gradleak.errors import NotObserved
 from gradleak.modalities.networks import Architecture
 from gradleak.modalities.pictures import Pictures
-from gradleak.observations.adapter import Adapter
+from gradleak.observations.adapter import UNKNOWN, Adapter
 from gradleak.observations.defenses import defended
 from gradleak.observations.observation import PictureObservation
 from gradleak.observations.release import Release
@@ -162,9 +162,10 @@ def made(
 def together(
     attack: Any, observations: Sequence[PictureObservation], generator: torch.Generator
 ) -> Sequence[Reconstruction]:
-    """Side by side where the attack can and no noise depends on the release, else one by one."""
+    """Side by side where the attack can and neither noise nor scale depends on the release, else one by one."""
     alike = all(not defense.reads for o in observations for defense in o.defenses or ())
-    if hasattr(attack, "many") and alike and not isinstance(observations[0].release, Adapter):
+    alike = alike and getattr(observations[0].release, "recipe", UNKNOWN) is not None
+    if hasattr(attack, "many") and alike:
         side: Sequence[Reconstruction] = attack.many(observations, generator=generator)
         return side
     return [attack(o, generator=generator) for o in observations]

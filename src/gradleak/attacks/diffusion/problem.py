@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Self
 
 import torch
 from torch import Tensor
 
 from gradleak.attacks.attack import Effort
+from gradleak.attacks.diffusion.begin import most_likely
 from gradleak.attacks.map_inversion import PRIOR_WEIGHTS, MapInversion
 from gradleak.attacks.reconstruction import Reconstruction, outcome_of
 from gradleak.attacks.search.descend import OnStep, stack
@@ -23,6 +25,23 @@ from gradleak.priors.prior import Denoiser
 UNHEARD = 1e9  # a variance at which a release says nothing
 EVALUATIONS = 50  # of the search under the Gaussian, at each of its weights
 POLISHING = 15  # the same, after latents
+smooth = lru_cache(1)(GaussianPrior.smooth)
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a search moves in, pixels or latents.
+
+    start     (K, batch, ...)
+    drawn     the pictures (batch, channel, height, width) of one row
+    denoised  (K, batch, ...) with white noise of this deviation -> the expected clean ones
+    filtered  (rows, gain) -> gain(C) rows, of a Gaussian with covariance C
+    """
+
+    start: Tensor
+    drawn: Callable[[Tensor], Tensor]
+    denoised: Callable[[Tensor, float], Tensor]
+    filtered: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,14 +80,14 @@ class Problem:
         denoiser the Gaussian is one. blind: the release is left out. Raises BadInput for a denoiser of other pictures."""
         seen = observations[0]
         shape = seen.model.architecture.input_shape
-        gaussian = gaussian or GaussianPrior.smooth(shape)
+        gaussian = gaussian or smooth(shape)
         if denoiser is not None and tuple(denoiser.shape) != tuple(shape):
             raise BadInput(f"The denoiser is one of {tuple(denoiser.shape)} pictures, the model takes {tuple(shape)}.")
         search = MapInversion(prior=gaussian, evaluations=EVALUATIONS)
         begun = (
             [start(o, generator=generator) for o in observations]
             if start is not None
-            else search.many(observations, generator=generator)
+            else most_likely(search, observations, generator)
         )
         images = torch.stack([found.value for found in begun])
         variance = []
@@ -105,9 +124,14 @@ class Problem:
         """What `unlikely` takes besides pictures, of all rows."""
         return self.y, self.released, self.size, self.variance
 
+    @property
+    def pixels(self) -> Space:
+        """Pictures as they are."""
+        return Space(self.start, lambda images: images, self.denoised, self.filtered)
+
     def filtered(self, images: Tensor, gain: Callable[[Tensor], Tensor]) -> Tensor:
-        """gain(C) images, of the Gaussian's covariance C: (K, batch, channel, height, width)."""
-        return self.gaussian.filtered(images.flatten(0, 1), gain).view_as(images)
+        """gain(C) images, of the Gaussian's covariance C: (batch, channel, height, width), of one row or of all."""
+        return self.gaussian.filtered(images.flatten(0, -4), gain).view_as(images)
 
     def denoised(self, images: Tensor, sigma: float) -> Tensor:
         """(K, batch, channel, height, width) with white noise of this deviation -> the expected clean ones."""
@@ -157,3 +181,8 @@ def counted(on_step: OnStep | None, step: int, steps: int, value: Tensor) -> Non
     """Tell how far a loop is."""
     if on_step is not None:
         on_step(step, steps, float(value.min()))
+
+
+def whitening(sigma: float | Tensor, variance: Tensor) -> Tensor:
+    """1 / the deviation of what has this variance, and was seen with noise of deviation sigma."""
+    return ((variance + sigma**2) / (variance * sigma**2)).sqrt()

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vjp
 
-from gradleak.attacks.attack import check_sees
+from gradleak.attacks.attack import DOUBLE, Effort, check_sees
 from gradleak.attacks.reconstruction import Reconstruction, outcome_of
 from gradleak.attacks.recursion.batch import each_alone
 from gradleak.attacks.recursion.feature_search import Found, invert_features, refine, smooth
@@ -42,6 +42,7 @@ from gradleak.observations.release import Release
 from gradleak.observations.releases import Gradient, Update
 
 TOLD = 0.01  # what a block may leave open: of the prior's variance before it is solved, of its deviation afterwards
+MATRICES = 12  # of a layer's unknowns squared, that are held at one time
 GUESSES = 4  # how often a layer is solved at most, to choose between two inputs of an activation
 
 
@@ -72,6 +73,16 @@ class Recursive:
     modality: ClassVar[str] = Architecture.modality
 
     evaluations: int = 200
+
+    def effort(self, observation: PictureObservation) -> Effort:
+        """Of the search, where one follows, in float64; before it, of each layer, matrices of the unknowns that its input is."""
+        large = math.prod(observation.model.architecture.input_shape) > DENSE
+        searched = Effort.of_search(observation, 0 if large else self.evaluations)
+        known = Network.of(replace(observation, batch_size=1))
+        sizes = [t[0].numel() for where, t in enumerate(known.typical) if known.has_matrix(where)]
+        sizes = [n for n in sizes if n <= DENSE] or [0]
+        algebra, matrices = GUESSES * sum(n**3 for n in sizes), 8 * MATRICES * max(sizes) ** 2
+        return Effort(DOUBLE * searched.simulations, DOUBLE * searched.together, 0.0, algebra, matrices)
 
     def __call__(
         self, observation: PictureObservation, *, generator: torch.Generator, on_step: OnStep | None = None
