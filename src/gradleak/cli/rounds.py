@@ -23,8 +23,7 @@ HALF = 0.5  # of the labels, that rounds of the same data have in common at leas
 
 def round_files(args: flags.Seen) -> dict[int, Path]:
     """{round: file} of a folder of rounds or of --rounds; empty where one thing was shared. BadInput for a client that nothing is known of."""
-    path, more = args.observation, getattr(args, "rounds", ())
-    client = getattr(args, "client", None)
+    path, (more, client) = args.observation, named(args) if isinstance(args, flags.Attacked) else ((), None)
     if path is not None and is_run(path):
         if more:
             raise BadInput(f"{path} holds the rounds of a client already: leave --rounds out.")
@@ -40,9 +39,14 @@ def round_files(args: flags.Seen) -> dict[int, Path]:
     return {n: file for n, file in zip(numbers, files, strict=True) if n is not None}
 
 
+def named(args: flags.Attacked) -> tuple[tuple[Path, ...], str | None]:
+    """--rounds and --client."""
+    return args.rounds, args.client
+
+
 def alone(args: Any, file: Path) -> Any:
     """The same command on one of the rounds."""
-    other = {name: value for name, value in (("rounds", ()), ("client", None)) if hasattr(args, name)}
+    other = {"rounds": (), "client": None} if isinstance(args, flags.Attacked) else {}
     return replace(args, observation=file, **other)
 
 
