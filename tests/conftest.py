@@ -13,7 +13,8 @@ from gradleak.cli.app import main  # which imports no torch
 # costs more waiting than it saves, ten times as much on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.pop("GRADLEAK_DENOISER", None)  # one that takes pictures of another size than the tests' stops a study of priors
+# One that takes pictures of another size than the tests' stops a study of priors.
+os.environ.pop("GRADLEAK_DENOISER", None)
 
 Run = Callable[..., str]
 
