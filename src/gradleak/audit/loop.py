@@ -84,7 +84,7 @@ def audit(
         lambda: None if public is None else scoring.wider(public, model, None if secret is None else secret.inputs)
     )
     mechanism = privacy.mechanism_of(observation, told)
-    general = [*rounds.joint(observation), *rounds.of_each(check_observation, observation)]
+    general = rounds.of_each(check_observation, observation)
     general += privacy.of_observation(observation, mechanism, secret, decoys)
     observation, told_labels = labels_told(observation, rest, secret, seed)
     general += told_labels
@@ -108,7 +108,8 @@ def audit(
             continue
         run = kept(runs)
         ready, reconstruction = run.ready, run.reconstruction
-        row = new_result(title, parameters(ready), about, general)
+        told_of = [*rounds.attacked_as(observation, attack), *general]
+        row = new_result(title, parameters(ready), about, told_of)
         row["defense"] = about["defense"]
         row |= evidence(reconstruction, run.seconds)
         if isinstance(reconstruction.value, int):
@@ -122,7 +123,7 @@ def audit(
             count = observation.batch_size or len(reconstruction.value)
             labels = None if reconstruction.labels is None else reconstruction.labels[:count]
             row["flags"] = [
-                *general,
+                *told_of,
                 *fits,
                 *(
                     information(observation, reconstruction.value[:count], labels, "at this reconstruction")

@@ -5,6 +5,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gradleak.attacks.reconstruction import Reconstruction
 from gradleak.audit.explanations import flag
@@ -32,28 +33,30 @@ def of_each(check: Callable[[Observation[Any]], Sequence[Flag]], observation: Ob
     return list(gravest.values())
 
 
-def joint(observation: Observation[Any]) -> list[Flag]:
-    """Which rounds these are."""
+def attacked_as(observation: Observation[Any], attack: Any) -> list[Flag]:
+    """Which rounds these are, and whether the attack took them as one; only that stands in a verdict."""
     if not isinstance(observation, Rounds):
         return []
-    return [flag("rounds", "info", f"Rounds {observation.numbers} of one client were attacked jointly.")]
+    which = f"Rounds {observation.numbers} of one client were attacked"
+    if getattr(attack, "joint", False):
+        return [flag("rounds", "info", f"{which} jointly.")]
+    return [flag("each_round", "info", f"{which} one by one, and what each gave was put together.")]
 
 
 def left(observation: Observation[Any], found: Reconstruction) -> dict[int, float]:
     """{round: what a reconstruction does not explain of it, over its size, beyond its noise}; empty where nothing can be replayed."""
-    if isinstance(found.value, int) or not len(found.value):
+    value, labels = found.value, None if found.labels is None else found.labels.cpu()
+    if isinstance(value, int) or not len(value):
         return {}
     each = observation.to(torch.device("cpu")).alone()
+    if isinstance(value, Tensor):
+        if labels is None or len(labels) != len(value):
+            return {}
+        value = value.to(next(iter(observation.released.values())).dtype).cpu()
     try:
         with torch.no_grad():
-            residuals = {number: one.residual(found.value, found.labels) for number, one in each.items()}
-    except (
-        BadInput,
-        RuntimeError,
-        ValueError,
-        IndexError,
-        AttributeError,
-    ):  # what the model cannot take, or labels that are not known
+            residuals = {number: one.residual(value, labels) for number, one in each.items()}
+    except BadInput:  # what the model cannot take
         return {}
     return {n: max(r**2 - noise_share(each[n]), 0.0) ** 0.5 for n, r in residuals.items()}
 

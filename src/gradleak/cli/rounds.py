@@ -78,11 +78,12 @@ def one_or_all(each: Mapping[int, Observation[Any]]) -> tuple[dict[str, Observat
 
 def labels_of(observation: Observation[Any]) -> list[int] | None:
     """The labels that an exact gradient tells; None where it tells none for sure."""
-    if observation.defenses != () or observation.labels is not None or not observation.batch_size:
+    is_text = not hasattr(observation.model.architecture, "input_shape")
+    if is_text or observation.defenses != () or observation.labels is not None or not observation.batch_size:
         return None
     try:
         return [int(label) for label in recover_labels(observation)]
-    except (NotObserved, AttributeError, RuntimeError):
+    except NotObserved:
         return None
 
 
