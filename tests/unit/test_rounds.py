@@ -291,3 +291,9 @@ def test_clients_are_named(tmp_path: Path, ok: Run, refused: Run) -> None:
         "audit", run, "--client", "client-a", "--members", "digits", "--out", tmp_path / "out"
     )
     ok("audit", run, "--client", "client-b", *out)
+
+
+def test_rounds_of_a_masked_language_model_are_of_other_masks(tmp_path: Path, refused: Run) -> None:
+    """Each step draws its own: what one round was made of explains no other."""
+    what = ("--model", "all-MiniLM-L6-v2", "--task", "masked-lm", "--data", "embedded", "--indices", 0, "--rounds", 2)
+    assert "Round 2 has other masks than round 1" in refused("capture", "gradient", *what, "--out", tmp_path / "run")

@@ -163,6 +163,7 @@ def difference(a: Observation[Any], b: Observation[Any]) -> str:
         "another loss": a.model.criterion != b.model.criterion,
         "another kind of release": type(a.release) is not type(b.release),
         "another defense": a.defenses != b.defenses,
+        "other masks": getattr(a.model.architecture, "task", None) == "masked-lm",  # drawn anew for each step
         "another number of samples": len(sizes) > 1,
         "other labels": len(labels) > 1 and not torch.equal(*labels),
     }
